@@ -1,0 +1,88 @@
+# Two commands matter: `make demo` and `make test`. Both set up everything they need in $(VENV) first.
+# Variables: PYTHON (3.10 or newer), VENV, TORCH_SPEC, WORKERS (parallel test workers), ARGS (passed on to the
+# demo or to pytest). `make test VENV=$$VIRTUAL_ENV` uses an environment that exists already.
+
+PYTHON     ?= python3
+VENV       ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+WORKERS    ?= 2
+ARGS       ?=
+
+SHELL  := /bin/bash
+PY     := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+PIP    := $(PY) -m pip --disable-pip-version-check --no-input
+
+# The package is editable, so only what changes its metadata or its compiled part asks for a new installation.
+BUILD_INPUTS := $(wildcard pyproject.toml setup.py mmc_build.py CMakeLists.txt Makefile) \
+                $(shell find csrc cmake -type f 2>/dev/null)
+
+# Succeeds where the interpreter already has a torch that the package supports.
+HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.'); \
+raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint format typecheck clean FORCE
+
+help:
+	@echo "make demo       train and compare four methods on two embedded data sets (about 5 minutes)"
+	@echo "make test       the test suite; make test-all adds the slow tests"
+	@echo "make lint       ruff check and format check; make format rewrites"
+	@echo "make typecheck  mypy"
+	@echo "make setup      only the environment in $(VENV)"
+	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
+
+setup: $(STAMPS)/package
+
+demo: setup
+	@$(PY) -m mmc_fast demo $(ARGS)
+
+test: setup
+	@$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: setup
+	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: setup
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: setup
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+typecheck: setup
+	@$(PY) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find mmc_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(STAMPS)/package
+
+# A torch that the interpreter already has (a CUDA image, a shared machine) is used, not downloaded again.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@if [ ! -x $(PY) ]; then \
+	  if $(PYTHON) $(HAS_TORCH) 2>/dev/null; then site=--system-site-packages; else site=; fi; \
+	  echo "creating $(VENV) $$site"; $(PYTHON) -m venv $$site $(VENV); \
+	fi
+	@mkdir -p $(STAMPS) && touch $@
+
+# Rewritten only when the wish changes, so that `make test TORCH_SPEC=...` takes effect on an environment that exists.
+$(STAMPS)/torch-spec: $(STAMPS)/venv FORCE
+	@echo '$(origin TORCH_SPEC) $(TORCH_SPEC)' | cmp -s - $@ || echo '$(origin TORCH_SPEC) $(TORCH_SPEC)' > $@
+
+# Without an explicit TORCH_SPEC an installed torch is respected. The constraint keeps later steps from moving it.
+$(STAMPS)/torch: $(STAMPS)/torch-spec
+	@if [ "$(origin TORCH_SPEC)" != file ] || ! $(PY) $(HAS_TORCH) 2>/dev/null; then \
+	  echo "installing $(TORCH_SPEC) (the first time this takes minutes)"; \
+	  $(PIP) install -qq '$(TORCH_SPEC)'; \
+	fi
+	@$(PY) -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(STAMPS)/constraints.txt
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/torch $(BUILD_INPUTS)
+	@echo "installing mmc-fast and its development tools"
+	@$(PIP) install -qq --constraint $(STAMPS)/constraints.txt --editable '.[test,lint]'
+	@touch $@
