@@ -1,0 +1,202 @@
+"""Uncertainty of scores: spread over seeds, bootstrap over test samples, and paired comparisons of methods.
+
+The resampled scores are computed for all resamples at once from sample weights (a resample is a vector of counts);
+calling a metric once per resample would be hundreds of times slower. The values are those of scikit-learn with
+``sample_weight``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mmc_fast.errors import InputError
+
+__all__ = [
+    "METRICS",
+    "Interval",
+    "ResampledScores",
+    "average",
+    "mean_sd",
+    "resample_counts",
+    "resampled_scores",
+    "separated_best",
+    "weighted_scores",
+]
+
+Floats = NDArray[np.float64]
+METRICS = ("accuracy", "auroc", "auprc")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided confidence interval of a score or of a difference of scores.
+
+    ``sd_seeds`` and ``sd_samples`` are the standard errors of its two parts; ``sd_seeds`` is None with one seed, and
+    the interval then speaks of this one training run only.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    seeds: int
+    sd_seeds: float | None
+    sd_samples: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether ``value`` lies outside the interval."""
+        return value < self.low or value > self.high
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (ddof = 1; None for a single value)."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"mean_sd: got values of shape {array.shape}; give a non-empty list of numbers")
+    return float(array.mean()), (float(array.std(ddof=1)) if array.size > 1 else None)
+
+
+def resample_counts(n: int, resamples: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of ``n`` samples is drawn in each bootstrap resample. Returns [resamples, n], rows sum to n."""
+    if n < 1 or resamples < 2:
+        raise InputError(f"resample_counts: got n={n}, resamples={resamples}; need n >= 1 and resamples >= 2")
+    return generator.multinomial(n, np.full(n, 1.0 / n), size=resamples)
+
+
+def weighted_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike) -> Floats:
+    """Score of one set of predictions under many sample weightings.
+
+    ``labels`` [N]; ``predictions``: [N] scores of the positive class or [N, C] probabilities or logits (``accuracy``:
+    predicted classes [N] or scores [N, C]; ``auroc`` and ``auprc``: column 1 of [N, 2]); ``weights`` [R, N],
+    non-negative. Returns [R]; NaN where a weighting leaves a class empty. Raises ``InputError`` for an unknown metric
+    or sizes that differ.
+    """
+    y = np.asarray(labels)
+    scores = np.asarray(predictions)
+    w = np.atleast_2d(np.asarray(weights, dtype=np.float64))
+    if metric not in METRICS:
+        raise InputError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    if y.ndim != 1 or scores.shape[:1] != y.shape or w.shape[1:] != y.shape:
+        raise InputError(
+            f"weighted_scores: got labels {y.shape}, predictions {scores.shape}, weights {w.shape}; "
+            "need [N], [N] or [N, C], and [R, N] with one N"
+        )
+    if metric == "accuracy":
+        predicted = scores.argmax(axis=1) if scores.ndim == 2 else scores
+        return w @ (predicted == y).astype(np.float64) / w.sum(axis=1)
+    if scores.ndim == 2:
+        if scores.shape[1] != 2:
+            raise InputError(f"{metric} needs two classes, got predictions with {scores.shape[1]} columns")
+        scores = scores[:, 1]
+    if not np.isin(y, (0, 1)).all():
+        raise InputError(f"{metric} needs labels 0 and 1, got {np.unique(y)[:5].tolist()}")
+    return _ranked_scores(metric, y, scores, w)
+
+
+def _ranked_scores(metric: str, y: NDArray, scores: NDArray, w: Floats) -> Floats:
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # tied scores form one group
+    positive = np.add.reduceat(w[:, order] * (y[order] == 1), starts, axis=1)  # [R, G]
+    negative = np.add.reduceat(w[:, order] * (y[order] == 0), starts, axis=1)
+    total_positive, total_negative = positive.sum(axis=1), negative.sum(axis=1)
+    true_positive = positive.cumsum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if metric == "auroc":
+            above = true_positive - positive / 2  # half of a tie counts
+            return (negative * above).sum(axis=1) / (total_positive * total_negative)
+        flagged = true_positive + negative.cumsum(axis=1)
+        precision = np.divide(true_positive, flagged, out=np.zeros_like(flagged), where=flagged > 0)
+        return (positive * precision).sum(axis=1) / total_positive
+
+
+@dataclass(frozen=True)
+class ResampledScores:
+    """Scores of one method on one test set: ``plain`` [S] per seed, ``resampled`` [S, R] per seed and resample.
+
+    Differences and averages are meaningful between objects made with the same ``counts``: they stay paired over
+    seeds and over test samples.
+    """
+
+    plain: Floats
+    resampled: Floats
+
+    def __sub__(self, other: ResampledScores) -> ResampledScores:
+        if self.resampled.shape != other.resampled.shape:
+            raise InputError(
+                f"paired scores need the same seeds and resamples, got {self.resampled.shape} "
+                f"and {other.resampled.shape}"
+            )
+        return ResampledScores(self.plain - other.plain, self.resampled - other.resampled)
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Interval of the mean over training seeds, for one test set.
+
+        The variance is the sum of the variance over seeds (divided by their number) and of the bootstrap variance over
+        test samples; the quantile is Student's t with the degrees of freedom of Welch and Satterthwaite, so that three
+        seeds are not treated as many.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"level must lie between 0 and 1, got {level}")
+        seeds = len(self.plain)
+        # A resample of a small test set can lack a class; its score is undefined and says nothing.
+        samples_variance = float(np.nanvar(self.resampled.mean(axis=0), ddof=1))
+        seeds_variance = float(self.plain.var(ddof=1)) / seeds if seeds > 1 else 0.0
+        variance = samples_variance + seeds_variance
+        freedom = math.inf
+        if seeds_variance > 0:
+            freedom = variance**2 * (seeds - 1) / seeds_variance**2
+        estimate = float(self.plain.mean())
+        half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+        return Interval(
+            estimate,
+            estimate - half,
+            estimate + half,
+            level,
+            seeds,
+            math.sqrt(seeds_variance) if seeds > 1 else None,
+            math.sqrt(samples_variance),
+        )
+
+
+def resampled_scores(
+    metric: str, labels: ArrayLike, predictions: Sequence[ArrayLike], counts: NDArray[np.int64]
+) -> ResampledScores:
+    """Score every seed's predictions on the test set and on its bootstrap resamples.
+
+    ``predictions``: one array per seed, as in ``weighted_scores``; ``counts`` [R, N] from ``resample_counts``. Raises
+    ``InputError`` where the score is undefined on the test set itself.
+    """
+    if len(predictions) == 0:
+        raise InputError("resampled_scores: got no predictions; give one array per seed")
+    ones = np.ones((1, counts.shape[1]))
+    plain = np.array([weighted_scores(metric, labels, p, ones)[0] for p in predictions])
+    if np.isnan(plain).any():
+        raise InputError(f"{metric} is undefined here: the labels hold a single class")
+    return ResampledScores(plain, np.stack([weighted_scores(metric, labels, p, counts) for p in predictions]))
+
+
+def average(scores: Sequence[ResampledScores]) -> ResampledScores:
+    """Mean over several conditions (such as missing rates) of one method, seed by seed and resample by resample."""
+    if len(scores) == 0:
+        raise InputError("average: got no scores")
+    return ResampledScores(np.mean([s.plain for s in scores], axis=0), np.mean([s.resampled for s in scores], axis=0))
+
+
+def separated_best(scores: Mapping[str, ResampledScores], level: float = 0.95) -> str | None:
+    """The method whose paired interval against EVERY other method lies above 0, or None where no method has that.
+
+    All comparisons must succeed at once, so the level needs no correction for their number.
+    """
+    if len(scores) < 2:
+        return None
+    best = max(scores, key=lambda name: float(scores[name].plain.mean()))
+    others = (name for name in scores if name != best)
+    separated = all((scores[best] - scores[name]).interval(level).low > 0 for name in others)
+    return best if separated else None
