@@ -1,0 +1,33 @@
+"""Every environment variable that the package reads, in one table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["VARIABLES", "EnvVariable", "env"]
+
+
+@dataclass(frozen=True)
+class EnvVariable:
+    """One environment variable: its name, the value when it is unset, and what it does."""
+
+    name: str
+    default: str | None
+    meaning: str
+
+
+VARIABLES: tuple[EnvVariable, ...] = (
+    EnvVariable("MMC_DATA", None, "folder with the benchmark data sets that are not part of the package"),
+)
+
+
+def env(name: str) -> str | None:
+    """Value of a variable of the table; its default where it is unset or empty.
+
+    Raises ``KeyError`` for a name that is not in the table, so that none is read behind the table's back.
+    """
+    table = {variable.name: variable for variable in VARIABLES}
+    if name not in table:
+        raise KeyError(f"{name} is not in the table of mmc_fast._env; add a row for it")
+    return os.environ.get(name) or table[name].default

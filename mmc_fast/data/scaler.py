@@ -1,0 +1,81 @@
+"""Standardisation with train statistics, and what happens to values that were not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["NAN_POLICIES", "ViewScaler"]
+
+NAN_POLICIES = ("error", "mean", "indicator")
+_CHUNK = 8192  # rows held in float64 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ViewScaler:
+    """Column statistics of one modality over its present training rows, and their use on all rows.
+
+    ``x -> (x - mean) * scale``, with ``scale = 1 / std`` (population), and 0 for a column that is constant in train:
+    it carries nothing, so it becomes 0 everywhere. A value that was not measured becomes ``fill``: the train mean,
+    that is 0 after standardising. A column never measured in train becomes 0 everywhere, also where a later row has
+    it. ``indicated`` lists the columns whose measured pattern (1 measured, 0 not) is appended, unscaled, on the
+    right; so a row in which nothing was measured is the zero vector, the same as an absent one.
+    """
+
+    mean: np.ndarray  # float64 [d], subtracted
+    scale: np.ndarray  # float64 [d], multiplied
+    fill: np.ndarray  # float64 [d], for values not measured, on the scale of the result
+    constant: np.ndarray  # int64, columns with one value in train
+    never: np.ndarray  # int64, columns not measured in train
+    indicated: np.ndarray  # int64, columns with an indicator
+
+    @classmethod
+    def fit(cls, x: np.ndarray, rows: np.ndarray, *, indicator: bool, standardise: bool) -> ViewScaler:
+        """Statistics of ``x[rows]`` ([N, d], NaN = not measured; ``rows`` bool [N], present and in train)."""
+        d = x.shape[1]
+        count, total = np.zeros(d), np.zeros(d)
+        low, high = np.full(d, np.inf), np.full(d, -np.inf)
+        for chunk in _chunks(x, rows):
+            count += np.isfinite(chunk).sum(0)
+            total += np.nansum(chunk, 0)
+            low = np.fmin(low, np.fmin.reduce(chunk, 0))
+            high = np.fmax(high, np.fmax.reduce(chunk, 0))
+        mean = total / np.maximum(count, 1)
+        square = np.zeros(d)
+        for chunk in _chunks(x, rows):
+            square += np.nansum((chunk - mean) ** 2, 0)
+        std = np.sqrt(square / np.maximum(count, 1))
+        never = count == 0
+        constant = ~never & ((low == high) | (std < np.finfo(np.float32).tiny))
+        incomplete = ~never & (count < rows.sum())
+        if standardise:
+            scale = np.where(never | constant, 0.0, 1.0 / np.where(never | constant, 1.0, std))
+            fill = np.zeros(d)
+        else:
+            scale, fill, mean = np.where(never, 0.0, 1.0), mean, np.zeros(d)
+        indicated = np.flatnonzero(incomplete) if indicator else np.zeros(0, np.int64)
+        return cls(mean, scale, fill, np.flatnonzero(constant), np.flatnonzero(never), indicated)
+
+    def apply(self, x: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """float32 [N, d + number of indicators]; rows where ``present`` (bool [N]) is False are zero."""
+        d = x.shape[1]
+        out = np.zeros((len(x), d + len(self.indicated)), np.float32)
+        for start in range(0, len(x), _CHUNK):
+            here = np.flatnonzero(present[start : start + _CHUNK]) + start
+            chunk = x[here].astype(np.float64)
+            measured = ~np.isnan(chunk)
+            values = np.where(measured, (chunk - self.mean) * self.scale, self.fill)
+            with np.errstate(over="ignore"):  # the caller tests the result for infinities
+                out[here, :d] = values
+            out[here, d:] = measured[:, self.indicated]
+        out[:, self.never] = 0.0
+        return out
+
+
+def _chunks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(x), _CHUNK):
+        chunk = x[start : start + _CHUNK][rows[start : start + _CHUNK]]
+        if len(chunk):
+            yield chunk.astype(np.float64)
