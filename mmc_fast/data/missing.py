@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,6 +81,8 @@ def _rates(rate: float | Sequence[float], m: int) -> float | tuple[float, ...]:
 
 
 def _one_rate(rate: object) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:  # NaN fails the comparison
-        raise InputError(f"mcar: rate {rate!r} is not allowed; give a number in [0, 1), or one for each modality.")
-    return float(rate)
+    if isinstance(rate, int | float | np.number) and not isinstance(rate, bool):
+        value = float(rate)
+        if 0 <= value < 1:  # NaN fails the comparison
+            return value
+    raise InputError(f"mcar: rate {rate!r} is not allowed; give a number in [0, 1), or one for each modality.")
