@@ -1,0 +1,199 @@
+"""Pure functions that users call: the EBR step and gradient reversal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops.ebr import ebr_step as _ebr_step_op
+from .ops.ebr import resolve_backend
+from .reference.ebr import ebr_step as _ebr_step_reference
+from .reference.grad_reverse import grad_reverse
+
+__all__ = ["EBROutput", "ebr_step", "grad_reverse"]
+
+
+class EBROutput(NamedTuple):
+    """Result of an EBR step; add the two losses to yours and call backward once."""
+
+    recovered: Any  # list of [B, d_i], or a dict of them where a mapping went in
+    latents: Tensor
+    discrimination_loss: Tensor
+    reconstruction_loss: Tensor
+
+
+def ebr_step(
+    features: Sequence[Tensor | None],
+    encoders: Sequence[Sequence[Tensor]],
+    decoders: Sequence[Sequence[Tensor]],
+    discriminator: Sequence[Tensor],
+    *,
+    present: Tensor | None = None,
+    source: Tensor | None = None,
+    reversal: float | Tensor = 1.0,
+    normalizer: Tensor | None = None,
+    residual: bool = False,
+    normalize: bool = False,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> EBROutput:
+    r"""Encode, reconstruct and discriminate all modalities: one step of explicit basis reallocation.
+
+    .. math::
+        g_i = h_i(z_i), \quad r_i = h_i^{-1}\Big(\sum_j s_{ij}\, g_j\Big), \quad
+        L_{md} = \frac{1}{\max(1, \#present)} \sum_{present\ (b,i)} CE(\psi(g_i[b]), i), \quad
+        L_{rec} = \frac{1}{\max(1, \#rows)} \sum_{rows} \tfrac{1}{d_i} \lVert h_i^{-1}(\cdot) - sg(z_i[b]) \rVert^2
+
+    The gradient of :math:`L_{md}` reaches the latents multiplied by ``-reversal``; the discriminator's own
+    gradient keeps its sign. An absent row is never read: its latent is zero, it takes no gradient and counts nowhere.
+
+    Args:
+        features: m tensors ``[B, d_i]``, any strides; None for a modality that is absent from the whole batch.
+        encoders: m tuples ``(W1 [h, d_i], b1 [h], W2 [k, h], b2 [k])``; ReLU between the two layers.
+        decoders: m tuples ``(W1 [h, k], b1 [h], W2 [d_i, h], b2 [d_i])``.
+        discriminator: ``(W_1, b_1, ..., W_L [m, p], b_L [m])``, ReLU between layers, first width k.
+        present: bool ``[B, m]``; None means all present.
+        source: int64 ``[B, m]`` (which latent is decoded into slot i; -1 = none) or float ``[B, m, m]`` (weights,
+            differentiable); None decodes each modality from its own latent. Absent latents have no weight; a slot
+            without any is a zero row.
+        reversal: strength λ of the gradient reversal, float or 0-d tensor; 0 cuts the branch.
+        normalizer: replaces both denominators (one element), or #present and #rows (two elements): exact means
+            over processes and accumulation steps.
+        residual: add the decoded row to the feature where the modality is present.
+        normalize: layer-normalise latents (no affine parameters, eps 1e-5) before every further use.
+        backend: "auto", "cpp", "triton", "cuda" or "torch". An explicit one is used or raises with the reason.
+            "torch" is plain differentiable torch (double backward works); float64 always takes that path.
+        recompute: keep only the inputs for backward and compute the activations again.
+
+    Returns:
+        ``EBROutput(recovered: m x [B, d_i], latents [m, B, k], discrimination_loss, reconstruction_loss)``; the
+        losses are float32 scalars (float64 for float64 inputs), never synchronised to the host.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or an integer source out of range (on CPU).
+        RuntimeError: an explicit backend cannot run here.
+
+    Cost: ``2 B (sum_i 2 h (d_i + k) ... + m * psi)`` multiply-adds forward, about twice that backward.
+    Source: Chaudhuri et al., ICML 2025, section 3.3 and appendix; L_rec from the authors' slides.
+    """
+    filled, present = _fill_absent(features, present, encoders)
+    params = [t for head in (*encoders, *decoders) for t in head] + list(discriminator)
+    _check(filled, encoders, decoders, discriminator, present, source, normalizer)
+    device = filled[0].device
+    if torch.is_autocast_enabled(device.type) and filled[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        filled, params = [f.to(dtype) for f in filled], [p.to(dtype) for p in params]
+        with torch.autocast(device.type, enabled=False):
+            return _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
+    return _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
+
+
+def _run(
+    features: list[Tensor],
+    params: list[Tensor],
+    present: Tensor | None,
+    source: Tensor | None,
+    reversal: float | Tensor,
+    normalizer: Tensor | None,
+    residual: bool,
+    normalize: bool,
+    backend: str,
+    recompute: bool,
+) -> EBROutput:
+    m, dtype, device = len(features), features[0].dtype, features[0].device
+    for i, p in enumerate(params):
+        if p.dtype != dtype or p.device != device:
+            raise TypeError(
+                f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {dtype} on {device}; "
+                "cast the model or use torch.autocast"
+            )
+    if resolve_backend(backend, features[0]) == "torch":
+        heads = [params[4 * i : 4 * i + 4] for i in range(2 * m)]
+        return EBROutput(
+            *_ebr_step_reference(
+                features, heads[:m], heads[m:], params[8 * m :],
+                present, source, reversal, normalizer, residual, normalize,
+            )
+        )  # fmt: skip
+    if isinstance(reversal, Tensor):
+        strength = reversal.detach().to(device=device, dtype=torch.float32)
+    else:
+        strength = torch.full((), float(reversal), dtype=torch.float32, device=device)
+    return EBROutput(
+        *_ebr_step_op(features, params, present, source, strength, normalizer, residual, normalize, recompute)
+    )
+
+
+def _fill_absent(
+    features: Sequence[Tensor | None], present: Tensor | None, encoders: Sequence[Sequence[Tensor]]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Stand-ins of zeros for modalities given as None, with their column of ``present`` cleared."""
+    if len(features) != len(encoders):
+        raise ValueError(f"ebr_step: got {len(features)} features for {len(encoders)} encoders; pass one per modality")
+    given = [f for f in features if f is not None]
+    if not given:
+        raise ValueError("ebr_step: every modality is None; at least one tensor is needed to know the batch size")
+    like = given[0]
+    if len(given) == len(features):
+        return given, present
+    column = torch.tensor([f is not None for f in features], device=like.device)
+    if present is None:
+        present = column.expand(like.shape[0], -1)
+    elif present.shape[-1] == len(features):
+        present = present & column
+    filled = [
+        like.new_zeros(like.shape[0], e[0].shape[1]) if f is None else f
+        for f, e in zip(features, encoders, strict=True)
+    ]
+    return filled, present
+
+
+def _check(
+    features: list[Tensor],
+    encoders: Sequence[Sequence[Tensor]],
+    decoders: Sequence[Sequence[Tensor]],
+    discriminator: Sequence[Tensor],
+    present: Tensor | None,
+    source: Tensor | None,
+    normalizer: Tensor | None,
+) -> None:
+    m = len(features)
+    batch, dtype = features[0].shape[0], features[0].dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"ebr_step: features[0] is {dtype}; pass floating-point features, for example x.float()")
+    if len(decoders) != m:
+        raise ValueError(f"ebr_step: got {len(decoders)} decoders for {m} modalities; pass one per modality")
+    for i, f in enumerate(features):
+        if f.dim() != 2 or f.shape[0] != batch or f.shape[1] != encoders[i][0].shape[1]:
+            raise ValueError(
+                f"ebr_step: features[{i}] has shape {list(f.shape)}; expected [{batch}, {encoders[i][0].shape[1]}] "
+                "(batch of features[0], width of its encoder)"
+            )
+        if f.dtype != dtype or f.device != features[0].device:
+            raise TypeError(
+                f"ebr_step: features[{i}] is {f.dtype} on {f.device} but features[0] is {dtype} on "
+                f"{features[0].device}; cast them to one dtype and device"
+            )
+    if len(discriminator) < 2 or discriminator[-2].shape[0] != m:
+        raise ValueError(f"ebr_step: the discriminator must end in a layer of {m} outputs, one per modality")
+    if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (batch, m)):
+        raise ValueError(
+            f"ebr_step: present is {present.dtype} {list(present.shape)}; expected torch.bool [{batch}, {m}]"
+        )
+    if source is not None:
+        expected = [batch, m, m] if source.is_floating_point() else [batch, m]
+        if list(source.shape) != expected or source.dtype not in (
+            torch.int64,
+            torch.float64,
+            dtype,
+            torch.float32,
+        ):
+            raise ValueError(
+                f"ebr_step: source is {source.dtype} {list(source.shape)}; expected torch.int64 [{batch}, {m}] or "
+                f"{dtype} [{batch}, {m}, {m}]"
+            )
+    if normalizer is not None and (not isinstance(normalizer, Tensor) or normalizer.numel() not in (1, 2)):
+        raise ValueError("ebr_step: normalizer must be a tensor of one element, or of two (#present, #rows)")

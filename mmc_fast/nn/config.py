@@ -1,0 +1,74 @@
+"""``EBRConfig``: the settings of EBR as one value, with the published readings as named constructors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["EBRConfig"]
+
+_CHOICES = {
+    "schedule": ("joint", "interleave"),
+    "ranking": ("reference", "pairwise"),
+    "substitute": ("ranked", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class EBRConfig:
+    """Architecture of the heads, the two-player game and the policy for missing modalities.
+
+    Attributes:
+        latent_dim, hidden_dim, psi_dims, residual, normalize: see :class:`mmc_fast.nn.EBRHead`.
+        reversal: λ, strength of the gradient reversal (≥ 0).
+        reconstruction: λ_rec, weight of the reconstruction loss (≥ 0).
+        schedule: "joint" (one backward for all losses) or "interleave" (blocks of ``interleave_epochs``).
+        psi_lr_scale, psi_steps: learning rate of ψ relative to the rest; ψ updates per step.
+        patience: epochs without improvement after which the adversarial part ends (None: never).
+        ranking, substitute: how a missing modality finds its proxy ("ranked" or the "mean" of present latents).
+        modalities: names that get a head (None: all).
+    """
+
+    latent_dim: int = 512
+    hidden_dim: int = 1024
+    psi_dims: tuple[int, ...] = (512, 256)
+    residual: bool = False
+    normalize: bool = False
+    reversal: float = 1.0
+    reconstruction: float = 0.0
+    schedule: str = "joint"
+    interleave_epochs: int = 10
+    psi_lr_scale: float = 1.0
+    psi_steps: int = 1
+    patience: int | None = None
+    ranking: str = "reference"
+    substitute: str = "ranked"
+    modalities: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "psi_dims", tuple(self.psi_dims))
+        if self.modalities is not None:
+            object.__setattr__(self, "modalities", tuple(self.modalities))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"EBRConfig: {name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        for name in ("reversal", "reconstruction", "psi_lr_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"EBRConfig: {name} is {getattr(self, name)}; it must be finite and not negative")
+        for name in ("latent_dim", "hidden_dim", "interleave_epochs", "psi_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EBRConfig: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"EBRConfig: patience is {self.patience}; it must be at least 1, or None for no early stop"
+            )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> EBRConfig:
+        """As published in the paper: λ = 1, no reconstruction loss, losses interleaved every 10 epochs."""
+        return replace(cls(schedule="interleave"), **changes)
+
+    @classmethod
+    def slides(cls, **changes: Any) -> EBRConfig:
+        """As in the authors' slides: adds the reconstruction loss, stops the game when validation drops."""
+        return replace(cls(schedule="interleave", reconstruction=1.0, patience=10), **changes)

@@ -1,0 +1,1 @@
+"""Registered operators: schemas, fake implementations, autograd and the choice of backend."""

@@ -1,0 +1,97 @@
+"""Which latent stands in for a missing modality: the rules of the paper, by brute force."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+import torch
+
+from mmc_fast.nn import substitution as S
+
+
+def brute_force_ranked(present, order):
+    out = torch.full(present.shape, -1)
+    for b in range(present.shape[0]):
+        for i in range(present.shape[1]):
+            best = None
+            for j in range(present.shape[1]):
+                if present[b, j]:
+                    key = (abs(order.index(i) - order.index(j)), order.index(j))
+                    if best is None or key < best[0]:
+                        best = (key, j)
+            if best:
+                out[b, i] = best[1]
+    return out
+
+
+@pytest.mark.parametrize("round_", range(10))
+def test_ranked_source_by_brute_force(round_):
+    gen = torch.Generator().manual_seed(secrets.randbits(32))
+    m = 1 + round_ % 6
+    order = torch.randperm(m, generator=gen).tolist()
+    present = torch.rand(40, m, generator=gen) < 0.5
+    assert torch.equal(S.ranked_source(present, order), brute_force_ranked(present, order))
+
+
+def test_ties_go_to_the_side_of_the_reference():
+    present = torch.tensor([[True, False, True]])
+    assert S.ranked_source(present, [0, 1, 2]).tolist() == [[0, 0, 2]]
+    assert S.ranked_source(present, [2, 1, 0]).tolist() == [[0, 2, 2]]
+
+
+def test_reference_and_pairwise_rankings_differ_where_they_should():
+    similarity = torch.tensor([[1.0, 0.9, 0.8], [0.9, 1.0, 0.1], [0.8, 0.1, 1.0]])
+    order = S.rank_modalities(similarity, 0)
+    assert order == [0, 1, 2]
+    present = torch.tensor([[True, True, False]])
+    assert S.ranked_source(present, order).tolist() == [[0, 1, 1]]  # nearest in the list: modality 1
+    assert S.pairwise_source(present, similarity).tolist() == [[0, 1, 0]]  # most similar: modality 0
+
+
+def test_nothing_missing_is_the_identity_and_nothing_present_is_none():
+    present = torch.tensor([[True] * 3, [False] * 3])
+    want = [[0, 1, 2], [-1, -1, -1]]
+    assert S.ranked_source(present, [2, 0, 1]).tolist() == want
+    assert S.pairwise_source(present, torch.eye(3)).tolist() == want
+    weights = S.mean_source(present)
+    assert torch.equal(weights[0], torch.eye(3))
+    assert not weights[1].any()
+
+
+def test_mean_source_weighs_present_latents_equally():
+    weights = S.mean_source(torch.tensor([[True, False, True]]))[0]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0, 1.0]]))
+
+
+def test_similarity_is_the_mean_cosine_over_samples_that_have_both():
+    gen = torch.Generator().manual_seed(secrets.randbits(32))
+    latents = torch.randn(3, 50, 4, generator=gen)
+    present = torch.rand(50, 3, generator=gen) < 0.6
+    latents[~present.t()] = float("nan")  # never read
+    got = S.latent_similarity(latents, present)
+    for i in range(3):
+        for j in range(3):
+            both = present[:, i] & present[:, j]
+            want = torch.nn.functional.cosine_similarity(latents[i, both], latents[j, both], dim=-1).mean()
+            assert float(got[i, j]) == pytest.approx(float(want) if i != j else 1.0, abs=1e-6)
+
+
+def test_pair_that_is_never_observed_together_is_last_and_warns():
+    present = torch.tensor([[True, False, True], [False, True, True]])
+    with pytest.warns(UserWarning, match="modalities 0 and 1 together"):
+        similarity = S.latent_similarity(torch.ones(3, 2, 4), present)
+    assert similarity[0, 1] == -1
+    assert S.rank_modalities(similarity, 0) == [0, 2, 1]
+
+
+def test_bad_arguments_are_named():
+    present = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="permutation of 0 to 2"):
+        S.ranked_source(present, [0, 1])
+    with pytest.raises(ValueError, match=r"expected \[3, 3\]"):
+        S.pairwise_source(present, torch.eye(2))
+    with pytest.raises(ValueError, match="allowed are 0 to 2"):
+        S.rank_modalities(torch.eye(3), 3)
+    with pytest.raises(ValueError, match="not finite"):
+        S.latent_similarity(torch.full((2, 3, 4), float("inf")), torch.ones(3, 2, dtype=torch.bool))
