@@ -130,7 +130,7 @@ class Report:
         )
         environment.filters["inline"] = _inline
         environment.filters["paragraphs"] = lambda text: [_inline(p) for p in re.split(r"\n\s*\n", text.strip())]
-        environment.filters["kind"] = lambda block: type(block).__name__
+        environment.filters["kind"] = _kind
         environment.filters["cell"] = lambda value: value if isinstance(value, Cell) else Cell(value)
         style = (Path(__file__).parent / "template" / "style.css").read_text(encoding="utf-8")
         drawings = _Drawings()
@@ -169,6 +169,12 @@ class _Drawings:
         svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', svg)
         label = escape(figure.alt)
         return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def _kind(block: object) -> str:
+    if not isinstance(block, Block):
+        raise TypeError(f"a report is made of {Block}, got {type(block).__name__}")
+    return type(block).__name__
 
 
 def _inline(text: str) -> Markup:

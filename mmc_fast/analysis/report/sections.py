@@ -1,0 +1,160 @@
+"""Sections built from finished runs. Each takes plain results; a report picks the ones that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .comparison import Comparison, table_rows
+from .document import Block, Callout, Cell, Details, Facts, Panels, Section, Table, Text
+from .drawings import (
+    draw_fresh_discriminator,
+    draw_game,
+    draw_history,
+    draw_missing_rates,
+    draw_reliance,
+    metric_name,
+)
+from .reliance import KEPT_MAX, LOSS_MAX, SIGNAL_MIN
+from .runs import RunSet
+from .words import collapse_summary, collapse_words, comparison_words, game_words, reliance_verdicts
+
+__all__ = ["chance_score", "game_section", "results_section", "settings_section", "summary_section"]
+
+
+def chance_score(metric: str, labels: ArrayLike) -> float:
+    """Score of a model that knows nothing but the labels' frequencies."""
+    y = np.asarray(labels)
+    if metric == "auroc":
+        return 0.5
+    return float((y == 1).mean()) if metric == "auprc" else float(np.bincount(y).max() / len(y))
+
+
+def summary_section(
+    runs: Sequence[RunSet], comparisons: Sequence[Comparison], chances: Sequence[float], *, base: str, focus: str
+) -> Section:
+    """The findings in a few sentences: collapse in the ``base`` method, and what ``focus`` gains or loses."""
+    blocks: list[Block] = []
+    for run_set, comparison, chance in zip(runs, comparisons, chances, strict=True):
+        collapsed = any(v.kind == "collapsed" for v in reliance_verdicts(run_set, base, chance))
+        blocks.append(Callout(collapse_summary(run_set, base, chance), "finding" if collapsed else "note"))
+        blocks.append(Text("\n\n".join(comparison_words(comparison, focus))))
+    return Section("What the runs show", blocks)
+
+
+def results_section(
+    runs: RunSet, comparison: Comparison, chance: float, *, base: str, focus: str, masked: str | None
+) -> Section:
+    """Table, missing rates, reliance of ``base`` and ``focus``, and a sentence per modality for one data set."""
+    names = {method: runs.name(method) for method in runs.methods}
+    table = Table(
+        ["method", *comparison.conditions],
+        table_rows(comparison, names),
+        f"Test {metric_name(comparison.metric)}, mean ± s.d. over {len(comparison.seeds)} seed(s). Bold: the paired "
+        f"{comparison.level:.0%} intervals against every other method lie above 0.",
+    )
+    blocks: list[Block] = [
+        table,
+        Panels([draw_missing_rates(runs, comparison).figure(), _validation(runs)]),
+        Panels([draw_reliance(runs, method, chance).figure() for method in (base, focus)]),
+        Text("\n\n".join(collapse_words(runs, base, chance, masked))),
+        Details("Differences between all methods, with intervals", [_differences(runs, comparison)]),
+        Details("Share of values that were really missing", [_realised(runs)]),
+    ]
+    return Section(_heading(runs), blocks)
+
+
+def game_section(runs: Sequence[RunSet], *, focus: str) -> Section:
+    """Losses of both players over the epochs, and what a fresh discriminator finds at the end."""
+    playing = [r for r in runs if all(run.get("game") for run in r.methods[focus])]
+    if not playing:
+        return Section("The adversarial game", [Text("No run plays it: λ is 0 or there is one modality.")])
+    figures = []
+    for run_set in playing:
+        chance = run_set.methods[focus][0]["game"]["fresh_discriminator"]["chance"]
+        figures.append(draw_history(run_set, "loss_sem", "training loss L_sem", "cross-entropy").figure())
+        figures.append(draw_game(run_set, focus, chance).figure())
+    figures.append(draw_fresh_discriminator(playing, focus).figure())
+    explanation = (
+        "EBR lets the encoders work against a discriminator ψ that names the modality of a latent. The loss L_md alone "
+        "cannot tell who wins, since a weak ψ also has a high loss; so a fresh discriminator is trained to convergence "
+        "on the frozen latents and judged on held-out samples."
+    )
+    return Section(
+        "The adversarial game",
+        [Text(explanation), *[Text(game_words(r, focus)) for r in playing], Panels(figures)],
+    )
+
+
+def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]]) -> Section:
+    """Environment, how to read the numbers, and the full configuration of every method."""
+    reading = (
+        "**Missing data.** Each modality of each test row is hidden independently with the nominal rate; a row that "
+        "would lose everything is drawn again. Seeds share their masks between methods.\n\n"
+        "**Intervals.** The variance of a difference is the variance over seeds divided by their number plus the "
+        "bootstrap variance over test samples; the quantile is Student's t with the degrees of freedom of Welch and "
+        "Satterthwaite. With few seeds these intervals are wide, and they should be.\n\n"
+        f"**Collapse.** On a scale from chance (0) to the fused model (1), a modality has collapsed when it reaches "
+        f"{SIGNAL_MIN:g} or more alone, its absence costs {LOSS_MAX:g} or less, and the fused model keeps "
+        f"{KEPT_MAX:g} or less of its signal when it gets nothing else. Absent modalities are filled with the train "
+        "mean for this test. Models that have never seen that can fail on it for that reason alone; the model trained "
+        "with modality dropout is the control."
+    )
+    rows = _flat(configs)
+    table = Table(
+        ["setting", *configs], rows, "All settings of every method; a dash where a method does not have the setting."
+    )
+    return Section("How to read this, and settings", [Text(reading), Facts(facts), Details("All settings", [table])])
+
+
+def _heading(runs: RunSet) -> str:
+    title = runs.data.get("title")
+    return f"{runs.dataset}: {title}" if title else runs.dataset
+
+
+def _validation(runs: RunSet) -> Any:
+    return draw_history(runs, "val_score", "validation score", metric_name(runs.metric)).figure()
+
+
+def _differences(runs: RunSet, comparison: Comparison) -> Table:
+    methods = list(comparison.scores)
+    pairs = [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]]
+    rows = []
+    for first, second in pairs:
+        cells: list[Cell | str] = [f"{runs.name(second)} − {runs.name(first)}"]
+        for condition in comparison.conditions:
+            d = comparison.difference(second, first, condition)
+            cells.append(Cell(f"{d.estimate:+.3f}", d.verdict != "undecided", f"{d.low:+.3f} … {d.high:+.3f}"))
+        rows.append(cells)
+    return Table(
+        ["difference", *comparison.conditions],
+        rows,
+        f"Paired {comparison.level:.0%} intervals, {comparison.resamples} resamples. Bold: the interval excludes 0.",
+    )
+
+
+def _realised(runs: RunSet) -> Table:
+    first = next(iter(runs.methods.values()))[0]
+    modalities = list(first["scores"]["reliance"])
+    rows = [
+        [f"{entry['rate']:g}", *(f"{share:.3f}" for share in entry["realised"])] for entry in first["scores"]["missing"]
+    ]
+    return Table(["nominal", *modalities], rows, f"Realised missing rates of seed {first['seed']}.")
+
+
+def _flat(configs: Mapping[str, Mapping[str, Any]]) -> list[list[Cell | str]]:
+    def walk(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:
+        result = {}
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                result.update(walk(f"{prefix}{key}.", value))
+            else:
+                result[f"{prefix}{key}"] = "–" if value is None else str(value)
+        return result
+
+    flat = {name: walk("", config) for name, config in configs.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    return [[f"`{key}`", *(values.get(key, "–") for values in flat.values())] for key in keys]
