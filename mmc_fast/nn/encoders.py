@@ -1,0 +1,37 @@
+"""Encoders of one modality: a small MLP, or nothing at all."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+__all__ = ["IdentityEncoder", "MLPEncoder"]
+
+
+class MLPEncoder(nn.Module):
+    """Two-layer perceptron ``z = W_2 relu(W_1 x + b_1) + b_2`` on rows ``[B, dim] -> [B, out_dim]``."""
+
+    def __init__(self, dim: int, width: int, out_dim: int) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("width", width), ("out_dim", out_dim)):
+            if value < 1:
+                raise InputError(f"MLPEncoder: {name} is {value}; give a width of 1 or more")
+        self.out_dim = out_dim
+        self.layers = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class IdentityEncoder(nn.Module):
+    """Pass features on unchanged, so that the fusion sees the modality itself: ``[B, dim] -> [B, dim]``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise InputError(f"IdentityEncoder: dim is {dim}; give a width of 1 or more")
+        self.out_dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

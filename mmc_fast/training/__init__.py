@@ -1,0 +1,27 @@
+"""Standard training loop: one function for vanilla training, modality dropout, KD and EBR, by configuration."""
+
+from .config import METHODS, KDConfig, TrainConfig
+from .evaluate import evaluate, predict
+from .loop import SCHEMA_VERSION, TrainResult, train
+from .model import MultimodalModel
+from .progress import Interrupted, Progress, TrainingDiverged
+from .runfolder import LoadedRun, load_run
+from .unimodal import UnimodalModels
+
+__all__ = [
+    "METHODS",
+    "SCHEMA_VERSION",
+    "Interrupted",
+    "KDConfig",
+    "LoadedRun",
+    "MultimodalModel",
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDiverged",
+    "UnimodalModels",
+    "evaluate",
+    "load_run",
+    "predict",
+    "train",
+]

@@ -1,0 +1,201 @@
+"""Scores of a finished model on one part: complete data, missing rates, reliance on single modalities."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import MultimodalDataset, Part, mcar
+from ..data.names import unknown
+from ..errors import InputError
+from .metrics import scores
+from .model import MultimodalModel
+from .seeds import generator
+from .substitution import source_for
+from .unimodal import UnimodalModels
+
+__all__ = ["RATES", "Predictions", "check_fits", "evaluate", "masks_at", "measure", "predict"]
+
+RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
+_PARTS = ("train", "validation", "test")
+_BATCH = 4096
+
+
+@torch.no_grad()
+def predict(
+    model: MultimodalModel,
+    features: Sequence[Tensor],
+    present: Tensor,
+    *,
+    on_empty: str = "error",
+) -> Tensor:
+    """Class probabilities ``[N, C]`` on the CPU; absent modalities are substituted by the model's rule.
+
+    Args:
+        features: one ``[N, d_i]`` per modality. present: bool ``[N, m]``; absent rows are never read.
+        on_empty: for rows with nothing present: "error", or "prior" to answer with the class shares of the train part.
+
+    Raises:
+        InputError: rows with nothing present under ``on_empty="error"``, or an unknown ``on_empty``.
+    """
+    if on_empty not in ("error", "prior"):
+        raise unknown("on_empty", on_empty, ("error", "prior"))
+    empty = ~present.any(1)
+    if on_empty == "error" and empty.any():
+        raise InputError(
+            f"{int(empty.sum())} of {len(empty)} rows have no modality present (the first is row "
+            f"{int(empty.nonzero()[0])}); drop them or ask for on_empty='prior'"
+        )
+    was_training = model.training
+    model.eval()
+    device = model.class_prior.device
+    out = []
+    for start in range(0, len(present), _BATCH):
+        rows = slice(start, start + _BATCH)
+        here: Tensor | None = present[rows].to(device)
+        source = None
+        if here is not None and bool(here.all()):
+            here = None
+        elif here is not None:
+            source = source_for(model, here)
+        logits = model([x[rows].to(device) for x in features], here, source).logits
+        out.append(torch.softmax(logits, -1).cpu())
+    model.train(was_training)
+    probabilities = torch.cat(out) if out else torch.zeros(0, model.num_classes)
+    return torch.where(empty[:, None], model.class_prior.cpu(), probabilities)
+
+
+def masks_at(present: Tensor, rate: float, seed: int, part: str) -> tuple[Tensor, list[float]]:
+    """Presence at an MCAR missing rate, and the realised rates; depends on seed, part and rate only, never on a model."""
+    drawn = mcar(present, rate, generator(seed, "missing", part, repr(float(rate))))
+    return drawn.present, drawn.realised
+
+
+@dataclass
+class Predictions:
+    """Per-sample outputs behind the scores: class probabilities ``[N, C]`` by condition, labels, data set rows."""
+
+    part: str
+    labels: Tensor
+    index: Tensor
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+
+def evaluate(
+    model: MultimodalModel,
+    dataset: MultimodalDataset,
+    *,
+    part: str = "test",
+    rates: Sequence[float] = RATES,
+    seed: int = 0,
+    unimodal: UnimodalModels | None = None,
+    reliance: bool = True,
+    on_empty: str = "error",
+) -> dict[str, Any]:
+    """Score ``model`` on one part of ``dataset``.
+
+    Returns a dict: "part"; "complete" (natural presence only), "missing"
+    (one entry per rate with "rate", "realised" per modality, "score"), "mean_missing"; "reliance" per modality:
+    "alone" (its unimodal model, on rows that have it; None without ``unimodal``), "without" (it is held at its mean over
+    the train part) and "only" (all others are); with auroc also "auprc" beside each score. Masks depend on ``seed``,
+    part and rate only, so methods with the same seed meet the same masks. Only train rows enter the means.
+
+    Raises:
+        InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.
+    """
+    return measure(
+        model,
+        dataset,
+        part=part,
+        rates=rates,
+        seed=seed,
+        unimodal=unimodal,
+        reliance=reliance,
+        on_empty=on_empty,
+    )[0]
+
+
+def measure(
+    model: MultimodalModel,
+    dataset: MultimodalDataset,
+    *,
+    part: str,
+    rates: Sequence[float],
+    seed: int,
+    unimodal: UnimodalModels | None,
+    reliance: bool,
+    on_empty: str,
+) -> tuple[dict[str, Any], Predictions]:
+    """:func:`evaluate` together with the predictions behind its scores."""
+    if part not in _PARTS:
+        raise unknown("part", part, _PARTS)
+    check_fits(model, dataset)
+    rows = dataset.part(part)
+    metric = dataset.metric
+    found = Predictions(part, rows.labels, rows.index)
+
+    def judge(name: str, features: Sequence[Tensor], present: Tensor) -> dict[str, float]:
+        probabilities = predict(model, features, present, on_empty=on_empty)
+        found.probabilities[name] = probabilities
+        return scores(probabilities, rows.labels, metric)
+
+    complete = judge("complete", rows.features, rows.present)
+    result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
+    if "auprc" in complete:
+        result["complete_auprc"] = complete["auprc"]
+    missing = []
+    for rate in rates:
+        present, realised = masks_at(rows.present, rate, seed, part)
+        missing.append({"rate": float(rate), "realised": realised} | judge(f"missing_{rate:g}", rows.features, present))
+    result["missing"] = missing
+    result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None
+    if reliance:
+        result["reliance"] = _reliance(dataset, rows, judge, unimodal, found)
+    return result, found
+
+
+def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
+    train = dataset.part("train")
+    means = [
+        x[train.present[:, i]].double().mean(0).float().expand_as(rows.features[i])
+        for i, x in enumerate(train.features)
+    ]
+    result: dict[str, Any] = {}
+    for i, name in enumerate(dataset.modalities):
+        without = [means[j] if j == i else x for j, x in enumerate(rows.features)]
+        only = [x if j == i else means[j] for j, x in enumerate(rows.features)]
+        entry: dict[str, Any] = {"alone": None, "alone_rows": int(rows.present[:, i].sum())}
+        if unimodal is not None and entry["alone_rows"]:
+            here = rows.present[:, i]
+            probabilities = unimodal.predict(name, rows.features[i][here])
+            found.probabilities[f"alone_{name}"] = _spread(probabilities, here)
+            labels = rows.labels[here]
+            if dataset.metric == "accuracy" or len(labels.unique()) == 2:
+                entry["alone"] = scores(probabilities, labels, dataset.metric)["score"]
+        entry["without"] = judge(f"without_{name}", without, rows.present)["score"]
+        entry["only"] = judge(f"only_{name}", only, rows.present)["score"]
+        result[name] = entry
+    return result
+
+
+def _spread(probabilities: Tensor, here: Tensor) -> Tensor:
+    """Put rows back to their places among all rows; NaN where there is none."""
+    full = probabilities.new_full((len(here), probabilities.shape[1]), float("nan"))
+    full[here] = probabilities
+    return full
+
+
+def check_fits(model: MultimodalModel, dataset: MultimodalDataset) -> None:
+    """Raise InputError unless ``dataset`` has the modalities, widths and classes that ``model`` was built for."""
+    widths = dict(zip(model.modalities, model.input_widths, strict=True))
+    if widths != dataset.dims or list(widths) != dataset.modalities:
+        raise InputError(f"the model was built for modalities {widths} but {dataset.name} has {dataset.dims}")
+    if model.num_classes != dataset.num_classes:
+        raise InputError(
+            f"the model was built for {model.num_classes} classes but {dataset.name} has {dataset.num_classes}"
+        )

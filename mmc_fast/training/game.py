@@ -1,0 +1,132 @@
+"""Watching the two-player game: who wins, how hard both pull, and whether it changed anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor, nn
+
+from ..data import Part
+from .model import MultimodalModel
+from .seeds import generator, seeded_init
+
+__all__ = ["fresh_discriminator", "parameter_distance", "probe"]
+
+_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_BATCH, _FRESH_ROWS = 100, 8, 256, 8192
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> float:
+    squares = [g.double().square().sum() for g in gradients if g is not None]
+    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+
+def probe(model: MultimodalModel, part: Part, reversal: float) -> dict[str, float]:
+    """Gradient norms of both players under ``L_md`` and the accuracy of psi, on the rows of ``part``.
+
+    "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)`` that
+    the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs.
+    """
+    if model.head is None:
+        raise RuntimeError("probe: this model has no EBR heads, so there is no game to watch")
+    groups = model.groups()
+    psi, encoders = groups["discriminator"], groups["encoders"]
+    present = None if bool(part.present.all()) else part.present
+    out = model.apply_head(model.encode(part.features, present), present, reversal=reversal)
+    gradients = torch.autograd.grad(out.discrimination_loss, psi + encoders, allow_unused=True)
+    with torch.no_grad():
+        guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
+        truth = torch.arange(guess.shape[0], device=guess.device)[:, None]
+        here = model.head_present(part.present).t()
+        accuracy = float((guess == truth)[here].double().mean())
+    return {
+        "grad_norm_psi": _norm(gradients[: len(psi)]),
+        "grad_norm_encoders": _norm(gradients[len(psi) :]),
+        "psi_accuracy": accuracy,
+    }
+
+
+@torch.no_grad()
+def _latent_rows(model: MultimodalModel, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Present latents ``[R, k]``, their modality ``[R]`` and their sample ``[R]``."""
+    latents = model.latents(part.features, part.present)
+    here = model.head_present(part.present).t()  # [h, N]
+    modality, sample = here.nonzero(as_tuple=True)
+    return latents[modality, sample], modality, sample
+
+
+def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, seed: int) -> dict[str, Any] | None:
+    """Train a new discriminator of psi's shape on frozen latents to convergence; judge it on held-out rows.
+
+    A weak psi also has a high loss, so invariance is judged by this one: "balanced_accuracy" near "chance" (1 / number
+    of modalities) means that latents do not tell their modality. Latents are standardised by the statistics of the
+    train latents, so that shrinking them hides nothing. A fifth of the train samples (at most 8192 are used) stops the
+    training early. None where fewer than two modalities have a head.
+    """
+    heads = len(model.columns)
+    if model.head is None or heads < 2:
+        return None
+    random = generator(seed, "fresh", "order")
+    if len(train) > _FRESH_ROWS:
+        train = train.select(torch.randperm(len(train), generator=random)[:_FRESH_ROWS].to(train.labels.device))
+    x, y, sample = (t.cpu() for t in _latent_rows(model, train))
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
+    x = (x - mean) / scale
+    stop_sample = torch.zeros(len(train), dtype=torch.bool)
+    stop_sample[torch.randperm(len(train), generator=random)[: max(1, len(train) // 5)]] = True
+    stopping = stop_sample[sample]
+    widths = [model.head.latent_dim, *model.head.psi_dims, heads]
+    with seeded_init(seed, "fresh", "init"):
+        layers: list[nn.Module] = []
+        for n in range(len(widths) - 1):
+            layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
+        judge = nn.Sequential(*layers[:-1])
+    epochs = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
+    held_x, held_y, _ = (t.cpu() for t in _latent_rows(model, held_out))
+    with torch.no_grad():
+        guess = judge((held_x - mean) / scale).argmax(-1)
+    return {
+        "balanced_accuracy": float(balanced_accuracy_score(held_y.numpy(), guess.numpy())),
+        "chance": 1.0 / heads,
+        "epochs": epochs,
+        "rows": len(held_y),
+    }
+
+
+def _fit_judge(
+    judge: nn.Sequential, x: Tensor, y: Tensor, stop_x: Tensor, stop_y: Tensor, random: torch.Generator
+) -> int:
+    """Adam on cross-entropy until the loss on the stopping rows has not improved for some epochs; keeps the best."""
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3, fused=True)
+    best, bad, best_epoch = math.inf, 0, 0
+    state = {k: v.clone() for k, v in judge.state_dict().items()}
+    for epoch in range(1, _FRESH_EPOCHS + 1):
+        order = torch.randperm(len(x), generator=random)
+        for rows in order.split(_FRESH_BATCH):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(judge(x[rows]), y[rows]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(F.cross_entropy(judge(stop_x), stop_y))
+        if loss < best:
+            best, bad, best_epoch = loss, 0, epoch
+            state = {k: v.clone() for k, v in judge.state_dict().items()}
+        else:
+            bad += 1
+            if bad >= _FRESH_PATIENCE:
+                break
+    judge.load_state_dict(state)
+    return best_epoch
+
+
+def parameter_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[str]) -> float:
+    """``||a - b|| / ||b||`` over the named tensors together (float64); exactly 0 where nothing differs."""
+    difference = base = 0.0
+    for name in names:
+        difference += float((a[name].double() - b[name].double()).square().sum())
+        base += float(b[name].double().square().sum())
+    return math.sqrt(difference) / math.sqrt(base) if base else math.sqrt(difference)

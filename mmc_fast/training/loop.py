@@ -1,0 +1,364 @@
+"""``train``: the stages of a run in order, from data and settings to a finished results record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..data import MultimodalDataset
+from ..data.names import unknown
+from ..errors import InputError
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .distillation import distil, teaching_plan
+from .environment import environment
+from .evaluate import Predictions, measure
+from .game import fresh_discriminator, parameter_distance
+from .interrupt import InterruptGuard
+from .model import MultimodalModel, select_modalities
+from .parts import fingerprint, to_device
+from .progress import Progress, Silent
+from .runfolder import RunFolder, load_run
+from .seeds import check_seed, seeded_init
+from .substitution import describe
+from .trainer import Trainer
+from .unimodal import UnimodalModels, train_unimodal, unimodal_key
+
+__all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
+
+SCHEMA_VERSION = 1
+_PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves: the selected ``model``, ``results`` (the content of results.json), the unimodal models to hand to
+    the next method, per-sample ``predictions`` (empty for a finished run that was opened again)."""
+
+    model: MultimodalModel
+    results: dict[str, Any]
+    unimodal: UnimodalModels | None = None
+    run_dir: Path | None = None
+    predictions: list[Predictions] = field(default_factory=list)
+
+
+def train(
+    dataset: MultimodalDataset,
+    config: TrainConfig,
+    *,
+    seed: int,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    unimodal: UnimodalModels | None = None,
+    evaluate_on: Sequence[str] = ("test",),
+    device: str = "cpu",
+) -> TrainResult:
+    """Train, select and score one model; the same function for every method.
+
+    Stages: unimodal models, distillation (KD), the run, its control run with lambda 0 (EBR), evaluation.
+
+    Args:
+        seed: everything random is derived from it; the same seed gives the same numbers on the CPU.
+        run_dir: folder for checkpoints and results (new or empty); None keeps everything in memory.
+        resume: continue the run in ``run_dir`` (it must be the same run); a finished one is opened and returned.
+        unimodal: models of an earlier run with the same data, seed and settings, to save their training.
+        evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
+            so ``("validation",)`` never touches it. ``()`` scores nothing.
+        device: "cpu", "cuda" or "cuda:N". Bitwise repeats are promised on the CPU only.
+
+    Raises:
+        InputError: arguments that do not fit each other or the data; nothing has been written then.
+        Interrupted: Ctrl-C; state saved where there is a ``run_dir``.
+        TrainingDiverged: a loss became NaN or infinite.
+    """
+    return _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device).execute(
+        run_dir, resume, unimodal
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        dataset: MultimodalDataset,
+        config: TrainConfig,
+        seed: int,
+        progress: Progress,
+        evaluate_on: tuple[str, ...],
+        device: str,
+    ) -> None:
+        for part in evaluate_on:
+            if part not in _PARTS:
+                raise unknown("part", part, _PARTS)
+        if config.kd is not None and len(dataset.modalities) < 2:
+            raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
+        self.heads = 0
+        if config.ebr is not None:
+            self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
+        self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
+        self.progress, self.evaluate_on = progress, evaluate_on
+        self.device = _check_device(device)
+        self.guard = InterruptGuard()
+        self.folder: RunFolder | None = None
+        self.unimodal: UnimodalModels | None = None
+        self.timing: dict[str, float] = {}
+        self.distilled: list[dict[str, Any]] | None = None
+        self.fingerprint = fingerprint(dataset)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether lambda cannot change anything, so that the control run would be the run itself."""
+        ebr = self.config.ebr
+        return ebr is None or ebr.reversal == 0 or self.heads < 2
+
+    @property
+    def reference(self) -> str | None:
+        return self.unimodal.strongest if self.unimodal is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        d = self.dataset
+        data = {"name": d.name, "fingerprint": self.fingerprint, "dims": d.dims}
+        data |= {"num_classes": d.num_classes, "metric": d.metric}
+        return {
+            "config": self.config.to_dict(),
+            "seed": self.seed,
+            "data": data,
+            "evaluate_on": list(self.evaluate_on),
+            "device": self.device.type,
+        }
+
+    def execute(self, run_dir: str | Path | None, resume: bool, unimodal: UnimodalModels | None) -> TrainResult:
+        key = unimodal_key(self.dataset, self.config, self.seed, self.fingerprint)
+        if unimodal is not None and unimodal.key != key:
+            raise InputError(
+                "unimodal: these models belong to other data, another seed or other settings; leave them out"
+            )
+        if resume and run_dir is None:
+            raise InputError("resume needs run_dir, the folder of the run to continue")
+        if run_dir is not None:
+            self.folder = RunFolder.open(run_dir, self.identity(), resume)
+            if self.folder.finished:
+                loaded = load_run(run_dir)
+                return TrainResult(loaded.model, loaded.results, loaded.unimodal, self.folder.path)
+        with self.guard:
+            return self._stages(unimodal)
+
+    def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
+        started = time.perf_counter()
+        stored = self._stored_unimodal()
+        self.unimodal = unimodal or stored
+        main = self._checkpoint("train")
+        control = self._checkpoint("control")
+        self.progress.on_start(self._epochs_left(main, control), self.config.method)
+        if self.unimodal is None and self.config.unimodal_epochs:
+            self.unimodal = self._timed("unimodal", self._train_unimodal)
+        if self.folder is not None and stored is None and self.unimodal is not None:
+            self.folder.save_unimodal(self.unimodal)
+        run = self._fit("train", self.config, main)
+        twin = None
+        if self.config.control and not self.trivial and self.config.ebr is not None:
+            twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
+            twin = self._fit("control", twin_config, control)
+        game = self._timed("game", lambda: self._game(run, twin))
+        self.guard.check("the evaluation")
+        scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
+        self.guard.check("the evaluation")
+        self.timing["total_seconds"] = time.perf_counter() - started
+        results = self._results(run, game, scores)
+        if self.folder is not None:
+            self.folder.save_model(run.model)
+            self.folder.save_predictions(predictions)
+            self.folder.save_results(results)
+        self.progress.on_end(results)
+        return TrainResult(
+            run.model, results, self.unimodal, None if self.folder is None else self.folder.path, predictions
+        )
+
+    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.timing[f"{name}_seconds"] = time.perf_counter() - started
+        return result
+
+    def _on_stage_epoch(self, record: dict[str, Any]) -> None:
+        """Progress of a stage that is repeated, not resumed."""
+        self.progress.on_epoch(record)
+        self.guard.check(f"the stage {record['stage']}")
+
+    def _stored_unimodal(self) -> UnimodalModels | None:
+        if self.folder is None:
+            return None
+        return self.folder.load_unimodal(self.config, self.dataset.dims, self.dataset.num_classes)
+
+    def _train_unimodal(self) -> UnimodalModels:
+        return train_unimodal(
+            self.dataset,
+            self.config,
+            seed=self.seed,
+            fingerprint=self.fingerprint,
+            device=self.device,
+            on_epoch=self._on_stage_epoch,
+        )
+
+    def _checkpoint(self, stage: str) -> Checkpoint | None:
+        if self.folder is None:
+            return None
+        return self.folder.checkpoints(stage, self.config.keep_checkpoints).latest()
+
+    def _epochs_left(self, main: Checkpoint | None, control: Checkpoint | None) -> int:
+        config = self.config
+        total = 0 if self.unimodal is not None else config.unimodal_epochs
+        runs = [main] if self.trivial or not config.control else [main, control]
+        for checkpoint in runs:
+            total += config.epochs - (0 if checkpoint is None else int(checkpoint.meta["epoch"]))
+            if checkpoint is None and config.kd is not None:
+                m = len(self.dataset.modalities)
+                pairs = m - 1 if config.kd.teachers == "strongest" else m * (m - 1) // 2
+                total += pairs * config.kd.epochs
+        return total
+
+    def _fit(self, stage: str, config: TrainConfig, checkpoint: Checkpoint | None) -> Trainer:
+        """Train one model from scratch or from its checkpoint; the run and its control share this."""
+        with seeded_init(self.seed, "init"):
+            model = MultimodalModel(self.dataset.dims, self.dataset.num_classes, config)
+        model = model.to(self.device)
+        train_part = self.dataset.part("train")
+        counts = torch.bincount(train_part.labels, minlength=self.dataset.num_classes)
+        model.class_prior.copy_(counts / counts.sum())
+        store = None if self.folder is None else self.folder.checkpoints(stage, config.keep_checkpoints)
+        trainer = Trainer(
+            model,
+            self.dataset,
+            config,
+            seed=self.seed,
+            stage=stage,
+            reference=self.reference,
+            store=store,
+            guard=self.guard,
+            on_epoch=self.progress.on_epoch,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        elif config.kd is not None and self.unimodal is not None:
+            unimodal, kd = self.unimodal, config.kd
+            self.distilled = self._timed(
+                "distillation",
+                lambda: distil(model, self.dataset, unimodal, kd, seed=self.seed, on_epoch=self._on_stage_epoch),
+            )
+            trainer.about = {"distilled": self.distilled}
+            trainer.save()
+        self._timed(stage, trainer.fit)
+        self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
+        return trainer
+
+    def _game(self, run: Trainer, twin: Trainer | None) -> dict[str, Any] | None:
+        """The figures that say whether the game was played and what it changed; None without EBR."""
+        if self.config.ebr is None:
+            return None
+        parts = [to_device(self.dataset.part(name), self.device) for name in ("train", "validation")]
+
+        def judge(model: MultimodalModel) -> dict[str, Any] | None:
+            return fresh_discriminator(model, parts[0], parts[1], self.seed)
+
+        distance: float | None = 0.0 if self.trivial else None
+        control = None
+        if twin is not None:
+            names = [n for n, _ in run.model.named_parameters() if not n.startswith("head.discriminator.")]
+            distance = parameter_distance(run.last_weights, twin.last_weights, names)
+            control = {
+                "fresh_discriminator": judge(twin.model),
+                "best_epoch": twin.best_epoch,
+                "best_val_score": twin.best_score,
+            }
+        return {
+            "lambda": self.config.ebr.reversal,
+            "fresh_discriminator": judge(run.model),
+            "distance_to_lambda0": distance,
+            "adversarial_stopped_after": run.stop.stopped_after,
+            "control": control,
+        }
+
+    def _label(self, run: Trainer, game: dict[str, Any] | None) -> str:
+        """The method's name, or "inactive" for an EBR run that lambda did not change."""
+        if game is None:
+            return self.config.method
+        active = run.pulled and not self.trivial and game["distance_to_lambda0"] != 0.0
+        return self.config.method if active else "inactive"
+
+    def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
+        scores, predictions = [], []
+        for part in self.evaluate_on:
+            result, found = measure(
+                model,
+                self.dataset,
+                part=part,
+                rates=self.config.rates,
+                seed=self.seed,
+                unimodal=self.unimodal,
+                reliance=True,
+                on_empty="prior",
+            )
+            scores.append(result)
+            predictions.append(found)
+        return scores, predictions
+
+    def _results(self, run: Trainer, game: dict[str, Any] | None, scores: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of results.json; docs/training.md describes every key."""
+        d = self.dataset
+        sizes = {name: int((d.split == code).sum()) for code, name in enumerate(_PARTS)}
+        distillation = None
+        if self.config.kd is not None and self.unimodal is not None:
+            plan = teaching_plan(self.unimodal, self.config.kd, self.seed)
+            distillation = {"plan": [list(pair) for pair in plan], "pairs": run.about.get("distilled")}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "mmc_fast_version": __version__,
+            "method": self.config.method,
+            "label": self._label(run, game),
+            "data": self.identity()["data"] | {"sizes": sizes, "modalities": d.modalities, "info": _jsonable(d.info)},
+            "config": self.config.to_dict(),
+            "seed": self.seed,
+            "environment": environment(run.model),
+            "history": run.history,
+            "selected_epoch": run.best_epoch,
+            "selected_val_score": run.history[run.best_epoch - 1]["val_score"],
+            "game": game,
+            "ranking": describe(run.model, self.reference),
+            "unimodal": None if self.unimodal is None else self.unimodal.scores,
+            "distillation": distillation,
+            "scores": scores[0] if scores else None,
+            "other_scores": {s["part"]: s for s in scores[1:]},
+            "timing": self.timing,
+        }
+
+
+def _check_device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are visible; use cpu")
+    return found
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON values; what JSON does not know becomes text."""
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, Tensor):
+        return _jsonable(value.tolist())
+    finite = not isinstance(value, float) or (value == value and abs(value) != float("inf"))
+    return value if isinstance(value, (str, int, float, bool, type(None))) and finite else str(value)

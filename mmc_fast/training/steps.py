@@ -1,0 +1,115 @@
+"""One optimisation step: which losses are taken, which player moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from .config import TrainConfig
+from .model import MultimodalModel
+
+__all__ = ["Phase", "Stepper", "phase_of"]
+
+Phase = Literal["joint", "semantic", "adversarial"]
+
+_MOVING: dict[str, tuple[str, ...]] = {
+    "joint": ("encoders", "task", "discriminator"),
+    "semantic": ("encoders", "task"),
+    "adversarial": ("encoders", "discriminator"),
+}
+
+
+def phase_of(config: TrainConfig, epoch: int, stopped: bool) -> Phase:
+    """The phase of an epoch (from 0).
+
+    "joint": all losses at once. "semantic": L_sem and L_rec, psi frozen. "adversarial": L_md alone, decoders and fusion
+    frozen. Without EBR, or once the adversarial part has stopped, every epoch is semantic.
+    """
+    if config.ebr is None or stopped:
+        return "semantic"
+    if config.ebr.schedule == "joint":
+        return "joint"
+    return "adversarial" if (epoch // config.ebr.interleave_epochs) % 2 else "semantic"
+
+
+class Stepper:
+    """Computes losses and moves the players of one model.
+
+    ``reversal`` is a 0-d tensor, so that a schedule can change it without anything being rebuilt.
+    """
+
+    def __init__(self, model: MultimodalModel, optimizer: optim.Optimizer, config: TrainConfig) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.groups = model.groups()
+        self.reversal = torch.zeros((), device=model.class_prior.device)
+
+    def losses(
+        self,
+        phase: Phase,
+        features: Sequence[Tensor],
+        present: Tensor | None,
+        labels: Tensor,
+        source: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Total to descend, the parts ``[3]`` = (L_sem, L_md, L_rec) without graph, and the latents.
+
+        A part that the phase does not compute is NaN.
+        """
+        nan = labels.new_full((), float("nan"), dtype=torch.float32)
+        if phase == "adversarial":
+            encoded = self.model.encode(features, present)
+            out = self.model.apply_head(encoded, present, source, self.reversal)
+            total, rec = out.discrimination_loss, out.reconstruction_loss
+            return total, torch.stack([nan, total.detach(), rec.detach()]), out.latents
+        result = self.model(features, present, source, self.reversal)
+        semantic = F.cross_entropy(result.logits, labels)
+        if result.ebr is None:
+            return semantic, torch.stack([semantic.detach(), nan, nan]), None
+        md, rec = result.ebr.discrimination_loss, result.ebr.reconstruction_loss
+        total = semantic
+        if phase == "joint":
+            total = total + md
+        if self.config.ebr is not None and self.config.ebr.reconstruction > 0:
+            total = total + self.config.ebr.reconstruction * rec
+        return total, torch.stack([semantic.detach(), md.detach(), rec.detach()]), result.ebr.latents
+
+    def update(self, phase: Phase, total: Tensor, latents: Tensor | None, present: Tensor | None) -> None:
+        """Backward and one step of the players that move in ``phase``; then the extra steps of psi."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        moving = _MOVING[phase]
+        # In a phase of L_md alone, encoders that receive no reversed gradient must not coast on their moments.
+        still = phase == "adversarial" and float(self.reversal) == 0.0
+        for name, parameters in self.groups.items():
+            if name not in moving or (still and name == "encoders"):
+                _freeze(parameters)
+        self.optimizer.step()
+        if latents is not None and "discriminator" in moving:
+            self._extra_discriminator_steps(latents.detach(), present)
+
+    def _extra_discriminator_steps(self, latents: Tensor, present: Tensor | None) -> None:
+        """``psi_steps - 1`` more steps of psi alone, on the same detached latents ``[h, B, k]``."""
+        if self.config.ebr is None or self.config.ebr.psi_steps == 1 or self.model.head is None:
+            return
+        heads, batch, _ = latents.shape
+        truth = torch.arange(heads, device=latents.device)[:, None].expand(heads, batch)
+        if present is None:
+            x, y = latents.flatten(0, 1), truth.flatten()
+        else:
+            here = self.model.head_present(present).t()
+            x, y = latents[here], truth[here]
+        if len(y) == 0:
+            return
+        for _ in range(self.config.ebr.psi_steps - 1):
+            self.optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(self.model.head.discriminator(x), y).backward()
+            self.optimizer.step()
+
+
+def _freeze(parameters: Sequence[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None

@@ -1,0 +1,269 @@
+"""``Trainer``: the epochs of one model, from fresh or restored state, until the last epoch or an interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import MultimodalDataset
+from .checkpoint import Checkpoint, CheckpointStore, optimizer_tensors, prefixed, restore_optimizer, stripped
+from .config import TrainConfig
+from .evaluate import masks_at, predict
+from .game import probe
+from .interrupt import InterruptGuard
+from .masks import epoch_order, presence_entropy, training_masks
+from .metrics import score
+from .model import MultimodalModel
+from .optim import build_optimizer, set_learning_rate
+from .parts import to_device
+from .progress import Interrupted, TrainingDiverged
+from .schedules import AdversarialStop, reversal_at
+from .seeds import generator
+from .steps import Phase, Stepper, phase_of
+from .substitution import ranking_parts, refresh, source_for
+
+__all__ = ["Trainer"]
+
+_PROBE_ROWS = 512
+
+
+class Trainer:
+    """Trains ``model`` by ``config``; holds everything that a checkpoint has to hold.
+
+    Attributes after :meth:`fit`: ``history`` (one record per epoch), ``best_epoch`` (from 1), ``best_weights``,
+    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``pulled`` (whether the encoders
+    ever received a reversed gradient).
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        dataset: MultimodalDataset,
+        config: TrainConfig,
+        *,
+        seed: int,
+        stage: str = "train",
+        reference: str | None = None,
+        store: CheckpointStore | None = None,
+        guard: InterruptGuard | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.model, self.dataset, self.config, self.seed = model, dataset, config, seed
+        self.stage, self.reference, self.store, self.on_epoch = stage, reference, store, on_epoch
+        self.guard = guard or InterruptGuard()
+        self.device = model.class_prior.device
+        self.train_part = to_device(dataset.part("train"), self.device)
+        self.validation = dataset.part("validation")
+        self.ranking_parts = ranking_parts(dataset) if config.ebr is not None else []
+        self.validation_masks = [
+            masks_at(self.validation.present, rate, seed, "validation")[0] for rate in config.rates
+        ]
+        scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
+        self.optimizer = build_optimizer(model.groups(), config, scales)
+        self.stepper = Stepper(model, self.optimizer, config)
+        self.generators = {name: generator(seed, name) for name in ("order", "masks")}
+        rows = torch.randperm(len(self.train_part), generator=generator(seed, "probe"))[:_PROBE_ROWS]
+        self.probe_part = self.train_part.select(rows.to(self.device))
+        self.stop = AdversarialStop(
+            config.ebr.patience if config.ebr is not None else None,
+            larger_is_better=config.adversarial_stop == "score",
+        )
+        self.epoch = 0  # whole epochs done
+        self.step = 0  # steps done in the epoch that runs
+        self.order: Tensor | None = None  # row order of the epoch that runs
+        self.masks: Tensor | None = None  # presence of its rows
+        self.sums = torch.zeros(3, dtype=torch.float64)  # L_sem, L_md, L_rec summed over rows
+        self.spent = 0.0  # seconds of the epoch that runs, before an interruption
+        self.history: list[dict[str, Any]] = []
+        self.best_score, self.best_epoch = -math.inf, 0
+        self.best_weights: dict[str, Tensor] = {}
+        self.last_weights: dict[str, Tensor] = {}
+        self.pulled = False
+        self.about: dict[str, Any] = {}  # plain facts about how the state came to be
+
+    def fit(self) -> None:
+        """Run the epochs that are left; saves a checkpoint after each ``checkpoint_every`` of them.
+
+        Raises:
+            Interrupted: the guard saw Ctrl-C; the step was finished and the state saved.
+            TrainingDiverged: a loss became NaN or infinite.
+        """
+        while self.epoch < self.config.epochs:
+            self._run_epoch()
+        self.last_weights = _copy(self.model.state_dict())
+        self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+
+    def _run_epoch(self) -> None:
+        started = time.perf_counter()
+        config, part = self.config, self.train_part
+        phase = phase_of(config, self.epoch, self.stop.stopped)
+        rate = set_learning_rate(self.optimizer, config, self.epoch)
+        if self.order is None or self.masks is None:
+            self.order = epoch_order(len(part), self.generators["order"])
+            self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
+            self.sums.zero_()
+            if config.substitute_in_training:
+                self._refresh()
+        self._run_steps(phase, self.order, self.masks.to(self.device), started)
+        entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
+        self.order = self.masks = None
+        self.step, self.epoch = 0, self.epoch + 1
+        self._finish_epoch(phase, rate, entropy, started)
+
+    def _run_steps(self, phase: Phase, order: Tensor, masks: Tensor, started: float) -> None:
+        config, part, size = self.config, self.train_part, self.config.batch_size
+        order = order.to(self.device)
+        features = [x[order].split(size) for x in part.features]
+        labels, present = part.labels[order].split(size), masks[order].split(size)
+        complete = bool(masks.all())
+        steps = len(labels)
+        self.model.train()
+        while self.step < steps:
+            n = self.step
+            progress = (self.epoch + n / steps) / config.epochs
+            if config.ebr is not None:
+                self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
+            here = None if complete else present[n]
+            source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
+            total, parts, latents = self.stepper.losses(phase, [f[n] for f in features], here, labels[n], source)
+            if self.device.type == "cpu" or n + 1 == steps:
+                self._check_finite(total)
+            self.sums += parts.double().cpu() * len(labels[n])
+            self.stepper.update(phase, total, latents, here)
+            self.step += 1
+            if self.guard.requested:
+                self.spent += time.perf_counter() - started
+                self._interrupt()
+
+    def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
+        config = self.config
+        self._check_weights()
+        record: dict[str, Any] = {"stage": self.stage, "epoch": self.epoch, "phase": phase, "lr": rate}
+        means = [None if math.isnan(v) else v / len(self.train_part) for v in self.sums.tolist()]
+        record |= dict(zip(("loss_sem", "loss_md", "loss_rec"), means, strict=True))
+        record |= {"reversal": None, "loss_md_over_entropy": None}
+        record |= dict.fromkeys(("psi_accuracy", "grad_norm_psi", "grad_norm_encoders"))
+        if config.ebr is not None:
+            reversal = float(self.stepper.reversal)
+            record["reversal"] = reversal
+            if means[1] is not None and entropy > 0:
+                record["loss_md_over_entropy"] = means[1] / entropy
+            record |= probe(self.model, self.probe_part, reversal)
+            self.pulled = self.pulled or record["grad_norm_encoders"] > 0
+        record |= self._validate()
+        selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
+        if record[selected] > self.best_score:
+            self.best_score, self.best_epoch = record[selected], self.epoch
+            self._refresh()
+            self.best_weights = _copy(self.model.state_dict())
+        if phase != "adversarial" and config.ebr is not None:
+            watched = record["val_score"] if config.adversarial_stop == "score" else record["loss_sem"]
+            self.stop.judge(self.epoch, watched)
+        record["adversarial_stopped"] = self.stop.stopped
+        record["seconds"] = self.spent + time.perf_counter() - started
+        self.spent = 0.0
+        self.history.append(record)
+        if self.store is not None and (
+            self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
+        ):
+            self.save()
+        if self.on_epoch is not None:
+            self.on_epoch(record)
+        if self.guard.requested:
+            self._interrupt(saved=True)
+
+    def _refresh(self) -> None:
+        refresh(self.model, self.ranking_parts, self.reference)
+
+    def _validate(self) -> dict[str, float | None]:
+        """Scores on the validation part; the ranking is brought up to date first where a slot will be substituted."""
+        masked = self.config.selection == "masked"
+        if self.config.ebr is not None and (masked or not bool(self.validation.present.all())):
+            self._refresh()
+        features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
+
+        def judge(present: Tensor) -> float:
+            return score(predict(self.model, features, present, on_empty="prior"), labels, metric)
+
+        record: dict[str, float | None] = {"val_score": judge(self.validation.present)}
+        if masked:
+            record["val_score_masked"] = sum(map(judge, self.validation_masks)) / len(self.validation_masks)
+        return record
+
+    def _weights_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+    def _check_finite(self, total: Tensor) -> None:
+        """Before the step is taken: the weights are still those of the step before."""
+        if not bool(torch.isfinite(total)):
+            if self._weights_finite():
+                self.save()
+            self._diverged(f"the loss became {float(total)} in epoch {self.epoch + 1}, step {self.step + 1}")
+
+    def _check_weights(self) -> None:
+        """After the last step of an epoch, before anything is measured or saved."""
+        if not self._weights_finite():
+            self._diverged(f"the weights became infinite or NaN at the end of epoch {self.epoch}")
+
+    def _diverged(self, what: str) -> None:
+        newest = self.store.newest() if self.store is not None else None
+        raise TrainingDiverged(
+            f"{what} (stage {self.stage}); lower the learning rate or the reversal; "
+            f"last good checkpoint: {newest or 'none was written'}"
+        )
+
+    def _interrupt(self, saved: bool = False) -> None:
+        if self.store is None:
+            raise Interrupted(f"interrupted in epoch {self.epoch + 1} of stage {self.stage}; nothing was saved")
+        if not saved:
+            self.save()
+        raise Interrupted(f"interrupted; saved {self.store.newest()}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the state as it is now."""
+        if self.store is None:
+            return
+        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
+        tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
+        tensors["sums"] = self.sums
+        if self.order is not None and self.masks is not None:
+            tensors |= {"order": self.order, "masks": self.masks}
+        meta = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "spent": self.spent,
+            "history": self.history,
+            "best_score": self.best_score if self.best_epoch else None,
+            "best_epoch": self.best_epoch,
+            "pulled": self.pulled,
+            "about": self.about,
+            "stop": {"best": self.stop.best, "bad": self.stop.bad, "stopped_after": self.stop.stopped_after},
+        }
+        self.store.save(Checkpoint(self.model.state_dict(), tensors, meta), self.epoch, self.step)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint; what follows equals the run that was never interrupted."""
+        meta, tensors = checkpoint.meta, checkpoint.tensors
+        self.model.load_state_dict(checkpoint.weights)
+        restore_optimizer(self.optimizer, stripped("optimizer", tensors))
+        for name, g in self.generators.items():
+            g.set_state(tensors[f"generator.{name}"])
+        self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
+        self.sums = tensors["sums"]
+        self.order, self.masks = tensors.get("order"), tensors.get("masks")
+        self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
+        self.history, self.best_epoch, self.pulled = meta["history"], meta["best_epoch"], meta["pulled"]
+        self.about = meta["about"]
+        self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
+        self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]
+        self.stop.stopped_after = meta["stop"]["stopped_after"]
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in state.items()}
