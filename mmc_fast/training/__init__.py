@@ -1,11 +1,11 @@
 """Standard training loop: one function for vanilla training, modality dropout, KD and EBR, by configuration."""
 
 from .config import METHODS, KDConfig, TrainConfig
-from .evaluate import evaluate, predict
+from .evaluate import Predictions, evaluate, predict
 from .loop import SCHEMA_VERSION, TrainResult, train
 from .model import MultimodalModel
 from .progress import Interrupted, Progress, TrainingDiverged
-from .runfolder import LoadedRun, load_run
+from .runfolder import LoadedRun, load_predictions, load_run
 from .unimodal import UnimodalModels
 
 __all__ = [
@@ -15,12 +15,14 @@ __all__ = [
     "KDConfig",
     "LoadedRun",
     "MultimodalModel",
+    "Predictions",
     "Progress",
     "TrainConfig",
     "TrainResult",
     "TrainingDiverged",
     "UnimodalModels",
     "evaluate",
+    "load_predictions",
     "load_run",
     "predict",
     "train",

@@ -71,7 +71,11 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (no NaN: what was not measured is null)."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_file(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_file(path, write)
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -114,7 +114,7 @@ class TrainConfig:
         object.__setattr__(self, "rates", tuple(self.rates))
         where = "config"
         check_choices(where, self)
-        counts = ("epochs", "batch_size", "lr_decay_every", "encoder_width", "encoder_dim")
+        counts: tuple[str, ...] = ("epochs", "batch_size", "lr_decay_every", "encoder_width", "encoder_dim")
         counts += ("fusion_dim", "fusion_heads", "fusion_depth", "checkpoint_every", "keep_checkpoints")
         _at_least(where, {name: getattr(self, name) for name in counts}, 1)
         _at_least(where, {name: getattr(self, name) for name in ("weight_decay", "unimodal_share")}, 0)

@@ -71,7 +71,7 @@ def predict(
 
 
 def masks_at(present: Tensor, rate: float, seed: int, part: str) -> tuple[Tensor, list[float]]:
-    """Presence at an MCAR missing rate, and the realised rates; depends on seed, part and rate only, never on a model."""
+    """Presence at an MCAR missing rate, and the realised rates; a function of presence, seed, part and rate only."""
     drawn = mcar(present, rate, generator(seed, "missing", part, repr(float(rate))))
     return drawn.present, drawn.realised
 
@@ -99,11 +99,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score ``model`` on one part of ``dataset``.
 
-    Returns a dict: "part"; "complete" (natural presence only), "missing"
-    (one entry per rate with "rate", "realised" per modality, "score"), "mean_missing"; "reliance" per modality:
-    "alone" (its unimodal model, on rows that have it; None without ``unimodal``), "without" (it is held at its mean over
-    the train part) and "only" (all others are); with auroc also "auprc" beside each score. Masks depend on ``seed``,
-    part and rate only, so methods with the same seed meet the same masks. Only train rows enter the means.
+    Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
+    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "alone": its unimodal model on the
+    rows that have it, None without ``unimodal``; "without": this modality held at its mean over the train part; "only":
+    all others held there); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
+    part and rate only, so methods with the same seed meet the same masks.
 
     Raises:
         InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.
@@ -148,7 +148,7 @@ def measure(
     result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
     if "auprc" in complete:
         result["complete_auprc"] = complete["auprc"]
-    missing = []
+    missing: list[dict[str, Any]] = []
     for rate in rates:
         present, realised = masks_at(rows.present, rate, seed, part)
         missing.append({"rate": float(rate), "realised": realised} | judge(f"missing_{rate:g}", rows.features, present))

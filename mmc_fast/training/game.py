@@ -17,7 +17,9 @@ from .seeds import generator, seeded_init
 
 __all__ = ["fresh_discriminator", "parameter_distance", "probe"]
 
-_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_BATCH, _FRESH_ROWS = 100, 8, 256, 8192
+_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_BATCH, _FRESH_ROWS = 200, 8, 512, 4096
+# Nats by which the stopping loss must fall to count: a perfect discriminator would otherwise sharpen for ever.
+_FRESH_PROGRESS = 1e-3
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> float:
@@ -28,8 +30,8 @@ def _norm(gradients: Iterable[Tensor | None]) -> float:
 def probe(model: MultimodalModel, part: Part, reversal: float) -> dict[str, float]:
     """Gradient norms of both players under ``L_md`` and the accuracy of psi, on the rows of ``part``.
 
-    "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)`` that
-    the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs.
+    "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)``
+    that the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs.
     """
     if model.head is None:
         raise RuntimeError("probe: this model has no EBR heads, so there is no game to watch")
@@ -64,7 +66,7 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
 
     A weak psi also has a high loss, so invariance is judged by this one: "balanced_accuracy" near "chance" (1 / number
     of modalities) means that latents do not tell their modality. Latents are standardised by the statistics of the
-    train latents, so that shrinking them hides nothing. A fifth of the train samples (at most 8192 are used) stops the
+    train latents, so that shrinking them hides nothing. A fifth of the train samples (at most 4096 are used) stops the
     training early. None where fewer than two modalities have a head.
     """
     heads = len(model.columns)
@@ -112,7 +114,7 @@ def _fit_judge(
             optimizer.step()
         with torch.no_grad():
             loss = float(F.cross_entropy(judge(stop_x), stop_y))
-        if loss < best:
+        if loss < best - _FRESH_PROGRESS:
             best, bad, best_epoch = loss, 0, epoch
             state = {k: v.clone() for k, v in judge.state_dict().items()}
         else:

@@ -15,8 +15,8 @@ __all__ = ["InterruptGuard"]
 class InterruptGuard:
     """Context manager that turns SIGINT into ``requested = True``, so that the loop can finish its step and save.
 
-    The handler is installed in the main thread only (elsewhere Python delivers no signals) and put back on exit. A second
-    Ctrl-C raises KeyboardInterrupt at once. Without ``with`` it is a plain flag that nobody sets.
+    The handler is installed in the main thread only (elsewhere Python delivers no signals) and put back on exit. A
+    second Ctrl-C raises KeyboardInterrupt at once. Without ``with`` it is a plain flag that nobody sets.
     """
 
     def __init__(self) -> None:

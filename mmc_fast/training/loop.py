@@ -39,8 +39,11 @@ _PARTS = ("train", "validation", "test")
 
 @dataclass
 class TrainResult:
-    """What a run leaves: the selected ``model``, ``results`` (the content of results.json), the unimodal models to hand to
-    the next method, per-sample ``predictions`` (empty for a finished run that was opened again)."""
+    """What a run leaves.
+
+    ``model``: the selected one. ``results``: the content of results.json. ``unimodal``: to hand to the next method.
+    ``predictions``: per sample, one entry for each evaluated part (empty for a finished run that was opened again).
+    """
 
     model: MultimodalModel
     results: dict[str, Any]
@@ -125,7 +128,7 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
         d = self.dataset
-        data = {"name": d.name, "fingerprint": self.fingerprint, "dims": d.dims}
+        data: dict[str, Any] = {"name": d.name, "fingerprint": self.fingerprint, "dims": d.dims}
         data |= {"num_classes": d.num_classes, "metric": d.metric}
         return {
             "config": self.config.to_dict(),

@@ -51,7 +51,7 @@ def _convert(value: Any, hint: Any, current: Any, where: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), current, where)
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; give a table of settings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .. import __version__
 from ..errors import InputError
@@ -21,7 +23,7 @@ from .evaluate import Predictions
 from .model import MultimodalModel
 from .unimodal import UnimodalModel, UnimodalModels
 
-__all__ = ["LoadedRun", "RunFolder", "load_run"]
+__all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
 RUN_VERSION = 1
 _RUN, _RESULTS, _MODEL, _UNIMODAL, _PREDICTIONS = (
@@ -94,7 +96,7 @@ class RunFolder:
         return CheckpointStore(self.path / "checkpoints" / stage, keep)
 
     def save_unimodal(self, unimodal: UnimodalModels) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, model in unimodal.models.items():
             tensors |= prefixed(name, model.state_dict())
         about = {"scores": json.dumps(unimodal.scores), "key": json.dumps(unimodal.key)}
@@ -136,6 +138,29 @@ def prediction_arrays(found: list[Predictions]) -> dict[str, np.ndarray]:
         arrays[f"{p.part}/index"] = p.index.numpy()
         arrays |= {f"{p.part}/{name}": t.numpy() for name, t in p.probabilities.items()}
     return arrays
+
+
+def load_predictions(run_dir: str | Path) -> dict[str, Predictions]:
+    """Per-sample predictions of a finished run by part: what bootstrap and paired tests start from.
+
+    Raises:
+        InputError: no readable predictions there.
+    """
+    path = Path(run_dir) / _PREDICTIONS
+    found: dict[str, Predictions] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                part, name = key.split("/", 1)
+                entry = found.setdefault(part, Predictions(part, torch.empty(0), torch.empty(0)))
+                value = torch.from_numpy(arrays[key])
+                if name in ("labels", "index"):
+                    setattr(entry, name, value)
+                else:
+                    entry.probabilities[name] = value
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); is this the folder of a finished run?") from error
+    return found
 
 
 @dataclass

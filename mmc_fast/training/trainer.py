@@ -36,8 +36,8 @@ class Trainer:
     """Trains ``model`` by ``config``; holds everything that a checkpoint has to hold.
 
     Attributes after :meth:`fit`: ``history`` (one record per epoch), ``best_epoch`` (from 1), ``best_weights``,
-    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``pulled`` (whether the encoders
-    ever received a reversed gradient).
+    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``pulled`` (whether the
+    encoders ever received a reversed gradient).
     """
 
     def __init__(

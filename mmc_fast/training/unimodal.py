@@ -66,7 +66,7 @@ class UnimodalModels:
 
 def unimodal_key(dataset: MultimodalDataset, config: TrainConfig, seed: int, fingerprint: str) -> dict[str, Any]:
     """What unimodal models depend on."""
-    names = ("batch_size", "optimizer", "lr", "weight_decay", "momentum", "lr_decay", "lr_decay_every")
+    names: tuple[str, ...] = ("batch_size", "optimizer", "lr", "weight_decay", "momentum", "lr_decay", "lr_decay_every")
     names += ("encoder", "encoder_width", "encoder_dim", "fusion_hidden", "unimodal_epochs")
     settings = {name: getattr(config, name) for name in names}
     settings["fusion_hidden"] = list(config.fusion_hidden)
