@@ -1,4 +1,4 @@
-"""Multimodal data: the registry, a user's own files, missingness."""
+"""Multimodal data: the registry, a user's own files, missingness, synthetic sets."""
 
 from __future__ import annotations
 
@@ -6,5 +6,16 @@ from mmc_fast.data.dataset import MultimodalDataset, Part
 from mmc_fast.data.info import DatasetInfo
 from mmc_fast.data.missing import Missingness, mcar
 from mmc_fast.data.registry import available, load
+from mmc_fast.data.synthetic import SyntheticModality, synthetic
 
-__all__ = ["DatasetInfo", "Missingness", "MultimodalDataset", "Part", "available", "load", "mcar"]
+__all__ = [
+    "DatasetInfo",
+    "Missingness",
+    "MultimodalDataset",
+    "Part",
+    "SyntheticModality",
+    "available",
+    "load",
+    "mcar",
+    "synthetic",
+]

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Archive:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.exists():
             raise InputError(f"{self.path}: no such file.")
         if not self.path.is_file():
@@ -58,10 +59,13 @@ class Archive:
             name = member.filename.removesuffix(".npy")
             if name == member.filename or name in headers:
                 raise self._refuse(member.filename, "not an array, or there twice; write the file with numpy.savez")
-            if member.flag_bits & 1:
-                raise self._refuse(name, "encrypted; write the file with numpy.savez")
-            with archive.open(member) as stream:
-                headers[name], data_start = self._header(name, stream)
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise self._refuse(name, "encrypted or packed in an unusual way; write the file with numpy.savez")
+            try:
+                with archive.open(member) as stream:
+                    headers[name], data_start = self._read_header(name, stream)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise self._refuse(name, f"damaged ({error})") from None
             header = headers[name]
             declared = data_start + math.prod(header.shape) * header.dtype.itemsize
             if declared != member.file_size or member.file_size > _DEFLATE_MOST * member.compress_size + 1024:
@@ -72,7 +76,7 @@ class Archive:
                 )
         return headers
 
-    def _header(self, name: str, stream: IO[bytes]) -> tuple[Header, int]:
+    def _read_header(self, name: str, stream: IO[bytes]) -> tuple[Header, int]:
         """The header of one member and the number of bytes that it takes."""
         try:
             with warnings.catch_warnings():
@@ -84,7 +88,7 @@ class Archive:
                 shape, _, dtype = read(stream)
         except InputError:
             raise
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError):
             raise self._refuse(name, "its npy header is not valid; the file is damaged") from None
         if dtype.hasobject:
             raise self._refuse(name, "an object array, which would need pickle; store numbers or fixed-width text")
@@ -101,12 +105,21 @@ class Archive:
         """Names of the arrays in the order of the file."""
         return iter(self.headers)
 
+    def header(self, name: str) -> Header:
+        """Shape and type of one array; InputError for a name that the file lacks."""
+        if name not in self.headers:
+            raise InputError(f"{self.path}: no array {name!r}; this is not the file that it should be.")
+        return self.headers[name]
+
     def read(self, name: str) -> np.ndarray:
-        """One array in native byte order; KeyError for a name that the file lacks."""
-        header = self.headers[name]
+        """One array in native byte order."""
+        header = self.header(name)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
                 array = npy.read_array(stream, allow_pickle=False)
+                stream.read(1)  # to the end, where the check sum is compared
+        except MemoryError:
+            raise self._refuse(name, f"{header.dtype} {list(header.shape)} does not fit into memory") from None
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise self._refuse(name, f"damaged ({error})") from None
         if array.shape != header.shape or array.dtype != header.dtype:
@@ -115,7 +128,7 @@ class Archive:
 
     def text(self, name: str) -> list[str]:
         """A text array [n] as a list of strings."""
-        header = self.headers[name]
+        header = self.header(name)
         if header.dtype.kind != "U" or len(header.shape) != 1:
             raise self._refuse(name, f"must be text of shape [n], got {header.dtype} {list(header.shape)}")
         return [str(entry) for entry in self.read(name)]

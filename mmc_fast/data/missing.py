@@ -81,7 +81,7 @@ def _rates(rate: float | Sequence[float], m: int) -> float | tuple[float, ...]:
 
 
 def _one_rate(rate: object) -> float:
-    if isinstance(rate, int | float | np.number) and not isinstance(rate, bool):
+    if isinstance(rate, int | float | np.integer | np.floating) and not isinstance(rate, bool):
         value = float(rate)
         if 0 <= value < 1:  # NaN fails the comparison
             return value

@@ -73,7 +73,7 @@ def build(
         present.append(here)
         for key, found in (
             ("never_measured", [own[j] for j in scaler.never]),
-            ("constant", [own[j] for j in scaler.constant]),
+            ("constant", len(scaler.constant)),
             ("indicators", len(scaler.indicated)),
             ("absent", round(float(1 - here.mean()), 6) if len(here) else 0.0),
         ):

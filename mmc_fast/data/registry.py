@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mmc_fast.data.benchmark_sets import ENTRIES as BENCHMARK
 from mmc_fast.data.dataset import MultimodalDataset
 from mmc_fast.data.embedded_sets import ENTRIES as EMBEDDED
-from mmc_fast.data.embedded_sets import embedded_path
+from mmc_fast.data.files import find
 from mmc_fast.data.info import DatasetInfo, Entry
 from mmc_fast.data.names import choose, nearest
 from mmc_fast.data.npz import read_npz
@@ -17,12 +18,12 @@ from mmc_fast.errors import InputError
 
 __all__ = ["available", "load"]
 
-_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in EMBEDDED}
+_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in (*EMBEDDED, *BENCHMARK)}
 
 
 def available() -> list[DatasetInfo]:
     """Every data set of the registry; ``found`` says which can be loaded here."""
-    return [replace(info, found=embedded_path(info.name).is_file()) for info, _ in _ENTRIES.values()]
+    return [replace(info, found=find(info.name) is not None) for info, _ in _ENTRIES.values()]
 
 
 def load(

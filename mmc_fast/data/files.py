@@ -1,0 +1,33 @@
+"""Where the file of a registered data set is: inside of the package, or in the folder that MMC_DATA names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmc_fast._env import env
+from mmc_fast.errors import InputError
+
+__all__ = ["find", "locate"]
+
+
+def find(name: str) -> Path | None:
+    """The file of a data set; the embedded one first, None where there is none."""
+    embedded = Path(__file__).parent / "embedded" / f"{name}.npz"
+    if embedded.is_file():
+        return embedded
+    folder = env("MMC_DATA")
+    path = Path(folder, f"{name}.npz") if folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def locate(name: str) -> Path:
+    """The same, or :class:`~mmc_fast.errors.InputError` that says how to get it."""
+    path = find(name)
+    if path is None:
+        folder = env("MMC_DATA")
+        state = f"MMC_DATA is {folder!r}" if folder else "MMC_DATA is not set"
+        raise InputError(
+            f"{name}: this data set is not part of the package and {state}; "
+            f"set MMC_DATA to the folder that holds {name}.npz."
+        )
+    return path
