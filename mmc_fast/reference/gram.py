@@ -1,86 +1,82 @@
-"""Gram matrices of activation derivatives and of Jacobian rows, the definition in plain PyTorch.
+"""Gram matrices of activation derivatives and the final product of the AGOP: the definition in plain PyTorch.
 
-Only upper triangles are promised: below the diagonal a Gram accumulator holds parts of the same sums or nothing.
+``a[n, i] = s'(z[n, i])`` with ``z = x Wᵀ + b``; an update adds ``Σ_n a[n, i] a[n, j]`` to the upper triangle of a float64
+accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
-from .coactivation import flag_nonfinite, row_stable_linear
+__all__ = ["activation_derivative", "agop_finalise", "derivative_gram_update", "mirror", "syrk_update"]
 
-__all__ = ["add_gram", "derivative_gram_update", "smooth_activation", "value_and_derivative"]
-
-_CHUNK_ROWS = 2048
-
-
-def add_gram(rows: Tensor, gram: Tensor) -> None:
-    """``gram += rowsᵀ rows`` on the upper triangle, in place: ``rows [R, h]`` and ``gram [h, h]`` share one dtype.
-
-    Panels of columns skip most of the lower half: 5/8 of the arithmetic of the full product.
-    """
-    width = rows.shape[1]
-    panel = max(64, -(-width // 4))
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        gram[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+_ROWS = 1024
+_SQRT_HALF = 0.7071067811865476
+_SQRT_2_OVER_PI = 0.7978845608028654
+_INV_SQRT_2PI = 0.3989422804014327
 
 
-def smooth_activation(name: str, alpha: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """The activation function behind a name; ``alpha`` is the scale of ELU and the beta of softplus (threshold 20)."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "silu": F.silu,
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-        "elu": partial(F.elu, alpha=alpha),
-        "softplus": partial(F.softplus, beta=alpha),
-    }
-    return functions[name]
-
-
-def value_and_derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """``s(z)`` and ``s'(z)`` of an elementwise function, with PyTorch's own choice at kinks (0 for ReLU)."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        value = function(leaf)
-        (derivative,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), derivative
+def activation_derivative(z: Tensor, activation: str, alpha: float = 0.0, beta: float = 20.0) -> Tensor:
+    """Return ``s'(z)``; ``alpha`` is the slope of leaky ReLU, the scale of ELU or the beta of softplus, ``beta`` its threshold."""
+    if activation == "identity":
+        return torch.ones_like(z)
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, 1.0, alpha).to(z.dtype)
+    if activation == "gelu":
+        return 0.5 * torch.erfc(-z * _SQRT_HALF) + z * _INV_SQRT_2PI * torch.exp(-0.5 * z * z)
+    if activation == "gelu_tanh":
+        inner = _SQRT_2_OVER_PI * (z + 0.044715 * z**3)
+        slope = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * z * z)
+        s = torch.sigmoid(2 * inner)
+        peak = s * torch.sigmoid(-2 * inner)  # (1 - tanh²) / 4, zero far out, where the slope may overflow
+        return s + torch.where(peak == 0, torch.zeros_like(z), 2 * z * peak * slope)
+    if activation == "silu":
+        return torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
+    if activation == "tanh":
+        return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+    if activation == "elu":
+        return torch.where(z > 0, torch.ones_like(z), alpha * torch.exp(z.clamp(max=0)))
+    if activation == "softplus":
+        return torch.where(z * alpha > beta, torch.ones_like(z), torch.sigmoid(z * alpha))
+    raise ValueError(f"activation_derivative: unknown activation {activation!r}")
 
 
 def derivative_gram_update(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | Callable[[Tensor], Tensor],
-    alpha: float,
-    shift: Tensor | None,
-    gram: Tensor,
-    sums: Tensor,
-    nonfinite: Tensor,
-    chunk_rows: int = 0,
-) -> None:
-    """Add ``AᵀA`` and ``Σ A`` of ``A = s'(x Wᵀ + b) − shift`` to ``gram`` (upper triangle) and ``sums``, in place.
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, alpha: float, beta: float,
+    gram: Tensor, total: Tensor, nonfinite: Tensor, chunk_rows: int = 0,
+) -> None:  # fmt: skip
+    """Add ``Σ_n a_i a_j`` to the upper triangle of ``gram`` and ``Σ_n a_i`` to ``total``, both float64, in place."""
+    for part in x.split(chunk_rows or _ROWS):
+        z = linear(part, weight, bias)
+        if z.numel() == 0:
+            continue
+        nonfinite += ~torch.isfinite(z).all()
+        a = activation_derivative(z, activation, alpha, beta)
+        total += a.sum(0, dtype=torch.float64)
+        gram += (a.t() @ a).to(torch.float64).triu_()
 
-    ``x [N, d]``, ``weight [h, d]``, ``bias [h]`` or None and ``shift [h]`` or None share one floating dtype, in which
-    each step is summed; ``gram [h, h]`` and ``sums [h]`` are float64; ``nonfinite`` is int64 ``[1]``. A shift near
-    the mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation.
-    """
-    function = smooth_activation(activation, alpha) if isinstance(activation, str) else activation
-    width = weight.shape[0]
-    for part in x.split(chunk_rows or _CHUNK_ROWS):
-        z = row_stable_linear(part, weight, bias)
-        flag_nonfinite(z, nonfinite)
-        _, derivative = value_and_derivative(function, z)
-        if shift is not None:
-            derivative = derivative - shift
-        step = derivative.new_zeros(width, width)
-        add_gram(derivative, step)
-        gram += step
-        sums += derivative.sum(dim=0)
+
+def syrk_update(rows: Tensor, gram: Tensor) -> None:
+    """Add ``Σ_r rows[r, i] rows[r, j]`` to the upper triangle of the float64 ``gram``, in place."""
+    for part in rows.split(_ROWS):
+        gram += (part.t() @ part).to(torch.float64).triu_()
+
+
+def mirror(upper: Tensor) -> Tensor:
+    """Return the symmetric matrix that an upper triangle stands for."""
+    return torch.triu(upper) + torch.triu(upper, 1).t()
+
+
+def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor) -> Tensor:
+    """Return ``Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij`` (``S = inner`` without outer), in the dtype of weight."""
+    s = mirror(inner).to(torch.float64)
+    if outer is not None:
+        s = s * (outer.t() @ outer)
+    g = weight.t() @ (s.to(weight.dtype) @ weight)
+    return (g + g.t()) / 2

@@ -1,0 +1,170 @@
+// Exact co-activation counts: pre-activations by register tiles, signs packed 64 samples to a word as they leave the
+// registers, then and + popcount over the upper triangle. No float mask and no pre-activation is ever stored.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "internal.h"
+
+namespace mmc {
+namespace {
+
+constexpr int64_t kDefaultChunk = 8192;     // samples: 128 words, so that a panel of words stays in L1
+constexpr int64_t kBlockFloats = 96 * 1024;  // packed samples of one block: they stay in L2 while the weights pass by
+
+static_assert(kPanel % kCountRows == 0, "tiles cover a panel");
+
+int64_t panel_offset(int64_t unit, int64_t words) { return (unit / kPanel) * words * kPanel + unit % kPanel; }
+
+// counts += upper triangle, words laid out [panel][word][kPanel]
+void count_upper(const KernelTable& table, const uint64_t* words, int64_t per_unit, int64_t units, int64_t* counts, int64_t ld,
+                 const Pool& pool) {
+  const int64_t panels = ceil_div(units, kPanel);
+  const int64_t pairs = panels * (panels + 1) / 2;
+  parallel_for(pool, pairs, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, per_unit)), [&](int64_t begin, int64_t end) {
+    Pair pair(begin);
+    int64_t edge[kCountRows * kPanel];
+    for (int64_t t = begin; t < end; ++t, pair.next()) {
+      const int64_t i0 = pair.i * kPanel, j0 = pair.j * kPanel;
+      const uint64_t* ip = words + pair.i * per_unit * kPanel;
+      const uint64_t* jp = words + pair.j * per_unit * kPanel;
+      const int64_t cols = std::min(kPanel, units - j0);
+      for (int64_t r0 = 0; r0 < kPanel && i0 + r0 < units; r0 += kCountRows) {
+        if (pair.i != pair.j && cols == kPanel) {
+          table.count_tile(per_unit, ip + r0, jp, counts + (i0 + r0) * ld + j0, ld);
+          continue;
+        }
+        std::memset(edge, 0, sizeof(edge));
+        table.count_tile(per_unit, ip + r0, jp, edge, kPanel);
+        const int64_t rows = std::min(kCountRows, units - i0 - r0);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t l = pair.i == pair.j ? r0 + r : 0; l < cols; ++l)
+            counts[(i0 + r0 + r) * ld + j0 + l] += edge[r * kPanel + l];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Pair::Pair(int64_t t) {
+  j = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(t) + 1.0) - 1.0) / 2.0);
+  while ((j + 1) * (j + 2) / 2 <= t) ++j;
+  while (j * (j + 1) / 2 > t) --j;
+  i = t - j * (j + 1) / 2;
+}
+
+void pack_panels(const KernelTable& table, const Panels& p, float* out, const Pool& pool) {
+  parallel_for(pool, p.panels(), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, p.depth * p.width)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i)
+                   table.pack(p.src + i * p.width * p.stride_l, p.stride_k, p.stride_l, p.depth,
+                              std::min(p.width, p.count - i * p.width), p.width, out + i * p.depth * p.width);
+               });
+}
+
+bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float* bias, int64_t* counts, int64_t ld,
+                              int64_t chunk, const Pool& pool) {
+  const KernelTable& table = kernels(kCoactivation);
+  const int64_t samples = x.rows, depth = x.cols, units = weight.rows;
+  if (samples == 0 || units == 0) return false;
+  chunk = std::min(round_up(chunk > 0 ? chunk : kDefaultChunk, kWordBits), round_up(samples, kWordBits));
+
+  const Panels weights{weight.data, weight.col_stride, weight.row_stride, depth, units, table.rows};
+  Buffer<float> packed(weights.size());
+  pack_panels(table, weights, packed.get(), pool);
+  const int64_t tiles = weights.panels();
+  Buffer<float> padded_bias(tiles * table.rows);
+  std::fill_n(padded_bias.get(), tiles * table.rows, 0.0f);
+  if (bias) std::copy_n(bias, units, padded_bias.get());
+
+  // panels of one unit more than the last row tile may write
+  const int64_t unit_slots = round_up(tiles * table.rows, kPanel);
+  Buffer<uint64_t> words(unit_slots * (chunk / kWordBits));
+  std::memset(words.get(), 0, unit_slots * (chunk / kWordBits) * sizeof(uint64_t));
+
+  const int64_t fair = round_up(ceil_div(chunk, pool.threads), kWordBits);
+  const int64_t block = std::min(fair, std::max(kWordBits, kBlockFloats / std::max<int64_t>(1, depth) / kWordBits * kWordBits));
+  Scratch<float> scratch(pool.threads + 1, block * depth);
+  std::atomic<bool> bad{false};
+
+  for (int64_t start = 0; start < samples; start += chunk) {
+    const int64_t size = std::min(chunk, samples - start);
+    const int64_t per_unit = ceil_div(size, kWordBits);
+    scratch.reset();
+    parallel_for(pool, ceil_div(size, block), 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> own;
+      float* panels = scratch.take();
+      if (!panels) own = Buffer<float>(block * depth), panels = own.get();
+      bool any = false;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b * block, count = std::min(block, size - first);
+        const Panels rows{x.data + (start + first) * x.row_stride, x.col_stride, x.row_stride, depth, count, table.lanes};
+        pack_panels(table, rows, panels, serial_pool());
+        // whole words: lanes beyond the last sample are zero vectors, and their bits are cleared below
+        const int64_t filled = rows.panels(), needed = round_up(count, kWordBits) / table.lanes;
+        std::memset(panels + filled * depth * table.lanes, 0, (needed - filled) * depth * table.lanes * sizeof(float));
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t unit = tile * table.rows;
+          // a row tile never straddles two panels of words: kPanel is a multiple of every table's rows
+          uint64_t* out = words.get() + panel_offset(unit, per_unit);
+          for (int64_t p = 0; p < needed; ++p) {
+            const int64_t sample = first + p * table.lanes;
+            any |= table.sign_tile(depth, panels + p * depth * table.lanes, packed.get() + unit * depth,
+                                   padded_bias.get() + unit,
+                                   reinterpret_cast<unsigned char*>(out + (sample / kWordBits) * kPanel) +
+                                       (sample % kWordBits) / 8);
+          }
+          if (count % kWordBits)
+            for (int64_t r = 0; r < table.rows; ++r)
+              out[((first + count) / kWordBits) * kPanel + r] &= (uint64_t{1} << (count % kWordBits)) - 1;
+        }
+      }
+      if (any) bad.store(true);
+    });
+    count_upper(table, words.get(), per_unit, units, counts, ld, pool);
+  }
+  return bad.load();
+}
+
+void pack_signs(const Matrix& z, uint64_t* words, const Pool& pool) {
+  kernels(kPackSigns);
+  const int64_t per_unit = ceil_div(z.rows, kWordBits);
+  parallel_for(pool, per_unit, 16, [&](int64_t begin, int64_t end) {
+    uint64_t acc[64];
+    for (int64_t w = begin; w < end; ++w)
+      for (int64_t j0 = 0; j0 < z.cols; j0 += 64) {
+        const int64_t cols = std::min<int64_t>(64, z.cols - j0), rows = std::min(kWordBits, z.rows - w * kWordBits);
+        std::memset(acc, 0, sizeof(acc));
+        for (int64_t b = 0; b < rows; ++b) {
+          const float* row = z.data + (w * kWordBits + b) * z.row_stride + j0 * z.col_stride;
+          for (int64_t j = 0; j < cols; ++j) acc[j] |= static_cast<uint64_t>(row[j * z.col_stride] > 0) << b;
+        }
+        for (int64_t j = 0; j < cols; ++j) words[(j0 + j) * per_unit + w] = acc[j];
+      }
+  });
+}
+
+void coactivation_counts(const uint64_t* words, int64_t units, int64_t per_unit, int64_t* counts, const Pool& pool) {
+  const KernelTable& table = kernels(kCounts);
+  std::fill_n(counts, units * units, int64_t{0});
+  const int64_t panels = ceil_div(units, kPanel);
+  const int64_t block = std::max<int64_t>(1, std::min(kDefaultChunk / kWordBits, per_unit));
+  Buffer<uint64_t> laid(panels * kPanel * block);
+  for (int64_t w0 = 0; w0 < per_unit; w0 += block) {
+    const int64_t size = std::min(block, per_unit - w0);
+    parallel_for(pool, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t l = 0; l < kPanel; ++l) {
+          const int64_t unit = p * kPanel + l;
+          for (int64_t w = 0; w < size; ++w)
+            laid[(p * size + w) * kPanel + l] = unit < units ? words[unit * per_unit + w0 + w] : 0;
+        }
+    });
+    count_upper(table, laid.get(), size, units, counts, units, pool);
+  }
+  for (int64_t i = 0; i < units; ++i)
+    for (int64_t j = 0; j < i; ++j) counts[i * units + j] = counts[j * units + i];
+}
+
+}  // namespace mmc

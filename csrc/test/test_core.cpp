@@ -1,0 +1,160 @@
+// Tests of the torch-free core: every instruction set of this machine against plain loops in float64, and its counts bit by bit
+// against those of every other. Prints the first mismatch and the seed; exits 1.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "core.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, unsigned seed, int64_t n, int64_t d, int64_t h) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED %s on %s: seed %u, N %lld, d %lld, h %lld\n", what, mmc::current_isa(), seed, static_cast<long long>(n),
+              static_cast<long long>(d), static_cast<long long>(h));
+}
+
+struct Problem {
+  int64_t n, d, h, outputs = 3;
+  std::vector<float> x, w, b, v;
+  Problem(int64_t n_, int64_t d_, int64_t h_, unsigned seed) : n(n_), d(d_), h(h_), x(n * d), w(h * d), b(h), v(outputs * h) {
+    std::mt19937 engine(seed);
+    std::normal_distribution<float> normal;
+    for (auto* values : {&x, &w, &b, &v})
+      for (auto& value : *values) value = normal(engine);
+  }
+  mmc::Matrix inputs() const { return {x.data(), n, d, d, 1}; }
+  mmc::Matrix weights() const { return {w.data(), h, d, d, 1}; }
+  mmc::Matrix outer() const { return {v.data(), outputs, h, h, 1}; }
+};
+
+double distance(const std::vector<double>& a, const std::vector<double>& b) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) error += (a[i] - b[i]) * (a[i] - b[i]), norm += b[i] * b[i];
+  return std::sqrt(error / std::max(norm, 1e-300));
+}
+
+void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>& reference) {
+  const Problem p(n, d, h, seed);
+  const mmc::Pool pool = mmc::serial_pool();
+  std::vector<double> z(n * h);
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0; i < h; ++i) {
+      double sum = p.b[i];
+      for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(p.x[s * d + k]) * p.w[i * d + k];
+      z[s * h + i] = sum;
+    }
+
+  // counts: the same bits on every instruction set and for every chunk; equal to the truth up to samples at a kink
+  std::vector<int64_t> counts(h * h, 0), chunked(h * h, 0);
+  const bool bad = mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), counts.data(), h, 0, pool);
+  mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), chunked.data(), h, 64, pool);
+  expect(!bad, "finite pre-activations", seed, n, d, h);
+  expect(counts == chunked, "counts do not depend on the chunk", seed, n, d, h);
+  if (reference.empty()) reference = counts;
+  expect(counts == reference, "counts do not depend on the instruction set", seed, n, d, h);
+  bool right = true;
+  for (int64_t i = 0; i < h; ++i)
+    for (int64_t j = 0; j < h; ++j) {
+      int64_t sure = 0, possible = 0;
+      for (int64_t s = 0; s < n && j >= i; ++s) {
+        const double least = std::min(z[s * h + i], z[s * h + j]);
+        sure += least > 1e-4, possible += least > -1e-4;
+      }
+      right &= sure <= counts[i * h + j] && counts[i * h + j] <= possible;
+    }
+  expect(right, "counts against float64", seed, n, d, h);
+
+  // packed words and their counts
+  std::vector<float> zf(z.begin(), z.end());
+  const int64_t words = (n + 63) / 64;
+  std::vector<uint64_t> packed(h * words);
+  mmc::pack_signs({zf.data(), n, h, h, 1}, packed.data(), pool);
+  std::vector<int64_t> full(h * h);
+  mmc::coactivation_counts(packed.data(), h, words, full.data(), pool);
+  bool equal = true;
+  for (int64_t i = 0; i < h; ++i)
+    for (int64_t j = 0; j < h; ++j) {
+      int64_t truth = 0;
+      for (int64_t s = 0; s < n; ++s) truth += zf[s * h + i] > 0 && zf[s * h + j] > 0;
+      equal &= full[i * h + j] == truth;
+    }
+  expect(equal, "counts of packed words", seed, n, d, h);
+
+  // Gram of derivatives and of rows; total
+  std::vector<double> gram(h * h, 0), total(h, 0), gram_truth(h * h, 0), total_truth(h, 0);
+  mmc::derivative_gram_update(p.inputs(), p.weights(), p.b.data(), mmc::Activation::kTanh, 0, 0, gram.data(), h, total.data(), 100,
+                              pool);
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0; i < h; ++i) {
+      const double a = 1 - std::tanh(z[s * h + i]) * std::tanh(z[s * h + i]);
+      total_truth[i] += a;
+      for (int64_t j = i; j < h; ++j)
+        gram_truth[i * h + j] += a * (1 - std::tanh(z[s * h + j]) * std::tanh(z[s * h + j]));
+    }
+  expect(distance(gram, gram_truth) < 5e-6, "Gram of derivatives", seed, n, d, h);
+  expect(distance(total, total_truth) < 5e-6, "column sums of derivatives", seed, n, d, h);
+  std::vector<double> syrk(h * h, 0), syrk_truth(h * h, 0);
+  mmc::syrk_update({zf.data(), n, h, h, 1}, syrk.data(), h, 0, pool);
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0; i < h; ++i)
+      for (int64_t j = i; j < h; ++j) syrk_truth[i * h + j] += static_cast<double>(zf[s * h + i]) * zf[s * h + j];
+  expect(distance(syrk, syrk_truth) < 2e-6, "Gram of rows", seed, n, d, h);
+
+  // final product
+  std::vector<float> out(d * d);
+  const mmc::Matrix outer = p.outer();
+  mmc::agop_finalise(p.weights(), &outer, counts.data(), nullptr, h, out.data(), pool);
+  std::vector<double> s_matrix(h * h), left(d * h, 0), truth(d * d, 0);
+  for (int64_t i = 0; i < h; ++i)
+    for (int64_t j = 0; j < h; ++j) {
+      double sum = 0;
+      for (int64_t c = 0; c < p.outputs; ++c) sum += static_cast<double>(p.v[c * h + i]) * p.v[c * h + j];
+      s_matrix[i * h + j] = sum * counts[std::min(i, j) * h + std::max(i, j)];
+    }
+  for (int64_t a = 0; a < d; ++a)
+    for (int64_t j = 0; j < h; ++j)
+      for (int64_t i = 0; i < h; ++i) left[a * h + j] += p.w[i * d + a] * s_matrix[i * h + j];
+  for (int64_t a = 0; a < d; ++a)
+    for (int64_t c = 0; c < d; ++c)
+      for (int64_t j = 0; j < h; ++j) truth[a * d + c] += left[a * h + j] * p.w[j * d + c];
+  expect(distance({out.begin(), out.end()}, truth) < 5e-6, "final product", seed, n, d, h);
+  bool symmetric = true;
+  for (int64_t a = 0; a < d; ++a)
+    for (int64_t c = 0; c < d; ++c) symmetric &= out[a * d + c] == out[c * d + a];
+  expect(symmetric, "final product is symmetric", seed, n, d, h);
+}
+
+}  // namespace
+
+int main() {
+  const unsigned first = std::random_device{}();
+  const int64_t shapes[][3] = {{1, 1, 1}, {3, 2, 5}, {64, 7, 12}, {65, 16, 24}, {63, 17, 25}, {200, 33, 49}, {513, 40, 97}};
+  for (const auto& shape : shapes) {
+    std::vector<int64_t> reference;
+    for (const auto& isa : mmc::supported_isas()) {
+      const std::string error = mmc::select_isa(isa.c_str());
+      if (!error.empty()) std::printf("FAILED %s\n", error.c_str()), ++failures;
+      check(shape[0], shape[1], shape[2], first, reference);
+    }
+  }
+  expect(!mmc::select_isa("pentium").empty(), "an unknown instruction set is refused", first, 0, 0, 0);
+  for (const auto& isa : mmc::supported_isas()) {  // a pre-activation that is not finite is reported, wherever it stands
+    mmc::select_isa(isa.c_str());
+    for (const float value : {INFINITY, -INFINITY, NAN}) {
+      Problem p(130, 5, 30, first);
+      p.x[129 * 5 + 4] = value;
+      std::vector<int64_t> counts(30 * 30, 0);
+      expect(mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), counts.data(), 30, 0, mmc::serial_pool()),
+             "a non-finite pre-activation is reported", first, 130, 5, 30);
+    }
+  }
+  std::printf(failures ? "%d checks failed\n" : "all checks passed (%d failures)\n", failures);
+  return failures ? 1 : 0;
+}
