@@ -45,7 +45,9 @@ def torch_dir() -> Path | None:
     named = os.environ.get("MMC_TORCH_DIR")
     if named:
         if not _torch_version(Path(named)):
-            raise RuntimeError(f"MMC_TORCH_DIR={named} holds no torch package; name the folder with version.py and include/")
+            raise RuntimeError(
+                f"MMC_TORCH_DIR={named} holds no torch package; name the folder with version.py and include/"
+            )
         return Path(named)
     base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
     places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
@@ -61,7 +63,11 @@ def torch_dir() -> Path | None:
 def compiler() -> str | None:
     """The C++ compiler that CMake would take, None where there is none."""
     named = os.environ.get("CXX")
-    return shutil.which(named.split()[0]) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return (
+        shutil.which(named.split()[0])
+        if named
+        else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    )
 
 
 def native_wanted() -> bool:

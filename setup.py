@@ -24,11 +24,15 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         torch = mmc_build.torch_dir()
         if torch is None:
-            raise RuntimeError("no torch 2.10 or newer was found; install it first, or name its folder: MMC_TORCH_DIR=...")
+            raise RuntimeError(
+                "no torch 2.10 or newer was found; install it first, or name its folder: MMC_TORCH_DIR=..."
+            )
         try:
             import pybind11
         except ImportError:
-            raise RuntimeError("pybind11 is missing; without build isolation install it first: pip install pybind11") from None
+            raise RuntimeError(
+                "pybind11 is missing; without build isolation install it first: pip install pybind11"
+            ) from None
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is missing; without build isolation install it first: pip install cmake ninja")
@@ -68,7 +72,10 @@ def main() -> None:
     if not native:
         print("mmc-fast: building without native kernels (no C++ compiler, or MMC_BUILD=0)", file=sys.stderr)
     setup(
-        packages=[*find_namespace_packages(include=["mmc_fast", "mmc_fast.*"], exclude=["*.__pycache__"]), "mmc_fast.kernels"],
+        packages=[
+            *find_namespace_packages(include=["mmc_fast", "mmc_fast.*"], exclude=["*.__pycache__"]),
+            "mmc_fast.kernels",
+        ],
         package_dir={"mmc_fast.kernels": "kernels"},
         ext_modules=[Extension("mmc_fast._C", sources=[])] if native else [],
         cmdclass={"build_ext": CMakeBuild},

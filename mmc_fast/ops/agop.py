@@ -184,9 +184,7 @@ def derivative_gram_update(
             x, weight, _contiguous(bias), ACTIVATIONS[activation], alpha, beta, gram, total, nonfinite, chunk_rows
         )
         return which
-    _gram_reference.derivative_gram_update(
-        x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
-    )
+    _gram_reference.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
     record(op, which)
     return which
 
@@ -250,7 +248,9 @@ def pack_signs(z: Tensor, *, backend: str = "auto") -> Tensor:
 def coactivation_counts(words: Tensor, *, backend: str = "auto") -> Tensor:
     """Count ``Σ_w popcount(words_iw & words_jw)``: int64 ``[h, W]`` to the full symmetric int64 ``[h, h]``, exact."""
     if words.dim() != 2 or words.dtype != torch.int64:
-        raise InputError(f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs")
+        raise InputError(
+            f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs"
+        )
     which = choose("coactivation_counts", backend, words)
     if which == "cpp":
         return torch.ops.mmc_fast.coactivation_counts(words.contiguous())

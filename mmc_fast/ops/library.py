@@ -17,7 +17,16 @@ from mmc_fast import __version__
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-__all__ = ["current_isa", "describe", "forced_isa", "load", "loaded_module", "native", "supported_isas", "unavailable_reason"]
+__all__ = [
+    "current_isa",
+    "describe",
+    "forced_isa",
+    "load",
+    "loaded_module",
+    "native",
+    "supported_isas",
+    "unavailable_reason",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE / "libmmc_ops.so"
