@@ -1,7 +1,7 @@
 """Build backend on top of setuptools (PEP 517), used through ``backend-path``.
 
-Adds one thing: it finds the torch of the target environment by its files, also from inside an isolated build, so that isolation
-does not install torch a second time, and asks for build tools only where they are missing.
+Adds one thing: it finds the torch of the target environment by its files, also from inside an isolated build, so that
+isolation does not install torch a second time, and asks for build tools only where they are missing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def compiler() -> str | None:
 
 
 def native_wanted() -> bool:
-    """Whether to build the native library: ``MMC_BUILD=0`` never, ``1`` always, otherwise where a C++ compiler is found."""
+    """Whether to build the native library: ``MMC_BUILD=0`` never, ``1`` always, else where a C++ compiler is found."""
     choice = os.environ.get("MMC_BUILD", "auto") or "auto"
     if choice not in ("0", "1", "auto"):
         raise RuntimeError(f"MMC_BUILD={choice}; allowed are 0 (pure Python), 1 (must be built) and auto")

@@ -62,8 +62,8 @@ class CMakeBuild(build_ext):
     def _call(self, command: list[str]) -> None:
         if subprocess.call(command, stdout=None if self.verbose else subprocess.DEVNULL) != 0:
             raise RuntimeError(
-                f"building the native library failed in: {' '.join(command[:2])} ...; the compiler's messages are above "
-                "(pip install -v shows them); MMC_BUILD=0 installs the pure Python package"
+                f"building the native library failed in: {' '.join(command[:2])} ...; its messages are above "
+                "(pip install -v shows them), and MMC_BUILD=0 installs the pure Python package"
             )
 
 

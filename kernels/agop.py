@@ -1,9 +1,9 @@
 """Co-activation counts on the int8 matrix units: ``counts += Aᵀ A`` with ``A = [z > 0]``, upper-triangular tiles.
 
-Formula: ``c[i, j] += Σ_n a[n, i] a[n, j]`` for ``j >= i``, ``a`` 0 or 1. In: ``a`` int8 ``[N, h]`` with any strides. Out: int64
-``[h, h]``, row stride ``stride_ci``, entries below the diagonal untouched. Accumulates in int32 inside a launch (at most
-``MAX_ROWS`` samples, so it cannot overflow) and in int64 across launches. Nothing is saved or recomputed. Deterministic: one
-program owns one tile, and integers do not depend on the order.
+Formula: ``c[i, j] += Σ_n a[n, i] a[n, j]`` for ``j >= i``, ``a`` 0 or 1. In: ``a`` int8 ``[N, h]`` with any strides.
+Out: int64 ``[h, h]``, row stride ``stride_ci``, entries below the diagonal untouched. Accumulates in int32 inside a
+launch (at most ``MAX_ROWS`` samples, so it cannot overflow) and in int64 across launches. Nothing is saved or recomputed.
+Deterministic: one program owns one tile, and integers do not depend on the order.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def usable(tensors: Sequence[Tensor]) -> str | None:
 
 
 def coactivation_fwd(active: Tensor, counts: Tensor) -> None:
-    """Add ``activeᵀ active`` to the upper triangle of ``counts``: int8 ``[N, h]`` of 0 and 1, int64 ``[h, h]``, in place."""
+    """Add ``activeᵀ active`` to the upper triangle of ``counts``: int8 ``[N, h]`` of 0 and 1 into int64 ``[h, h]``."""
     units = active.shape[1]
     tiles = triton.cdiv(units, _BLOCK_H)
     for part in active.split(MAX_ROWS):
@@ -84,7 +84,7 @@ def coactivation_fwd(active: Tensor, counts: Tensor) -> None:
 def relu_coactivation_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
 ) -> None:
-    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``, in place, without a host sync."""
+    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts`` without a host sync."""
     rows = chunk_rows or max(1024, _CHUNK_BYTES // max(1, x.element_size() * weight.shape[0]))
     for part in x.split(rows):
         z = torch.nn.functional.linear(part, weight, bias)  # [n, h]

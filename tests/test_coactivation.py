@@ -211,7 +211,7 @@ def test_the_core_on_numpy_arrays(generator):
     assert np.array_equal(
         module.coactivation_counts(words), reference.coactivation_counts(reference.pack_signs(z)).numpy()
     )
-    with pytest.raises(ValueError, match="2|two|pass"):
+    with pytest.raises(ValueError, match="1 dimensions; pass"):
         module.pack_signs(np.zeros(3, dtype=np.float32))
 
 
@@ -322,7 +322,7 @@ def test_explicit_backends_never_fall_back(generator):
         with pytest.raises((RuntimeError, InputError), match=message):
             counts_of(x, weight, bias, backend)
     if ISAS:
-        with pytest.raises(RuntimeError, match="computes in float32 and a tensor is torch.float64"):
+        with pytest.raises(RuntimeError, match=r"computes in float32 and a tensor is torch\.float64"):
             counts_of(x.double(), weight.double(), bias.double(), "cpp")
 
 
@@ -352,8 +352,8 @@ def test_explain_gives_every_backend_with_a_reason(generator):
 )
 def test_bad_input_is_one_clear_line(change, message):
     good = {
-        "x": torch.zeros(3, 2), "weight": torch.zeros(4, 2), "bias": torch.zeros(4), "counts": torch.zeros(4, 4, dtype=torch.int64),
-        "nonfinite": torch.zeros(1, dtype=torch.int64), "chunk_rows": 0,
+        "x": torch.zeros(3, 2), "weight": torch.zeros(4, 2), "bias": torch.zeros(4), "chunk_rows": 0,
+        "counts": torch.zeros(4, 4, dtype=torch.int64), "nonfinite": torch.zeros(1, dtype=torch.int64),
     }  # fmt: skip
     with pytest.raises(InputError, match=message) as caught:
         agop.relu_coactivation_update(**{**good, **change})

@@ -1,4 +1,4 @@
-"""The Triton co-activation kernel under its CPU interpreter, in a process of its own: the interpreter is chosen at import."""
+"""The Triton co-activation kernel under its CPU interpreter, in a process of its own: it is chosen at import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native library: loaded once, with the likely causes named once where that fails, and the instruction set it runs."""
+"""The native library: loaded once, likely causes named once where that fails, and the instruction set that it runs."""
 
 from __future__ import annotations
 
