@@ -111,8 +111,7 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
 
 
 def _heading(runs: RunSet) -> str:
-    title = runs.data.get("title")
-    return f"{runs.dataset}: {title}" if title else runs.dataset
+    return f"{runs.dataset}: {runs.title}" if runs.title else runs.dataset
 
 
 def _validation(runs: RunSet) -> Any:
@@ -137,7 +136,7 @@ def _differences(runs: RunSet, comparison: Comparison) -> Table:
 
 
 def _realised(runs: RunSet) -> Table:
-    first = next(iter(runs.methods.values()))[0]
+    first = runs.first
     modalities = list(first["scores"]["reliance"])
     rows = [
         [f"{entry['rate']:g}", *(f"{share:.3f}" for share in entry["realised"])] for entry in first["scores"]["missing"]
