@@ -285,6 +285,7 @@ class _Run:
             "lambda": self.config.ebr.reversal,
             "fresh_discriminator": judge(run.model),
             "distance_to_lambda0": distance,
+            "first_active_epoch": run.first_pull,
             "adversarial_stopped_after": run.stop.stopped_after,
             "control": control,
         }
@@ -293,7 +294,9 @@ class _Run:
         """The method's name, or "inactive" for an EBR run that lambda did not change."""
         if game is None:
             return self.config.method
-        active = run.pulled and not self.trivial and game["distance_to_lambda0"] != 0.0
+        # Selected before the first reversed gradient, the model is that of the control run, whatever came later.
+        played = run.first_pull is not None and run.best_epoch >= run.first_pull
+        active = played and not self.trivial and game["distance_to_lambda0"] != 0.0
         return self.config.method if active else "inactive"
 
     def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:

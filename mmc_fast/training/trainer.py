@@ -36,8 +36,8 @@ class Trainer:
     """Trains ``model`` by ``config``; holds everything that a checkpoint has to hold.
 
     Attributes after :meth:`fit`: ``history`` (one record per epoch), ``best_epoch`` (from 1), ``best_weights``,
-    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``pulled`` (whether the
-    encoders ever received a reversed gradient).
+    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``first_pull`` (the first
+    epoch after which the encoders receive a reversed gradient; None: never).
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Trainer:
         self.step = 0  # steps done in the epoch that runs
         self.order: Tensor | None = None  # row order of the epoch that runs
         self.masks: Tensor | None = None  # presence of its rows
-        self.sums = torch.zeros(3, dtype=torch.float64)  # L_sem, L_md, L_rec summed over rows
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # L_sem, L_md, L_rec summed over rows
         self.spent = 0.0  # seconds of the epoch that runs, before an interruption
         self.history: list[dict[str, Any]] = []
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Tensor] = {}
         self.last_weights: dict[str, Tensor] = {}
-        self.pulled = False
+        self.first_pull: int | None = None
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
 
     def fit(self) -> None:
@@ -134,7 +134,7 @@ class Trainer:
             total, parts, latents = self.stepper.losses(phase, [f[n] for f in features], here, labels[n], source)
             if self.device.type == "cpu" or n + 1 == steps:
                 self._check_finite(total)
-            self.sums += parts.double().cpu() * len(labels[n])
+            self.sums += parts.double() * len(labels[n])
             self.stepper.update(phase, total, latents, here)
             self.step += 1
             if self.guard.requested:
@@ -155,7 +155,8 @@ class Trainer:
             if means[1] is not None and entropy > 0:
                 record["loss_md_over_entropy"] = means[1] / entropy
             record |= probe(self.model, self.probe_part, reversal)
-            self.pulled = self.pulled or record["grad_norm_encoders"] > 0
+            if self.first_pull is None and record["grad_norm_encoders"] > 0:
+                self.first_pull = self.epoch
         record |= self._validate()
         selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
         if record[selected] > self.best_score:
@@ -204,7 +205,7 @@ class Trainer:
         if not bool(torch.isfinite(total)):
             if self._weights_finite():
                 self.save()
-            self._diverged(f"the loss became {float(total)} in epoch {self.epoch + 1}, step {self.step + 1}")
+            self._diverged(f"the loss became {float(total.detach())} in epoch {self.epoch + 1}, step {self.step + 1}")
 
     def _check_weights(self) -> None:
         """After the last step of an epoch, before anything is measured or saved."""
@@ -241,7 +242,7 @@ class Trainer:
             "history": self.history,
             "best_score": self.best_score if self.best_epoch else None,
             "best_epoch": self.best_epoch,
-            "pulled": self.pulled,
+            "first_pull": self.first_pull,
             "about": self.about,
             "stop": {"best": self.stop.best, "bad": self.stop.bad, "stopped_after": self.stop.stopped_after},
         }
@@ -255,10 +256,10 @@ class Trainer:
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
-        self.sums = tensors["sums"]
+        self.sums = tensors["sums"].to(self.device)
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
-        self.history, self.best_epoch, self.pulled = meta["history"], meta["best_epoch"], meta["pulled"]
+        self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]
         self.about = meta["about"]
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
         self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]
