@@ -38,7 +38,7 @@ def demo_findings(
     outcomes: Sequence[tuple[Mapping[str, Any], Predictions]],
     *,
     titles: Mapping[str, str] | None = None,
-    resamples: int = 2000,
+    resamples: int = 1000,
     seed: int = 0,
 ) -> list[DemoFindings]:
     """Compare the methods on every data set.
@@ -70,7 +70,7 @@ def demo_report(findings: Sequence[DemoFindings], facts: Mapping[str, str], *, q
     seeds = len(findings[0].runs.seeds)
     report = Report(
         "Modality collapse and explicit basis reallocation",
-        f"{_count(len(findings[0].runs.methods), 'method')} on {_count(len(findings), 'data set')}, "
+        f"{_count(len(findings[0].runs.methods), 'method').capitalize()} on {_count(len(findings), 'data set')}, "
         f"{_count(seeds, 'seed')} each: which modality a fused model ignores, what is left when modalities are "
         "missing, and what explicit basis reallocation (EBR) changes. All sentences are chosen by the numbers.",
         f"mmc-fast {version}. This page is self-contained and loads nothing.",
@@ -117,5 +117,5 @@ def _by_rate(predictions: Predictions) -> dict[float, NDArray[Any]]:
 
 
 def _count(number: int, noun: str) -> str:
-    words = {1: "One", 2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
-    return f"{words.get(number, str(number)).lower()} {noun}{'' if number == 1 else 's'}"
+    words = ("no", "one", "two", "three", "four", "five", "six")
+    return f"{words[number] if number < len(words) else number} {noun}{'' if number == 1 else 's'}"
