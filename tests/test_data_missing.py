@@ -36,7 +36,7 @@ def test_law_is_that_of_redrawing_empty_rows(rates: float | tuple[float, ...], s
     patterns, counts = np.unique(got.present.numpy(), axis=0, return_counts=True)
     seen = {tuple(bool(b) for b in p): int(c) for p, c in zip(patterns, counts, strict=True)}
     assert {outcome for outcome, chance in expected.items() if chance > 0} >= set(seen)
-    likely = [o for o, chance in expected.items() if chance * n > 5]
+    likely = [o for o, chance in expected.items() if chance * n > 25]
     rest = n - sum(seen.get(o, 0) for o in likely)
     observed = [seen.get(o, 0) for o in likely] + [rest]
     wanted = [expected[o] * n for o in likely] + [n * (1 - sum(expected[o] for o in likely))]
