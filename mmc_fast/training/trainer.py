@@ -170,14 +170,13 @@ class Trainer:
         record["seconds"] = self.spent + time.perf_counter() - started
         self.spent = 0.0
         self.history.append(record)
-        if self.store is not None and (
-            self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
-        ):
+        due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
+        if self.store is not None and due:
             self.save()
         if self.on_epoch is not None:
             self.on_epoch(record)
-        if self.guard.requested:
-            self._interrupt(saved=True)
+        if self.guard.requested:  # perhaps only since on_epoch
+            self._interrupt(saved=due)
 
     def _refresh(self) -> None:
         refresh(self.model, self.ranking_parts, self.reference)
