@@ -2,8 +2,8 @@
 
 Formula: ``c[i, j] += Σ_n a[n, i] a[n, j]`` for ``j >= i``, ``a`` 0 or 1. In: ``a`` int8 ``[N, h]`` with any strides.
 Out: int64 ``[h, h]``, row stride ``stride_ci``, entries below the diagonal untouched. Accumulates in int32 inside a
-launch (at most ``MAX_ROWS`` samples, so it cannot overflow) and in int64 across launches. Nothing is saved or recomputed.
-Deterministic: one program owns one tile, and integers do not depend on the order.
+launch (at most ``MAX_ROWS`` samples, so it cannot overflow) and in int64 across launches. Nothing is saved, nothing is
+recomputed. Deterministic: one program owns one tile, and integers do not depend on the order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which backend runs an op: a registry of (usable, reason), the choice, and a counter of what ran.
 
-A backend registers, per op, a function of the call's arguments that returns None where it can run and one line of reason
-where it cannot. ``backend="auto"`` takes the first usable one in the op's order; an explicit backend works or raises with
-its reason.
+A backend registers, per op, a function of the call's arguments that returns None where it can run and one line of
+reason where it cannot. ``backend="auto"`` takes the first usable one in the op's order; an explicit backend works or
+raises with its reason.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def register(op_name: str, backend: str, check: Check) -> None:
 def explain(op_name: str, *args: Any) -> list[Backend]:
     """Say which backends of an op can run and why, best first.
 
-    ``args`` are the op's tensors, if any: without them only what holds for every call is judged (installed, built, device
-    there). The first usable row is what ``backend="auto"`` takes. Raises :class:`InputError` for an unknown op.
+    ``args`` are the op's tensors, if any: without them only what holds for every call is judged (installed, built,
+    device there). The first usable row is what ``backend="auto"`` takes. Raises :class:`InputError` for an unknown op.
     """
     return [Backend(name, reason is None, reason or "usable") for name, reason in _reasons(op_name, args)]
 
