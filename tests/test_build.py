@@ -139,7 +139,7 @@ import mmc_build
 from types import SimpleNamespace
 mmc_build.sysconfig = SimpleNamespace(get_path=lambda *a, **k: sys.argv[2])
 mmc_build.site = SimpleNamespace(getusersitepackages=lambda: sys.argv[2])
-sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, "torch"))]
+mmc_build.sys = SimpleNamespace(path=[], base_prefix="")
 print(mmc_build.torch_dir(), mmc_build.get_requires_for_build_wheel(), "torch" in sys.modules, sep="|")
 """
 
