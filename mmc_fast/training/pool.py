@@ -70,7 +70,7 @@ def _start(
     executor = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(events, stop, os.getpid())
     )
-    # Workers inherit the ignored signal: Ctrl-C in a terminal reaches every process, and only the parent acts on it.
+    # Workers inherit the ignored signal, so that Ctrl-C cannot break them while they start.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor, [executor.submit(_call, work, job) for job in jobs]
@@ -132,7 +132,8 @@ _worker: dict[str, Any] = {}
 
 
 def _begin(events: Any, stop: Any, parent: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C in a terminal reaches only the parent, which passes it on once
     torch.set_num_threads(1)
     _worker.update(events=events, stop=stop, parent=parent)
 
