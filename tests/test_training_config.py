@@ -64,6 +64,7 @@ BAD = [
     ({"modality_dropout": 1.0}, "modality_dropout is 1.0"),
     ({"momentum": 0.9}, "not sgd"),
     ({"rates": [0.1, 1.0]}, "rates is"),
+    ({"selection": "masked", "rates": []}, "rates is empty"),
     ({"ebr": {"reversal": -1}}, "reversal is -1"),
     ({"ebr": {"reversal": float("nan")}}, "reversal is nan"),
     ({"ebr": {"patience": 0}}, "patience is 0"),

@@ -135,6 +135,8 @@ class TrainConfig:
             )
         if any(not 0 <= r < 1 for r in self.rates):
             raise InputError(f"{where}: rates is {list(self.rates)}; missing rates are at least 0 and below 1")
+        if self.selection == "masked" and not self.rates:
+            raise InputError(f"{where}: selection is 'masked' but rates is empty; give missing rates to select by")
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"{where}: momentum is {self.momentum} but the optimizer is {self.optimizer}, not sgd")
         if self.substitute_in_training and self.ebr is None:

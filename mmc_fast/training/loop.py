@@ -15,6 +15,7 @@ from .. import __version__
 from ..data import MultimodalDataset
 from ..data.names import unknown
 from ..errors import InputError
+from ..ops.backends import ran
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .distillation import distil, teaching_plan
@@ -114,6 +115,7 @@ class _Run:
         self.timing: dict[str, float] = {}
         self.distilled: list[dict[str, Any]] | None = None
         self.fingerprint = fingerprint(dataset)
+        self.ran_before = ran()
 
     @property
     def trivial(self) -> bool:
@@ -332,7 +334,7 @@ class _Run:
             "data": self.identity()["data"] | {"sizes": sizes, "modalities": d.modalities, "info": _jsonable(d.info)},
             "config": self.config.to_dict(),
             "seed": self.seed,
-            "environment": environment(run.model),
+            "environment": environment(run.model, self.ran_before),
             "history": run.history,
             "selected_epoch": run.best_epoch,
             "selected_val_score": run.history[run.best_epoch - 1]["val_score"],

@@ -84,6 +84,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.last_weights: dict[str, Tensor] = {}
         self.first_pull: int | None = None
+        self.ranking_current = False
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
 
     def fit(self) -> None:
@@ -136,6 +137,7 @@ class Trainer:
                 self._check_finite(total)
             self.sums += parts.double() * len(labels[n])
             self.stepper.update(phase, total, latents, here)
+            self.ranking_current = False
             self.step += 1
             if self.guard.requested:
                 self.spent += time.perf_counter() - started
@@ -179,7 +181,10 @@ class Trainer:
             self._interrupt(saved=due)
 
     def _refresh(self) -> None:
-        refresh(self.model, self.ranking_parts, self.reference)
+        """Bring the ranking up to date with the weights."""
+        if not self.ranking_current:
+            refresh(self.model, self.ranking_parts, self.reference)
+            self.ranking_current = True
 
     def _validate(self) -> dict[str, float | None]:
         """Scores on the validation part; the ranking is brought up to date first where a slot will be substituted."""
