@@ -93,7 +93,7 @@ def reset_ran() -> None:
 
 def _checks_of(op_name: str) -> dict[str, Check]:
     if op_name not in _checks:
-        from . import agop  # noqa: F401  (its import registers the AGOP ops)
+        from . import agop, ebr  # noqa: F401  (their import registers the ops)
     if op_name not in _checks:
         raise InputError(f"explain: unknown op {op_name!r}; known are {', '.join(sorted(_checks))}")
     return _checks[op_name]
