@@ -1,0 +1,5 @@
+"""Public helpers for tests: the tolerance rule, and shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
+
+from .tolerance import assert_as_accurate, relative_error
+
+__all__ = ["assert_as_accurate", "relative_error"]
