@@ -1,6 +1,10 @@
 """Explicit basis reallocation (EBR) and modality-collapse diagnosis for PyTorch."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from .integrations import apply_ebr as apply_ebr
 
 __version__ = "0.1.0"
 
@@ -9,3 +13,19 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     from mmc_fast import _checkout
 
     _checkout.install_finder(_Path(__file__).resolve().parents[1] / "kernels")
+
+# Imported on first use, so that `import mmc_fast` stays quick: name -> the module that holds it.
+_LAZY = {"apply_ebr": "mmc_fast.integrations"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

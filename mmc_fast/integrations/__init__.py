@@ -1,0 +1,9 @@
+"""EBR in models that are not ours: ``apply_ebr`` on any ``nn.Module``; the Lightning callback is in ``.lightning``."""
+
+from .apply import apply_ebr
+from .handle import EBRHandle, find_handles
+from .losses import EBRLosses
+from .report import ApplyReport, Placement
+from .site import Site
+
+__all__ = ["ApplyReport", "EBRHandle", "EBRLosses", "Placement", "Site", "apply_ebr", "find_handles"]

@@ -1,0 +1,168 @@
+"""``apply_ebr``: heads behind named submodules of any model, without touching its source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn import EBRHead
+from .handle import EBRHandle
+from .plan import candidates, find_sites, place, why_not
+from .report import ApplyReport
+from .site import Site
+from .trace import trace
+
+__all__ = ["apply_ebr"]
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+
+
+def apply_ebr(
+    model: nn.Module,
+    at: Mapping[str, str | Site],
+    *,
+    latent_dim: int = 512,
+    hidden_dim: int = 1024,
+    psi_dims: Sequence[int] = (512, 256),
+    residual: bool = False,
+    normalize: bool = False,
+    reversal: float | Tensor = 1.0,
+    dims: Mapping[str, int] | None = None,
+    example: Any = None,
+    repeats: str = "error",
+    name: str = "ebr",
+    seed: int | None = None,
+    dry_run: bool = False,
+) -> EBRHandle:
+    r"""Put one :class:`mmc_fast.nn.EBRHead` over the outputs of named submodules; the model then sees what it recovers.
+
+    In every forward, the output :math:`z_i` of the i-th named submodule is replaced by
+    :math:`r_i = h_i^{-1}(h_i(z_i))` at once; :math:`L_{md}` over all latents is ready after the forward::
+
+        handle = apply_ebr(model, at={"image": "encoders.image", "text": "encoders.text"}, example=batch)
+        loss = criterion(model(*batch), y) + handle.losses().discrimination
+
+    Args:
+        model: any module, before it is compiled or wrapped for several devices.
+        at: modality -> dotted name of the submodule that gives its features, or a :class:`Site` for one tensor of
+            several, another feature dimension or sequence-first layout. At least ``[rows, d_i]``; every dimension but
+            the first (samples) and the last (features) is a dimension of rows.
+        latent_dim, hidden_dim, psi_dims, residual, normalize: see :class:`mmc_fast.nn.EBRHead`.
+        reversal: λ; change it later through ``handle.reversal`` (a 0-d tensor under ``torch.compile``).
+        dims: modality -> width of its features. Needed where neither the submodule (a linear layer, or a sequence
+            that ends in one) nor ``example`` tells.
+        example: arguments of one forward (a tensor, a tuple, or a dict of keywords), run without gradients in
+            evaluation mode. Training flags, buffers and random generators are put back.
+        repeats: "error" if a site may run only once in a forward, "all" to count the rows of every call.
+        name: name of the new submodule; its parameters enter ``model.parameters()`` and the state dict under it.
+        seed: initialises the heads from this seed and leaves the global generator alone; None draws from it.
+        dry_run: change nothing, and report what would be done, problems included.
+
+    Returns:
+        :class:`EBRHandle`: report (``str(handle)``), ``losses()``, ``present(mask)``, ``game()``, ``restore()``.
+
+    Raises:
+        InputError: no or unknown names, nested or repeated modules, widths unknown or contradictory, a site that does
+            not run on ``example``. Nothing is changed then.
+        TypeError: ``model`` is no module, or wrapped already.
+
+    Source: Chaudhuri et al., ICML 2025, section 3.3.
+    """
+    _check_model(model)
+    sites = find_sites(model, at)
+    if repeats not in ("error", "all"):
+        raise InputError(f"apply_ebr: repeats is {repeats!r}; allowed are 'error' and 'all'")
+    _check_free(model, name)
+    others = candidates(model, sites)
+    ran = {} if example is None else trace(model, example, [s.module for s in sites.values()] + others)
+    placements = place(model, sites, dims or {}, ran, repeats)
+    problems = [p for p in placements if p.problem]
+    if problems and not dry_run:
+        raise InputError(f"apply_ebr: {problems[0].modality} at {problems[0].site}: {problems[0].problem}")
+    report = ApplyReport(
+        model=type(model).__name__,
+        status="dry run",
+        name=name,
+        placements=tuple(placements),
+        elsewhere=tuple((other, why_not(ran.get(other), sites, ran)) for other in others),
+        hidden_dim=hidden_dim,
+        latent_dim=latent_dim,
+        psi_dims=tuple(psi_dims),
+        parameters=0,
+    )
+    if problems:
+        return EBRHandle(model, sites, report, reversal)
+    widths = {p.modality: p.width for p in placements if p.width is not None}
+    head = _build_head(
+        widths, seed, dry_run, latent_dim=latent_dim, hidden_dim=hidden_dim, psi_dims=psi_dims,
+        residual=residual, normalize=normalize,
+    )  # fmt: skip
+    report = dataclasses.replace(
+        report, parameters=sum(p.numel() for p in head.parameters()), status="dry run" if dry_run else "applied"
+    )
+    handle = EBRHandle(model, sites, report, reversal)
+    if not dry_run:
+        _move(head, model, sites)
+        handle._attach(head.train(model.training), repeats)
+    return handle
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_ebr: model is {type(model).__name__}; give an nn.Module")
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or isinstance(model, _WRAPPERS):
+        raise TypeError(
+            f"apply_ebr: model is {type(model).__name__}, compiled or wrapped already; apply to the plain module, "
+            "then compile or wrap it"
+        )
+
+
+def _check_free(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise InputError(f"apply_ebr: name is {name!r}; give a word without dots, such as 'ebr'")
+    if isinstance(getattr(model, name, None), EBRHead):
+        raise InputError(f"apply_ebr: the model has a head named '{name}' already; restore() it or choose another name")
+    if hasattr(model, name):
+        raise InputError(f"apply_ebr: the model has an attribute '{name}' already; choose another name=")
+
+
+def _build_head(widths: Mapping[str, int], seed: int | None, dry_run: bool, **sizes: Any) -> EBRHead:
+    """The head on the CPU; on no device, and without a random draw, where only its size is asked for."""
+    if dry_run:
+        with torch.device("meta"):
+            return _head(widths, **sizes)
+    with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return _head(widths, **sizes)
+
+
+def _head(widths: Mapping[str, int], **sizes: Any) -> EBRHead:
+    try:
+        return EBRHead(dict(widths), **sizes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"apply_ebr: {error}") from error
+
+
+def _move(head: EBRHead, model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Each pair of heads to the device and dtype of its site; the discriminator to those of the first."""
+    modules = [model.get_submodule(site.module) for site in sites.values()]
+    places = [_place(module, model) for module in modules]
+    for encoder, decoder, (device, dtype) in zip(head.encoders, head.decoders, places, strict=True):
+        encoder.to(device=device, dtype=dtype)
+        decoder.to(device=device, dtype=dtype)
+    head.discriminator.to(device=places[0][0], dtype=places[0][1])
+
+
+def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for p in (*module.parameters(), *model.parameters()):
+        if p.is_floating_point():
+            return p.device, p.dtype
+    return torch.device("cpu"), torch.get_default_dtype()

@@ -1,0 +1,142 @@
+"""The plan of ``apply_ebr``: which modules are meant, how wide their features are, what is in the way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..data.names import unknown
+from ..errors import InputError
+from .report import Placement
+from .site import Site, describe_output
+from .trace import Ran
+
+__all__ = ["candidates", "find_sites", "place", "why_not"]
+
+# Layers that keep the width of their input: the width of a Sequential is that of the last layer before them.
+_KEEPS_WIDTH = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Dropout, nn.Identity)
+
+
+def find_sites(model: nn.Module, at: Mapping[str, str | Site]) -> dict[str, Site]:
+    """``at`` with every entry as a :class:`Site`, in the order given.
+
+    Raises:
+        InputError: nothing named, an unknown module, one module named twice, or one inside of another.
+    """
+    if not isinstance(at, Mapping) or not at:
+        raise InputError("apply_ebr: at is empty; give {modality: name of the submodule that returns its features}")
+    known = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    sites = {str(m): s if isinstance(s, Site) else Site(str(s)) for m, s in at.items()}
+    owner: dict[int, str] = {}
+    for modality, site in sites.items():
+        if site.module not in known:
+            raise _unknown_module(site.module, list(known))
+        module = known[site.module]
+        if id(module) in owner:
+            raise InputError(
+                f"apply_ebr: '{modality}' and '{owner[id(module)]}' name one and the same module ({site.module}); "
+                "every modality needs a module of its own"
+            )
+        owner[id(module)] = modality
+    for modality, site in sites.items():
+        for inner in known[site.module].modules():
+            if inner is not known[site.module] and id(inner) in owner:
+                raise InputError(
+                    f"apply_ebr: the module of '{owner[id(inner)]}' lies inside that of '{modality}' ({site.module}); "
+                    "name modules that do not contain each other"
+                )
+    return sites
+
+
+def _unknown_module(name: str, known: Sequence[str]) -> InputError:
+    """The error of an unknown submodule: nearest names first, never a list of thousands."""
+    last = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [k for k in known if k.rsplit(".", 1)[-1] == last and k not in close][: 3 - len(close)]
+    if close:
+        return InputError(f"apply_ebr: the model has no submodule {name!r}; nearest: {', '.join(close)}")
+    return unknown("submodule", name, [k for k in known if "." not in k])
+
+
+def candidates(model: nn.Module, sites: Mapping[str, Site]) -> list[str]:
+    """Modules that a reader might ask about: children of the model and siblings of sites, less sites and parents."""
+    taken = {site.module for site in sites.values()}
+    parents = {""} | {module.rsplit(".", 1)[0] for module in taken if "." in module}
+    names = [
+        f"{parent}.{child}" if parent else child
+        for parent in sorted(parents)
+        for child, _ in model.get_submodule(parent).named_children()
+    ]
+    return [n for n in names if n not in taken and not any(t.startswith(n + ".") for t in taken)]
+
+
+def place(
+    model: nn.Module, sites: Mapping[str, Site], dims: Mapping[str, int], ran: Mapping[str, Ran], repeats: str
+) -> list[Placement]:
+    """One :class:`Placement` for each site; ``ran`` is empty where no example was run.
+
+    Raises:
+        InputError: ``dims`` names an unknown modality or holds something else than a width.
+    """
+    for modality, given in dims.items():
+        if modality not in sites:
+            raise unknown("modality in dims", modality, list(sites))
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise InputError(f"apply_ebr: dims['{modality}'] is {given!r}; give a width of 1 or more")
+    placements = []
+    for modality, site in sites.items():
+        width: int | None = dims.get(modality)
+        found, problem = "-", None
+        record = ran.get(site.module)
+        if record is not None and record.calls == 0:
+            problem = "does not run in the forward on example (or is called as .forward, which skips hooks)"
+        elif record is not None:
+            found = describe_output(record.output)
+            seen, problem = _seen_width(site, record, repeats)
+            if width is not None and seen is not None and seen != width:
+                problem = f"gives width {seen} on example, but dims says {width}"
+            width = seen if width is None else width
+        elif width is None:
+            width = _static_width(model.get_submodule(site.module), site)
+            if width is None:
+                problem = (
+                    f"its width is not known; give dims={{'{modality}': ...}} or an example of the model's arguments"
+                )
+        placements.append(Placement(modality, site, width, found, problem))
+    return placements
+
+
+def _seen_width(site: Site, record: Ran, repeats: str) -> tuple[int | None, str | None]:
+    if record.calls > 1 and repeats == "error":
+        return None, f"runs {record.calls} times in one forward; repeats='all' counts the rows of every call"
+    try:
+        return site.to_rows(site.read(record.output)).shape[-1], None
+    except InputError as error:
+        return None, str(error).removeprefix("apply_ebr: ")
+
+
+def _static_width(module: nn.Module, site: Site) -> int | None:
+    if site.path or site.feature_dim != -1:
+        return None
+    while isinstance(module, nn.Sequential):
+        layers = [layer for layer in module if not isinstance(layer, _KEEPS_WIDTH)]
+        if not layers:
+            return None
+        module = layers[-1]
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else None
+
+
+def why_not(record: Ran | None, sites: Mapping[str, Site], ran: Mapping[str, Ran]) -> str:
+    """Why a candidate has no head."""
+    if record is None:
+        return "not named in at"
+    if record.calls == 0:
+        return "does not run in the forward on example"
+    last = max(ran[site.module].end for site in sites.values())
+    if record.start > last:
+        return "runs after the last site, on what the heads recover"
+    return f"not named in at; gives {describe_output(record.output)}"
