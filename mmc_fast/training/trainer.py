@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import MultimodalDataset
+from ..data.names import unknown
 from .checkpoint import Checkpoint, CheckpointStore, optimizer_tensors, prefixed, restore_optimizer, stripped
 from .config import TrainConfig
 from .evaluate import masks_at, predict
@@ -66,7 +67,11 @@ class Trainer:
         scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
         self.optimizer = build_optimizer(model.groups(), config, scales)
         self.stepper = Stepper(model, self.optimizer, config)
-        self.generators = {name: generator(seed, name) for name in ("order", "masks")}
+        self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
+        self.stepper.random = self.generators["foreign"]
+        self.noisy = _noisy_column(dataset, config)
+        if self.noisy is not None:
+            self.noise_scale = self.train_part.features[self.noisy].std(0)
         rows = torch.randperm(len(self.train_part), generator=generator(seed, "probe"))[:_PROBE_ROWS]
         self.probe_part = self.train_part.select(rows.to(self.device))
         self.stop = AdversarialStop(
@@ -108,7 +113,7 @@ class Trainer:
             self.order = epoch_order(len(part), self.generators["order"])
             self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
             self.sums.zero_()
-            if config.substitute_in_training:
+            if config.substitute_in_training and config.ebr is not None and config.ebr.substitute == "ranked":
                 self._refresh()
         self._run_steps(phase, self.order, self.masks.to(self.device), started)
         entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
@@ -120,6 +125,7 @@ class Trainer:
         config, part, size = self.config, self.train_part, self.config.batch_size
         order = order.to(self.device)
         features = [x[order].split(size) for x in part.features]
+        natural = None if bool(part.present.all()) else part.present[order].split(size)
         labels, present = part.labels[order].split(size), masks[order].split(size)
         complete = bool(masks.all())
         steps = len(labels)
@@ -131,7 +137,12 @@ class Trainer:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if complete else present[n]
             source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
-            total, parts, latents = self.stepper.losses(phase, [f[n] for f in features], here, labels[n], source)
+            inputs = [f[n] for f in features]
+            if self.noisy is not None:
+                inputs[self.noisy] = self._with_noise(inputs[self.noisy])
+            total, parts, latents = self.stepper.losses(
+                phase, inputs, here, labels[n], source, None if natural is None else natural[n]
+            )
             if self.device.type == "cpu" or n + 1 == steps:
                 self._check_finite(total)
             self.sums += parts.double().cpu() * len(labels[n])
@@ -140,6 +151,12 @@ class Trainer:
             if self.guard.requested:
                 self.spent += time.perf_counter() - started
                 self._interrupt()
+
+    def _with_noise(self, x: Tensor) -> Tensor:
+        """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
+        rate = self.config.noise_rate
+        uniform = 2 * torch.rand(x.shape, generator=self.generators["noise"]).to(x) - 1
+        return (1 - rate) * x + rate * uniform * self.noise_scale
 
     def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
         config = self.config
@@ -232,6 +249,7 @@ class Trainer:
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         tensors["sums"] = self.sums
+        tensors["loss_md"] = self.stepper.loss_md
         if self.order is not None and self.masks is not None:
             tensors |= {"order": self.order, "masks": self.masks}
         meta = {
@@ -256,6 +274,7 @@ class Trainer:
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
         self.sums = tensors["sums"]
+        self.stepper.loss_md = tensors["loss_md"].to(self.device)
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
         self.history, self.best_epoch, self.pulled = meta["history"], meta["best_epoch"], meta["pulled"]
@@ -263,6 +282,14 @@ class Trainer:
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
         self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]
         self.stop.stopped_after = meta["stop"]["stopped_after"]
+
+
+def _noisy_column(dataset: MultimodalDataset, config: TrainConfig) -> int | None:
+    if config.noise_modality is None:
+        return None
+    if config.noise_modality not in dataset.modalities:
+        raise unknown("noise_modality", config.noise_modality, dataset.modalities)
+    return dataset.modalities.index(config.noise_modality)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
