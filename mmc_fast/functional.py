@@ -110,7 +110,8 @@ def _run(
                 f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {dtype} on {device}; "
                 "cast the model or use torch.autocast"
             )
-    if resolve_backend(backend, features[0]) == "torch":
+    which = resolve_backend(backend, features[0])
+    if which == "torch":
         heads = [params[4 * i : 4 * i + 4] for i in range(2 * m)]
         return EBROutput(
             *_ebr_step_reference(
@@ -123,7 +124,9 @@ def _run(
     else:
         strength = torch.full((), float(reversal), dtype=torch.float32, device=device)
     return EBROutput(
-        *_ebr_step_op(features, params, present, source, strength, normalizer, residual, normalize, recompute)
+        *_ebr_step_op(
+            features, params, present, source, strength, normalizer, residual, normalize, recompute, which == "cpp"
+        )
     )
 
 

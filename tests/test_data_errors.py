@@ -99,6 +99,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "meta that is a list": ({"meta": "[]"}, {}, "meta must be a JSON object"),
     "meta that is a number": ({"meta": np.float64(1)}, {}, "meta must be one text"),
     "num_classes of text": ({"meta": META({"num_classes": "3"})}, {}, "num_classes must be an integer"),
+    "one class, it says": ({"meta": META({"num_classes": 1})}, {}, "num_classes is 1"),
     "more classes than rows": ({"meta": META({"num_classes": 10**15})}, {}, "classes for 90 rows"),
     "an unknown view in the order": ({"meta": META({"views": ["a", "c"]})}, {}, "Unknown modality .*'c'"),
     "an order that is no list": ({"meta": META({"views": "a"})}, {}, "views must be a list"),
@@ -257,3 +258,5 @@ def test_bad_request_of_a_registered_set(name: str, options: dict[str, Any], mes
 def test_modalities_as_a_string_is_a_misuse(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="list of names"):
         data.load(write(tmp_path / "good.npz"), modalities="a")
+    with pytest.raises(TypeError, match="name or a path"):
+        data.load(5)  # type: ignore[arg-type]

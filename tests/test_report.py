@@ -174,7 +174,7 @@ def test_words_on_ebr_follow_the_sign_of_the_difference():
     worse = comparison_words(comparison_of({"vanilla": 0.9, "ebr": 0.6}), "ebr")
     same = comparison_words(comparison_of({"vanilla": 0.8, "ebr": 0.8}), "ebr")
     assert all("better than vanilla (+0." in t and "worse" not in t for t in better)
-    assert all("worse than vanilla (-0." in t and "better" not in t for t in worse)
+    assert all("worse than vanilla (−0." in t and "better" not in t for t in worse)
     assert all("no difference that the data can show from vanilla" in t for t in same)
     assert "on average over the missing rates" in better[0]
     assert "on complete data" in better[1]

@@ -16,7 +16,8 @@ const KernelTable* const kTables[] = {
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
 const char* const kPrimitiveNames[kPrimitives] = {"relu_coactivation_update", "pack_signs",  "coactivation_counts",
-                                                  "derivative_gram_update",   "syrk_update", "agop_finalise"};
+                                                  "derivative_gram_update",   "syrk_update", "agop_finalise",
+                                                  "ebr_step", "ebr_step_backward"};
 
 std::atomic<int> current{-1};
 std::atomic<int64_t> calls[kPrimitives][kCount];
@@ -100,6 +101,8 @@ const KernelTable& kernels(Primitive primitive) {
   calls[primitive][index].fetch_add(1, std::memory_order_relaxed);
   return *kTables[index];
 }
+
+const KernelTable& current_kernels() { return *kTables[current_index()]; }
 
 std::vector<Count> dispatch_counts() {
   std::vector<Count> out;

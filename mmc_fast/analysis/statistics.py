@@ -31,6 +31,7 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 METRICS = ("accuracy", "auroc", "auprc")
+_BLOCK = 64  # resamples at a time, so that the work arrays of thousands of samples stay in cache
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,29 @@ def weighted_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, weig
         scores = scores[:, 1]
     if not np.isin(y, (0, 1)).all():
         raise InputError(f"{metric} needs labels 0 and 1, got {np.unique(y)[:5].tolist()}")
-    return _ranked_scores(metric, y, scores, w)
+    blocks = (w[i : i + _BLOCK] for i in range(0, len(w), _BLOCK))
+    return np.concatenate([_ranked_scores(metric, y, scores, block) for block in blocks])
 
 
 def _ranked_scores(metric: str, y: NDArray, scores: NDArray, w: Floats) -> Floats:
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # tied scores form one group
-    positive = np.add.reduceat(w[:, order] * (y[order] == 1), starts, axis=1)  # [R, G]
-    negative = np.add.reduceat(w[:, order] * (y[order] == 0), starts, axis=1)
-    total_positive, total_negative = positive.sum(axis=1), negative.sum(axis=1)
-    true_positive = positive.cumsum(axis=1)
+    # Samples along the first axis: one gather and one running sum serve all resamples, in contiguous rows.
+    ordered = np.ascontiguousarray(w.T)[order]  # [N, R]
+    positive = ordered * (y[order] == 1)[:, None]
+    negative = ordered - positive
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    if len(starts) < len(ranked):  # tied scores form one group
+        positive, negative = (np.add.reduceat(part, starts, axis=0) for part in (positive, negative))
+    true_positive = positive.cumsum(axis=0)
+    total_positive = true_positive[-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         if metric == "auroc":
             above = true_positive - positive / 2  # half of a tie counts
-            return (negative * above).sum(axis=1) / (total_positive * total_negative)
-        flagged = true_positive + negative.cumsum(axis=1)
+            return np.einsum("nr,nr->r", negative, above) / (total_positive * negative.sum(axis=0))
+        flagged = true_positive + negative.cumsum(axis=0)
         precision = np.divide(true_positive, flagged, out=np.zeros_like(flagged), where=flagged > 0)
-        return (positive * precision).sum(axis=1) / total_positive
+        return np.einsum("nr,nr->r", positive, precision) / total_positive
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,8 @@ def resampled_scores(
     plain = np.array([weighted_scores(metric, labels, p, ones)[0] for p in predictions])
     if np.isnan(plain).any():
         raise InputError(f"{metric} is undefined here: the labels hold a single class")
-    return ResampledScores(plain, np.stack([weighted_scores(metric, labels, p, counts) for p in predictions]))
+    weights = np.asfortranarray(counts, dtype=np.float64)
+    return ResampledScores(plain, np.stack([weighted_scores(metric, labels, p, weights) for p in predictions]))
 
 
 def average(scores: Sequence[ResampledScores]) -> ResampledScores:

@@ -162,8 +162,10 @@ def _check_shapes(data: MultimodalDataset) -> None:
 def _check_labels(data: MultimodalDataset) -> None:
     if data.metric not in METRICS:
         raise unknown("metric", data.metric, METRICS)
-    if data.num_classes < 2 or len(torch.unique(data.labels)) < 2:
+    if len(data.labels) and len(torch.unique(data.labels)) < 2:
         raise InputError(f"{data.name}: the labels hold a single class; a classifier needs at least 2.")
+    if data.num_classes < 2:
+        raise InputError(f"{data.name}: num_classes is {data.num_classes}; a classifier needs at least 2.")
     if data.num_classes > len(data.labels):
         raise InputError(
             f"{data.name}: {data.num_classes} classes for {len(data.labels)} rows; number the classes 0, 1, 2, ..."

@@ -49,7 +49,7 @@ def build(
     with nothing present, for a selection of modalities; without it they are an error. Raises
     :class:`~mmc_fast.errors.InputError`.
     """
-    policy = choose("nan_policy", nan_policy or raw.nan_policy, NAN_POLICIES)
+    policy = choose("nan_policy", raw.nan_policy if nan_policy is None else nan_policy, NAN_POLICIES)
     train = raw.split == 0
     features, names, present = {}, {}, []
     notes: dict[str, Any] = {"never_measured": {}, "constant": {}, "indicators": {}, "absent": {}}

@@ -55,6 +55,8 @@ def load(
     Raises:
         InputError: an unknown name, task or variant, a missing file, or data that cannot be used; one line.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
     if isinstance(name_or_path, Path) or _is_path(name_or_path):
         if variant is not None:
             raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")

@@ -48,11 +48,16 @@ class SyntheticModality:
 
 PLANTED_COLLAPSE: Mapping[str, SyntheticModality] = MappingProxyType(
     {
-        "easy": SyntheticModality(dim=16, predictive=8, strength=5.0, reliability=0.8),
-        "hard": SyntheticModality(dim=64, predictive=8, strength=5.0, reliability=0.9, folded=True),
+        "easy": SyntheticModality(dim=16, predictive=8, strength=5.0, reliability=0.9),
+        "hard": SyntheticModality(dim=64, predictive=8, strength=4.0, reliability=0.95, folded=True),
     }
 )
-"""A strong, linear, sometimes wrong modality beside a slow one among noise, which alone could correct it."""
+"""A strong, linear, sometimes wrong modality beside one that is as good, harder to learn, and could correct it.
+
+For 4 classes the best possible accuracy is .92 (easy), .95 (hard) and .96 (both). With 3,000 samples a network of one
+hidden layer reaches about .93 on either alone and on both, but trained on both it scores only .4 to .6 with the hard
+modality alone: it has not learned to use it.
+"""
 
 
 def synthetic(

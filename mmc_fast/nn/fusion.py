@@ -78,6 +78,8 @@ class LateFusion(nn.Module):
 
     def forward(self, features: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
         _check_inputs("LateFusion", self.dims, features, present)
+        # Absent values are replaced before a classifier reads them, and its answer to the replacement is dropped.
+        features = _masked(features, present)
         votes = [classifier(f) for classifier, f in zip(self.classifiers, features, strict=True)]
         if present is None:
             return torch.stack(votes).mean(0)

@@ -26,23 +26,34 @@ class Params(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs besides inputs and outputs."""
+    """What backward needs besides inputs and outputs; the native kernel keeps the same tensors, rows compact.
+
+    The last layer of the discriminator is linear in the loss's gradient, a scalar: its own gradient is formed in
+    forward, for the summed loss, so that the widest-lived input of that layer need not be kept.
+    """
 
     encoder_hidden: list[Tensor]  # m x [B, h], after ReLU
     decoder_hidden: list[Tensor]  # m x [B, h], after ReLU
-    psi_hidden: list[Tensor]  # one [m * B, p] per hidden layer of the discriminator, after ReLU
-    logits: Tensor  # [m * B, m]
-    rstd: Tensor | None  # [m, B], only with normalize
+    psi_hidden: list[Tensor]  # one [m * B, p] per hidden layer of the discriminator but the last, after ReLU
+    psi_gate: Tensor | None  # uint8 [m * B, p]: where the last hidden layer is positive; None without hidden layers
+    d_logits: Tensor  # float32 [m * B, m]: softmax minus one-hot
+    d_last_weight: Tensor  # float32 [m, p]
+    d_last_bias: Tensor  # float32 [m]
+    rstd: Tensor | None  # float32 [m, B], only with normalize
 
     def flat(self) -> list[Tensor]:
-        tail = [self.logits] if self.rstd is None else [self.logits, self.rstd]
-        return [*self.encoder_hidden, *self.decoder_hidden, *self.psi_hidden, *tail]
+        tail = [self.psi_gate, self.d_logits, self.d_last_weight, self.d_last_bias, self.rstd]
+        kept = [*self.encoder_hidden, *self.decoder_hidden, *self.psi_hidden]
+        return kept + [t for t in tail if t is not None]
 
     @staticmethod
-    def unflatten(flat: Sequence[Tensor], m: int, normalize: bool) -> Saved:
-        rstd = flat[-1] if normalize else None
-        rest = list(flat[:-1]) if normalize else list(flat)
-        return Saved(rest[:m], rest[m : 2 * m], rest[2 * m : -1], rest[-1], rstd)
+    def unflatten(flat: Sequence[Tensor], m: int, psi_layers: int, normalize: bool) -> Saved:
+        rest = list(flat)
+        rstd = rest.pop() if normalize else None
+        d_logits, d_last_weight, d_last_bias = rest[-3:]
+        gate = rest[-4] if psi_layers > 1 else None
+        psi_hidden = rest[2 * m : 2 * m + max(0, psi_layers - 2)]
+        return Saved(rest[:m], rest[m : 2 * m], psi_hidden, gate, d_logits, d_last_weight, d_last_bias, rstd)
 
 
 def split_params(params: Sequence[Tensor], m: int) -> Params:
@@ -168,11 +179,23 @@ def forward(
     logits = torch.addmm(params.discriminator[-1], a, params.discriminator[-2].t())  # [m * B, m]
     log_p = F.log_softmax(logits.float(), dim=-1).reshape(m, batch, m)
     cross_entropy = -log_p.diagonal(dim1=0, dim2=2)  # [B, m]
+    d_logits = log_p.exp() - torch.eye(m, device=logits.device).unsqueeze(1)
     if present is not None:
         cross_entropy = torch.where(present, cross_entropy, 0)
+        d_logits = torch.where(present.t().unsqueeze(-1), d_logits, 0)
+    d_logits = d_logits.reshape(m * batch, m)
 
     counts = _counts(present, rows, normalizer, (batch, m), latents.device)
-    saved = Saved(encoder_hidden, decoder_hidden, psi_hidden, logits, rstd)
+    saved = Saved(
+        encoder_hidden,
+        decoder_hidden,
+        psi_hidden[:-1],
+        (a > 0).to(torch.uint8) if psi_hidden else None,
+        d_logits,
+        d_logits.t() @ a.float(),
+        d_logits.sum(0),
+        rstd,
+    )
     return (
         recovered,
         latents,
@@ -212,7 +235,10 @@ def backward(
     residual: bool,
     need_source: bool,
 ) -> tuple[list[Tensor], Tensor | None, Params]:
-    """Gradients of features, source and parameters for ``grads`` of (recovered, latents, two losses)."""
+    """Gradients of features, source and parameters for ``grads`` of (recovered, latents, two losses).
+
+    Computes all of them but that of the source, asked for or not: the plain kernel, not the fast one.
+    """
     d_recovered, d_latents_in, d_discrimination, d_reconstruction = grads
     m, batch, k = latents.shape
     x = [_mask(f, _column(present, i)) for i, f in enumerate(features)]
@@ -224,18 +250,16 @@ def backward(
     d_psi = [torch.zeros_like(p) for p in params.discriminator]
     d_latents = torch.zeros_like(latents)
     if d_discrimination is not None:
-        p = torch.softmax(saved.logits.float(), dim=-1).reshape(m, batch, m)
-        d_logits = p - torch.eye(m, device=p.device).unsqueeze(1)
-        if present is not None:
-            d_logits = torch.where(present.t().unsqueeze(-1), d_logits, 0)
-        d = (d_logits * (d_discrimination / counts[0])).to(latents.dtype).reshape(m * batch, m)
+        scale = d_discrimination / counts[0]
+        d_psi[-2] = (saved.d_last_weight * scale).to(latents.dtype)
+        d_psi[-1] = (saved.d_last_bias * scale).to(latents.dtype)
+        d = (saved.d_logits * scale).to(latents.dtype) @ params.discriminator[-2]
         acts = [latents.reshape(m * batch, k), *saved.psi_hidden]
-        for n in reversed(range(len(acts))):
+        for n in reversed(range(len(params.discriminator) // 2 - 1)):
+            d = torch.where(saved.psi_gate > 0 if n == len(acts) - 1 else acts[n + 1] > 0, d, 0)
             d_psi[2 * n] = d.t() @ acts[n]
             d_psi[2 * n + 1] = d.sum(0)
             d = d @ params.discriminator[2 * n]
-            if n > 0:
-                d = torch.where(acts[n] > 0, d, 0)
         strength = reversal.to(d.dtype)
         # Zero strength cuts the branch instead of multiplying it, so that 0 * inf never becomes NaN.
         d_latents = torch.where(strength == 0, 0, -strength * d).reshape(m, batch, k)

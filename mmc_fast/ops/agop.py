@@ -34,7 +34,8 @@ SCHEMA_VERSION = 1
 
 # the codes of csrc/core/kernel_table.h
 ACTIVATIONS = {
-    "identity": 0, "relu": 1, "leaky_relu": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "tanh": 6, "sigmoid": 7, "elu": 8, "softplus": 9,
+    "identity": 0, "relu": 1, "leaky_relu": 2, "gelu": 3, "gelu_tanh": 4,
+    "silu": 5, "tanh": 6, "sigmoid": 7, "elu": 8, "softplus": 9,
 }  # fmt: skip
 
 _LAYER = "Tensor x, Tensor weight, Tensor? bias"
@@ -125,8 +126,9 @@ def relu_coactivation_update(
         nonfinite: int64 ``[1]``; raised where a pre-activation is NaN or infinite.
         chunk_rows: samples per step; 0 chooses. The counts do not depend on it, nor on threads or instruction set.
 
-    Returns the backend that ran. Raises :class:`InputError` for shapes or dtypes that do not fit and ``RuntimeError`` for an
-    explicit backend that cannot run. Cost: one forward product plus ``N h² / 2`` bit operations; memory ``O(hd + chunk)``.
+    Returns the backend that ran. Raises :class:`InputError` for shapes or dtypes that do not fit and ``RuntimeError``
+    for an explicit backend that cannot run. Cost: one forward product plus ``N h² / 2`` bit operations; memory
+    ``O(hd + chunk)``.
     """
     op = "relu_coactivation_update"
     _check_layer(op, x, weight, bias, chunk_rows)
@@ -165,10 +167,12 @@ def derivative_gram_update(
 
     Args:
         x, weight, bias, nonfinite, chunk_rows: as in :func:`relu_coactivation_update`.
-        activation: a key of ``ACTIVATIONS``. alpha: slope of leaky ReLU, scale of ELU, beta of softplus. beta: threshold of softplus.
+        activation: a key of ``ACTIVATIONS``.
+        alpha: slope of leaky ReLU, scale of ELU, beta of softplus. beta: threshold of softplus.
         gram: float64 ``[h, h]``, contiguous. total: float64 ``[h]``.
 
-    Products in float32 chains of at most 512, sums in float64. Returns the backend that ran; raises as the function above.
+    Products in float32 chains of at most 512, sums in float64. Returns the backend that ran; raises as the function
+    above.
     """
     op = "derivative_gram_update"
     if activation not in ACTIVATIONS:
@@ -184,9 +188,7 @@ def derivative_gram_update(
             x, weight, _contiguous(bias), ACTIVATIONS[activation], alpha, beta, gram, total, nonfinite, chunk_rows
         )
         return which
-    _gram_reference.derivative_gram_update(
-        x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
-    )
+    _gram_reference.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
     record(op, which)
     return which
 
@@ -214,10 +216,11 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
     """Return ``G = Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij``; ``S = inner`` where ``outer`` is None.
 
     Args:
-        weight: ``[h, d]``. outer: ``[C, h]`` or None. inner: int64 or float64 ``[h, h]``; only its upper triangle is read.
+        weight: ``[h, d]``. outer: ``[C, h]`` or None.
+        inner: int64 or float64 ``[h, h]``; only its upper triangle is read.
 
-    The result ``[d, d]`` has the dtype of weight and is exactly symmetric. With ``S = U + Uᵀ``, U triangular, the cost is
-    ``h² d + 2 h d²`` (+ ``C h² / 2``) multiply-adds instead of ``2 h² d + 2 h d²``.
+    The result ``[d, d]`` has the dtype of weight and is exactly symmetric. With ``S = U + Uᵀ``, U triangular, the cost
+    is ``h² d + 2 h d²`` (+ ``C h²``) flops instead of ``2 h² d + 2 h d²``.
     """
     units = weight.shape[0] if weight.dim() == 2 else -1
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -236,7 +239,7 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
 
 @torch.no_grad()
 def pack_signs(z: Tensor, *, backend: str = "auto") -> Tensor:
-    """Pack ``z > 0`` along the samples: floating ``[N, h]`` to int64 words ``[h, ceil(N / 64)]``, least significant bit first."""
+    """Pack ``z > 0`` along the samples, least significant bit first: ``[N, h]`` to int64 ``[h, ceil(N / 64)]``."""
     if z.dim() != 2 or not z.is_floating_point():
         raise InputError(f"pack_signs: z is {_describe(z)}; pass a floating [samples, units]")
     which = choose("pack_signs", backend, z)
@@ -250,7 +253,9 @@ def pack_signs(z: Tensor, *, backend: str = "auto") -> Tensor:
 def coactivation_counts(words: Tensor, *, backend: str = "auto") -> Tensor:
     """Count ``Σ_w popcount(words_iw & words_jw)``: int64 ``[h, W]`` to the full symmetric int64 ``[h, h]``, exact."""
     if words.dim() != 2 or words.dtype != torch.int64:
-        raise InputError(f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs")
+        raise InputError(
+            f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs"
+        )
     which = choose("coactivation_counts", backend, words)
     if which == "cpp":
         return torch.ops.mmc_fast.coactivation_counts(words.contiguous())
@@ -272,7 +277,8 @@ def _check_layer(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, chunk_
         raise InputError(f"{op}: x is {_describe(x)}; pass a floating [samples, inputs]")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise InputError(
-            f"{op}: weight has shape {list(weight.shape)} but x has {x.shape[1]} columns; pass Linear.weight, [units, inputs]"
+            f"{op}: weight has shape {list(weight.shape)} but x has {x.shape[1]} columns; "
+            "pass Linear.weight, [units, inputs]"
         )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise InputError(f"{op}: bias has shape {list(bias.shape)}; pass [{weight.shape[0]}], one per row of weight")

@@ -1,7 +1,8 @@
 """Which backend runs an op: a registry of (usable, reason), the choice, and a counter of what ran.
 
-A backend registers, per op, a function of the call's arguments that returns None where it can run and one line of reason where it
-cannot. ``backend="auto"`` takes the first usable one in the op's order; an explicit backend works or raises with its reason.
+A backend registers, per op, a function of the call's arguments that returns None where it can run and one line of
+reason where it cannot. ``backend="auto"`` takes the first usable one in the op's order; an explicit backend works or
+raises with its reason.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def register(op_name: str, backend: str, check: Check) -> None:
 def explain(op_name: str, *args: Any) -> list[Backend]:
     """Say which backends of an op can run and why, best first.
 
-    ``args`` are the op's tensors, if any: without them only what holds for every call is judged (installed, built, device there).
-    The first usable row is what ``backend="auto"`` takes. Raises :class:`InputError` for an unknown op.
+    ``args`` are the op's tensors, if any: without them only what holds for every call is judged (installed, built,
+    device there). The first usable row is what ``backend="auto"`` takes. Raises :class:`InputError` for an unknown op.
     """
     return [Backend(name, reason is None, reason or "usable") for name, reason in _reasons(op_name, args)]
 
@@ -55,8 +56,8 @@ def choose(op_name: str, backend: str, *args: Any) -> str:
                 return name
     if backend not in BACKENDS:
         raise InputError(f"{op_name}: backend={backend!r}; allowed are {', '.join(BACKENDS)}")
-    check = _checks_of(op_name).get(backend)
-    reason = f"this op has no {backend} backend" if check is None else check(*args)
+    wanted = _checks_of(op_name).get(backend)
+    reason = f"this op has no {backend} backend" if wanted is None else wanted(*args)
     if reason is not None:
         raise RuntimeError(f"{op_name}: backend={backend!r} cannot run: {reason}; backend='auto' takes one that can")
     return backend
@@ -92,7 +93,7 @@ def reset_ran() -> None:
 
 def _checks_of(op_name: str) -> dict[str, Check]:
     if op_name not in _checks:
-        from . import agop  # noqa: F401  (its import registers the AGOP ops)
+        from . import agop, ebr  # noqa: F401  (their import registers the ops)
     if op_name not in _checks:
         raise InputError(f"explain: unknown op {op_name!r}; known are {', '.join(sorted(_checks))}")
     return _checks[op_name]

@@ -1,4 +1,4 @@
-"""The native library: loaded once, with the likely causes named once where that fails, and the instruction set it runs."""
+"""The native library: loaded once, likely causes named once where that fails, and the instruction set that it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from mmc_fast import __version__
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-__all__ = ["current_isa", "describe", "forced_isa", "load", "loaded_module", "native", "supported_isas", "unavailable_reason"]
+__all__ = [
+    "current_isa",
+    "describe",
+    "forced_isa",
+    "load",
+    "load_ebr",
+    "loaded_module",
+    "native",
+    "supported_isas",
+    "unavailable_reason",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE / "libmmc_ops.so"
@@ -55,6 +65,27 @@ def load() -> tuple[ModuleType | None, str | None]:
     except ValueError as error:
         raise InputError(f"MMC_CPU_ISA: {error}") from None
     return module, None
+
+
+@lru_cache(maxsize=1)
+def load_ebr() -> str | None:
+    """Load the EBR operators, which belong to one torch release; return None, or one line that says why they cannot run."""
+    reason = load()[1]
+    if reason is not None:
+        return reason
+    running = torch.__version__.split("+")[0]
+    path = _PACKAGE / f"libmmc_ebr-{running}.so"
+    if not path.exists():
+        built = sorted(p.stem.removeprefix("libmmc_ebr-") for p in _PACKAGE.glob("libmmc_ebr-*.so"))
+        made_for = f"for torch {', '.join(built)}" if built else "without the EBR operators"
+        return f"the native library was built {made_for} and torch {running} is running: build again (pip install -e .)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        reason = f"the native EBR operators did not load ({str(error).splitlines()[0]}): build again (pip install -e .)"
+        warnings.warn(f"mmc_fast: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    return None
 
 
 def loaded_module() -> ModuleType | None:

@@ -1,7 +1,7 @@
 """Gram matrices of activation derivatives and the final product of the AGOP: the definition in plain PyTorch.
 
-``a[n, i] = s'(z[n, i])`` with ``z = x Wᵀ + b``; an update adds ``Σ_n a[n, i] a[n, j]`` to the upper triangle of a float64
-accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk.
+``a[n, i] = s'(z[n, i])`` with ``z = x Wᵀ + b``; an update adds ``Σ_n a[n, i] a[n, j]`` to the upper triangle of a
+float64 accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INV_SQRT_2PI = 0.3989422804014327
 
 
 def activation_derivative(z: Tensor, activation: str, alpha: float = 0.0, beta: float = 20.0) -> Tensor:
-    """Return ``s'(z)``; ``alpha`` is the slope of leaky ReLU, the scale of ELU or the beta of softplus, ``beta`` its threshold."""
+    """Return ``s'(z)``; ``alpha``: slope of leaky ReLU, scale of ELU, beta of softplus; ``beta``: its threshold."""
     if activation == "identity":
         return torch.ones_like(z)
     if activation == "relu":
@@ -74,7 +74,7 @@ def mirror(upper: Tensor) -> Tensor:
 
 
 def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor) -> Tensor:
-    """Return ``Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij`` (``S = inner`` without outer), in the dtype of weight."""
+    """Return ``Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij`` (``S = inner`` without outer), dtype of weight."""
     s = mirror(inner).to(torch.float64)
     if outer is not None:
         s = s * (outer.t() @ outer)

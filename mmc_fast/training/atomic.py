@@ -51,7 +51,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary folder beside ``path``, synchronise its files, then rename it to ``path``.
 
-    An existing folder of that name is replaced.
+    An existing folder of that name is set aside first and removed last.
     """
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -60,9 +60,11 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             _sync_file(file)
         os.chmod(temporary, 0o777 & ~_umask())
         sync_folder(temporary)
+        aside = temporary.with_name(f"{temporary.name}.old")
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, aside)
         os.replace(temporary, path)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)

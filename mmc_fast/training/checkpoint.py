@@ -74,7 +74,8 @@ class CheckpointStore:
             (folder / _META).write_text(json.dumps(meta, allow_nan=False), encoding="utf-8")
 
         write_folder(target, write)
-        for old in self._names()[: -self.keep]:
+        unfinished = [p.name for p in self.folder.iterdir() if p.name.startswith(".epoch-")]
+        for old in [*self._names()[: -self.keep], *unfinished]:
             shutil.rmtree(self.folder / old, ignore_errors=True)
         return target
 

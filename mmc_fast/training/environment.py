@@ -9,13 +9,17 @@ import numpy
 import sklearn
 import torch
 
+from ..ops.backends import ran
 from .model import MultimodalModel
 
 __all__ = ["environment"]
 
 
-def environment(model: MultimodalModel) -> dict[str, Any]:
-    """Versions, machine, threads, device and the EBR backend that ran (None without heads)."""
+def environment(model: MultimodalModel, before: dict[str, int]) -> dict[str, Any]:
+    """Versions, machine, threads, device, and the backends that carried out the EBR step since ``before``.
+
+    ``before``: :func:`mmc_fast.ops.backends.ran` at the start of the run. "ebr_backend" is None where the op never ran.
+    """
     device = model.class_prior.device
     return {
         "python": platform.python_version(),
@@ -28,13 +32,12 @@ def environment(model: MultimodalModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "ebr_backend": _backend(model),
+        "ebr_backend": _ebr_backend(before),
     }
 
 
-def _backend(model: MultimodalModel) -> str | None:
-    if model.head is None:
-        return None
-    from ..ops.ebr import resolve_backend
-
-    return resolve_backend(model.head.backend, next(model.head.parameters()))
+def _ebr_backend(before: dict[str, int]) -> str | None:
+    """What was counted by the code that did the work, not what was asked for: "torch", "cpp/avx512", ..."""
+    prefix = "ebr_step/"
+    found = [n.removeprefix(prefix) for n, k in ran().items() if n.startswith(prefix) and k > before.get(n, 0)]
+    return " and ".join(found) or None

@@ -15,6 +15,7 @@ from .. import __version__
 from ..data import MultimodalDataset
 from ..data.names import unknown
 from ..errors import InputError
+from ..ops.backends import ran
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .distillation import distil, teaching_plan
@@ -114,6 +115,7 @@ class _Run:
         self.timing: dict[str, float] = {}
         self.distilled: list[dict[str, Any]] | None = None
         self.fingerprint = fingerprint(dataset)
+        self.ran_before = ran()
 
     @property
     def trivial(self) -> bool:
@@ -285,6 +287,7 @@ class _Run:
             "lambda": self.config.ebr.reversal,
             "fresh_discriminator": judge(run.model),
             "distance_to_lambda0": distance,
+            "first_active_epoch": run.first_pull,
             "adversarial_stopped_after": run.stop.stopped_after,
             "control": control,
         }
@@ -293,7 +296,9 @@ class _Run:
         """The method's name, or "inactive" for an EBR run that lambda did not change."""
         if game is None:
             return self.config.method
-        active = run.pulled and not self.trivial and game["distance_to_lambda0"] != 0.0
+        # Selected before the first reversed gradient, the model is that of the control run, whatever came later.
+        played = run.first_pull is not None and run.best_epoch >= run.first_pull
+        active = played and not self.trivial and game["distance_to_lambda0"] != 0.0
         return self.config.method if active else "inactive"
 
     def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
@@ -329,7 +334,7 @@ class _Run:
             "data": self.identity()["data"] | {"sizes": sizes, "modalities": d.modalities, "info": _jsonable(d.info)},
             "config": self.config.to_dict(),
             "seed": self.seed,
-            "environment": environment(run.model),
+            "environment": environment(run.model, self.ran_before),
             "history": run.history,
             "selected_epoch": run.best_epoch,
             "selected_val_score": run.history[run.best_epoch - 1]["val_score"],

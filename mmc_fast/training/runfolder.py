@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,6 +44,13 @@ def _differences(old: Any, new: Any, where: str) -> list[str]:
     return [] if old == new else [f"{where} was {old!r} and is now {new!r}"]
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); restore it or train again in another folder") from error
+
+
 class RunFolder:
     """Files of one run below ``path``; every write is atomic, and results.json comes last."""
 
@@ -59,22 +66,28 @@ class RunFolder:
                 configuration, seed, data or evaluated parts differ.
         """
         folder = cls(Path(path))
-        if folder.path.exists() and not folder.path.is_dir():
+        try:
+            return folder._open(identity, resume)
+        except OSError as error:
+            raise InputError(f"run_dir {path} cannot be used ({error}); name a folder that can be written") from error
+
+    def _open(self, identity: dict[str, Any], resume: bool) -> RunFolder:
+        path, record = self.path, self.path / _RUN
+        if path.exists() and not path.is_dir():
             raise InputError(f"run_dir {path} is a file; name a folder")
-        record = folder.path / _RUN
         if resume:
             if not record.is_file():
                 raise InputError(f"nothing to resume: {path} holds no run; start it without resume")
-            found = _differences(folder.read(_RUN)["identity"], identity, "")
+            found = _differences(self.read(_RUN)["identity"], identity, "")
             if found:
                 raise InputError(f"{path} holds another run: {'; '.join(found[:3])}; choose another run_dir")
-            return folder
-        if folder.path.is_dir() and any(folder.path.iterdir()):
+            return self
+        if path.is_dir() and any(path.iterdir()):
             what = "a run already; resume it or choose" if record.is_file() else "other files; choose"
             raise InputError(f"run_dir {path} holds {what} another folder")
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write(_RUN, {"run_version": RUN_VERSION, "mmc_fast_version": __version__, "identity": identity})
-        return folder
+        path.mkdir(parents=True, exist_ok=True)
+        self.write(_RUN, {"run_version": RUN_VERSION, "mmc_fast_version": __version__, "identity": identity})
+        return self
 
     def read(self, name: str) -> Any:
         try:
@@ -106,9 +119,9 @@ class RunFolder:
         path = self.path / _UNIMODAL
         if not path.is_file():
             return None
+        tensors = _tensors(path)
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
-        tensors = load_file(path)
         models = {}
         for name, dim in dims.items():
             model = UnimodalModel(dim, num_classes, config)
@@ -120,7 +133,7 @@ class RunFolder:
         write_tensors(self.path / _MODEL, model.state_dict())
 
     def load_model(self, model: MultimodalModel) -> None:
-        model.load_state_dict(load_file(self.path / _MODEL))
+        model.load_state_dict(_tensors(self.path / _MODEL))
         model.eval()
 
     def save_predictions(self, found: list[Predictions]) -> None:
@@ -184,7 +197,12 @@ def load_run(run_dir: str | Path) -> LoadedRun:
         raise InputError(f"{run_dir} holds no run; give the folder that train wrote")
     if not folder.finished:
         raise InputError(f"the run in {run_dir} is not finished; resume it first")
-    identity = folder.read(_RUN)["identity"]
+    run = folder.read(_RUN)
+    if run.get("run_version") != RUN_VERSION:
+        raise InputError(
+            f"{run_dir} has run version {run.get('run_version')}; this version of mmc-fast reads {RUN_VERSION}"
+        )
+    identity = run["identity"]
     config = TrainConfig.from_dict(identity["config"])
     data = identity["data"]
     with torch.random.fork_rng(devices=[]):

@@ -35,5 +35,5 @@ def generator(seed: int, *names: object) -> torch.Generator:
 def seeded_init(seed: int, *names: object) -> Iterator[None]:
     """Seed layer initialisation, which reads the global generator, and put that generator back afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, *names))
+        torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield

@@ -37,8 +37,8 @@ class Trainer:
     """Trains ``model`` by ``config``; holds everything that a checkpoint has to hold.
 
     Attributes after :meth:`fit`: ``history`` (one record per epoch), ``best_epoch`` (from 1), ``best_weights``,
-    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``pulled`` (whether the
-    encoders ever received a reversed gradient).
+    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``first_pull`` (the first
+    epoch after which the encoders receive a reversed gradient; None: never).
     """
 
     def __init__(
@@ -82,13 +82,15 @@ class Trainer:
         self.step = 0  # steps done in the epoch that runs
         self.order: Tensor | None = None  # row order of the epoch that runs
         self.masks: Tensor | None = None  # presence of its rows
-        self.sums = torch.zeros(3, dtype=torch.float64)  # L_sem, L_md, L_rec summed over rows
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # L_sem, L_md, L_rec summed over rows
         self.spent = 0.0  # seconds of the epoch that runs, before an interruption
         self.history: list[dict[str, Any]] = []
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Tensor] = {}
         self.last_weights: dict[str, Tensor] = {}
-        self.pulled = False
+        self.first_pull: int | None = None
+        self.ranking_current = False
+        self.ranked = config.ebr is not None and config.ebr.substitute == "ranked"
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
 
     def fit(self) -> None:
@@ -102,6 +104,8 @@ class Trainer:
             self._run_epoch()
         self.last_weights = _copy(self.model.state_dict())
         self.model.load_state_dict(self.best_weights)
+        self.ranking_current = False
+        self._refresh()
         self.model.eval()
 
     def _run_epoch(self) -> None:
@@ -113,7 +117,7 @@ class Trainer:
             self.order = epoch_order(len(part), self.generators["order"])
             self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
             self.sums.zero_()
-            if config.substitute_in_training and config.ebr is not None and config.ebr.substitute == "ranked":
+            if self.ranked and config.substitute_in_training:
                 self._refresh()
         self._run_steps(phase, self.order, self.masks.to(self.device), started)
         entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
@@ -145,8 +149,9 @@ class Trainer:
             )
             if self.device.type == "cpu" or n + 1 == steps:
                 self._check_finite(total)
-            self.sums += parts.double().cpu() * len(labels[n])
+            self.sums += parts.double() * len(labels[n])
             self.stepper.update(phase, total, latents, here)
+            self.ranking_current = False
             self.step += 1
             if self.guard.requested:
                 self.spent += time.perf_counter() - started
@@ -172,12 +177,14 @@ class Trainer:
             if means[1] is not None and entropy > 0:
                 record["loss_md_over_entropy"] = means[1] / entropy
             record |= probe(self.model, self.probe_part, reversal)
-            self.pulled = self.pulled or record["grad_norm_encoders"] > 0
+            if self.first_pull is None and record["grad_norm_encoders"] > 0:
+                self.first_pull = self.epoch
         record |= self._validate()
         selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
         if record[selected] > self.best_score:
             self.best_score, self.best_epoch = record[selected], self.epoch
-            self._refresh()
+            if self.ranked:
+                self._refresh()
             self.best_weights = _copy(self.model.state_dict())
         if phase != "adversarial" and config.ebr is not None:
             watched = record["val_score"] if config.adversarial_stop == "score" else record["loss_sem"]
@@ -186,22 +193,24 @@ class Trainer:
         record["seconds"] = self.spent + time.perf_counter() - started
         self.spent = 0.0
         self.history.append(record)
-        if self.store is not None and (
-            self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
-        ):
+        due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
+        if self.store is not None and due:
             self.save()
         if self.on_epoch is not None:
             self.on_epoch(record)
-        if self.guard.requested:
-            self._interrupt(saved=True)
+        if self.guard.requested:  # perhaps only since on_epoch
+            self._interrupt(saved=due)
 
     def _refresh(self) -> None:
-        refresh(self.model, self.ranking_parts, self.reference)
+        """Bring the ranking up to date with the weights."""
+        if not self.ranking_current:
+            refresh(self.model, self.ranking_parts, self.reference)
+            self.ranking_current = True
 
     def _validate(self) -> dict[str, float | None]:
         """Scores on the validation part; the ranking is brought up to date first where a slot will be substituted."""
         masked = self.config.selection == "masked"
-        if self.config.ebr is not None and (masked or not bool(self.validation.present.all())):
+        if self.ranked and (masked or not bool(self.validation.present.all())):
             self._refresh()
         features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
 
@@ -221,7 +230,7 @@ class Trainer:
         if not bool(torch.isfinite(total)):
             if self._weights_finite():
                 self.save()
-            self._diverged(f"the loss became {float(total)} in epoch {self.epoch + 1}, step {self.step + 1}")
+            self._diverged(f"the loss became {float(total.detach())} in epoch {self.epoch + 1}, step {self.step + 1}")
 
     def _check_weights(self) -> None:
         """After the last step of an epoch, before anything is measured or saved."""
@@ -259,7 +268,7 @@ class Trainer:
             "history": self.history,
             "best_score": self.best_score if self.best_epoch else None,
             "best_epoch": self.best_epoch,
-            "pulled": self.pulled,
+            "first_pull": self.first_pull,
             "about": self.about,
             "stop": {"best": self.stop.best, "bad": self.stop.bad, "stopped_after": self.stop.stopped_after},
         }
@@ -273,11 +282,11 @@ class Trainer:
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
-        self.sums = tensors["sums"]
+        self.sums = tensors["sums"].to(self.device)
         self.stepper.loss_md = tensors["loss_md"].to(self.device)
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
-        self.history, self.best_epoch, self.pulled = meta["history"], meta["best_epoch"], meta["pulled"]
+        self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]
         self.about = meta["about"]
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
         self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]

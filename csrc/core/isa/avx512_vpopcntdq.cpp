@@ -8,13 +8,18 @@ namespace avx512_vpopcntdq {
 namespace {
 
 constexpr int kVectors = 3;
+constexpr int64_t kAhead = 16;  // words: the i operand is one line of every third, which the hardware does not foresee
 static_assert(kVectors * 8 == kPanel, "one tile covers a panel");
 
 void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc) {
   __m512i acc[kCountRows][kVectors];
   for (int r = 0; r < kCountRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_loadu_si512(c + r * ldc + 8 * v);
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = _mm512_setzero_si512();
+      _mm_prefetch(reinterpret_cast<const char*>(c + r * ldc + 8 * v), _MM_HINT_T0);  // needed when the loop ends
+    }
   for (int64_t w = 0; w < words; ++w) {
+    _mm_prefetch(reinterpret_cast<const char*>(i + (w + kAhead) * kPanel), _MM_HINT_T0);
     const __m512i j0 = _mm512_loadu_si512(j + w * kPanel);
     const __m512i j1 = _mm512_loadu_si512(j + w * kPanel + 8);
     const __m512i j2 = _mm512_loadu_si512(j + w * kPanel + 16);
@@ -27,7 +32,10 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
     }
   }
   for (int r = 0; r < kCountRows; ++r)
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(c + r * ldc + 8 * v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      int64_t* out = c + r * ldc + 8 * v;
+      _mm512_storeu_si512(out, _mm512_add_epi64(_mm512_loadu_si512(out), acc[r][v]));
+    }
 }
 
 }  // namespace

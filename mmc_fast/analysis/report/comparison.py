@@ -16,7 +16,7 @@ from .document import Cell
 __all__ = ["AVERAGE", "COMPLETE", "Comparison", "Difference", "Score", "compare", "table_rows"]
 
 COMPLETE = "complete"
-AVERAGE = "mean over missing rates"
+AVERAGE = "mean missing"
 
 
 @dataclass(frozen=True)

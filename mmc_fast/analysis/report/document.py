@@ -17,7 +17,7 @@ from typing import Literal
 import jinja2
 from markupsafe import Markup, escape
 
-__all__ = ["Callout", "Cell", "Details", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text"]
+__all__ = ["Callout", "Cell", "Details", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text", "signed"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,11 @@ class _Drawings:
         svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', svg)
         label = escape(figure.alt)
         return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, three digits, and a true minus."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _kind(block: object) -> str:

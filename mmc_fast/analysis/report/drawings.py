@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..statistics import mean_sd
 from .comparison import AVERAGE, COMPLETE, Comparison
 from .figures import Drawing, Line, Reference, bars, lines
+from .runs import NAMES as METHOD_COLOURS
 from .runs import RunSet, display_name, series_index
 
 __all__ = ["draw_fresh_discriminator", "draw_game", "draw_history", "draw_missing_rates", "draw_reliance"]
@@ -55,6 +56,7 @@ def draw_reliance(runs: RunSet, method: str, chance: float) -> Drawing:
         y_label=metric_name(runs.metric),
         alt=f"{runs.dataset}, {model}: all modalities {everything:.3f}, chance {chance:.3f}; {described}.",
         references=[Reference("all modalities", everything), Reference("chance", chance)],
+        colours={label: len(METHOD_COLOURS) + i for i, label in enumerate(kinds.values())},
     )
 
 
@@ -91,9 +93,10 @@ def draw_game(runs: RunSet, method: str, chance: float) -> Drawing:
         x_label="epoch",
         y_label="share",
         alt=f"{runs.dataset}: the game between encoders and discriminator over the epochs; {ends}.",
-        caption="Modality-invariant latents would hold L_md / H at 1 and the accuracy of ψ at chance.",
+        caption="Modality-invariant latents would hold L_md / H at 1 and the accuracy of ψ at chance. Cut off at 2.",
         references=[Reference("ψ at chance", chance), Reference("L_md at invariance", 1.0)],
-        y_limits=(0.0, None),
+        y_limits=(0.0, 2.0),
+        colours={label: len(METHOD_COLOURS) + i for i, label in enumerate(series)},
         markers=False,
     )
 
@@ -118,5 +121,6 @@ def draw_fresh_discriminator(runs: Sequence[RunSet], method: str) -> Drawing:
         y_label="balanced accuracy",
         alt=f"Held-out balanced accuracy of a freshly trained modality discriminator: {described}.",
         errors={"fresh discriminator": spread},
+        colours={"fresh discriminator": 3, "chance": 0},
         y_limits=(0.0, 1.05),
     )

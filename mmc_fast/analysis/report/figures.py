@@ -155,6 +155,7 @@ def bars(
     references: Sequence[Reference] = (),
     y_limits: tuple[float | None, float | None] = (0.0, None),
     errors: Mapping[str, Sequence[float | None]] | None = None,
+    colours: Mapping[str, int] | None = None,
 ) -> Drawing:
     """Grouped bars: one group per entry of ``groups``, one bar per series in each, with optional error bars."""
     with mpl.rc_context(STYLE):
@@ -162,7 +163,9 @@ def bars(
         width = 0.8 / len(series)
         for index, (name, values) in enumerate(series.items()):
             at = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
-            axes.bar(at, values, width * 0.92, label=name, color=series_colour(index), linewidth=0)
+            axes.bar(
+                at, values, width * 0.92, label=name, color=series_colour((colours or {}).get(name, index)), linewidth=0
+            )
             spread = [s for s in (errors or {}).get(name, ()) if s is not None]
             if len(spread) == len(values):
                 axes.errorbar(at, values, yerr=spread, fmt="none", ecolor=INK, elinewidth=1)

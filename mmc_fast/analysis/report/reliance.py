@@ -20,7 +20,7 @@ from typing import Literal
 __all__ = ["KEPT_MAX", "LOSS_MAX", "SIGNAL_MIN", "Verdict", "judge", "sentence"]
 
 SIGNAL_MIN = 0.25
-LOSS_MAX = 0.05
+LOSS_MAX = 0.02
 KEPT_MAX = 0.5
 
 Kind = Literal["collapsed", "relied on", "redundant", "weak"]

@@ -35,15 +35,16 @@ class RunSet:
     dataset: str
     metric: str
     methods: Mapping[str, Sequence[Results]]
+    title: str = ""
 
     @property
     def seeds(self) -> list[int]:
         return [run["seed"] for run in next(iter(self.methods.values()))]
 
     @property
-    def data(self) -> Mapping[str, Any]:
-        """The description of the data set that the first run recorded."""
-        return next(iter(self.methods.values()))[0]["data"]
+    def first(self) -> Results:
+        """The first method's run with the first seed."""
+        return next(iter(self.methods.values()))[0]
 
     def name(self, method: str) -> str:
         """Display name; a method whose runs include inactive ones says so, and how many."""
@@ -81,8 +82,11 @@ class RunSet:
         return epochs, [mean for mean, _ in stats], [sd for _, sd in stats]
 
 
-def group_runs(runs: Iterable[Results]) -> list[RunSet]:
-    """Group runs by data set and method, in order of appearance. Raises ``InputError`` where seeds do not pair up."""
+def group_runs(runs: Iterable[Results], titles: Mapping[str, str] | None = None) -> list[RunSet]:
+    """Group runs by data set and method, in order of appearance; ``titles`` say what a data set is.
+
+    Raises ``InputError`` where the seeds of the methods differ, so that runs do not pair up.
+    """
     grouped: dict[str, dict[str, list[Results]]] = {}
     for run in runs:
         grouped.setdefault(run["data"]["name"], {}).setdefault(run["method"], []).append(run)
@@ -94,5 +98,6 @@ def group_runs(runs: Iterable[Results]) -> list[RunSet]:
         seeds = {method: [run["seed"] for run in group] for method, group in ordered.items()}
         if len({tuple(s) for s in seeds.values()}) > 1:
             raise InputError(f"{dataset}: the methods were run with different seeds, {seeds}; pairs need the same ones")
-        sets.append(RunSet(dataset, next(iter(ordered.values()))[0]["data"]["metric"], ordered))
+        metric = next(iter(ordered.values()))[0]["data"]["metric"]
+        sets.append(RunSet(dataset, metric, ordered, (titles or {}).get(dataset, "")))
     return sets

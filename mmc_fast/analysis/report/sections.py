@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .comparison import Comparison, table_rows
-from .document import Block, Callout, Cell, Details, Facts, Panels, Section, Table, Text
+from .document import Block, Callout, Cell, Details, Facts, Panels, Section, Table, Text, signed
 from .drawings import (
     draw_fresh_discriminator,
     draw_game,
@@ -19,7 +19,7 @@ from .drawings import (
     metric_name,
 )
 from .reliance import KEPT_MAX, LOSS_MAX, SIGNAL_MIN
-from .runs import RunSet
+from .runs import RunSet, display_name
 from .words import collapse_summary, collapse_words, comparison_words, game_words, reliance_verdicts
 
 __all__ = ["chance_score", "game_section", "results_section", "settings_section", "summary_section"]
@@ -60,6 +60,7 @@ def results_section(
         table,
         Panels([draw_missing_rates(runs, comparison).figure(), _validation(runs)]),
         Panels([draw_reliance(runs, method, chance).figure() for method in (base, focus)]),
+        _reliance_table(runs, chance, base=base, focus=focus, masked=masked),
         Text("\n\n".join(collapse_words(runs, base, chance, masked))),
         Details("Differences between all methods, with intervals", [_differences(runs, comparison)]),
         Details("Share of values that were really missing", [_realised(runs)]),
@@ -111,12 +112,39 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
 
 
 def _heading(runs: RunSet) -> str:
-    title = runs.data.get("title")
-    return f"{runs.dataset}: {title}" if title else runs.dataset
+    return f"{runs.dataset}: {runs.title}" if runs.title else runs.dataset
 
 
 def _validation(runs: RunSet) -> Any:
     return draw_history(runs, "val_score", "validation score", metric_name(runs.metric)).figure()
+
+
+def _reliance_table(runs: RunSet, chance: float, *, base: str, focus: str, masked: str | None) -> Table:
+    verdicts = {method: {v.modality: v for v in reliance_verdicts(runs, method, chance)} for method in (base, focus)}
+    control = runs.reliance(masked) if masked is not None else {}
+    columns = ["modality", "alone"]
+    for method in (base, focus):
+        name = display_name(method)
+        columns += [f"{name}: without", f"{name}: only", f"{name}: verdict"]
+    columns += [f"{display_name(masked)}: only"] if masked is not None else []
+    rows: list[list[Cell | str]] = []
+    for modality, scores in runs.reliance(base).items():
+        row: list[Cell | str] = [modality, _number(scores.get("alone"))]
+        for method in (base, focus):
+            own, verdict = runs.reliance(method)[modality], verdicts[method].get(modality)
+            row += [_number(own["without"]), _number(own["only"])]
+            row.append(Cell(verdict.kind, strong=verdict.kind == "collapsed") if verdict else "–")
+        rows.append([*row, _number(control[modality]["only"])] if masked is not None else row)
+    return Table(
+        columns,
+        rows,
+        "Score of a model of this modality alone, of the fused model without it, and of the fused model with nothing "
+        "else; means over seeds.",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _differences(runs: RunSet, comparison: Comparison) -> Table:
@@ -127,7 +155,7 @@ def _differences(runs: RunSet, comparison: Comparison) -> Table:
         cells: list[Cell | str] = [f"{runs.name(second)} − {runs.name(first)}"]
         for condition in comparison.conditions:
             d = comparison.difference(second, first, condition)
-            cells.append(Cell(f"{d.estimate:+.3f}", d.verdict != "undecided", f"{d.low:+.3f} … {d.high:+.3f}"))
+            cells.append(Cell(signed(d.estimate), d.verdict != "undecided", f"{signed(d.low)} … {signed(d.high)}"))
         rows.append(cells)
     return Table(
         ["difference", *comparison.conditions],
@@ -137,7 +165,7 @@ def _differences(runs: RunSet, comparison: Comparison) -> Table:
 
 
 def _realised(runs: RunSet) -> Table:
-    first = next(iter(runs.methods.values()))[0]
+    first = runs.first
     modalities = list(first["scores"]["reliance"])
     rows = [
         [f"{entry['rate']:g}", *(f"{share:.3f}" for share in entry["realised"])] for entry in first["scores"]["missing"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..statistics import mean_sd
 from .comparison import AVERAGE, COMPLETE, Comparison, Difference
+from .document import signed
 from .reliance import Verdict, judge, sentence
 from .runs import RunSet, display_name
 
@@ -44,12 +45,12 @@ def collapse_summary(runs: RunSet, method: str, chance: float) -> str:
 
 
 def collapse_words(runs: RunSet, method: str, chance: float, masked: str | None = None) -> list[str]:
-    """One sentence per modality, collapsed ones first. ``masked``: a method that met missing modalities in training."""
-    order = {"collapsed": 0, "relied on": 1, "redundant": 2, "weak": 3}
+    """One sentence per collapsed modality. ``masked``: a method that met missing modalities in training."""
     rescued = runs.reliance(masked) if masked is not None else {}
     return [
         sentence(v, display_name(method), rescued.get(v.modality, {}).get("only"))
-        for v in sorted(reliance_verdicts(runs, method, chance), key=lambda v: order[v.kind])
+        for v in reliance_verdicts(runs, method, chance)
+        if v.kind == "collapsed"
     ]
 
 
@@ -107,7 +108,10 @@ def game_words(runs: RunSet, method: str) -> str:
 
 def _against(group: Sequence[Difference], verdict: str) -> str:
     listed = _join(
-        [f"{display_name(d.second)} ({d.estimate:+.3f}, interval {d.low:+.3f} to {d.high:+.3f})" for d in group]
+        [
+            f"{display_name(d.second)} ({signed(d.estimate)}, interval {signed(d.low)} to {signed(d.high)})"
+            for d in group
+        ]
     )
     return {
         "better": f"better than {listed}",

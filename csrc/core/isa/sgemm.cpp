@@ -1,0 +1,126 @@
+// Register tiles of sgemm in vector extensions, compiled once per instruction set into its namespace (MMC_ISA).
+// No header with inline C++ functions may be included here (see kernel_table.h).
+#include "../sgemm_tile.h"
+
+namespace mmc {
+namespace MMC_ISA {
+namespace {
+
+constexpr int kRows = MMC_ROWS;
+constexpr int kLanes = MMC_LANES;
+constexpr int kVector = kLanes / 2;
+
+typedef float Vector __attribute__((vector_size(kVector * 4), aligned(4)));
+
+__attribute__((always_inline)) inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+__attribute__((always_inline)) inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+inline float finish(float value, int64_t r, int64_t l, const TileCall& t) {
+  value *= t.scale;
+  if (t.bias) value += t.bias[l];
+  if (t.add) value += t.c[r * t.ldc + l];
+  if (t.relu && value < 0) value = 0;  // keeps NaN
+  if (t.gate && t.gate[r * t.gate_row + l] <= 0) value = 0;
+  return value;
+}
+
+// kStep: distance of a row's elements along depth; 0 stands for one step and rows a_row apart
+template <int kR, int kV, bool kPacked>
+void tile(const TileCall& t) {
+  constexpr int kWidth = kV * kVector;
+  Vector acc[kR][kV];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) acc[r][v] = Vector{};
+  const float* a = t.a;
+  const float* b = t.b;
+  const int64_t row = t.a_row;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    Vector bv[kV];
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) bv[v] = load(b + v * kVector);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const float value = kPacked ? a[r] : a[r * row];
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) acc[r][v] += value * bv[v];
+    }
+    a += kPacked ? kRows : 1;
+    b += kWidth;
+  }
+  if (t.lanes < kWidth) {
+    float edge[kWidth];
+    for (int r = 0; r < kR; ++r) {
+      for (int v = 0; v < kV; ++v) store(edge + v * kVector, acc[r][v]);
+      for (int64_t l = 0; l < t.lanes; ++l) t.c[r * t.ldc + l] = finish(edge[l], r, l, t);
+    }
+    return;
+  }
+  if (t.scale != 1.0f)
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) acc[r][v] *= t.scale;
+  if (t.bias)
+    for (int v = 0; v < kV; ++v) {
+      const Vector bias = load(t.bias + v * kVector);
+      for (int r = 0; r < kR; ++r) acc[r][v] += bias;
+    }
+  if (t.add)
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) acc[r][v] += load(t.c + r * t.ldc + v * kVector);
+  const Vector zero{};
+  if (t.relu)
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) acc[r][v] = acc[r][v] < zero ? zero : acc[r][v];
+  if (t.gate)
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) {
+        const Vector gate = load(t.gate + r * t.gate_row + v * kVector);
+        acc[r][v] = gate <= zero ? zero : acc[r][v];
+      }
+  for (int r = 0; r < kR; ++r)
+    for (int v = 0; v < kV; ++v) store(t.c + r * t.ldc + v * kVector, acc[r][v]);
+}
+
+using Tile = void (*)(const TileCall&);
+
+#define MMC_TILES(r) {{tile<r, 1, false>, tile<r, 1, true>}, {tile<r, 2, false>, tile<r, 2, true>}}
+const Tile kTiles[][2][2] = {
+    MMC_TILES(1), MMC_TILES(2), MMC_TILES(3), MMC_TILES(4),
+#if MMC_ROWS > 4
+    MMC_TILES(5), MMC_TILES(6),
+#endif
+#if MMC_ROWS > 6
+    MMC_TILES(7), MMC_TILES(8), MMC_TILES(9), MMC_TILES(10), MMC_TILES(11), MMC_TILES(12),
+#endif
+};
+static_assert(sizeof(kTiles) / sizeof(kTiles[0]) == kRows, "a tile for every number of rows");
+
+}  // namespace
+
+void sgemm_tile(const TileCall& t) { kTiles[t.rows - 1][t.width == kLanes][t.a_col != 1](t); }
+
+// dst[k * kRows + r] = src[k * stride + r] for r < count, 0 up to kRows; sums[r] += the column's sum over depth
+void pack_rows(const float* src, int64_t stride, int64_t depth, int64_t count, float* dst, float* sums) {
+  float total[kRows] = {};
+  if (count == kRows) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int r = 0; r < kRows; ++r) {
+        const float value = src[k * stride + r];
+        dst[k * kRows + r] = value;
+        total[r] += value;
+      }
+  } else {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int r = 0; r < kRows; ++r) {
+        const float value = r < count ? src[k * stride + r] : 0.0f;
+        dst[k * kRows + r] = value;
+        total[r] += value;
+      }
+  }
+  if (sums)
+    for (int64_t r = 0; r < count; ++r) sums[r] += total[r];
+}
+
+}  // namespace MMC_ISA
+}  // namespace mmc

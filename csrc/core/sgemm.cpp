@@ -1,0 +1,134 @@
+// sgemm: panels of b packed by the thread that uses them, rows of a read in place (or packed where they run along k).
+#include "sgemm.h"
+
+#include <algorithm>
+
+#include "internal.h"
+#include "sgemm_tile.h"
+
+namespace mmc {
+namespace {
+
+constexpr int64_t kChain = 1024;           // longest float32 chain, and depth of a packed panel
+constexpr int64_t kBlockRows = 384;        // rows that use a packed panel before it is packed again
+constexpr double kParallelFlops = 2e6;     // below that a second thread costs more than it brings
+
+struct Unit {
+  void (*tile)(const TileCall&);
+  void (*pack_rows)(const float*, int64_t, int64_t, int64_t, float*, float*);
+};
+
+Unit unit_of(const KernelTable& table) {
+#ifdef MMC_X86
+  if (table.lanes == 32) return {avx512::sgemm_tile, avx512::pack_rows};
+  if (table.lanes == 16) return {avx2::sgemm_tile, avx2::pack_rows};
+#endif
+  return {base::sgemm_tile, base::pack_rows};
+}
+
+// A panel buffer of this thread, kept between calls: an allocation per product would cost more than a small product.
+float* panel_buffer(int64_t size) {
+  thread_local Buffer<float> buffer;
+  thread_local int64_t capacity = 0;
+  if (size > capacity) buffer = Buffer<float>(size), capacity = size;
+  return buffer.get();
+}
+
+struct Product {
+  const KernelTable& table;
+  Unit unit;
+  int64_t m, n, depth;
+  Strided a, b;          // at the block's first k
+  const float* packed_a;  // rows panels [tile][depth][rows], or null: a is read in place
+  float* c;
+  int64_t ldc;
+  Epilogue epilogue;
+
+  // columns [j, j + lanes) for rows [begin, end)
+  void run(int64_t panel, int64_t begin, int64_t end) const {
+    const int64_t L = table.lanes, R = table.rows, j = panel * L, lanes = std::min(L, n - j);
+    const int64_t width = lanes <= L / 2 ? L / 2 : L;
+    float* packed = panel_buffer(depth * width);
+    table.pack(b.data + j * b.col, b.row, b.col, depth, lanes, width, packed);
+    TileCall t{};
+    t.depth = depth;
+    t.b = packed;
+    t.ldc = ldc;
+    t.lanes = lanes;
+    t.width = width;
+    t.bias = epilogue.bias ? epilogue.bias + j : nullptr;
+    t.gate_row = epilogue.gate_row;
+    t.scale = epilogue.scale;
+    t.relu = epilogue.relu;
+    t.add = epilogue.add;
+    for (int64_t i = begin; i < end; i += R) {
+      t.rows = std::min(R, end - i);
+      t.a = packed_a ? packed_a + i * depth : a.data + i * a.row;
+      t.a_row = packed_a ? 1 : a.row;
+      t.a_col = packed_a ? R : 1;
+      t.c = c + i * ldc + j;
+      t.gate = epilogue.gate ? epilogue.gate + i * epilogue.gate_row + j : nullptr;
+      unit.tile(t);
+    }
+  }
+};
+
+}  // namespace
+
+void count_ebr_step(bool backward) { kernels(backward ? kEbrStepBackward : kEbrStep); }
+
+void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,
+           const Epilogue& epilogue, float* row_sums, const Pool& pool) {
+  const KernelTable& table = current_kernels();
+  const Unit unit = unit_of(table);
+  const int64_t L = table.lanes, R = table.rows;
+  const bool pack_a = a.col != 1 || row_sums;
+  if (row_sums) std::fill_n(row_sums, m, 0.0f);
+  if (m == 0 || n == 0) return;
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(k, pack_a ? kChain / 2 : kChain));
+  const int64_t depth = std::max<int64_t>(1, ceil_div(k, chunks));
+  const int64_t row_tiles = ceil_div(m, R), panels = ceil_div(n, L);
+  Buffer<float> packed_a;
+  if (pack_a) packed_a = Buffer<float>(row_tiles * R * depth);
+
+  // enough tasks for every thread, and rows in blocks of whole tiles
+  const Pool used = 2.0 * m * n * std::max<int64_t>(1, k) < kParallelFlops ? serial_pool() : pool;
+  int64_t blocks = std::max<int64_t>(1, ceil_div(m, kBlockRows));
+  if (used.threads > 1) blocks = std::max(blocks, ceil_div(2 * used.threads, panels));
+  const int64_t block = round_up(ceil_div(m, blocks), R);
+  blocks = ceil_div(m, block);
+
+  for (int64_t k0 = 0; k0 < std::max<int64_t>(1, k); k0 += depth) {
+    const int64_t size = std::max<int64_t>(0, std::min(depth, k - k0));
+    const bool last = k0 + depth >= k;
+    Product p{table, unit, m, n, size, a, b, nullptr, c, ldc, epilogue};
+    p.a.data += k0 * a.col;
+    p.b.data += k0 * b.row;
+    p.epilogue.add = epilogue.add || k0 > 0;
+    if (!last) p.epilogue.bias = p.epilogue.gate = nullptr, p.epilogue.relu = false;
+    if (pack_a) {
+      p.packed_a = packed_a.get();
+      parallel_for(used, row_tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * R; i < std::min(m, end * R); i += R) {
+          float* out = packed_a.get() + i * size;
+          const float* src = p.a.data + i * a.row;
+          if (a.row == 1) {
+            unit.pack_rows(src, a.col, size, std::min(R, m - i), out, row_sums ? row_sums + i : nullptr);
+          } else {
+            table.pack(src, a.col, a.row, size, std::min(R, m - i), R, out);
+          }
+        }
+      });
+    }
+    parallel_for(used, panels * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t % blocks * block;
+        p.run(t / blocks, first, std::min(m, first + block));
+      }
+    });
+  }
+  if (row_sums && epilogue.scale != 1.0f)
+    for (int64_t i = 0; i < m; ++i) row_sums[i] *= epilogue.scale;
+}
+
+}  // namespace mmc

@@ -1,0 +1,83 @@
+// Matrix products of the EBR step per dtype. float32: the register tiles of csrc/core with their epilogue. bfloat16 where the
+// processor multiplies it: ATen, then one pass for the epilogue. Otherwise (float16, bfloat16 elsewhere, small products): widened
+// to float32, multiplied there, rounded once.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "internal.h"
+#include "sgemm.h"
+
+namespace mmc::ebr {
+
+// Scratch of one call: pieces of a few large blocks, freed together.
+class Arena {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = round_up(std::max<int64_t>(1, count) * static_cast<int64_t>(sizeof(T)), 64);
+    if (bytes > left_) {
+      const int64_t size = std::max<int64_t>(bytes, 64 * 1024);
+      blocks_.emplace_back(size);
+      next_ = blocks_.back().get(), left_ = size;
+    }
+    char* piece = next_;
+    next_ += bytes, left_ -= bytes;
+    return reinterpret_cast<T*>(piece);
+  }
+
+ private:
+  std::vector<Buffer<char>> blocks_;
+  char* next_ = nullptr;
+  int64_t left_ = 0;
+};
+
+// A matrix; element (i, j) at data + i * row + j * col.
+template <class T>
+struct View {
+  const T* data;
+  int64_t row, col;
+};
+template <class T>
+View<T> dense(const T* data, int64_t columns) {
+  return {data, columns, 1};
+}
+template <class T>
+View<T> transposed(const T* data, int64_t columns) {
+  return {data, 1, columns};
+}
+
+// As Epilogue of csrc/core/sgemm.h, in T. The gate has the shape of the result and is dense.
+template <class T>
+struct Finish {
+  const T* bias = nullptr;
+  const T* gate = nullptr;
+  float scale = 1;
+  bool relu = false;
+  bool add = false;
+};
+
+// c [m, n], dense = finish(a [m, k] times b [k, n]); row_sums [m], if given, takes the sums of a's rows along k.
+void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
+             float* row_sums, const Pool& pool);
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, const Finish<T>& finish, T* row_sums,
+             const Pool& pool);
+
+template <class T>
+void widen(const T* src, float* dst, int64_t count, const Pool& pool);
+template <class T>
+void narrow(const float* src, T* dst, int64_t count, const Pool& pool);
+
+// src in float32: itself, or a copy in the arena
+inline const float* widened(const float* src, int64_t, Arena&, const Pool&) { return src; }
+template <class T>
+const float* widened(const T* src, int64_t count, Arena& arena, const Pool& pool) {
+  float* out = arena.take<float>(count);
+  widen(src, out, count, pool);
+  return out;
+}
+
+}  // namespace mmc::ebr

@@ -1,0 +1,200 @@
+"""The command line ``mmc-fast``: parses, calls, prints. What a command does is in ``mmc_fast.commands``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from mmc_fast import __version__
+from mmc_fast.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mmc-fast",
+    help="Explicit basis reallocation and modality-collapse diagnosis for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BAD_INPUT, INTERRUPTED, FAILED = 2, 130, 1
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _clean(command: Command) -> Command:
+    """Turn what a user can cause into one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            _stop(str(error), BAD_INPUT)
+        except OSError as error:
+            _stop(f"{error.filename or 'file'}: {error.strerror or error}", BAD_INPUT)
+        except KeyboardInterrupt as error:
+            _stop(str(error) or "interrupted", INTERRUPTED)
+        except RuntimeError as error:
+            if type(error).__module__.startswith("mmc_fast"):
+                _stop(str(error), FAILED)  # such as a run whose loss became NaN
+            raise
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(f"mmc-fast: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmc-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Task = Annotated[str | None, typer.Option(help="Which labels, for data with several tasks.")]
+Variant = Annotated[str | None, typer.Option(help="Which form of the data set, for sets with several.")]
+NanPolicy = Annotated[str | None, typer.Option(help="What happens to NaN in the data: error, mean or indicator.")]
+SplitSeed = Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")]
+
+
+@app.command()
+@_clean
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder that is written; an earlier demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
+    workers: Annotated[int, typer.Option(help="Processes with one thread each.")] = 2,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smoke run: one seed, few epochs, numbers without meaning.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over where an interrupted demo could be continued.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train vanilla, modality dropout, KD and EBR on two embedded data sets; write tables, figures and a report."""
+    from mmc_fast.commands.demo import print_demo, run_demo_command
+    from mmc_fast.commands.terminal import output_console
+    from mmc_fast.training.demo import DemoPlan
+
+    plan = DemoPlan.smoke() if quick else DemoPlan()
+    results, findings = run_demo_command(plan, out, workers=workers, fresh=fresh)
+    if as_json:
+        _print_json({key: value for key, value in results.items() if key != "runs"} | {"out": str(out)})
+    else:
+        print_demo(output_console(), findings, out, quick)
+
+
+@app.command()
+@_clean
+def train(
+    data: Annotated[str, typer.Option(help="Name of a data set (see `mmc-fast info`) or path of an npz file.")],
+    method: Annotated[
+        str | None, typer.Option(help="vanilla, dropout, kd or ebr. [default: what the configuration says, else ebr]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Everything random is derived from it.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings of the run.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as ebr.reversal=0.1; repeatable."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run, new or empty. [default: runs/DATA-METHOD-SEED]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the folder.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    task: Task = None,
+    variant: Variant = None,
+    nan_policy: NanPolicy = None,
+    split_seed: SplitSeed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model, select its best epoch and score it on test data."""
+    from mmc_fast.commands.settings import build_config
+    from mmc_fast.commands.terminal import output_console
+    from mmc_fast.commands.train import print_results, run_train
+
+    settings = build_config(config, method, epochs, assignments or [])
+    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=resume, device=device, options=options)
+    if as_json:
+        _print_json(results)
+    else:
+        print_results(output_console(), results)
+
+
+@app.command()
+@_clean
+def evaluate(
+    run: Annotated[Path, typer.Option(help="Folder of a finished run.")],
+    data: Annotated[
+        str | None, typer.Option(help="Other data of the same modalities. [default: the run's data]")
+    ] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    rates: Annotated[
+        str | None, typer.Option(help="Missing rates, such as 0.1,0.4. [default: those of the run]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the masks. [default: the run's seed]")] = None,
+    task: Task = None,
+    variant: Variant = None,
+    nan_policy: NanPolicy = None,
+    split_seed: SplitSeed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a finished run on complete data and at missing rates."""
+    from mmc_fast.commands.evaluate import parse_rates, run_evaluate
+    from mmc_fast.commands.scores import print_scores
+    from mmc_fast.commands.terminal import output_console
+
+    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    results = run_evaluate(run, data, part=part, rates=parse_rates(rates), seed=seed, options=options)
+    if as_json:
+        _print_json(results)
+        return
+    name, modalities = results["data"]["name"], results["data"]["modalities"]
+    print_scores(output_console(), f"{results['label']} on {name}", results["scores"], modalities)
+    if not results["same_data"]:
+        note = "These are not the data of the run; they are standardised by their own train part."
+        typer.echo(note, err=True)
+
+
+@app.command()
+@_clean
+def info(as_json: AsJson = False) -> None:
+    """Show versions, hardware, the native library, data sets and environment variables."""
+    from mmc_fast.commands.info import collect_info, print_info
+    from mmc_fast.commands.terminal import output_console
+
+    found = collect_info()
+    if as_json:
+        _print_json(found)
+    else:
+        print_info(output_console(), found)

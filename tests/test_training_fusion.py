@@ -1,0 +1,119 @@
+"""Fusion operators against computations that know nothing of masks: absent modalities are simply left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmc_fast.errors import InputError
+from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
+
+DIMS = (3, 5, 2)
+
+
+@pytest.fixture
+def batch(generator: torch.Generator) -> tuple[list[torch.Tensor], torch.Tensor]:
+    features = [torch.randn(9, d, generator=generator) for d in DIMS]
+    present = torch.rand(9, 3, generator=generator) < 0.6
+    present[0], present[1] = True, torch.tensor([False, True, False])
+    present[~present.any(1), 2] = True
+    return features, present
+
+
+def poisoned(features: list[torch.Tensor], present: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.where(present[:, i, None], f, float("nan")) for i, f in enumerate(features)]
+
+
+def make(kind: str) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return {
+            "concat": lambda: ConcatFusion(DIMS, 4, (7, 6)),
+            "late": lambda: LateFusion(DIMS, 4, (6,)),
+            "transformer": lambda: TransformerFusion(DIMS, 4, dim=8, heads=2, depth=2),
+        }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["concat", "late", "transformer"])
+def test_absent_values_are_never_read(kind, batch):
+    features, present = batch
+    fusion = make(kind)
+    nan = [f.requires_grad_() for f in poisoned(features, present)]
+    out = fusion(nan, present)
+    assert torch.equal(out, fusion(features, present))
+    out.sum().backward()
+    for i, f in enumerate(nan):
+        assert not f.grad[~present[:, i]].any()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in fusion.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["concat", "late", "transformer"])
+def test_all_present_mask_changes_nothing(kind, batch):
+    features, _ = batch
+    fusion = make(kind)
+    torch.testing.assert_close(fusion(features), fusion(features, torch.ones(9, 3, dtype=torch.bool)))
+
+
+def test_concat_is_an_mlp_on_zero_filled_columns(batch):
+    features, present = batch
+    fusion = make("concat")
+    x = torch.zeros(9, sum(DIMS))
+    for row in range(9):
+        column = 0
+        for i, d in enumerate(DIMS):
+            if present[row, i]:
+                x[row, column : column + d] = features[i][row]
+            column += d
+    w = [layer for layer in fusion.layers if isinstance(layer, torch.nn.Linear)]
+    assert [layer.out_features for layer in w] == [7, 6, 4]
+    h = (x @ w[0].weight.T + w[0].bias).relu()
+    h = (h @ w[1].weight.T + w[1].bias).relu()
+    torch.testing.assert_close(fusion(features, present), h @ w[2].weight.T + w[2].bias)
+
+
+def test_late_is_the_mean_over_present_classifiers(batch):
+    features, present = batch
+    fusion = make("late")
+    for row in range(9):
+        votes = [fusion.classifiers[i](features[i][row]) for i in range(3) if present[row, i]]
+        torch.testing.assert_close(fusion(features, present)[row], sum(votes) / len(votes))
+    assert not fusion(features, torch.zeros(9, 3, dtype=torch.bool)).any()
+
+
+def test_transformer_mask_equals_leaving_tokens_out(batch):
+    features, present = batch
+    fusion = make("transformer")
+    masked = fusion(features, present)
+    for row in range(9):
+        kept = [i for i in range(3) if present[row, i]]
+        tokens = [fusion.class_token] + [fusion.projections[i](features[i][row]) + fusion.modality[i] for i in kept]
+        x = torch.stack(tokens)[None]
+        for block in fusion.blocks:
+            x = block(x, None)
+        expected = fusion.classifier(fusion.norm(x[0, 0]))
+        torch.testing.assert_close(masked[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_with_nothing_present_is_finite(batch):
+    features, _ = batch
+    assert torch.isfinite(make("transformer")(features, torch.zeros(9, 3, dtype=torch.bool))).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ConcatFusion((), 3), "dims is"),
+        (lambda: ConcatFusion((3, 0), 3), "dims is"),
+        (lambda: LateFusion((3,), 1), "num_classes is 1"),
+        (lambda: ConcatFusion((3,), 3, (0,)), "hidden is"),
+        (lambda: TransformerFusion((3,), 3, dim=6, heads=4), "multiple of heads"),
+        (lambda: TransformerFusion((3,), 3, depth=0), "depth is 0"),
+        (lambda: ConcatFusion((3, 2), 3)([torch.zeros(1, 3), torch.zeros(1, 3)]), "widths"),
+        (lambda: LateFusion((3,), 3)([torch.zeros(1, 3)], torch.ones(1, 2, dtype=torch.bool)), "present is"),
+        (lambda: LateFusion((3,), 3)([torch.zeros(1, 3)], torch.ones(1, 1)), "present is"),
+    ],
+)
+def test_bad_input_is_one_clear_line(build, message):
+    with pytest.raises(InputError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)

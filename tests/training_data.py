@@ -1,0 +1,73 @@
+"""Small made-up data sets and settings that the training tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mmc_fast.data import MultimodalDataset
+from mmc_fast.nn import EBRConfig
+from mmc_fast.training import TrainConfig
+
+SIZES = (60, 30, 30)
+
+
+def tiny(
+    seed: int,
+    dims: tuple[int, ...] = (5, 3, 4),
+    num_classes: int = 3,
+    absent: float = 0.0,
+    sizes: tuple[int, int, int] = SIZES,
+) -> MultimodalDataset:
+    """Classes as shifted means; the first modality is the clearest, the last the noisiest."""
+    g = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    labels = torch.arange(n) % num_classes
+    split = torch.cat([torch.full((s,), code, dtype=torch.uint8) for code, s in enumerate(sizes)])
+    present = torch.rand(n, len(dims), generator=g) >= absent
+    present[~present.any(1), 0] = True
+    features = {}
+    for i, d in enumerate(dims):
+        means = torch.randn(num_classes, d, generator=g) * 2.0 / (i + 1)
+        x = means[labels] + torch.randn(n, d, generator=g)
+        features["abcdefg"[i]] = torch.where(present[:, i, None], x, 0.0)
+    return MultimodalDataset(
+        name="tiny",
+        features=features,
+        present=present,
+        labels=labels,
+        split=split,
+        num_classes=num_classes,
+        metric="auroc" if num_classes == 2 else "accuracy",
+        feature_names={k: [f"{k}{j}" for j in range(x.shape[1])] for k, x in features.items()},
+    )
+
+
+def small(method: str = "ebr", **changes: Any) -> TrainConfig:
+    """Settings for runs of a fraction of a second; ``ebr_*`` changes go to the EBR section."""
+    ebr = {k.removeprefix("ebr_"): v for k, v in changes.items() if k.startswith("ebr_")}
+    plain = {k: v for k, v in changes.items() if not k.startswith("ebr_")}
+    base: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 16,
+        "encoder_width": 8,
+        "encoder_dim": 6,
+        "fusion_hidden": (8,),
+        "fusion_dim": 8,
+    }
+    base |= {"fusion_heads": 2, "fusion_depth": 1, "rates": (0.3,), "unimodal_share": 1.0}
+    if method == "ebr":
+        base["ebr"] = replace(EBRConfig(latent_dim=4, hidden_dim=8, psi_dims=(6,), reversal=0.5), **ebr)
+    return TrainConfig.preset(method, **(base | plain))
+
+
+def same_numbers(a: Any, b: Any) -> bool:
+    """Equality of results, leaving out wall-clock times."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        timed = ("seconds", "timing")
+        return a.keys() == b.keys() and all(k in timed or same_numbers(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_numbers, a, b))
+    return a == b
