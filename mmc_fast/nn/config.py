@@ -10,7 +10,8 @@ __all__ = ["EBRConfig"]
 _CHOICES = {
     "schedule": ("joint", "interleave"),
     "ranking": ("reference", "pairwise"),
-    "substitute": ("ranked", "mean"),
+    "substitute": ("ranked", "mean", "learned"),
+    "alignment": ("none", "distance", "contrastive"),
 }
 
 
@@ -25,7 +26,12 @@ class EBRConfig:
         schedule: "joint" (one backward for all losses) or "interleave" (blocks of ``interleave_epochs``).
         psi_lr_scale, psi_steps: learning rate of ψ relative to the rest; ψ updates per step.
         patience: epochs without improvement after which the adversarial part ends (None: never).
-        ranking, substitute: how a missing modality finds its proxy ("ranked" or the "mean" of present latents).
+        bounded: cut the reversed gradient while L_md is at or above H(π): there is nothing left to gain.
+        alignment, alignment_weight: pull the normalised latents of a sample together ("distance" to their mean, or
+            "contrastive" against the batch), beside the game or instead of it (λ = 0).
+        cross_recovery: weight of the reconstruction loss of each modality from another one's latent, drawn afresh.
+        ranking, substitute: how a missing modality finds its proxy ("ranked", the "mean" of the present latents, or a
+            "learned" weighted mean of them).
         modalities: names that get a head (None: all).
     """
 
@@ -41,6 +47,10 @@ class EBRConfig:
     psi_lr_scale: float = 1.0
     psi_steps: int = 1
     patience: int | None = None
+    bounded: bool = False
+    alignment: str = "none"
+    alignment_weight: float = 0.1
+    cross_recovery: float = 0.0
     ranking: str = "reference"
     substitute: str = "ranked"
     modalities: tuple[str, ...] | None = None
@@ -52,7 +62,7 @@ class EBRConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"EBRConfig: {name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
-        for name in ("reversal", "reconstruction", "psi_lr_scale"):
+        for name in ("reversal", "reconstruction", "psi_lr_scale", "alignment_weight", "cross_recovery"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"EBRConfig: {name} is {getattr(self, name)}; it must be finite and not negative")
         for name in ("latent_dim", "hidden_dim", "interleave_epochs", "psi_steps"):

@@ -68,6 +68,9 @@ class TrainConfig:
         fusion_dim, fusion_heads, fusion_depth: token width, heads and blocks of the transformer.
         modality_dropout: probability that a present modality is hidden from a training row (no row loses all).
         substitute_in_training: fill hidden slots during training as at inference (EBR only).
+        consistency: weight c of KL(prediction on complete data, held fixed || prediction on masked data); the step then
+            takes both, and L_sem is the mean of the two. Needs ``modality_dropout``.
+        noise_modality, noise_rate: uniform noise on one modality in training, ``(1 - r) x + r U std(x)``.
         reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run) or "dann"
             (2 / (1 + exp(-10 p)) - 1 over the same share). The strength itself is ``ebr.reversal``.
         adversarial_stop: what ``ebr.patience`` watches: "score" (validation) or "loss" (training L_sem).
@@ -98,6 +101,9 @@ class TrainConfig:
     fusion_depth: int = 2
     modality_dropout: float = 0.0
     substitute_in_training: bool = False
+    consistency: float = 0.0
+    noise_modality: str | None = None
+    noise_rate: float = 0.0
     reversal_schedule: Literal["constant", "linear", "dann"] = "constant"
     reversal_ramp: float = 0.5
     adversarial_stop: Literal["score", "loss"] = "score"
@@ -139,6 +145,13 @@ class TrainConfig:
             raise InputError(f"{where}: selection is 'masked' but rates is empty; give missing rates to select by")
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"{where}: momentum is {self.momentum} but the optimizer is {self.optimizer}, not sgd")
+        _at_least(where, {"consistency": self.consistency, "noise_rate": self.noise_rate}, 0)
+        if self.consistency and not self.modality_dropout:
+            raise InputError(f"{where}: consistency compares masked with complete data; set modality_dropout above 0")
+        if self.noise_rate > 1 or (self.noise_rate > 0) != (self.noise_modality is not None):
+            raise InputError(f"{where}: noise needs both noise_modality and a noise_rate between 0 and 1")
+        if self.ebr is not None and self.ebr.substitute == "learned" and not self.substitute_in_training:
+            raise InputError(f"{where}: substitute 'learned' is trained on hidden slots; set substitute_in_training")
         if self.substitute_in_training and self.ebr is None:
             raise InputError(f"{where}: substitute_in_training needs EBR heads; add an 'ebr' section")
         if self.kd is not None and self.encoder == "identity":

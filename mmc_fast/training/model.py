@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..nn import EBRHead, EBROutput
 from ..nn.encoders import IdentityEncoder, MLPEncoder
 from ..nn.fusion import ConcatFusion, LateFusion, TransformerFusion
+from ..nn.substitution import SourceWeights
 from .config import TrainConfig
 
 __all__ = ["ModelOutput", "MultimodalModel", "build_encoder", "select_modalities"]
@@ -83,6 +84,7 @@ class MultimodalModel(nn.Module):
         self.encoders = nn.ModuleList(build_encoder(d, config) for d in dims.values())
         self.widths = widths = [int(e.out_dim) for e in self.encoders]  # type: ignore[arg-type]
         self.head: EBRHead | None = None
+        self.source_weights: SourceWeights | None = None
         self.columns: list[int] = []
         if config.ebr is not None:
             e = config.ebr
@@ -95,6 +97,8 @@ class MultimodalModel(nn.Module):
                 residual=e.residual,
                 normalize=e.normalize,
             )
+            if e.substitute == "learned":
+                self.source_weights = SourceWeights([widths[i] for i in self.columns])
         self.fusion = _build_fusion(widths, num_classes, config)
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
@@ -153,6 +157,8 @@ class MultimodalModel(nn.Module):
         encoded = self.encode(features, present)
         if self.head is None:
             return ModelOutput(self.fusion(encoded, present), None)
+        if self.source_weights is not None and present is not None:
+            source = self.source_weights([encoded[i] for i in self.columns], self.head_present(present))
         out = self.apply_head(encoded, present, source, reversal)
         for slot, i in enumerate(self.columns):
             encoded[i] = out.recovered[slot]
@@ -178,6 +184,8 @@ class MultimodalModel(nn.Module):
         encoders = list(self.encoders.parameters())
         task = list(self.fusion.parameters())
         discriminator: list[nn.Parameter] = []
+        if self.source_weights is not None:
+            task += self.source_weights.parameters()
         if self.head is not None:
             encoders += self.head.encoders.parameters()
             task = list(self.head.decoders.parameters()) + task

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
+from ..nn.alignment import contrastive_alignment, distance_alignment
+from ..nn.substitution import foreign_source
 from .config import TrainConfig
 from .model import MultimodalModel
+from .substitution import source_for
 
 __all__ = ["Phase", "Stepper", "phase_of"]
 
@@ -45,7 +48,10 @@ class Stepper:
     def __init__(self, model: MultimodalModel, optimizer: optim.Optimizer, config: TrainConfig) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.groups = model.groups()
-        self.reversal = torch.zeros((), device=model.class_prior.device)
+        device = model.class_prior.device
+        self.reversal = torch.zeros((), device=device)
+        self.loss_md = torch.zeros((), device=device)  # of the step before, for the bounded game
+        self.random = torch.Generator(device=device)  # of the foreign sources
 
     def losses(
         self,
@@ -54,28 +60,73 @@ class Stepper:
         present: Tensor | None,
         labels: Tensor,
         source: Tensor | None = None,
+        natural: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Total to descend, the parts ``[3]`` = (L_sem, L_md, L_rec) without graph, and the latents.
 
-        A part that the phase does not compute is NaN.
+        A part that the phase does not compute is NaN. ``natural`` is the presence before anything was hidden; with
+        consistency the step takes both.
         """
         nan = labels.new_full((), float("nan"), dtype=torch.float32)
         if phase == "adversarial":
             encoded = self.model.encode(features, present)
-            out = self.model.apply_head(encoded, present, source, self.reversal)
+            out = self.model.apply_head(encoded, present, source, self._strength(present))
+            self.loss_md = out.discrimination_loss.detach()
             total, rec = out.discrimination_loss, out.reconstruction_loss
             return total, torch.stack([nan, total.detach(), rec.detach()]), out.latents
-        result = self.model(features, present, source, self.reversal)
+        result = self.model(features, present, source, self._strength(present))
         semantic = F.cross_entropy(result.logits, labels)
+        extra = self._consistency(result.logits, features, natural, labels) if self.config.consistency else None
+        if extra is not None:
+            semantic = (semantic + extra[0]) / 2
         if result.ebr is None:
-            return semantic, torch.stack([semantic.detach(), nan, nan]), None
+            total = semantic if extra is None else semantic + extra[1]
+            return total, torch.stack([semantic.detach(), nan, nan]), None
         md, rec = result.ebr.discrimination_loss, result.ebr.reconstruction_loss
-        total = semantic
+        self.loss_md = md.detach()
+        total = semantic if extra is None else semantic + extra[1]
+        total = total + self._alignment(result.ebr.latents, features, present)
         if phase == "joint":
             total = total + md
         if self.config.ebr is not None and self.config.ebr.reconstruction > 0:
             total = total + self.config.ebr.reconstruction * rec
         return total, torch.stack([semantic.detach(), md.detach(), rec.detach()]), result.ebr.latents
+
+    def _strength(self, present: Tensor | None) -> Tensor:
+        """λ of this step; the bounded game cuts it where the discriminator of the step before knew nothing."""
+        if self.config.ebr is None or not self.config.ebr.bounded:
+            return self.reversal
+        m = len(self.model.columns)
+        counts = (
+            torch.ones(m, device=self.reversal.device) if present is None else self.model.head_present(present).sum(0)
+        )
+        share = counts / counts.sum().clamp(min=1)
+        return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), self.reversal, 0)
+
+    def _consistency(
+        self, masked: Tensor, features: Sequence[Tensor], natural: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """L_sem on complete data, and the weighted divergence of the masked prediction from it."""
+        source = None if natural is None or self.model.head is None else source_for(self.model, natural)
+        complete = self.model(features, natural, source).logits
+        target = complete.detach().log_softmax(-1)
+        divergence = F.kl_div(masked.log_softmax(-1), target, reduction="batchmean", log_target=True)
+        return F.cross_entropy(complete, labels), self.config.consistency * divergence
+
+    def _alignment(self, latents: Tensor, features: Sequence[Tensor], present: Tensor | None) -> Tensor | float:
+        ebr = self.config.ebr
+        if ebr is None:
+            return 0.0
+        here = None if present is None else self.model.head_present(present)
+        total: Tensor | float = 0.0
+        if ebr.alignment != "none":
+            measure = distance_alignment if ebr.alignment == "distance" else contrastive_alignment
+            total = ebr.alignment_weight * measure(latents, here)
+        if ebr.cross_recovery > 0:
+            foreign = foreign_source(here, latents.shape[1], latents.shape[0], self.random)
+            encoded = self.model.encode(features, present)
+            total = total + ebr.cross_recovery * self.model.apply_head(encoded, present, foreign).reconstruction_loss
+        return total
 
     def update(self, phase: Phase, total: Tensor, latents: Tensor | None, present: Tensor | None) -> None:
         """Backward and one step of the players that move in ``phase``; then the extra steps of psi."""

@@ -62,6 +62,8 @@ def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:
     if model.head is None or model.config.ebr is None:
         return None
     available = model.head_present(present)
+    if model.config.ebr.substitute == "learned":
+        return None  # the model weighs the latents itself
     if model.config.ebr.substitute == "mean":
         return mean_source(available)
     if int(model.order[0]) < 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import MultimodalDataset
+from ..data.names import unknown
 from .checkpoint import Checkpoint, CheckpointStore, optimizer_tensors, prefixed, restore_optimizer, stripped
 from .config import TrainConfig
 from .evaluate import masks_at, predict
@@ -66,7 +67,11 @@ class Trainer:
         scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
         self.optimizer = build_optimizer(model.groups(), config, scales)
         self.stepper = Stepper(model, self.optimizer, config)
-        self.generators = {name: generator(seed, name) for name in ("order", "masks")}
+        self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
+        self.stepper.random = self.generators["foreign"]
+        self.noisy = _noisy_column(dataset, config)
+        if self.noisy is not None:
+            self.noise_scale = self.train_part.features[self.noisy].std(0)
         rows = torch.randperm(len(self.train_part), generator=generator(seed, "probe"))[:_PROBE_ROWS]
         self.probe_part = self.train_part.select(rows.to(self.device))
         self.stop = AdversarialStop(
@@ -85,6 +90,7 @@ class Trainer:
         self.last_weights: dict[str, Tensor] = {}
         self.first_pull: int | None = None
         self.ranking_current = False
+        self.ranked = config.ebr is not None and config.ebr.substitute == "ranked"
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
 
     def fit(self) -> None:
@@ -98,6 +104,8 @@ class Trainer:
             self._run_epoch()
         self.last_weights = _copy(self.model.state_dict())
         self.model.load_state_dict(self.best_weights)
+        self.ranking_current = False
+        self._refresh()
         self.model.eval()
 
     def _run_epoch(self) -> None:
@@ -109,7 +117,7 @@ class Trainer:
             self.order = epoch_order(len(part), self.generators["order"])
             self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
             self.sums.zero_()
-            if config.substitute_in_training:
+            if self.ranked and config.substitute_in_training:
                 self._refresh()
         self._run_steps(phase, self.order, self.masks.to(self.device), started)
         entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
@@ -121,6 +129,7 @@ class Trainer:
         config, part, size = self.config, self.train_part, self.config.batch_size
         order = order.to(self.device)
         features = [x[order].split(size) for x in part.features]
+        natural = None if bool(part.present.all()) else part.present[order].split(size)
         labels, present = part.labels[order].split(size), masks[order].split(size)
         complete = bool(masks.all())
         steps = len(labels)
@@ -132,7 +141,12 @@ class Trainer:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if complete else present[n]
             source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
-            total, parts, latents = self.stepper.losses(phase, [f[n] for f in features], here, labels[n], source)
+            inputs = [f[n] for f in features]
+            if self.noisy is not None:
+                inputs[self.noisy] = self._with_noise(inputs[self.noisy])
+            total, parts, latents = self.stepper.losses(
+                phase, inputs, here, labels[n], source, None if natural is None else natural[n]
+            )
             if self.device.type == "cpu" or n + 1 == steps:
                 self._check_finite(total)
             self.sums += parts.double() * len(labels[n])
@@ -142,6 +156,12 @@ class Trainer:
             if self.guard.requested:
                 self.spent += time.perf_counter() - started
                 self._interrupt()
+
+    def _with_noise(self, x: Tensor) -> Tensor:
+        """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
+        rate = self.config.noise_rate
+        uniform = 2 * torch.rand(x.shape, generator=self.generators["noise"]).to(x) - 1
+        return (1 - rate) * x + rate * uniform * self.noise_scale
 
     def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
         config = self.config
@@ -163,7 +183,8 @@ class Trainer:
         selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
         if record[selected] > self.best_score:
             self.best_score, self.best_epoch = record[selected], self.epoch
-            self._refresh()
+            if self.ranked:
+                self._refresh()
             self.best_weights = _copy(self.model.state_dict())
         if phase != "adversarial" and config.ebr is not None:
             watched = record["val_score"] if config.adversarial_stop == "score" else record["loss_sem"]
@@ -189,7 +210,7 @@ class Trainer:
     def _validate(self) -> dict[str, float | None]:
         """Scores on the validation part; the ranking is brought up to date first where a slot will be substituted."""
         masked = self.config.selection == "masked"
-        if self.config.ebr is not None and (masked or not bool(self.validation.present.all())):
+        if self.ranked and (masked or not bool(self.validation.present.all())):
             self._refresh()
         features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
 
@@ -237,6 +258,7 @@ class Trainer:
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         tensors["sums"] = self.sums
+        tensors["loss_md"] = self.stepper.loss_md
         if self.order is not None and self.masks is not None:
             tensors |= {"order": self.order, "masks": self.masks}
         meta = {
@@ -261,6 +283,7 @@ class Trainer:
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
         self.sums = tensors["sums"].to(self.device)
+        self.stepper.loss_md = tensors["loss_md"].to(self.device)
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
         self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]
@@ -268,6 +291,14 @@ class Trainer:
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
         self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]
         self.stop.stopped_after = meta["stop"]["stopped_after"]
+
+
+def _noisy_column(dataset: MultimodalDataset, config: TrainConfig) -> int | None:
+    if config.noise_modality is None:
+        return None
+    if config.noise_modality not in dataset.modalities:
+        raise unknown("noise_modality", config.noise_modality, dataset.modalities)
+    return dataset.modalities.index(config.noise_modality)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,197 @@
+"""Repeat the study of docs/study.md: ``python bench/study.py STAGE [STAGE ...]`` or ``python bench/study.py rerun KEY``.
+
+Every run appends one line to docs/study/runs.jsonl; a run that stands there is not repeated. Stages explore on the
+validation parts; only ``test`` opens test parts, and only for the settings in configs/study/frozen.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG = ROOT / "docs" / "study" / "runs.jsonl"
+FROZEN = ROOT / "configs" / "study" / "frozen.json"
+PREDICTIONS = ROOT / "runs" / "study"
+
+SETS = {  # name: (load arguments, settings of the budget)
+    "mfeat": (("mfeat", {}), {"epochs": 30, "batch_size": 64}),
+    "p2012": (("p2012", {}), {"epochs": 20, "batch_size": 64}),
+    "avmnist-hard": (("avmnist", {"variant": "hard"}), {"epochs": 12, "batch_size": 128}),
+    "support2": (("support2", {}), {"epochs": 20, "batch_size": 64}),
+    "diabetes130": (("diabetes130", {"task": "readmission"}), {"epochs": 4, "batch_size": 256}),
+    "avmnist-speaker": (("avmnist", {"variant": "speaker"}), {"epochs": 12, "batch_size": 128}),
+    "eicu_demo": (("eicu_demo", {"task": "hospital_death"}), {"epochs": 30, "batch_size": 64}),
+}
+EXPLORED = ("mfeat", "p2012", "avmnist-hard")
+EXPLORE_SEEDS, ABLATION_SEEDS, TEST_SEEDS = (0, 1), tuple(range(10, 15)), tuple(range(100, 105))
+
+COMMON = {"selection": "masked", "unimodal_share": 0.0, "control": False}
+HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32]}
+
+
+def plain(**settings) -> dict:
+    return COMMON | {"method": "dropout" if settings.get("modality_dropout") else "vanilla"} | settings
+
+
+def ebr(heads: dict, **settings) -> dict:
+    """Residual heads, random masks in training, mean of the present latents in the hidden slots; ``heads`` on top."""
+    base = {"residual": True, "substitute": "mean", "reversal": 0.0}
+    loop = {"modality_dropout": 0.5, "substitute_in_training": True}
+    return COMMON | {"method": "ebr"} | loop | settings | {"ebr": HEADS | base | heads}
+
+
+def paper(heads: dict, **settings) -> dict:
+    """The published form: plain heads, no masks in training, ranked substitution at inference."""
+    base = {"reversal": 1.0}
+    return COMMON | {"method": "ebr", "unimodal_share": 0.3} | settings | {"ebr": HEADS | base | heads}
+
+
+TRANSFORMER = {"fusion": "transformer"}
+NORMAL = {"normalize": True}
+STRONG_PSI = {"psi_steps": 5, "psi_lr_scale": 3.0}
+
+STAGES: dict[str, dict[str, dict]] = {
+    "competitors": {
+        "vanilla": plain(),
+        "dropout .3": plain(modality_dropout=0.3),
+        "dropout .5": plain(modality_dropout=0.5),
+        "dropout .5 + consistency 1": plain(modality_dropout=0.5, consistency=1.0),
+        "dropout .5 + consistency 3": plain(modality_dropout=0.5, consistency=3.0),
+        "transformer + dropout .5": plain(modality_dropout=0.5, **TRANSFORMER),
+        "transformer + dropout .5 + consistency 1": plain(modality_dropout=0.5, consistency=1.0, **TRANSFORMER),
+        "transformer + dropout .5 + consistency 3": plain(modality_dropout=0.5, consistency=3.0, **TRANSFORMER),
+    },
+    "game": {
+        "paper λ 1": paper({}),
+        "paper λ .01": paper({"reversal": 0.01}),
+        "λ 0": ebr({}),
+        "λ .1": ebr({"reversal": 0.1}),
+        "λ 1": ebr({"reversal": 1.0}),
+        "normalised, λ 0": ebr(NORMAL),
+        "normalised, λ .1": ebr(NORMAL | {"reversal": 0.1}),
+        "normalised, λ .1, ψ 5 steps × 3": ebr(NORMAL | STRONG_PSI | {"reversal": 0.1}),
+        "normalised, λ 1, ψ 5 steps × 3": ebr(NORMAL | STRONG_PSI | {"reversal": 1.0}),
+        "normalised, λ 1, ψ 5 steps × 3, bounded": ebr(NORMAL | STRONG_PSI | {"reversal": 1.0, "bounded": True}),
+    },
+    "alignment": {
+        f"{name}, {kind} {weight}": ebr(
+            NORMAL | {"alignment": kind, "alignment_weight": weight},
+            **({} if name == "masks" else {"modality_dropout": 0.0, "substitute_in_training": False}),
+        )
+        for name in ("masks", "no masks")
+        for kind in ("distance", "contrastive")
+        for weight in (0.1, 1.0)
+    },
+    "additions": {
+        "consistency 1": ebr({}, consistency=1.0),
+        "consistency 3": ebr({}, consistency=3.0),
+        "cross recovery .1": ebr({"cross_recovery": 0.1}),
+        "cross recovery 1": ebr({"cross_recovery": 1.0}),
+        "learned weights": ebr({"substitute": "learned"}),
+        "reconstruction .1": ebr({"reconstruction": 0.1}),
+        "transformer": ebr({}, **TRANSFORMER),
+        "consistency 1, transformer": ebr({}, consistency=1.0, **TRANSFORMER),
+    },
+}
+
+
+@lru_cache(maxsize=2)
+def dataset(name: str):
+    from mmc_fast.data import load
+
+    (known, arguments), _ = SETS[name]
+    return load(known, **arguments)
+
+
+def key_of(job: dict) -> str:
+    text = json.dumps([job["set"], job["config"], job["seed"], job["part"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run(job: dict) -> dict:
+    """Train and score one job; returns its log line."""
+    import torch
+
+    torch.set_num_threads(1)
+    from mmc_fast.training import TrainConfig, train
+
+    config = TrainConfig.from_dict(job["config"])
+    folder = None
+    if job["part"] == "test":
+        folder = PREDICTIONS / key_of(job)
+        folder.mkdir(parents=True, exist_ok=True)
+    result = train(dataset(job["set"]), config, seed=job["seed"], evaluate_on=(job["part"],))
+    if folder is not None:
+        torch.save([vars(p) for p in result.predictions], folder / "predictions.pt")
+    scores, game = result.results["scores"], result.results["game"]
+    line = {k: job[k] for k in ("stage", "name", "set", "seed", "part", "config")} | {"key": key_of(job)}
+    line["complete"] = scores["complete"]
+    line["missing"] = [row["score"] for row in scores["missing"]]
+    line["mean_missing"] = scores["mean_missing"]
+    if game is not None:
+        fresh = game["fresh_discriminator"]
+        line["fresh"] = None if fresh is None else [fresh["balanced_accuracy"], fresh["chance"]]
+        last = result.results["history"][-1]
+        line["game"] = {k: last[k] for k in ("loss_md_over_entropy", "psi_accuracy")}
+    line["seconds"] = round(result.results["timing"]["total_seconds"], 1)
+    return line
+
+
+def jobs_of(stage: str) -> list[dict]:
+    if stage in STAGES:
+        sets, seeds, part, methods = EXPLORED, EXPLORE_SEEDS, "validation", STAGES[stage]
+    elif stage in ("ablation", "test"):
+        frozen = json.loads(FROZEN.read_text())
+        part, methods = ("test", frozen["test"]) if stage == "test" else ("validation", frozen["ablation"])
+        sets = tuple(SETS) if stage == "test" else EXPLORED
+        seeds = TEST_SEEDS if stage == "test" else ABLATION_SEEDS
+    else:
+        raise SystemExit(f"unknown stage {stage!r}; known are {', '.join([*STAGES, 'ablation', 'test', 'rerun'])}")
+    return [
+        {"stage": stage, "name": name, "set": s, "seed": seed, "part": part, "config": config | SETS[s][1]}
+        for seed in seeds
+        for s in sets
+        for name, config in methods.items()
+    ]
+
+
+def logged() -> dict[str, dict]:
+    if not LOG.exists():
+        return {}
+    return {line["key"]: line for line in map(json.loads, LOG.read_text().splitlines())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", nargs="+")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if options.stage[0] == "rerun":
+        stored = logged()[options.stage[1]]
+        again = run(stored)
+        same = all(stored[k] == again[k] for k in ("complete", "missing"))
+        print(f"{'same' if same else 'DIFFERENT'}: stored {stored['missing']}, now {again['missing']}")
+        return 0 if same else 1
+    done = logged()
+    todo = [job for stage in options.stage for job in jobs_of(stage) if key_of(job) not in done]
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        futures = [pool.submit(run, job) for job in todo]
+        for n, future in enumerate(as_completed(futures), 1):
+            line = future.result()
+            with open(LOG, "a") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            print(f"{n}/{len(todo)} {line['set']:16} {line['name']:45} {line['mean_missing']:.4f} "
+                  f"{line['complete']:.4f} {line['seconds']} s", flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
