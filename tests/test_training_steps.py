@@ -116,11 +116,14 @@ def test_frozen_players_take_no_step(phase, expected, optimizer, seed):
     assert moved(model, before) == expected
 
 
-def test_encoders_rest_in_the_adversarial_phase_without_reversal(seed):
-    model, stepper, features, labels = setup(seed, reversal=0.0)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_encoders_rest_in_the_adversarial_phase_without_reversal(bounded, seed):
+    """λ = 0, or the bounded game that cuts it because psi of the step before was worse than chance."""
+    model, stepper, features, labels = setup(seed, reversal=0.5 if bounded else 0.0, ebr_bounded=bounded)
     total, _, latents = stepper.losses("semantic", features, None, labels)
     stepper.update("semantic", total, latents, None)
     before = snapshot(model)
+    stepper.loss_md = torch.tensor(5.0)
     total, _, latents = stepper.losses("adversarial", features, None, labels)
     stepper.update("adversarial", total, latents, None)
     assert moved(model, before) == {"discriminator"}

@@ -51,6 +51,7 @@ class Stepper:
         device = model.class_prior.device
         self.reversal = torch.zeros((), device=device)
         self.loss_md = torch.zeros((), device=device)  # of the step before, for the bounded game
+        self.pull = self.reversal  # strength of the last step of L_md alone
         self.random = torch.Generator(device=device)  # of the foreign sources
 
     def losses(
@@ -70,7 +71,8 @@ class Stepper:
         nan = labels.new_full((), float("nan"), dtype=torch.float32)
         if phase == "adversarial":
             encoded = self.model.encode(features, present)
-            out = self.model.apply_head(encoded, present, source, self._strength(present))
+            self.pull = self._strength(present)
+            out = self.model.apply_head(encoded, present, source, self.pull)
             self.loss_md = out.discrimination_loss.detach()
             total, rec = out.discrimination_loss, out.reconstruction_loss
             return total, torch.stack([nan, total.detach(), rec.detach()]), out.latents
@@ -134,7 +136,7 @@ class Stepper:
         total.backward()
         moving = _MOVING[phase]
         # In a phase of L_md alone, encoders that receive no reversed gradient must not coast on their moments.
-        still = phase == "adversarial" and float(self.reversal) == 0.0
+        still = phase == "adversarial" and float(self.pull) == 0.0
         for name, parameters in self.groups.items():
             if name not in moving or (still and name == "encoders"):
                 _freeze(parameters)
