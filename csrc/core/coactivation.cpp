@@ -16,7 +16,10 @@ constexpr int64_t kBlockFloats = 96 * 1024;  // packed samples of one block: the
 
 static_assert(kPanel % kCountRows == 0, "tiles cover a panel");
 
-int64_t default_chunk(int64_t units) { return units < kWideUnits ? kChunk : kWideChunk; }
+// More threads, longer chunks: every chunk ends in two barriers.
+int64_t default_chunk(int64_t units, const Pool& pool) {
+  return (units < kWideUnits ? kChunk : kWideChunk) * std::min(pool.threads, 4);
+}
 
 int64_t panel_offset(int64_t unit, int64_t words) { return (unit / kPanel) * words * kPanel + unit % kPanel; }
 
@@ -72,7 +75,7 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   const KernelTable& table = kernels(kCoactivation);
   const int64_t samples = x.rows, depth = x.cols, units = weight.rows;
   if (samples == 0 || units == 0) return false;
-  chunk = std::min(round_up(chunk > 0 ? chunk : default_chunk(units), kWordBits), round_up(samples, kWordBits));
+  chunk = std::min(round_up(chunk > 0 ? chunk : default_chunk(units, pool), kWordBits), round_up(samples, kWordBits));
 
   const Panels weights{weight.data, weight.col_stride, weight.row_stride, depth, units, table.rows};
   Buffer<float> packed(weights.size());
@@ -169,7 +172,7 @@ void coactivation_counts(const uint64_t* words, int64_t units, int64_t per_unit,
   const KernelTable& table = kernels(kCounts);
   std::fill_n(counts, units * units, int64_t{0});
   const int64_t panels = ceil_div(units, kPanel);
-  const int64_t block = std::max<int64_t>(1, std::min(default_chunk(units) / kWordBits, per_unit));
+  const int64_t block = std::max<int64_t>(1, std::min(default_chunk(units, pool) / kWordBits, per_unit));
   Buffer<uint64_t> laid(panels * kPanel * block);
   for (int64_t w0 = 0; w0 < per_unit; w0 += block) {
     const int64_t size = std::min(block, per_unit - w0);
