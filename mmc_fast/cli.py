@@ -198,3 +198,34 @@ def info(as_json: AsJson = False) -> None:
         _print_json(found)
     else:
         print_info(output_console(), found)
+
+
+@app.command()
+@_clean
+def selftest(as_json: AsJson = False) -> None:
+    """Check every native kernel on every instruction set of this machine; exit code 1 where one is wrong."""
+    from mmc_fast.ops.selftest import selftest as run_checks
+
+    checks = run_checks()
+    if as_json:
+        _print_json([{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks])
+    else:
+        for check in checks:
+            typer.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_clean
+def bench(as_json: AsJson = False) -> None:
+    """Time the AGOP core on this machine against the forward product (CPU, one thread, a few seconds)."""
+    from mmc_fast.ops.selftest import quick_bench
+
+    speeds = quick_bench()
+    if as_json:
+        rows = [vars(s) | {"ratio": s.ratio} for s in speeds]
+        _print_json(rows)
+    else:
+        for s in speeds:
+            typer.echo(f"{s.name} ({s.shape}) on {s.isa}: {s.milliseconds:.2f} ms, {s.ratio:.2f} x the forward product")
