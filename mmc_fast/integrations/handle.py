@@ -156,8 +156,8 @@ class EBRHandle:
         ran = {r.modality for r in collector.records}
         if not ran:
             raise RuntimeError(
-                "losses: no site ran since the latest forward began; call the model first, as model(x) and not as "
-                "model.forward(x), which skips hooks"
+                "losses: no site has run since the latest reset; run the model first, and the modules of the sites as "
+                "module(x), not as module.forward(x), which skips hooks"
             )
         for i in range(len(self.sites)):
             if i not in ran and i not in self._warned and self.model.training:

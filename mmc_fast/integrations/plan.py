@@ -93,8 +93,7 @@ def place(
         if record is not None and record.calls == 0:
             problem = "does not run in the forward on example (or is called as .forward, which skips hooks)"
         elif record is not None:
-            found = describe_output(record.output)
-            seen, problem = _seen_width(site, record, repeats)
+            seen, found, problem = _seen(site, record, repeats)
             if width is not None and seen is not None and seen != width:
                 problem = f"gives width {seen} on example, but dims says {width}"
             width = seen if width is None else width
@@ -108,13 +107,16 @@ def place(
     return placements
 
 
-def _seen_width(site: Site, record: Ran, repeats: str) -> tuple[int | None, str | None]:
+def _seen(site: Site, record: Ran, repeats: str) -> tuple[int | None, str, str | None]:
+    """Width, description and problem of the output that a site gave on the example."""
     if record.calls > 1 and repeats == "error":
-        return None, f"runs {record.calls} times in one forward; repeats='all' counts the rows of every call"
+        problem = f"runs {record.calls} times in one forward; repeats='all' counts the rows of every call"
+        return None, describe_output(record.output), problem
     try:
-        return site.to_rows(site.read(record.output)).shape[-1], None
+        features = site.read(record.output)
+        return site.to_rows(features).shape[-1], describe_output(features), None
     except InputError as error:
-        return None, str(error).removeprefix("apply_ebr: ")
+        return None, describe_output(record.output), str(error).removeprefix("apply_ebr: ")
 
 
 def _static_width(module: nn.Module, site: Site) -> int | None:

@@ -1,0 +1,96 @@
+"""Foreign models for the tests of apply_ebr, and small tools to compare them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SMALL = {"latent_dim": 6, "hidden_dim": 9, "psi_dims": (7,)}
+
+
+class Towers(nn.Module):
+    """Encoders called in the reverse of the order in which they are registered, then concatenation."""
+
+    def __init__(self, inputs: dict[str, int], widths: dict[str, int], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(
+            {n: nn.Sequential(nn.Linear(inputs[n], widths[n]), nn.Tanh(), nn.Dropout(dropout)) for n in inputs}
+        )
+        self.fusion = nn.Linear(sum(widths.values()), 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, **x: Tensor) -> Tensor:
+        z = {name: self.encoders[name](x[name]) for name in reversed(list(x))}
+        return self.fusion(torch.cat([z[name] for name in x], dim=-1))
+
+
+class Pair(nn.Module):
+    """Two encoders of any kind, ``image`` and ``text``; returns what they give."""
+
+    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple:
+        return self.image(image), self.text(text)
+
+
+class Returns(nn.Module):
+    """A module that returns whatever ``make`` builds from its input."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor):
+        return self.make(x)
+
+
+def draw_towers(generator: torch.Generator, m: int | None = None, **kw) -> tuple[Towers, dict[str, Tensor]]:
+    """A float64 model of 1 to 5 modalities with drawn widths and weights, and a batch for it."""
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    m = pick(1, 5) if m is None else m
+    names = [f"mod{i}" for i in range(m)]
+    inputs, widths = {n: pick(1, 6) for n in names}, {n: pick(1, 8) for n in names}
+    model = Towers(inputs, widths, **kw).double()
+    randomise(model, generator)
+    batch = pick(2, 9)
+    x = {n: torch.randn(batch, d, generator=generator, dtype=torch.float64) for n, d in inputs.items()}
+    return model, x
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    for p in module.parameters():
+        p.copy_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+
+
+def sites(model: Towers) -> dict[str, str]:
+    return {name: f"encoders.{name}" for name in model.encoders}
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Everything about a model that apply_ebr could leave changed."""
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "keys": list(model.state_dict()),
+        "modules": [n for n, _ in model.named_modules()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_always_called))
+            for m in model.modules()
+        ],
+        "random": torch.get_rng_state(),
+        "attributes": [sorted(m.__dict__) for m in model.modules()],
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    for key in ("keys", "modules", "modes", "hooks", "attributes"):
+        assert before[key] == after[key], key
+    assert torch.equal(before["random"], after["random"]), "random generator"
+    for name, value in before["state"].items():
+        assert torch.equal(value, after["state"][name]), name
