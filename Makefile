@@ -22,11 +22,12 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint format typecheck clean FORCE
+.PHONY: help setup demo test test-all defects lint format typecheck clean FORCE
 
 help:
 	@echo "make demo       train and compare four methods on two embedded data sets (about 5 minutes)"
 	@echo "make test       the test suite; make test-all adds the slow tests"
+	@echo "make defects    break the code in planned ways; every defect must turn a test red"
 	@echo "make lint       ruff check and format check; make format rewrites"
 	@echo "make typecheck  mypy"
 	@echo "make setup      only the environment in $(VENV)"
@@ -42,6 +43,9 @@ test: setup
 
 test-all: setup
 	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+defects: setup
+	@$(PY) tests/planned_defects.py $(ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

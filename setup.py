@@ -57,7 +57,12 @@ class CMakeBuild(build_ext):
         flags = [f"-D{name}={value}" for name, value in settings.items()]
         self._call([cmake, "-S", str(ROOT), "-B", str(build), *generator, *flags])
         self._call([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
-        self._call([cmake, "--install", str(build), "--prefix", str(package)])
+        staged = build / "staged"
+        self._call([cmake, "--install", str(build), "--prefix", str(staged)])
+        package.mkdir(parents=True, exist_ok=True)
+        for file in staged.iterdir():  # replaced, not overwritten: a process that has the old one mapped keeps it
+            fresh = shutil.copy(file, package / f".{file.name}.new")
+            os.replace(fresh, package / file.name)
 
     def _call(self, command: list[str]) -> None:
         if subprocess.call(command, stdout=None if self.verbose else subprocess.DEVNULL) != 0:

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmc_fast.nn import EBRHead
+from mmc_fast.ops import ebr as ebr_ops
+
+BACKENDS = ("cpp", "plain", "torch")  # native kernel, torch kernel behind the op, differentiable reference
+
+
+@contextmanager
+def backend(name: str) -> Iterator[str]:
+    """What to pass as ``backend=`` so that ``name`` of ``BACKENDS`` runs inside; skips where it cannot."""
+    reason = ebr_ops._native_reason
+    if name == "cpp" and reason is not None:
+        pytest.skip(f"no native EBR step: {reason}")
+    if name == "plain":
+        ebr_ops._native_reason = "switched off by a test"
+    try:
+        yield "auto" if name == "plain" else name
+    finally:
+        ebr_ops._native_reason = reason
 
 
 @dataclass
@@ -179,13 +199,12 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {k: v.detach() for k, v in values.items()}, gradients
 
 
-def actual(case: Case, backend: str, reversal=None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values and gradients of ``EBRHead`` with the given backend."""
+def actual(case: Case, name: str, reversal=None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values and gradients of ``EBRHead`` with a backend of ``BACKENDS``, or with "auto"."""
     head = case.head
-    head.backend = backend
-    out = head(
-        case.features, case.present, case.source, case.reversal if reversal is None else reversal, case.normalizer
-    )
+    strength = case.reversal if reversal is None else reversal
+    with backend(name) as head.backend:
+        out = head(case.features, case.present, case.source, strength, case.normalizer)
     c = case.cotangents
     loss = sum((r * t).sum() for r, t in zip(out.recovered, c["recovered"], strict=True))
     loss = loss + (out.latents * c["latents"]).sum()

@@ -137,8 +137,8 @@ import sys, os
 sys.path.insert(0, sys.argv[1])
 import mmc_build
 from types import SimpleNamespace
-mmc_build.sysconfig = SimpleNamespace(get_path=lambda *a, **k: sys.argv[2])
-mmc_build.site = SimpleNamespace(getusersitepackages=lambda: sys.argv[2])
+mmc_build.sysconfig = SimpleNamespace(get_path=lambda *a, old=sys.argv[2], **k: old)
+mmc_build.site = SimpleNamespace(getusersitepackages=lambda old=sys.argv[2]: old)
 mmc_build.sys = SimpleNamespace(path=[], base_prefix="")
 print(mmc_build.torch_dir(), mmc_build.get_requires_for_build_wheel(), "torch" in sys.modules, sep="|")
 """

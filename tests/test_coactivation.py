@@ -408,3 +408,16 @@ def test_memory_does_not_grow_with_samples():
     done = in_other_process("", code=_MEMORY)
     assert done.returncode == 0, done.stderr[-500:]
     assert int(done.stdout) < 16, f"{done.stdout} MiB more at the peak"
+
+
+def test_selftest_covers_every_backend_and_notices_a_wrong_kernel(monkeypatch):
+    from mmc_fast.ops import selftest
+
+    rows = [row for row in selftest.selftest() if row.name != "native library"]
+    assert all(row.passed for row in rows), rows
+    assert len(rows) == 3 * (len(ISAS) + 1)
+    real = agop.relu_coactivation_update
+    monkeypatch.setattr(
+        agop, "relu_coactivation_update", lambda x, *a, **k: real(x[:-1], *a, **k)
+    )  # the last word is lost
+    assert not all(row.passed for row in selftest.selftest())

@@ -7,7 +7,7 @@ import secrets
 
 import pytest
 import torch
-from ebr_oracle import actual, draw_case, expected
+from ebr_oracle import BACKENDS, actual, backend, draw_case, expected
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,19 +37,20 @@ def test_reference_equals_row_by_row_in_float64(round_):
     assert_close(got_gradients, gradients, 1e-9 * scale, case.describe())
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize("round_", range(40))
-def test_float32_equals_row_by_row(round_, backend):
+def test_float32_equals_row_by_row(round_, which):
     case = draw_case(secrets.randbits(32), torch.float32)
     values, gradients = expected(case)
-    got_values, got_gradients = actual(case, backend)
+    got_values, got_gradients = actual(case, which)
     assert got_values["l_md"].dtype == torch.float32
     assert_close(got_values, values, FLOAT32_TOLERANCE, case.describe())
     assert_close(got_gradients, gradients, FLOAT32_TOLERANCE * max(1.0, abs(case.reversal)), case.describe())
 
 
+@pytest.mark.parametrize("which", ["cpp", "plain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_plain_torch(dtype):
+def test_low_precision_is_as_good_as_plain_torch(dtype, which):
     for _ in range(20):
         case = draw_case(
             secrets.randbits(32), dtype, reversal=1.0, m=3, batch=9, hidden_dim=17, latent_dim=16, psi_dims=(8, 5)
@@ -57,7 +58,7 @@ def test_low_precision_is_as_good_as_plain_torch(dtype):
         case.normalizer = None
         values, gradients = expected(case)
         plain_values, plain_gradients = actual(case, "torch")
-        got_values, got_gradients = actual(case, "auto")
+        got_values, got_gradients = actual(case, which)
         eps = torch.finfo(dtype).eps
         for got, plain, want in [(got_values, plain_values, values), (got_gradients, plain_gradients, gradients)]:
             for name, truth in want.items():
@@ -67,19 +68,27 @@ def test_low_precision_is_as_good_as_plain_torch(dtype):
                 assert error <= 2 * floor + 8 * eps, f"{case.describe()}: {name} {error:.2e}, plain {floor:.2e}"
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_reversal_as_tensor_equals_float(backend):
+@pytest.mark.parametrize("which", BACKENDS)
+def test_reversal_as_tensor_equals_float(which):
     case = draw_case(secrets.randbits(32), torch.float32, reversal=0.3)
-    _, as_float = actual(case, backend)
-    _, as_tensor = actual(case, backend, torch.tensor(0.3))
+    _, as_float = actual(case, which)
+    _, as_tensor = actual(case, which, torch.tensor(0.3))
     for name in as_float:
         assert torch.equal(as_float[name], as_tensor[name]), f"{case.describe()}: {name}"
+
+
+@pytest.fixture(params=["cpp", "plain"])
+def kernel(request):
+    """Runs a test that leaves the backend to "auto" once per kernel behind the op."""
+    with backend(request.param):
+        yield request.param
 
 
 def _grad(loss, params):
     return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_signs_of_the_game(dtype):
     """A small step along the received gradients: psi lowers L_md, the encoders raise it, decoders do not matter."""
@@ -106,6 +115,7 @@ def test_signs_of_the_game(dtype):
         assert g is None or not g.any()
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_zero_reversal_cuts_the_branch_even_for_infinite_gradients(dtype, as_tensor):
@@ -118,6 +128,7 @@ def test_zero_reversal_cuts_the_branch_even_for_infinite_gradients(dtype, as_ten
         assert g is None or torch.equal(g, torch.zeros_like(g))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_present_gives_zero_losses_and_zero_gradients(dtype):
     head = EBRHead([3, 2], 4, 5, (6,), residual=True, normalize=True).to(dtype)
@@ -132,6 +143,7 @@ def test_nothing_present_gives_zero_losses_and_zero_gradients(dtype):
         assert not g.any()
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_modality_has_no_game(dtype):
     head = EBRHead([3], 4, 5, (6,)).to(dtype)
@@ -142,6 +154,7 @@ def test_one_modality_has_no_game(dtype):
         assert not g.any()
 
 
+@pytest.mark.usefixtures("kernel")
 def test_loss_of_invariant_latents_is_the_entropy_of_the_frequencies():
     """With a psi that answers the frequencies, L_md is H(pi) exactly: the normalisation of the game's log."""
     head = EBRHead([2, 2, 2], 4, 4, ())
@@ -156,6 +169,7 @@ def test_loss_of_invariant_latents_is_the_entropy_of_the_frequencies():
     assert float(entropy) < math.log(3)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("source_kind", ["own", "integers", "weights"])
 def test_a_nan_stays_in_the_rows_that_depend_on_it(dtype, source_kind):
@@ -198,6 +212,7 @@ def test_gradcheck_and_double_backward_at_minus_one():
     assert torch.autograd.gradgradcheck(step, (*inputs, weights))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_double_backward_of_the_fused_op_names_the_way_out():
     head = EBRHead([3, 2], 4, 5, (6,))
     x = [torch.randn(4, d, requires_grad=True) for d in head.dims]
@@ -212,17 +227,19 @@ def test_double_backward_of_the_fused_op_names_the_way_out():
 
 @pytest.mark.parametrize("source_kind", ["own", "integers", "weights"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_opcheck(source_kind, recompute):
+@pytest.mark.parametrize("op", ["ebr_step", "ebr_step_torch"])
+def test_opcheck(source_kind, recompute, op):
     case = draw_case(7, torch.float32, m=3, batch=5, mask="some", source=source_kind)
     head = case.head
     params = [t for e in (*head.encoders, *head.decoders) for i in (0, 2) for t in (e[i].weight, e[i].bias)]
     params += [t for layer in head.discriminator if isinstance(layer, nn.Linear) for t in (layer.weight, layer.bias)]
     torch.library.opcheck(
-        torch.ops.mmc_fast.ebr_step.default,
+        getattr(torch.ops.mmc_fast, op).default,
         (case.features, case.present, case.source, torch.tensor(0.5), None, params, True, True, recompute),
     )
 
 
+@pytest.mark.usefixtures("kernel")
 def test_recompute_gives_the_same_gradients_and_keeps_only_inputs():
     case = draw_case(secrets.randbits(32), torch.float32, m=3, batch=9, mask="some")
     want = actual(case, "auto")[1]
@@ -237,6 +254,7 @@ def test_recompute_gives_the_same_gradients_and_keeps_only_inputs():
     assert sum(sizes) <= sum(t.numel() for t in inputs if t is not None) + 8
 
 
+@pytest.mark.usefixtures("kernel")
 def test_compile_fullgraph_without_recompiles_for_batch_or_strength():
     head = EBRHead([6, 4], 8, 16, (5,), residual=True)
     torch._dynamo.reset()
@@ -257,20 +275,22 @@ def test_compile_fullgraph_without_recompiles_for_batch_or_strength():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_autocast_returns_gradients_in_the_dtype_of_the_parameters(backend):
-    head = EBRHead([6, 4], 8, 16, (5,), backend=backend)
+@pytest.mark.parametrize("which", BACKENDS)
+def test_autocast_returns_gradients_in_the_dtype_of_the_parameters(which):
+    head = EBRHead([6, 4], 8, 16, (5,))
     x = [torch.randn(16, d, requires_grad=True) for d in head.dims]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), backend(which) as head.backend:
         out = head(x)
     assert out.recovered[0].dtype == torch.bfloat16
     assert out.discrimination_loss.dtype == torch.float32
     (out.recovered[0].float().sum() + out.discrimination_loss).backward()
+    head.backend = "torch"
     truth = head.double()([f.detach().double() for f in x])
     assert head.encoders[0][0].weight.grad.dtype == torch.float64 or x[0].grad.dtype == torch.float32
     torch.testing.assert_close(out.recovered[0].double(), truth.recovered[0], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_batch(dtype):
     head = EBRHead([3, 2], 4, 5, (6,), normalize=True).to(dtype)
@@ -281,6 +301,7 @@ def test_empty_batch(dtype):
     assert all(not p.grad.any() for p in head.parameters())
 
 
+@pytest.mark.usefixtures("kernel")
 def test_mapping_in_mapping_out_and_none_for_an_absent_modality():
     head = EBRHead({"image": 3, "text": 2}, 4, 5, (6,))
     x = torch.randn(5, 3)
@@ -328,6 +349,7 @@ def test_normalizer_makes_split_batches_add_up():
         torch.testing.assert_close(sum(getattr(p, name) for p in parts), getattr(whole, name))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_bitwise_rerun():
     case = draw_case(secrets.randbits(32), torch.float32, batch=9, source="integers")
     first, second = actual(case, "auto"), actual(case, "auto")
@@ -335,6 +357,7 @@ def test_bitwise_rerun():
         assert all(torch.equal(a[name], b[name]) for name in a), case.describe()
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

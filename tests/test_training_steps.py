@@ -161,16 +161,27 @@ def test_extra_discriminator_steps_move_psi_only_and_lower_its_loss(seed):
     assert losses[1] < losses[0]
 
 
-def test_extra_steps_skip_absent_rows(seed):
-    model, stepper, features, labels = setup(seed, ebr_psi_steps=3)
-    twin, twin_stepper, _, _ = setup(seed, ebr_psi_steps=3)
+def test_extra_step_of_psi_written_out(seed):
+    """One step more: plain SGD on the cross-entropy over present latents, as they were before the step."""
+    lr = 0.05
+    model, stepper, features, labels = setup(seed, optimizer="sgd", lr=lr, ebr_psi_steps=2)
+    once = setup(seed, optimizer="sgd", lr=lr)
     present = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(seed)) < 0.6
     present[:, 0] = True
-    junk = [torch.where(present[:, i, None], x, 1e3) for i, x in enumerate(features)]
-    for s, x in ((stepper, features), (twin_stepper, junk)):
-        total, _, latents = s.losses("joint", x, present, labels)
+    for s in (stepper, once[1]):
+        total, _, latents = s.losses("joint", features, present, labels)
         s.update("joint", total, latents, present)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    psi = once[0].head.discriminator
+    rows = [latents[i, b].detach() for i in range(3) for b in range(len(labels)) if present[b, i]]
+    truth = [i for i in range(3) for b in range(len(labels)) if present[b, i]]
+    loss = F.cross_entropy(psi(torch.stack(rows)), torch.tensor(truth))
+    for p, q, g in zip(
+        model.head.discriminator.parameters(),
+        psi.parameters(),
+        torch.autograd.grad(loss, psi.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(p, q - lr * g, rtol=1e-4, atol=1e-6)
 
 
 def test_psi_has_its_own_learning_rate(seed):

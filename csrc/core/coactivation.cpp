@@ -131,6 +131,22 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   return bad.load();
 }
 
+double coactivation_kernel_rate(int64_t units, int64_t words_per_unit) {
+  const KernelTable& table = kernels(kCounts);
+  const int64_t size = ceil_div(units, kPanel) * kPanel * words_per_unit;
+  Buffer<uint64_t> words(size);
+  for (int64_t i = 0; i < size; ++i) words[i] = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
+  Buffer<int64_t> counts(units * units);
+  std::fill_n(counts.get(), units * units, int64_t{0});
+  double best = 1e9;
+  for (int trial = 0; trial < 10; ++trial) {
+    const double start = thread_seconds();
+    count_upper(table, words.get(), words_per_unit, units, counts.get(), units, serial_pool());
+    best = std::min(best, thread_seconds() - start);
+  }
+  return static_cast<double>(units) * (units + 1) / 2 * words_per_unit * kWordBits / best;
+}
+
 void pack_signs(const Matrix& z, uint64_t* words, const Pool& pool) {
   kernels(kPackSigns);
   const int64_t per_unit = ceil_div(z.rows, kWordBits);
@@ -167,8 +183,14 @@ void coactivation_counts(const uint64_t* words, int64_t units, int64_t per_unit,
     });
     count_upper(table, laid.get(), size, units, counts, units, pool);
   }
-  for (int64_t i = 0; i < units; ++i)
-    for (int64_t j = 0; j < i; ++j) counts[i * units + j] = counts[j * units + i];
+  constexpr int64_t kTile = 32;  // a tile and its mirror image stay in L1
+  const int64_t tiles = ceil_div(units, kTile);
+  parallel_for(pool, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a)
+      for (int64_t b = 0; b <= a; ++b)
+        for (int64_t i = a * kTile; i < std::min(units, (a + 1) * kTile); ++i)
+          for (int64_t j = b * kTile; j < std::min(i, (b + 1) * kTile); ++j) counts[i * units + j] = counts[j * units + i];
+  });
 }
 
 }  // namespace mmc

@@ -73,4 +73,7 @@ MMC_API void agop_finalise(const Matrix& weight, const Matrix* outer, const int6
 // instruction set has no such loop. The ceiling that the benchmark compares with.
 MMC_API double register_only_rate();
 
+// Rate of the counting kernel itself on packed words that lie ready, in useful (upper triangle) bit multiply-adds per second.
+MMC_API double coactivation_kernel_rate(int64_t units, int64_t words_per_unit);
+
 }  // namespace mmc

@@ -1,5 +1,5 @@
 // Which instruction set runs: the best that the processor has, or the one that is forced.
-#include <chrono>
+#include <ctime>
 
 #include "internal.h"
 
@@ -117,6 +117,12 @@ void reset_dispatch_counts() {
     for (auto& count : row) count.store(0);
 }
 
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 double register_only_rate() {
 #ifdef MMC_X86
   const int index = current_index();
@@ -128,9 +134,9 @@ double register_only_rate() {
   for (int trial = 0; trial < 20; ++trial) {
     uint64_t sink[16];
     for (int i = 0; i < 16; ++i) sink[i] = 0x9e3779b97f4a7c15u * (i + 1);
-    const auto start = std::chrono::steady_clock::now();
+    const double start = thread_seconds();
     loop(repeats, sink);
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double seconds = thread_seconds() - start;
     if (seconds < best_seconds) best_seconds = seconds;
   }
   return repeats * bits_per_repeat / best_seconds;

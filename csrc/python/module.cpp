@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dispatch_counts", &dispatch_counts, "Calls so far as {'primitive/isa': number}");
   m.def("reset_dispatch_counts", &mmc::reset_dispatch_counts);
   m.def("register_only_rate", &mmc::register_only_rate, "Bit multiply-adds per second of the counting loop on registers alone");
+  m.def("coactivation_kernel_rate", &mmc::coactivation_kernel_rate, py::arg("units"), py::arg("words_per_unit"),
+        "Bit multiply-adds per second of the counting kernel on packed words that lie ready");
   m.def("pack_signs", &pack_signs, py::arg("z"), "float [N, h] to int64 [h, ceil(N / 64)]");
   m.def("coactivation_counts", &coactivation_counts, py::arg("words"), "int64 [h, W] to int64 [h, h]");
 }

@@ -255,8 +255,9 @@ def backward(
         d_psi[-1] = (saved.d_last_bias * scale).to(latents.dtype)
         d = (saved.d_logits * scale).to(latents.dtype) @ params.discriminator[-2]
         acts = [latents.reshape(m * batch, k), *saved.psi_hidden]
-        for n in reversed(range(len(params.discriminator) // 2 - 1)):
-            d = torch.where(saved.psi_gate > 0 if n == len(acts) - 1 else acts[n + 1] > 0, d, 0)
+        gates = [*saved.psi_hidden, *([] if saved.psi_gate is None else [saved.psi_gate])]
+        for n in reversed(range(len(gates))):
+            d = torch.where(gates[n] > 0, d, 0)
             d_psi[2 * n] = d.t() @ acts[n]
             d_psi[2 * n + 1] = d.sum(0)
             d = d @ params.discriminator[2 * n]

@@ -1,7 +1,8 @@
 """The registered op ``mmc_fast::ebr_step``: schema, fake, autograd; every backend lives behind this contract.
 
-The contract is registered twice. ``ebr_step`` is what native kernels implement (``csrc/ops/ebr.cpp`` on the CPU, with autograd in
-C++); ``ebr_step_torch`` always is the plain torch kernel of ``_ebr_kernel.py``, for devices and builds without a native one.
+The contract is registered twice. ``ebr_step`` is what native kernels implement (``csrc/ops/ebr.cpp`` on the CPU, with
+autograd in C++); ``ebr_step_torch`` always is the plain torch kernel of ``_ebr_kernel.py``, for devices and builds
+without a native one.
 """
 
 from __future__ import annotations
@@ -158,7 +159,6 @@ for _name in _NAMES:
     torch.library.register_autograd(_backward_name, _refuse_double_backward)
 
 
-
 def _load() -> tuple[str | None, str | None]:
     try:
         return library.load_ebr(), None
@@ -218,7 +218,8 @@ def ebr_step(
 def resolve_backend(backend: str, like: Tensor) -> str:
     """Return what runs for tensors like ``like``: "cpp", "op" (the plain kernel) or "torch" (the reference).
 
-    Raises ``RuntimeError`` with the reason where an explicit backend cannot run, :class:`InputError` for an unknown one.
+    Raises ``RuntimeError`` with the reason where an explicit backend cannot run, :class:`InputError` for an unknown
+    one.
     """
     if backend == "torch" or (backend == "auto" and like.dtype == torch.float64):
         return "torch"

@@ -69,7 +69,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 @lru_cache(maxsize=1)
 def load_ebr() -> str | None:
-    """Load the EBR operators, which belong to one torch release; return None, or one line that says why they cannot run."""
+    """Load the EBR operators, which belong to one torch release; return None, or one line that says why not."""
     reason = load()[1]
     if reason is not None:
         return reason

@@ -1,0 +1,344 @@
+"""Speed of the AGOP against what an expert would write, and against the forward product.
+
+``python bench/bench_agop.py --gate``            every row: correctness, then ratios; exit code 1 above 1.1 x a target
+``python bench/bench_agop.py --gate --row NAME`` one row; ``--list`` names them
+``python bench/bench_agop.py --scan --plots DIR`` cost against N, C, h and d
+``pytest bench/bench_agop.py --benchmark-only``  the same rows through pytest-benchmark
+
+Candidates of a row run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import agop_baselines as baselines
+import torch
+from torch import Tensor, nn
+
+import mmc_fast
+from mmc_fast.analysis.agop import agop
+from mmc_fast.ops import agop as primitives
+from mmc_fast.ops import backends, library
+
+SLACK = 1.1  # the gate of a shared machine; the exact figures stand in docs/performance.md
+Candidate = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``targets``: (numerator, denominator, limit), the largest ratio of best times allowed."""
+
+    name: str
+    n: int
+    d: int
+    h: int
+    outputs: int
+    candidates: tuple[str, ...]
+    targets: tuple[tuple[str, str, float], ...]
+    activation: type[nn.Module] = nn.ReLU
+    depth: int = 1
+    threads: int = 1
+    isa: str | None = None
+    slow: tuple[str, ...] = ()  # candidates that run once
+
+
+ROWS = (
+    Row("relu", 8192, 256, 512, 10,
+        ("ours", "forward", "onednn_forward", "closed_form", "int8", "sum_trick", "jacrev"),
+        (("ours", "forward", 1.20), ("ours", "int8", 1 / 1.4), ("ours", "sum_trick", 1 / 19)),
+        slow=("sum_trick", "jacrev")),
+    Row("relu_long", 65536, 256, 512, 10, ("ours", "forward", "onednn_forward", "closed_form"),
+        (("ours", "forward", 1.10),)),
+    Row("relu_wide", 8192, 512, 1024, 100, ("ours", "forward", "onednn_forward", "closed_form", "int8", "sum_trick"),
+        (("ours", "forward", 1.32), ("ours", "sum_trick", 1 / 150)), slow=("sum_trick",)),
+    Row("gelu", 8192, 256, 512, 10, ("ours", "closed_form", "forward", "sum_trick"),
+        (("ours", "closed_form", 1 / 1.3),), nn.GELU, slow=("sum_trick",)),
+    Row("deep", 8192, 256, 512, 10, ("ours", "ours_bf16", "ours_probe", "row_chain", "sum_trick", "torch_probe"),
+        (("ours", "sum_trick", 1 / 1.2), ("ours_bf16", "sum_trick", 1 / 2.2), ("ours_probe", "sum_trick", 1 / 6.5),
+         ("ours_probe", "torch_probe", 1 / 1.2)), depth=2, slow=("row_chain", "sum_trick")),
+    *(Row(f"popcount_{h}", 16384, 0, h, 0, ("counts_rate",), (("kernel_rate", "register_rate", 1 / 0.8),))
+      for h in (512, 1024, 2048, 4096)),
+    Row("popcount_avx2", 65536, 0, 1024, 0, ("counts_rate", "syrk_rate"), (("counts_rate", "syrk_rate", 1 / 5),),
+        isa="avx2"),
+    Row("two_threads", 65536, 256, 512, 10, ("ours", "forward"), (("gemm_scaling", "ours_scaling", 1 / 0.93),),
+        threads=2),
+)  # fmt: skip
+
+
+def make_head(row: Row) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    widths = [row.d, *[row.h] * row.depth, row.outputs]
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        linear = nn.Linear(a, b)
+        with torch.no_grad():
+            for p in linear.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / a**0.5)
+        layers += [linear] if i == len(widths) - 2 else [linear, row.activation()]
+    return nn.Sequential(*layers)
+
+
+def candidates(row: Row) -> dict[str, Candidate]:
+    """The functions to time; each does one whole job."""
+    generator = torch.Generator().manual_seed(1)
+    if not row.d:  # packed words
+        words = torch.randint(-(2**62), 2**62, (row.h, row.n // 64), generator=generator)
+        rows = torch.randn(row.n // 16, row.h, generator=generator)
+        both: dict[str, Candidate] = {
+            "counts_rate": lambda: primitives.coactivation_counts(words, backend="cpp"),
+            "syrk_rate": lambda: rows.t() @ rows,
+        }
+        return {name: both[name] for name in row.candidates}
+    head = make_head(row)
+    x = torch.randn(row.n, row.d, generator=generator)
+    weight, bias, out = head[0].weight.detach(), head[0].bias.detach(), torch.empty(row.n, row.h)
+    everything: dict[str, Candidate] = {
+        "ours": lambda: agop(head, x),
+        "ours_bf16": lambda: agop(head, x, precision="bf16"),
+        "ours_probe": lambda: agop(head, x, probes=1),
+        "forward": lambda: torch.mm(x, weight.t(), out=out),
+        "onednn_forward": lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
+        "closed_form": lambda: baselines.closed_form(head, x),
+        "int8": lambda: baselines.closed_form_int8(head, x),
+        "sum_trick": lambda: baselines.sum_trick(head, x),
+        "jacrev": lambda: baselines.vmap_jacrev(head, x),
+        "row_chain": lambda: baselines.row_chain(head, x),
+        "torch_probe": lambda: baselines.torch_probe(head, x),
+    }
+    return {name: everything[name] for name in row.candidates}
+
+
+def check(row: Row) -> None:
+    """Refuse to time a wrong result: every exact candidate against float64 on a part of the samples."""
+    if not row.d:
+        words = torch.randint(-(2**62), 2**62, (50, 7), generator=torch.Generator().manual_seed(2))
+        expected = primitives.coactivation_counts(words, backend="torch")
+        if not torch.equal(primitives.coactivation_counts(words, backend="cpp"), expected):
+            raise SystemExit(f"{row.name}: the counts are wrong, so no speed is reported")
+        return
+    small = Row(row.name, 200, row.d, row.h, row.outputs, row.candidates, (), row.activation, row.depth)
+    head, x = make_head(small), torch.randn(200, row.d, generator=torch.Generator().manual_seed(1))
+    truth = baselines.sum_trick(make_head(small).double(), x.double())
+    for name, run in {**candidates(small), "ours": lambda: agop(head, x)}.items():
+        if name in ("forward", "onednn_forward", "ours_probe", "torch_probe"):
+            continue
+        result = run()
+        error = float((result.double() - truth).norm() / truth.norm()) if isinstance(result, Tensor) else float("inf")
+        if not error < (2e-2 if "bf16" in name else 2e-5):
+            raise SystemExit(f"{row.name}: {name} is off by {error:.1e}, so no speed is reported")
+
+
+def clock(threads: int) -> float:
+    return time.thread_time() if threads == 1 else time.perf_counter()
+
+
+def measure(row: Row, rounds: int) -> dict:
+    """Best time of every candidate, in turn; returns times in milliseconds, ratios, and what ran."""
+    check(row)
+    torch.set_num_threads(row.threads)
+    runs = candidates(row)
+    times = {name: float("inf") for name in runs}
+    single = dict(times)
+    backends.reset_ran()
+    for round_index in range(rounds + 1):  # the first round warms up
+        for name, run in runs.items():
+            if name in row.slow and round_index > 1:
+                continue
+            for threads, best in ((row.threads, times), *(((1, single),) if row.threads > 1 else ())):
+                torch.set_num_threads(threads)
+                start = clock(row.threads)
+                run()
+                seconds = clock(row.threads) - start
+                if round_index or (name in row.slow and rounds < 2):
+                    best[name] = min(best[name], seconds)
+    ran = backends.ran()
+    torch.set_num_threads(1)
+    values = {name: 1e3 * seconds for name, seconds in times.items()}
+    if not row.d:  # milliseconds per multiply-add of the upper triangle
+        work = row.h * (row.h + 1) / 2 * row.n
+        values = {name: value / (work / (16 if name == "syrk_rate" else 1)) for name, value in values.items()}
+        values["register_rate"] = 1e3 / library.native().register_only_rate()
+        values["kernel_rate"] = 1e3 / library.native().coactivation_kernel_rate(row.h, row.n // 64)
+    if row.threads > 1:
+        values["ours_scaling"], values["gemm_scaling"] = (single[k] / times[k] for k in ("ours", "forward"))
+    ratios = [
+        {"ratio": f"{a} / {b}", "value": values[a] / values[b], "target": limit, "met": values[a] / values[b] <= limit}
+        for a, b, limit in row.targets
+    ]
+    return {"row": row.name, "N": row.n, "d": row.d, "h": row.h, "C": row.outputs, "threads": row.threads,
+            "isa": library.current_isa(), "ran": ran, "milliseconds": values, "ratios": ratios}  # fmt: skip
+
+
+def measured(row: Row, rounds: int) -> dict:
+    if row.isa is None:
+        return measure(row, rounds)
+    with library.forced_isa(row.isa):
+        return measure(row, rounds)
+
+
+def scan(rounds: int) -> list[dict]:
+    """Cost against N, C, h and d around the first shape, native and closed form."""
+    base = {"n": 8192, "d": 256, "h": 512, "outputs": 10}
+    grid = {
+        "n": (1024, 4096, 16384, 65536),
+        "outputs": (1, 10, 100, 1000),
+        "h": (64, 256, 1024, 2048),
+        "d": (16, 64, 256, 1024),
+    }
+    out = []
+    for axis, values in grid.items():
+        for value in values:
+            shape = {**base, axis: value}
+            result = measure(
+                Row(f"scan_{axis}", candidates=("ours", "forward", "closed_form"), targets=(), **shape), rounds
+            )
+            out.append({**result, "axis": axis, "value": value})
+            show(result)
+    return out
+
+
+def show(result: dict) -> None:
+    shape = " ".join(f"{key} {result[key]}" for key in ("N", "d", "h", "C"))
+    if result["d"]:
+        times = ", ".join(
+            f"{k} {v:.2f}" + ("x" if "scaling" in k else " ms") for k, v in result["milliseconds"].items()
+        )
+    else:
+        times = ", ".join(
+            f"{k.removesuffix('_rate')} {1e-9 / v:.2f}e12 MAC/s" for k, v in result["milliseconds"].items() if v > 0
+        )
+    print(f"{result['row']} ({shape}, {result['threads']} thread(s), {result['isa']}): {times}")
+    for ratio in result["ratios"]:
+        state = "met" if ratio["met"] else "NOT MET"
+        print(f"    {ratio['ratio']} = {ratio['value']:.3f}, target {ratio['target']:.3f}: {state}")
+    print(f"    ran: {result['ran']}")
+
+
+def environment() -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mmc_fast": mmc_fast.__version__,
+        "library": library.describe(),
+    }
+
+
+def export(results: list[dict], json_path: Path | None, csv_path: Path | None) -> None:
+    if json_path:
+        json_path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1, default=str))
+    if csv_path:
+        with csv_path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "N", "d", "h", "C", "threads", "isa", "candidate", "milliseconds"])
+            for r in results:
+                for name, value in r["milliseconds"].items():
+                    writer.writerow([r["row"], r["N"], r["d"], r["h"], r["C"], r["threads"], r["isa"], name, value])
+
+
+def plot(results: list[dict], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for axis in dict.fromkeys(r["axis"] for r in results):
+        part = [r for r in results if r["axis"] == axis]
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, label in (("ours", "mmc_fast.agop"), ("forward", "forward product"), ("closed_form", "closed form")):
+            axes.plot([r["value"] for r in part], [r["milliseconds"][name] for r in part], marker="o", label=label)
+        label = {"n": "N", "outputs": "C"}.get(axis, axis)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel=label,
+            ylabel="CPU time (ms)",
+            title=f"AGOP, one hidden ReLU layer, against {label}",
+        )
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"agop_{label}.svg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gate", action="store_true", help="exit code 1 where a ratio exceeds 1.1 x its target")
+    parser.add_argument(
+        "--row", action="append", choices=[row.name for row in ROWS], help="only this row; may be repeated"
+    )
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--scan", action="store_true", help="cost against N, C, h and d instead of the table")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder for the figures of --scan")
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(row.name for row in ROWS))
+        return 0
+    if library.unavailable_reason():
+        print(f"no native library, nothing to gate: {library.unavailable_reason()}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    if options.scan:
+        results = scan(options.rounds)
+        if options.plots:
+            plot(results, options.plots)
+    else:
+        results = []
+        for row in ROWS:
+            if options.row and row.name not in options.row:
+                continue
+            if row.isa and row.isa not in library.supported_isas():
+                print(f"{row.name}: skipped, this processor has no {row.isa}")
+                continue
+            results.append(measured(row, options.rounds))
+            show(results[-1])
+    export(results, options.json, options.csv)
+    failed = [(r["row"], q["ratio"]) for r in results for q in r["ratios"] if q["value"] > SLACK * q["target"]]
+    for name, ratio in failed:
+        print(f"above {SLACK} x target: {name}: {ratio}", file=sys.stderr)
+    return 1 if options.gate and failed else 0
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if {"row", "candidate"} <= set(metafunc.fixturenames):
+        pairs = [(row, name) for row in ROWS for name in row.candidates if row.threads == 1]
+        metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
+
+
+def test_speed(benchmark, row: Row, candidate: str) -> None:
+    """One candidate of one row; the record says which backend and instruction set ran."""
+    torch.set_num_threads(1)
+    if row.isa and row.isa not in library.supported_isas():
+        import pytest
+
+        pytest.skip(f"this processor has no {row.isa}")
+    check(row)
+    with library.forced_isa(row.isa or library.current_isa() or ""):
+        run = candidates(row)[candidate]
+        backends.reset_ran()
+        benchmark.pedantic(
+            run, rounds=2 if candidate in row.slow else 7, warmup_rounds=0 if candidate in row.slow else 1
+        )
+        benchmark.extra_info.update(
+            ran=backends.ran(), isa=library.current_isa(), N=row.n, d=row.d, h=row.h, C=row.outputs
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,291 @@
+"""The repository as a whole: imports follow the arrows, documents agree with the code, nothing foreign slipped in."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mmc_fast
+from mmc_fast._env import VARIABLES, env
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mmc_fast"
+MARKDOWN = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", "runs", "build"} & set(p.relative_to(ROOT).parts))
+
+
+def tracked() -> list[Path]:
+    """Files under version control; every file of the source tree where there is no repository."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        skip = {".venv", "build", "runs", "dist", ".git"}
+        return [p for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def sources() -> list[Path]:
+    return [p for p in tracked() if p.suffix == ".py" and (PACKAGE in p.parents or ROOT / "kernels" in p.parents)]
+
+
+def module_name(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = [p for p in relative.parts if p != "__init__"]
+    return ".".join(["mmc_fast", *parts] if parts[0] == "kernels" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything of this project that a file imports, wherever in the file."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            found = [f"{base}.{alias.name}" for alias in node.names] if base == "mmc_fast" else [base]
+        else:
+            continue
+        yield from ((node.lineno, f) for f in found if f.split(".")[0] == "mmc_fast")
+
+
+# Version and metadata
+
+
+def test_version_is_the_same_everywhere():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r'^version = "([^"]+)"', pyproject, re.MULTILINE)
+    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert declared is not None
+    assert cited is not None
+    assert declared[1] == cited[1] == mmc_fast.__version__
+    assert mmc_fast.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_importing_the_package_and_its_version_needs_no_heavy_library():
+    code = (
+        "import sys, mmc_fast, mmc_fast.cli\n"
+        "print(mmc_fast.__version__, [m for m in ('sklearn', 'matplotlib', 'scipy', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"{mmc_fast.__version__} []", done.stderr
+
+
+def test_the_package_is_typed_and_carries_its_licences():
+    assert (PACKAGE / "py.typed").is_file()
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in re.findall(r"license-files = \[(.*)\]", pyproject)[0].split(","):
+        assert (ROOT / name.strip().strip('"')).is_file(), name
+
+
+# Arrows
+
+RANKS = {
+    "errors": 0, "_env": 0, "_checkout": 0, "data": 0,
+    "reference": 1, "kernels": 1, "_C": 1,
+    "ops": 2, "functional": 3, "nn": 4,
+    "training": 5, "methods": 5, "analysis": 5,
+    "integrations": 6, "testing": 6, "bench": 6, "commands": 7, "cli": 8, "__main__": 9, "": 10,
+}  # fmt: skip
+"""A room imports rooms of a lower rank, itself, and rooms beside it where they are listed in PEERS."""
+PEERS = {("methods", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env")}
+"""(importing, imported) of equal rank."""
+
+
+def room(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def test_imports_follow_the_arrows():
+    wrong = []
+    for path in sources():
+        here = room(module_name(path))
+        if here == "" and path.name == "__init__.py":
+            continue  # the public names are gathered here
+        assert here in RANKS, f"{path.relative_to(ROOT)}: room {here!r} has no place among the arrows"
+        for line, target in imports(path):
+            there = room(target)
+            if there in ("", "__version__", here) or (here, there) in PEERS:
+                continue
+            if RANKS.get(there, 10) >= RANKS[here]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_definitions_depend_on_nothing_above_them():
+    allowed = ("mmc_fast.reference", "mmc_fast.kernels", "mmc_fast.errors")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for path in sources()
+        if room(module_name(path)) in ("reference", "kernels")
+        for line, target in imports(path)
+        if not target.startswith(allowed)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_of_arrows_sees_what_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The reader of imports finds absolute, relative, nested and aliased ones."""
+    module = PACKAGE / "nn" / "ebr.py"
+    text = (
+        "from ..training import loop\nimport mmc_fast.analysis as a\n"
+        "def f():\n    from mmc_fast import ops, cli\n    from . import config\n    import torch\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "text_of", lambda path: text)
+    assert sorted(target for _, target in imports(module)) == [
+        "mmc_fast.analysis",
+        "mmc_fast.cli",
+        "mmc_fast.nn",
+        "mmc_fast.ops",
+        "mmc_fast.training",
+    ]
+
+
+# Environment variables
+
+
+def test_every_variable_stands_in_the_table_and_is_used():
+    table = {v.name for v in VARIABLES}
+    suffixes = (".py", ".cpp", ".h", ".cu", ".cmake")
+    code = [p for p in tracked() if p.suffix in suffixes and ROOT / "tests" not in p.parents]
+    read = r"""(?:env|getenv|environ(?:\.get)?)\s*[\(\[]\s*["'](MMC_[A-Z_]+)["']"""
+    used: dict[str, Path] = {}
+    for path in code:
+        for name in re.findall(read, text_of(path)):
+            used[name] = path
+    assert set(used) - table == set(), {n: str(p.relative_to(ROOT)) for n, p in used.items() if n not in table}
+    assert table - set(used) == set(), "in the table but read nowhere"
+
+
+def test_no_variable_is_read_behind_the_tables_back(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(KeyError, match="add a row"):
+        env("MMC_SECRET")
+    monkeypatch.setenv("MMC_DATA", "/somewhere")
+    assert env("MMC_DATA") == "/somewhere"
+    direct = re.compile(r"""environ(?:\.get)?\s*[\(\[]\s*["']MMC_""")
+    readers = [p for p in sources() if direct.search(text_of(p))]
+    assert readers == [], "these read the environment directly; use mmc_fast._env.env"
+
+
+# Documents
+
+
+def headings(path: Path) -> set[str]:
+    anchors = set()
+    for title in re.findall(r"^#+ (.+)$", text_of(path), re.MULTILINE):
+        plain = re.sub(r"[`*]", "", title).strip().lower()
+        anchors.add(re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", plain)))
+    return anchors
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=[str(p.relative_to(ROOT)) for p in MARKDOWN])
+def test_links_between_documents_resolve(path: Path):
+    text = re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name}: {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in headings(linked), f"{path.name}: {target}"
+
+
+def test_the_readme_example_runs_and_trains_every_part():
+    blocks = re.findall(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.DOTALL)
+    assert len(blocks) == 1
+    assert sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 11
+    names: dict = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    parameters = [*names["head"].parameters(), *names["classifier"].parameters()]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    assert names["logits"].shape == (32, 10)
+
+
+def test_the_readme_table_is_that_of_the_recorded_demo():
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "tools" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    readme = text_of(ROOT / "README.md")
+    block = tool.render(json.loads(text_of(tool.RECORD))) if tool.RECORD.exists() else tool.NOT_RUN
+    assert tool.replace(readme, block) == readme, "run tools/update_readme.py on a finished demo"
+
+
+def test_documented_commands_exist():
+    from typer.testing import CliRunner
+
+    from mmc_fast.cli import app
+
+    named = set()
+    for path in MARKDOWN:
+        code = re.findall(r"```.*?```|`[^`\n]+`", text_of(path), re.DOTALL)
+        named |= {name for part in code for name in re.findall(r"(?:^|`)mmc-fast ([a-z]+)", part, re.MULTILINE)}
+    assert {"demo", "train", "evaluate", "info"} <= named
+    for command in named:
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0, f"mmc-fast {command} is documented but does not exist"
+
+
+def test_make_targets_that_documents_name_exist():
+    makefile = text_of(ROOT / "Makefile")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    for path in [*MARKDOWN, ROOT / ".ci" / "run"]:
+        for line in re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", text_of(path), re.MULTILINE):
+            named = {word for word in line.split() if word}
+            assert named <= targets, f"{path.name}: make {line}"
+
+
+# What must not be here
+
+
+def test_the_project_speaks_of_itself_alone():
+    # Assembled, so that this file does not match itself.
+    forbidden = [
+        "/" + r"work/(?!flows)",
+        r"\.\./shared(?!/data\b)",
+        "/" + "root/",
+        "/" + "opt/(?:wheels|pypi)",
+        r"pypi\.org|files\.pythonhosted",
+        r"\b" + r"issue #?\d",
+    ]
+    pattern = re.compile("|".join(forbidden), re.IGNORECASE)
+    found = []
+    for path in tracked():
+        for number, line in enumerate(text_of(path).splitlines(), start=1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_nothing_large_or_pickled_is_tracked():
+    for path in tracked():
+        assert path.suffix not in (".pkl", ".pickle", ".pt", ".pth", ".so", ".o"), path
+        assert path.stat().st_size <= 2_200_000, f"{path} has {path.stat().st_size} bytes"
+
+
+def test_ci_runs_everything_loudly():
+    script = text_of(ROOT / ".ci" / "run")
+    assert script.startswith("#!/usr/bin/env bash")
+    assert "set -euo pipefail" in script
+    for target in ("lint", "typecheck", "test"):
+        assert re.search(rf"^make {target}$", script, re.MULTILINE)
+    assert "||" not in script
