@@ -33,7 +33,8 @@ EXPLORED = ("mfeat", "p2012", "avmnist-hard")
 EXPLORE_SEEDS, ABLATION_SEEDS, TEST_SEEDS = (0, 1), tuple(range(10, 15)), tuple(range(100, 105))
 
 COMMON = {"selection": "masked", "unimodal_share": 0.0, "control": False}
-HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32]}
+# The torch backend gives the same numbers with and without the native library.
+HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32], "backend": "torch"}
 
 
 def plain(**settings) -> dict:
@@ -98,6 +99,17 @@ STAGES: dict[str, dict[str, dict]] = {
         "reconstruction .1": ebr({"reconstruction": 0.1}),
         "transformer": ebr({}, **TRANSFORMER),
         "consistency 1, transformer": ebr({}, consistency=1.0, **TRANSFORMER),
+    },
+    "candidates": {  # combinations of what helped alone
+        "normalised, λ 0, consistency 1": ebr(NORMAL, consistency=1.0),
+        "normalised, λ .1, consistency 1": ebr(NORMAL | {"reversal": 0.1}, consistency=1.0),
+        "normalised, λ .1, bounded, consistency 1": ebr(NORMAL | {"reversal": 0.1, "bounded": True}, consistency=1.0),
+        "normalised, λ .1, consistency 1, cross recovery .1": ebr(
+            NORMAL | {"reversal": 0.1, "cross_recovery": 0.1}, consistency=1.0
+        ),
+        "normalised, λ .1, consistency 1, transformer": ebr(
+            NORMAL | {"reversal": 0.1}, consistency=1.0, **TRANSFORMER
+        ),
     },
 }
 

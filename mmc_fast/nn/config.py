@@ -12,6 +12,7 @@ _CHOICES = {
     "ranking": ("reference", "pairwise"),
     "substitute": ("ranked", "mean", "learned"),
     "alignment": ("none", "distance", "contrastive"),
+    "backend": ("auto", "cpp", "triton", "cuda", "torch"),
 }
 
 
@@ -33,6 +34,7 @@ class EBRConfig:
         ranking, substitute: how a missing modality finds its proxy ("ranked", the "mean" of the present latents, or a
             "learned" weighted mean of them).
         modalities: names that get a head (None: all).
+        backend: what computes the EBR step; "torch" gives the same numbers with and without the native library.
     """
 
     latent_dim: int = 512
@@ -54,6 +56,7 @@ class EBRConfig:
     ranking: str = "reference"
     substitute: str = "ranked"
     modalities: tuple[str, ...] | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "psi_dims", tuple(self.psi_dims))

@@ -96,6 +96,7 @@ class MultimodalModel(nn.Module):
                 psi_dims=e.psi_dims,
                 residual=e.residual,
                 normalize=e.normalize,
+                backend=e.backend,
             )
             if e.substitute == "learned":
                 self.source_weights = SourceWeights([widths[i] for i in self.columns])
