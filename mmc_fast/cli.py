@@ -117,7 +117,7 @@ def demo(
 def train(
     data: Annotated[str, typer.Option(help="Name of a data set (see `mmc-fast info`) or path of an npz file.")],
     method: Annotated[
-        str | None, typer.Option(help="vanilla, dropout, kd or ebr. [default: what the configuration says, else ebr]")
+        str | None, typer.Option(help="vanilla, dropout, kd, ebr or robust. [default: what the configuration says, else ebr]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Everything random is derived from it.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
