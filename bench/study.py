@@ -1,4 +1,4 @@
-"""Repeat the study of docs/study.md: ``python bench/study.py STAGE [STAGE ...]`` or ``python bench/study.py rerun KEY``.
+"""Repeat the study of docs/study.md: ``python bench/study.py STAGE [STAGE ...]`` or ``... rerun KEY``.
 
 Every run appends one line to docs/study/runs.jsonl; a run that stands there is not repeated. Stages explore on the
 validation parts; only ``test`` opens test parts, and only for the settings in configs/study/frozen.json.
@@ -107,9 +107,7 @@ STAGES: dict[str, dict[str, dict]] = {
         "normalised, λ .1, consistency 1, cross recovery .1": ebr(
             NORMAL | {"reversal": 0.1, "cross_recovery": 0.1}, consistency=1.0
         ),
-        "normalised, λ .1, consistency 1, transformer": ebr(
-            NORMAL | {"reversal": 0.1}, consistency=1.0, **TRANSFORMER
-        ),
+        "normalised, λ .1, consistency 1, transformer": ebr(NORMAL | {"reversal": 0.1}, consistency=1.0, **TRANSFORMER),
     },
 }
 

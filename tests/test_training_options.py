@@ -171,7 +171,7 @@ def test_robust_preset_is_ebr_with_what_the_study_found():
     assert (config.modality_dropout, config.substitute_in_training, config.consistency) == (0.5, True, 1.0)
     assert (config.ebr.residual, config.ebr.normalize, config.ebr.substitute) == (True, True, "mean")
     assert TrainConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(InputError, match="method is 'robust'"):
+    with pytest.raises(InputError, match="needs EBR heads"):
         TrainConfig.from_dict({"method": "robust", "ebr": None})
 
 

@@ -85,7 +85,7 @@ class EBRConfig:
     def robust(cls, **changes: Any) -> EBRConfig:
         """The form that worked best in this library's study (docs/study.md); not the authors'.
 
-        Residual heads, normalised latents, a weak game, cross-modal recovery, mean of the present latents. Meant for the
+        Residual heads, normalised latents, a weak game, cross-modal recovery, mean of present latents. Meant for the
         loop of ``TrainConfig.preset("robust")``: random masks filled as at inference, and consistency.
         """
         base = cls(residual=True, normalize=True, reversal=0.1, cross_recovery=0.1, substitute="mean")

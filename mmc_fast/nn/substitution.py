@@ -115,7 +115,7 @@ def foreign_source(present: Tensor | None, batch: int, m: int, generator: torch.
 class SourceWeights(nn.Module):
     """Learned per-sample weights of the present latents in a missing slot: softmax of linear scores of features.
 
-    ``weights[b, i, j] = softmax_j (v_ij . z_j[b] + c_ij)`` over present j for an absent modality i; a present one is its
+    ``weights[b, i, j] = softmax_j (v_ij . z_j[b] + c_ij)`` over present j for an absent modality i; a present is its
     own source. Starts as the mean of the present latents.
     """
 
