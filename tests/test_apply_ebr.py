@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from apply_models import SMALL, Pair, assert_same, draw_towers, randomise, sites, snapshot
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import mmc_fast
 from mmc_fast.integrations import EBRHandle, find_handles
@@ -379,7 +379,8 @@ def test_copies_pickles_and_state_dicts(generator):
     assert torch.equal(fresh(**x), expected)
 
 
-def test_activation_checkpointing(generator):
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_activation_checkpointing(generator, early_stop):
     class Checkpointed(Pair):
         reentrant = False
 
@@ -393,10 +394,12 @@ def test_activation_checkpointing(generator):
     grads = []
     for each in (model, plain):
         handle = mmc_fast.apply_ebr(each, at, **SMALL, seed=1)
-        out = each(a, t)
+        with set_checkpoint_early_stop(early_stop):
+            out = each(a, t)
         (out[0].sum() + out[1].sum() + sum(handle.losses())).backward()
         grads.append([p.grad for p in each.parameters()])
-        assert len(handle.output.recovered["image"]) == 4  # the call inside of backward was not counted
+        # The call inside of backward was not counted, nor did it begin a pass of its own.
+        assert [len(r) for r in handle.output.recovered.values()] == [4, 4]
     torch.testing.assert_close(grads[0], grads[1])
     model.reentrant = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
