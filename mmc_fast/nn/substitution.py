@@ -122,9 +122,8 @@ class SourceWeights(nn.Module):
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
         self.scores = nn.ModuleList(nn.Linear(d, len(dims)) for d in dims)
-        for layer in self.scores:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.scores.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
         """float ``[B, m, m]`` for features ``[B, d_j]`` (absent rows finite) and presence bool ``[B, m]``."""
