@@ -161,11 +161,20 @@ void sgemm_thin(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, 
   }
 }
 
-// The epilogue on a product that lies in c.
+// The epilogue, but for `add`, on a product that lies in c.
 void sgemm_finish(int64_t m, int64_t n, const TileCall& t) {
-  TileCall row = t;
-  for (int64_t r = 0; r < m; ++r, row.c += t.ldc, row.gate += t.gate ? t.gate_row : 0)
-    for (int64_t l = 0; l < n; ++l) row.c[l] = finish(row.c[l], 0, l, row);
+  for (int64_t r = 0; r < m; ++r) {
+    float* c = t.c + r * t.ldc;
+    const float* gate = t.gate ? t.gate + r * t.gate_row : nullptr;
+    if (t.scale != 1.0f)
+      for (int64_t l = 0; l < n; ++l) c[l] *= t.scale;
+    if (t.bias)
+      for (int64_t l = 0; l < n; ++l) c[l] += t.bias[l];
+    if (t.relu)
+      for (int64_t l = 0; l < n; ++l) c[l] = c[l] < 0 ? 0 : c[l];
+    if (gate)
+      for (int64_t l = 0; l < n; ++l) c[l] = gate[l] <= 0 ? 0 : c[l];
+  }
 }
 
 }  // namespace MMC_ISA
