@@ -29,9 +29,16 @@ CASES = list(itertools.product(["logits", "probs"], [False, True], ["sum", "mean
 
 
 def truths(head: nn.Sequential, x: torch.Tensor, **options):
-    """Float64 truth, plain PyTorch in the head's dtype, and how much centring amplifies rounding."""
+    """Plain PyTorch in the head's dtype, float64 truth, and how much centring amplifies rounding.
+
+    Of plain results on inputs that differ by a rounding error the worst one counts: a sum of few terms can come out right by
+    luck, or stand where a derivative crosses zero, which no method in this precision can resolve.
+    """
     truth = jacrev_agop(head, x, **options)
-    plain = reference_agop(head, x, **options)
+    step = torch.finfo(x.dtype).eps * torch.randint(-1, 2, (6, *x.shape), generator=torch.Generator().manual_seed(0))
+    step[0] = 0
+    candidates = [reference_agop(head, x * (1 + change), **options) for change in step]
+    plain = max(candidates, key=lambda candidate: relative_error(candidate, truth))
     amplification = 1.0
     if options.get("center"):
         whole = jacrev_agop(head, x, **{**options, "center": False})
@@ -109,8 +116,7 @@ def test_random_heads_in_float32(head, n, data):
     if truth.norm() <= 1e-6 * whole:  # nothing is left after centring: compare with what was subtracted
         assert (ours.double() - truth).norm() <= 1e-5 * whole
         return
-    # sums of few terms can come out right by luck, so the size of what plain PyTorch adds up has a part in its error
-    assert_as_accurate(ours, plain, truth, amplification=4 * amplification)
+    assert_as_accurate(ours, plain, truth, amplification=amplification)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,4 +303,4 @@ def test_wide_and_narrow_shapes_choose_other_contractions(generator):
         x = torch.randn(150, sizes[0], generator=generator)
         for layer in range(len(sizes) - 1):
             plain, truth, _ = truths(head, x, layer=layer)
-            assert_as_accurate(agop(head, x, layer=layer), plain, truth, amplification=2, what=f"{sizes} layer {layer}")
+            assert_as_accurate(agop(head, x, layer=layer), plain, truth, what=f"{sizes} layer {layer}")
