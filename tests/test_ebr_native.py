@@ -53,47 +53,69 @@ def in_float64(case: Case) -> Case:
     return wide
 
 
-def grouped(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of a kind as one vector: a sum of few numbers may cancel to nothing, a group does not."""
-    out = {}
-    for group in GROUPS:
-        parts = [g.double().flatten() for name, g in gradients.items() if name.startswith(group)]
-        if parts:
-            out[group] = torch.cat(parts)
-    return out
+def grouped(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results of a kind as one vector: a single number may cancel to nothing, a group seldom does."""
+    named = {**values, **{f"gradients of {name}": g for name, g in gradients.items()}}
+    kinds = ["recovered", "latents", "l_md", "l_rec", *(f"gradients of {group}" for group in GROUPS)]
+    parts = {kind: [v.double().flatten() for name, v in named.items() if name.startswith(kind)] for kind in kinds}
+    return {kind: torch.cat(part) for kind, part in parts.items() if part}
 
 
-def check_against_float64(case: Case, line: str) -> None:
+def sensitivity(case: Case) -> dict[str, float]:
+    """How far the float64 results move when weights and features move by 32 eps: a pre-activation at the kink of a
+    ReLU makes a gradient jump, and no arithmetic of this precision can know to which side."""
     eps = torch.finfo(case.features[0].dtype).eps
-    values, gradients = actual(in_float64(case), "torch")
-    plain_values, plain_gradients = actual(case, "torch")
-    got_values, got_gradients = actual(case, "cpp")
-    for name, truth in values.items():
+    generator = torch.Generator().manual_seed(case.seed)
+    truths, moved = grouped(*actual(in_float64(case), "torch")), {}
+    for _ in range(8):
+        other = in_float64(case)
+        with torch.no_grad():
+            for t in (*other.head.parameters(), *other.features):
+                t.mul_(1 + 32 * eps * torch.randn(t.shape, generator=generator, dtype=torch.float64))
+        for kind, value in grouped(*actual(other, "torch")).items():
+            scale = max(float(truths[kind].norm()), 1e-2)
+            moved[kind] = max(moved.get(kind, 0.0), float((value - truths[kind]).norm()) / scale)
+    return moved
+
+
+def check_against_float64(case: Case, line: str) -> list[float]:
+    """Error by norm, cosine and signed drift; returns the errors as multiples of plain torch's."""
+    eps = torch.finfo(case.features[0].dtype).eps
+    wanted = actual(in_float64(case), "torch")
+    got = actual(case, "cpp")
+    truths, plains, gots = grouped(*wanted), grouped(*actual(case, "torch")), grouped(*got)
+    ratios = []
+    for kind, truth in truths.items():
         scale = max(float(truth.norm()), 1e-2)
-        error = float((got_values[name].double() - truth).norm()) / scale
-        plain = float((plain_values[name].double() - truth).norm()) / scale
-        assert error <= 2 * plain + 8 * eps, f"{line}: {name} {error:.2e}, plain torch {plain:.2e}"
-    truths, plains, gots = grouped(gradients), grouped(plain_gradients), grouped(got_gradients)
-    for name, truth in truths.items():
-        scale = max(float(truth.norm()), 1e-2)
-        error = float((gots[name] - truth).norm()) / scale
-        plain = float((plains[name] - truth).norm()) / scale
-        assert error <= 2 * plain + 16 * eps, f"{line}: gradients of {name} {error:.2e}, plain torch {plain:.2e}"
-        cosine = float(F.cosine_similarity(gots[name], truth, dim=0)) if float(truth.norm()) > 1e-6 else 1.0
-        assert cosine > 1 - 16 * eps - 2 * plain, f"{line}: gradients of {name} turn by 1 - {1 - cosine:.1e}"
-        drift = float(((gots[name] - truth) * truth.sign()).sum()) / max(float(truth.abs().sum()), 1e-2)
-        assert abs(drift) <= 2 * plain + 16 * eps, f"{line}: gradients of {name} drift by {drift:.1e}"
-        for single, wanted in gradients.items():
-            if single.startswith(name):
-                size = max(float(wanted.norm()), 0.1 * scale)
-                off = float((got_gradients[single].double() - wanted).norm()) / size
-                assert off <= 4 * plain + 200 * eps, f"{line}: gradient of {single} differs by {off:.1e}"
+        error, plain = (float((v[kind] - truth).norm()) / scale for v in (gots, plains))
+        allowed = 4 * plain + 64 * eps  # one ill-conditioned case in a thousand comes near; the median is held below
+        if error > allowed:
+            allowed += 4 * sensitivity(case)[kind]
+        assert error <= allowed, f"{line}: {kind} {error:.2e}, plain torch {plain:.2e}"
+        cosine = float(F.cosine_similarity(gots[kind], truth, dim=0)) if float(truth.norm()) > 1e-6 else 1.0
+        assert cosine > 1 - allowed, f"{line}: {kind} turns by 1 - {1 - cosine:.1e}"
+        drift = float(((gots[kind] - truth) * truth.sign()).sum()) / max(float(truth.abs().sum()), 1e-2)
+        assert abs(drift) <= allowed, f"{line}: {kind} drifts by {drift:.1e}"
+        if plain > eps / 8:
+            ratios.append(error / plain)
+    for name, truth in wanted[1].items():
+        kind = f"gradients of {name.split('.')[0]}"
+        size = max(float(truth.norm()), 0.1 * float(truths[kind].norm()), 1e-2)
+        error = float((got[1][name].double() - truth).norm()) / size
+        allowed = 1e3 * eps
+        if error > allowed:
+            allowed += 40 * sensitivity(case)[kind]
+        assert error <= allowed, f"{line}: gradient of {name} differs by {error:.1e}"
+    return ratios
 
 
 def fuzz(seeds: range, dtype: torch.dtype) -> None:
+    ratios: list[float] = []
     for seed in seeds:
         case = wide_case(seed, dtype)
-        check_against_float64(case, f"wide_case({seed}, {dtype}); {case.describe()}")
+        ratios += check_against_float64(case, f"wide_case({seed}, {dtype}); {case.describe()}")
+    median = sorted(ratios)[len(ratios) // 2]
+    assert median <= 1.5, f"seeds {seeds}, {dtype}: the median error is {median:.2f} times that of plain torch"
 
 
 @pytest.mark.parametrize("part", range(4))

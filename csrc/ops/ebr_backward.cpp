@@ -247,14 +247,14 @@ class Backward {
 
   // an unused latent that is not finite counts as zero
   float inner(const T* d, const T* g, bool used) const {
-    float sum = 0;
+    double sum = 0;
     bool finite = true;
     for (int64_t c = 0; c < k_; ++c) {
       const auto value = static_cast<float>(g[c]);
       finite &= value - value == 0;
-      sum += static_cast<float>(d[c]) * value;
+      sum += static_cast<double>(static_cast<float>(d[c])) * value;
     }
-    return used || finite ? sum : 0.0f;
+    return used || finite ? static_cast<float>(sum) : 0.0f;
   }
 
   void encoder(int64_t i) {

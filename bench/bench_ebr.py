@@ -1,0 +1,349 @@
+"""Speed and memory of the EBR step against what an expert would write, and against its bare multiplications.
+
+``python bench/bench_ebr.py --gate``             every row: correctness, then ratios; exit code 1 above 1.1 x a target
+``python bench/bench_ebr.py --gate --row NAME``  one row; ``--list`` names them
+``python bench/bench_ebr.py --grid``             never slower than the best of eager, compiled and stacked
+``pytest bench/bench_ebr.py --benchmark-only``   the same rows through pytest-benchmark
+
+A step is the forward pass and all gradients (features and parameters), λ = 1, reconstruction on. Candidates of a row
+run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike. ``floor`` is the
+step's multiplications by ``torch.mm(out=)`` and nothing else. ``--no-compile`` leaves out ``compiled``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from bench_agop import environment
+from ebr_baselines import BASELINES, Step, floor
+from torch import Tensor
+
+from mmc_fast.nn import EBRConfig, EBRHead, EBROutput
+from mmc_fast.ops import backends, library
+from mmc_fast.ops import ebr as ebr_ops
+from mmc_fast.training import TrainConfig
+from mmc_fast.training.model import MultimodalModel
+from mmc_fast.training.steps import Stepper
+
+SLACK = 1.1  # the gate of a shared machine; the exact figures stand in docs/performance.md
+# of all outputs and gradients as one vector. In float32 a pre-activation at the kink of a ReLU may fall to either side,
+# one among hundreds of thousands, which moves the whole by up to 1e-4; so it does for eager.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+BURST = 0.01  # seconds of one candidate before the next has its turn
+Candidate = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``targets``: (numerator, denominator, limit), the largest ratio of best times allowed."""
+
+    name: str
+    m: int
+    d: int
+    h: int
+    k: int
+    psi: tuple[int, ...]
+    batch: int
+    candidates: tuple[str, ...]
+    targets: tuple[tuple[str, str, float], ...] = ()
+    threads: int = 1
+
+
+ROWS = (
+    Row("small3", 3, 32, 64, 16, (32, 16), 32, ("ours", "ours_recompute", "eager", "compiled", "stacked", "floor"),
+        (("ours", "eager", 1 / 3), ("ours", "compiled", 1 / 2.2))),
+    Row("small2", 2, 64, 128, 32, (64, 32), 64, ("ours", "ours_recompute", "eager", "compiled", "stacked", "floor"),
+        (("ours", "eager", 1 / 2.2), ("ours", "compiled", 1 / 1.8))),
+    Row("wide2", 2, 128, 1024, 512, (512, 256), 64,
+        ("ours", "ours_bf16", "eager", "compiled", "autocast", "floor", "floor_bf16"),
+        (("ours", "floor", 1.05), ("ours_bf16", "floor_bf16", 1.15))),
+    Row("paper", 4, 128, 1024, 512, (512, 256), 512,
+        ("ours", "ours_half", "ours_recompute", "ours_bf16", "ours_autocast", "eager", "compiled", "autocast", "floor",
+         "floor_bf16"),
+        (("ours", "floor", 1.03), ("ours_autocast", "autocast", 1 / 1.15), ("ours_half", "ours", 0.62),
+         ("ours_recompute", "ours", 1.35), ("bytes_ours", "bytes_eager", 0.85),
+         ("bytes_ours_recompute", "bytes_eager", 0.16))),
+    Row("six", 6, 768, 1024, 512, (512, 256), 256,
+        ("ours", "ours_bf16", "ours_autocast", "eager", "compiled", "autocast", "floor", "floor_bf16"),
+        (("ours", "floor", 1.03), ("ours_autocast", "autocast", 1 / 1.2))),
+    Row("two_threads", 4, 128, 1024, 512, (512, 256), 512, ("ours", "floor"),
+        (("floor_scaling", "ours_scaling", 1 / 0.93),), threads=2),
+    Row("train", 4, 128, 256, 64, (64, 32), 64, ("train_ours", "train_eager"), (("train_ours", "train_eager", 1.0),)),
+)  # fmt: skip
+
+GRID = tuple(
+    Row(f"grid_{d}_{h}_{k}_m{m}_B{batch}", m, d, h, k, (k, max(1, k // 2)), batch, ("ours", "eager", "compiled", "stacked"))
+    for (d, h, k), m, batch in product(((32, 64, 16), (128, 256, 64), (128, 1024, 512)), (1, 2, 5, 8), (1, 32, 512, 4096))
+)  # fmt: skip
+
+
+class Job:
+    """The tensors of a row and its candidates: each runs one whole step and leaves gradients at its leaves."""
+
+    def __init__(self, row: Row) -> None:
+        torch.manual_seed(0)
+        self.row = row
+        self.head = EBRHead([row.d] * row.m, row.k, row.h, row.psi)
+        self.low = EBRHead([row.d] * row.m, row.k, row.h, row.psi).bfloat16()
+        self.low.load_state_dict(self.head.state_dict())
+        generator = torch.Generator().manual_seed(1)
+        self.x = [torch.randn(row.batch, row.d, generator=generator).requires_grad_() for _ in range(row.m)]
+        self.cotangents = [torch.randn(row.batch, row.d, generator=generator) / row.batch for _ in range(row.m)]
+        self.half = torch.rand(row.batch, row.m, generator=generator) < 0.5
+        self.one = torch.ones(())
+
+    def step(self, name: str) -> Step:
+        if not name.startswith("ours"):
+            make = BASELINES["eager" if name in ("compiled", "autocast") else name](self.head)
+            return torch.compile(make) if name == "compiled" else make
+        present = self.half if name == "ours_half" else None
+
+        def ours(features):
+            self.head.recompute = name == "ours_recompute"
+            out = (self.low if name == "ours_bf16" else self.head)(features, present)
+            return out.recovered, out.discrimination_loss, out.reconstruction_loss
+
+        return ours
+
+    def candidate(self, name: str) -> Candidate:
+        if name.startswith("floor"):
+            return floor(self.head, self.row.batch, torch.bfloat16 if name == "floor_bf16" else torch.float32)
+        if name.startswith("train"):
+            return training_step(self.row, eager=name == "train_eager")
+        step = self.step(name)
+        autocast = name.endswith("autocast")
+        low = name == "ours_bf16"
+        features = [x.detach().bfloat16().requires_grad_() for x in self.x] if low else self.x
+        head = self.low if low else self.head
+        cotangents = [c.bfloat16() for c in self.cotangents] if autocast or low else self.cotangents
+
+        leaves = [*features, *head.parameters()]
+        given = [*cotangents, self.one, self.one]
+
+        def run() -> list[Tensor]:
+            for leaf in leaves:
+                leaf.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                recovered, discrimination, reconstruction = step(features)
+            outputs = [*recovered, discrimination, reconstruction]
+            torch.autograd.backward(outputs, given)
+            return outputs
+
+        run.leaves = leaves  # type: ignore[attr-defined]
+        return run
+
+    def saved_bytes(self, name: str) -> int:
+        """Bytes that the forward pass keeps for backward, parameters left out."""
+        parameters = {p.data_ptr() for p in self.head.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            seen[t.data_ptr()] = max(seen.get(t.data_ptr(), 0), t.numel() * t.element_size())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            kept = self.step(name)(self.x)
+        del kept
+        return sum(size for pointer, size in seen.items() if pointer not in parameters)
+
+
+def training_step(row: Row, eager: bool) -> Candidate:
+    """One step of the standard loop, optimiser included, with the native head or with the eager one in its place."""
+    torch.manual_seed(0)
+    sizes = EBRConfig(latent_dim=row.k, hidden_dim=row.h, psi_dims=row.psi, reconstruction=0.1)
+    config = TrainConfig(encoder_dim=row.d, ebr=sizes)
+    model = MultimodalModel({f"x{i}": row.d for i in range(row.m)}, 10, config)
+    if eager:
+        plain = BASELINES["eager"](model.head)
+
+        def forward(features, present=None, source=None, reversal=1.0, normalizer=None):
+            recovered, discrimination, reconstruction = plain(features)
+            return EBROutput(recovered, features[0].new_zeros(1), discrimination, reconstruction)
+
+        model.head.forward = forward
+    stepper = Stepper(model, torch.optim.Adam(model.parameters(), 1e-3), config)
+    stepper.reversal.fill_(1.0)
+    features = [torch.randn(row.batch, row.d) for _ in range(row.m)]
+    labels = torch.randint(0, 10, (row.batch,))
+
+    def run() -> None:
+        total, _, latents = stepper.losses("joint", features, None, labels)
+        stepper.update("joint", total, latents, None)
+
+    return run
+
+
+def check(job: Job, names: tuple[str, ...]) -> None:
+    """Refuse to time a wrong result: outputs and gradients of every candidate against the float64 reference."""
+    row = job.row
+    truth_head = EBRHead([row.d] * row.m, row.k, row.h, row.psi, backend="torch").double()
+    truth_head.load_state_dict(job.head.state_dict())
+    x = [f.detach().double().requires_grad_() for f in job.x]
+    for name in names:
+        if name.startswith(("floor", "train")):
+            continue
+        present = job.half if name == "ours_half" else None
+        out = truth_head(x, present)
+        outputs = [*out.recovered, out.discrimination_loss, out.reconstruction_loss]
+        cotangents = [*(c.double() for c in job.cotangents), torch.ones(()).double(), torch.ones(()).double()]
+        truth = [*outputs, *torch.autograd.grad(outputs, [*x, *truth_head.parameters()], cotangents)]
+        run = job.candidate(name)
+        got = [*run(), *(leaf.grad for leaf in run.leaves)]
+        a = torch.cat([t.detach().double().flatten() for t in truth])
+        b = torch.cat([t.detach().double().flatten() for t in got])
+        low = "bf16" in name or "autocast" in name
+        error = float((a - b).norm() / a.norm())
+        if not error < TOLERANCE[torch.bfloat16 if low else torch.float32]:
+            raise SystemExit(f"{row.name}: {name} is off by {error:.1e}, so no speed is reported")
+
+
+def clock(threads: int) -> float:
+    return time.thread_time() if threads == 1 else time.perf_counter()
+
+
+def measure(row: Row, rounds: int, seconds: float) -> dict:
+    """Best time of every candidate, in turn, for ``rounds`` rounds or ``seconds``, whichever is longer (at most x 40)."""
+    job = Job(row)
+    check(job, row.candidates)
+    runs = {name: job.candidate(name) for name in row.candidates}
+    counts = (1, row.threads) if row.threads > 1 else (1,)
+    times = {(name, threads): float("inf") for name in runs for threads in counts}
+    backends.reset_ran()
+    begin, done = time.monotonic(), 0
+    while done <= rounds or (time.monotonic() - begin < seconds and done < 40 * rounds):
+        for name, run in runs.items():
+            for threads in counts:
+                torch.set_num_threads(threads)
+                left = BURST
+                while left > 0:  # a short step runs often, so that it finds its code and data in cache, as in training
+                    start = clock(row.threads)
+                    run()
+                    taken = clock(row.threads) - start
+                    left -= taken
+                    if done:  # the first round warms up
+                        times[name, threads] = min(times[name, threads], taken)
+        done += 1
+    torch.set_num_threads(1)
+    ran = {key: count for key, count in backends.ran().items() if key.startswith("ebr")}
+    values = {name: 1e3 * times[name, row.threads] for name in runs}
+    if row.threads > 1:
+        values |= {f"{name}_scaling": times[name, 1] / times[name, row.threads] for name in runs}
+    saved = {name: job.saved_bytes(name) for name in ("ours", "ours_recompute", "eager") if name in runs}
+    numbers = {**values, **{f"bytes_{name}": size for name, size in saved.items()}}
+    ratios = [
+        {"ratio": f"{a} / {b}", "value": numbers[a] / numbers[b], "target": limit, "met": numbers[a] / numbers[b] <= limit}
+        for a, b, limit in row.targets
+        if a in numbers and b in numbers
+    ]  # fmt: skip
+    shape = {key: getattr(row, key) for key in ("m", "d", "h", "k", "psi", "batch", "threads")}
+    return {"row": row.name, **shape, "rounds": done, "isa": library.current_isa(), "ran": ran,
+            "milliseconds": values, "saved_bytes": saved, "ratios": ratios}  # fmt: skip
+
+
+def grid(options: argparse.Namespace) -> list[dict]:
+    """Every point of the grid against the fastest of the others."""
+    out = []
+    for row in GRID:
+        names = tuple(n for n in row.candidates if n != "compiled" or not options.no_compile)
+        result = measure(replace(row, candidates=names), options.rounds, options.seconds)
+        times = result["milliseconds"]
+        best = min(times[n] for n in names if n != "ours")
+        value = times["ours"] / best
+        result["ratios"] = [{"ratio": "ours / best of the others", "value": value, "target": 1.0, "met": value <= 1.0}]
+        out.append(result)
+        show(result)
+    return out
+
+
+def show(result: dict) -> None:
+    shape = ", ".join(f"{key} {result[key]}" for key in ("m", "d", "h", "k", "psi", "batch"))
+    times = ", ".join(f"{k} {v:.3f}" + ("x" if "scaling" in k else " ms") for k, v in result["milliseconds"].items())
+    print(f"{result['row']} ({shape}, {result['threads']} thread(s), {result['isa']}): {times}", flush=True)
+    if result["saved_bytes"]:
+        print("    saved for backward: " + ", ".join(f"{k} {v / 1e6:.2f} MB" for k, v in result["saved_bytes"].items()))
+    for ratio in result["ratios"]:
+        state = "met" if ratio["met"] else "NOT MET"
+        print(f"    {ratio['ratio']} = {ratio['value']:.3f}, target {ratio['target']:.3f}: {state}", flush=True)
+    print(f"    ran: {result['ran']}")
+
+
+def export(results: list[dict], json_path: Path | None, csv_path: Path | None) -> None:
+    if json_path:
+        json_path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1, default=str))
+    if csv_path:
+        keys = ["row", "m", "d", "h", "k", "batch", "threads", "isa"]
+        with csv_path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*keys, "candidate", "milliseconds", "saved_bytes"])
+            for r in results:
+                for name, value in r["milliseconds"].items():
+                    writer.writerow([*(r[key] for key in keys), name, value, r["saved_bytes"].get(name)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gate", action="store_true", help="exit code 1 where a ratio exceeds 1.1 x its target")
+    parser.add_argument("--row", action="append", choices=[row.name for row in ROWS], help="may be repeated")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--grid", action="store_true", help="48 shapes against the best of eager, compiled, stacked")
+    parser.add_argument("--no-compile", action="store_true", help="without the baseline under torch.compile")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=4.0, help="measure short steps at least that long")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(row.name for row in ROWS))
+        return 0
+    if ebr_ops._native_reason is not None:
+        print(f"no native EBR step, nothing to gate: {ebr_ops._native_reason}", file=sys.stderr)
+        return 2
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: pass 1 or more")
+    torch.set_num_threads(1)
+    if options.grid:
+        results = grid(options)
+    else:
+        results = []
+        for row in ROWS:
+            if options.row and row.name not in options.row:
+                continue
+            if options.no_compile:
+                row = replace(row, candidates=tuple(n for n in row.candidates if n != "compiled"))
+            results.append(measure(row, options.rounds, options.seconds))
+            show(results[-1])
+    export(results, options.json, options.csv)
+    failed = [(r["row"], q["ratio"]) for r in results for q in r["ratios"] if q["value"] > SLACK * q["target"]]
+    for name, ratio in failed:
+        print(f"above {SLACK} x target: {name}: {ratio}", file=sys.stderr)
+    return 1 if options.gate and failed else 0
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if {"row", "candidate"} <= set(metafunc.fixturenames):
+        pairs = [(row, name) for row in ROWS for name in row.candidates if row.threads == 1]
+        metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
+
+
+def test_speed(benchmark, row: Row, candidate: str) -> None:
+    """One candidate of one row; the record says which backend and instruction set ran."""
+    torch.set_num_threads(1)
+    job = Job(row)
+    check(job, (candidate,))
+    run = job.candidate(candidate)
+    backends.reset_ran()
+    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
+    benchmark.extra_info.update(ran=backends.ran(), isa=library.current_isa(), **vars(row))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
