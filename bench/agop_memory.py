@@ -1,4 +1,4 @@
-"""Peak memory of one candidate of one row by the operating system: ``python bench/agop_memory.py ROW CANDIDATE``.
+"""Peak memory of one candidate of one row by the operating system, for ``bench_agop.py --memory``.
 
 A process of its own for each, because memory that one candidate has touched stays with a process.
 """
