@@ -178,8 +178,13 @@ double discriminate(const Step<T>& step, Kept<T>* kept, const T* latents, Arena&
   const double loss = cross_entropy(step, logits, kept ? kept->d_logits : nullptr);
   if (kept) {
     clear_tail(kept->d_logits, rows, all, m);
-    product(m, p, rows, transposed<float>(kept->d_logits, m), dense<float>(in, p), kept->d_last_weight, {}, kept->d_last_bias,
-            step.pool);
+    product(m, p, rows, transposed<float>(kept->d_logits, m), dense<float>(in, p), kept->d_last_weight, {}, nullptr, step.pool);
+    // The rows of probabilities minus labels nearly cancel in their sum, so it is taken in double precision.
+    for (int64_t c = 0; c < m; ++c) {
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r) sum += kept->d_logits[r * m + c];
+      kept->d_last_bias[c] = static_cast<float>(sum);
+    }
   }
   return loss;
 }
