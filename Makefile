@@ -25,7 +25,7 @@ raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 .PHONY: help setup demo test test-all defects lint format typecheck clean FORCE
 
 help:
-	@echo "make demo       train and compare four methods on two embedded data sets (about 5 minutes)"
+	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
 	@echo "make test       the test suite; make test-all adds the slow tests"
 	@echo "make defects    break the code in planned ways; every defect must turn a test red"
 	@echo "make lint       ruff check and format check; make format rewrites"

@@ -1,6 +1,12 @@
-"""What an expert would write in plain PyTorch for the AGOP at a head's input; each returns ``[d, d]``."""
+"""What an expert would write in plain PyTorch for the AGOP at a head's input.
+
+Each baseline is a function of the head that returns the function to run: ``x [N, d] -> G [d, d]``. With
+``compiled=True`` its inner part goes through ``torch.compile``, for the shape of its first call.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,66 +14,119 @@ from torch.func import functional_call, jacrev, vmap
 
 from mmc_fast.reference.gram import activation_derivative
 
-__all__ = ["closed_form", "closed_form_int8", "row_chain", "sum_trick", "torch_probe", "vmap_jacrev"]
+__all__ = ["BASELINES", "closed_form", "closed_form_int8", "jacrev_rows", "row_chain", "sum_trick", "torch_probe"]
+
+Baseline = Callable[..., Callable[[Tensor], Tensor]]
 
 
-def sum_trick(head: nn.Sequential, x: Tensor) -> Tensor:
+def sum_trick(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor], Tensor]:
     """C backward passes over the whole batch: the gradient of the sum of a column holds the rows of all samples."""
-    leaf = x.detach().requires_grad_()
-    logits = head(leaf)
-    total = x.new_zeros(x.shape[1], x.shape[1])
-    for c in range(logits.shape[1]):
-        (rows,) = torch.autograd.grad(logits[:, c].sum(), leaf, retain_graph=True)
-        total.addmm_(rows.t(), rows)
-    return total
+    forward = _compiled(head) if compiled else head
+
+    def run(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        logits = forward(leaf)
+        total = x.new_zeros(x.shape[1], x.shape[1])
+        for c in range(logits.shape[1]):
+            (rows,) = torch.autograd.grad(logits[:, c].sum(), leaf, retain_graph=True)
+            total.addmm_(rows.t(), rows)
+        return total
+
+    return run
 
 
-def vmap_jacrev(head: nn.Sequential, x: Tensor, chunk: int = 256) -> Tensor:
-    """Jacobians of a chunk of samples at a time."""
+def jacrev_rows(head: nn.Sequential, compiled: bool = False, chunk: int = 256) -> Callable[[Tensor], Tensor]:
+    """``vmap(jacrev)``: Jacobians of a chunk of samples at a time."""
     weights = {name: p.detach() for name, p in head.named_parameters()}
     jacobian = vmap(jacrev(lambda u: functional_call(head, weights, (u,))))
-    total = x.new_zeros(x.shape[1], x.shape[1])
-    for part in x.split(chunk):
-        rows = jacobian(part).flatten(0, 1)
-        total.addmm_(rows.t(), rows)
-    return total
+    if compiled:
+        jacobian = _compiled(jacobian)
+
+    def run(x: Tensor) -> Tensor:
+        total = x.new_zeros(x.shape[1], x.shape[1])
+        for part in x.split(chunk):
+            rows = jacobian(part).flatten(0, 1)
+            total.addmm_(rows.t(), rows)
+        return total
+
+    return run
 
 
-@torch.no_grad()
-def closed_form(head: nn.Sequential, x: Tensor) -> Tensor:
+def closed_form(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor], Tensor]:
     """One hidden layer in three lines: ``W1ᵀ ((W2ᵀW2) ∘ AᵀA) W1`` with the derivatives as a float matrix."""
     first, activation, last = head
-    z = first(x)
-    a = (z > 0).to(x.dtype) if isinstance(activation, nn.ReLU) else activation_derivative(z, "gelu")
-    return first.weight.t() @ ((last.weight.t() @ last.weight) * (a.t() @ a)) @ first.weight
+    w1, b1, w2 = first.weight.detach(), first.bias.detach(), last.weight.detach()
+    relu = isinstance(activation, nn.ReLU)
+
+    def run(x: Tensor) -> Tensor:
+        z = nn.functional.linear(x, w1, b1)
+        a = (z > 0).to(x.dtype) if relu else activation_derivative(z, "gelu")
+        return w1.t() @ ((w2.t() @ w2) * (a.t() @ a)) @ w1
+
+    return _compiled(run) if compiled else run
 
 
-@torch.no_grad()
-def closed_form_int8(head: nn.Sequential, x: Tensor) -> Tensor:
+def closed_form_int8(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor], Tensor]:
     """The same for ReLU with an int8 mask and the integer matrix product."""
     first, _, last = head
-    mask = (first(x) > 0).to(torch.int8)
-    counts = torch._int_mm(mask.t().contiguous(), mask)
-    return first.weight.t() @ ((last.weight.t() @ last.weight) * counts) @ first.weight
+    w1, b1, w2 = first.weight.detach(), first.bias.detach(), last.weight.detach()
+
+    def run(x: Tensor) -> Tensor:
+        mask = (nn.functional.linear(x, w1, b1) > 0).to(torch.int8)
+        counts = torch._int_mm(mask.t().contiguous(), mask)
+        return w1.t() @ ((w2.t() @ w2) * counts) @ w1
+
+    return _compiled(run) if compiled else run
 
 
-@torch.no_grad()
-def row_chain(head: nn.Sequential, x: Tensor, chunk: int = 512) -> Tensor:
+def row_chain(head: nn.Sequential, compiled: bool = False, chunk: int = 512) -> Callable[[Tensor], Tensor]:
     """Two hidden ReLU layers: rows ``(V D2) W2 D1`` of a chunk at a time, their Gram matrix, then ``W1ᵀ S W1``."""
-    first, _, second, _, last = head
-    s = x.new_zeros(first.out_features, first.out_features)
-    for part in x.split(chunk):
-        z1 = first(part)
-        d2 = (second(z1.relu()) > 0).to(x.dtype)
-        rows = ((last.weight * d2[:, None]) @ second.weight * (z1 > 0)[:, None]).flatten(0, 1)
-        s.addmm_(rows.t(), rows)
-    return first.weight.t() @ s @ first.weight
+    w1, b1, w2, b2, v = (p.detach() for p in list(head.parameters())[:5])
+
+    def rows_of(part: Tensor) -> Tensor:
+        z1 = nn.functional.linear(part, w1, b1)
+        d2 = (nn.functional.linear(z1.relu(), w2, b2) > 0).to(part.dtype)
+        return ((v * d2[:, None]) @ w2 * (z1 > 0)[:, None]).flatten(0, 1)
+
+    step = _compiled(rows_of) if compiled else rows_of
+
+    def run(x: Tensor) -> Tensor:
+        s = x.new_zeros(w1.shape[0], w1.shape[0])
+        for part in x.split(chunk):
+            rows = step(part)
+            s.addmm_(rows.t(), rows)
+        return w1.t() @ s @ w1
+
+    return run
 
 
-def torch_probe(head: nn.Sequential, x: Tensor, seed: int = 0) -> Tensor:
+def torch_probe(head: nn.Sequential, compiled: bool = False, seed: int = 0) -> Callable[[Tensor], Tensor]:
     """One random ±1 output probe per sample and one backward pass: unbiased, not exact."""
-    leaf = x.detach().requires_grad_()
-    logits = head(leaf)
-    signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype) * 2 - 1
-    (rows,) = torch.autograd.grad((logits * signs).sum(), leaf)
-    return rows.t() @ rows
+    forward = _compiled(head) if compiled else head
+
+    def run(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        logits = forward(leaf)
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, logits.shape, generator=generator).to(x.dtype) * 2 - 1
+        (rows,) = torch.autograd.grad((logits * signs).sum(), leaf)
+        return rows.t() @ rows
+
+    return run
+
+
+BASELINES: dict[str, Baseline] = {
+    "closed_form": closed_form,
+    "int8": closed_form_int8,
+    "sum_trick": sum_trick,
+    "jacrev": jacrev_rows,
+    "row_chain": row_chain,
+    "torch_probe": torch_probe,
+}
+
+
+def _compiled(function: Callable) -> Callable:
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # the sum trick goes backward through one forward pass C times
+    return torch.compile(function, dynamic=False)

@@ -3,9 +3,12 @@
 ``python bench/bench_agop.py --gate``            every row: correctness, then ratios; exit code 1 above 1.1 x a target
 ``python bench/bench_agop.py --gate --row NAME`` one row; ``--list`` names them
 ``python bench/bench_agop.py --scan --plots DIR`` cost against N, C, h and d
+``python bench/bench_agop.py --grid``            how often backend="auto" takes native code; exit code 1 below 90 %
 ``pytest bench/bench_agop.py --benchmark-only``  the same rows through pytest-benchmark
 
 Candidates of a row run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike.
+``NAME_compiled`` is the baseline NAME under torch.compile, compiled before the clock starts; ``--no-compile`` leaves
+those out. ``--memory`` adds the peak memory of each candidate, measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import agop_baselines as baselines
 import torch
+from agop_baselines import BASELINES, sum_trick
+from agop_memory import peak_of
+from agop_plots import plot
 from torch import Tensor, nn
 
 import mmc_fast
@@ -32,6 +38,7 @@ from mmc_fast.ops import agop as primitives
 from mmc_fast.ops import backends, library
 
 SLACK = 1.1  # the gate of a shared machine; the exact figures stand in docs/performance.md
+INEXACT = ("forward", "onednn_forward", "ours_probe", "torch_probe")  # not a G, or one with noise
 Candidate = Callable[[], object]
 
 
@@ -50,23 +57,34 @@ class Row:
     depth: int = 1
     threads: int = 1
     isa: str | None = None
-    slow: tuple[str, ...] = ()  # candidates that run once
+    slow: tuple[str, ...] = ()  # candidates that run once, compiled or not
+    compiled: tuple[str, ...] = ()  # baselines that also run under torch.compile
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.candidates, *(f"{name}_compiled" for name in self.compiled))
+
+    def runs_once(self, name: str) -> bool:
+        return name.removesuffix("_compiled") in self.slow
 
 
 ROWS = (
     Row("relu", 8192, 256, 512, 10,
         ("ours", "forward", "onednn_forward", "closed_form", "int8", "sum_trick", "jacrev"),
         (("ours", "forward", 1.20), ("ours", "int8", 1 / 1.4), ("ours", "sum_trick", 1 / 19)),
-        slow=("sum_trick", "jacrev")),
+        slow=("sum_trick", "jacrev"), compiled=("closed_form", "int8", "sum_trick", "jacrev")),
     Row("relu_long", 65536, 256, 512, 10, ("ours", "forward", "onednn_forward", "closed_form"),
-        (("ours", "forward", 1.10),)),
+        (("ours", "forward", 1.10),), compiled=("closed_form",)),
     Row("relu_wide", 8192, 512, 1024, 100, ("ours", "forward", "onednn_forward", "closed_form", "int8", "sum_trick"),
-        (("ours", "forward", 1.32), ("ours", "sum_trick", 1 / 150)), slow=("sum_trick",)),
+        (("ours", "forward", 1.32), ("ours", "sum_trick", 1 / 150)), slow=("sum_trick",),
+        compiled=("closed_form", "int8")),
     Row("gelu", 8192, 256, 512, 10, ("ours", "closed_form", "forward", "sum_trick"),
-        (("ours", "closed_form", 1 / 1.3),), nn.GELU, slow=("sum_trick",)),
+        (("ours", "closed_form", 1 / 1.3),), nn.GELU, slow=("sum_trick",),
+        compiled=("closed_form", "sum_trick")),
     Row("deep", 8192, 256, 512, 10, ("ours", "ours_bf16", "ours_probe", "row_chain", "sum_trick", "torch_probe"),
         (("ours", "sum_trick", 1 / 1.2), ("ours_bf16", "sum_trick", 1 / 2.2), ("ours_probe", "sum_trick", 1 / 6.5),
-         ("ours_probe", "torch_probe", 1 / 1.2)), depth=2, slow=("row_chain", "sum_trick")),
+         ("ours_probe", "torch_probe", 1 / 1.2)), depth=2, slow=("row_chain", "sum_trick"),
+        compiled=("row_chain", "sum_trick", "torch_probe")),
     *(Row(f"popcount_{h}", 16384, 0, h, 0, ("counts_rate",), (("kernel_rate", "register_rate", 1 / 0.8),))
       for h in (512, 1024, 2048, 4096)),
     Row("popcount_avx2", 65536, 0, 1024, 0, ("counts_rate", "syrk_rate"), (("counts_rate", "syrk_rate", 1 / 5),),
@@ -109,14 +127,13 @@ def candidates(row: Row) -> dict[str, Candidate]:
         "ours_probe": lambda: agop(head, x, probes=1),
         "forward": lambda: torch.mm(x, weight.t(), out=out),
         "onednn_forward": lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
-        "closed_form": lambda: baselines.closed_form(head, x),
-        "int8": lambda: baselines.closed_form_int8(head, x),
-        "sum_trick": lambda: baselines.sum_trick(head, x),
-        "jacrev": lambda: baselines.vmap_jacrev(head, x),
-        "row_chain": lambda: baselines.row_chain(head, x),
-        "torch_probe": lambda: baselines.torch_probe(head, x),
     }
-    return {name: everything[name] for name in row.candidates}
+    for name in (*row.candidates, *row.compiled):
+        if name in BASELINES:
+            everything[name] = partial(BASELINES[name](head), x)
+    for name in row.compiled:
+        everything[f"{name}_compiled"] = partial(BASELINES[name](head, compiled=True), x)
+    return {name: everything[name] for name in row.names}
 
 
 def check(row: Row) -> None:
@@ -127,16 +144,32 @@ def check(row: Row) -> None:
         if not torch.equal(primitives.coactivation_counts(words, backend="cpp"), expected):
             raise SystemExit(f"{row.name}: the counts are wrong, so no speed is reported")
         return
-    small = Row(row.name, 200, row.d, row.h, row.outputs, row.candidates, (), row.activation, row.depth)
-    head, x = make_head(small), torch.randn(200, row.d, generator=torch.Generator().manual_seed(1))
-    truth = baselines.sum_trick(make_head(small).double(), x.double())
-    for name, run in {**candidates(small), "ours": lambda: agop(head, x)}.items():
-        if name in ("forward", "onednn_forward", "ours_probe", "torch_probe"):
-            continue
-        result = run()
-        error = float((result.double() - truth).norm() / truth.norm()) if isinstance(result, Tensor) else float("inf")
-        if not error < (2e-2 if "bf16" in name else 2e-5):
-            raise SystemExit(f"{row.name}: {name} is off by {error:.1e}, so no speed is reported")
+    small = replace(row, n=200, candidates=tuple({**dict.fromkeys(row.candidates), "ours": None}), compiled=())
+    x = torch.randn(200, row.d, generator=torch.Generator().manual_seed(1))
+    truth = sum_trick(make_head(small).double())(x.double())
+    for name, run in candidates(small).items():
+        if name not in INEXACT:
+            _refuse_wrong(row, name, run(), truth, 2e-2 if "bf16" in name else 2e-5)
+
+
+def check_compiled(row: Row, runs: dict[str, Candidate]) -> None:
+    """The same for compiled candidates, against our own result in the shape that is timed; this compiles them."""
+    if not row.compiled:
+        return
+    ours = agop(make_head(row), torch.randn(row.n, row.d, generator=torch.Generator().manual_seed(1)))
+    for name, run in runs.items():
+        if name.endswith("_compiled"):
+            result = run()
+            if name.removesuffix("_compiled") not in INEXACT:
+                _refuse_wrong(row, name, result, ours, 2e-5)
+
+
+def _refuse_wrong(row: Row, name: str, result: object, truth: Tensor | None, limit: float) -> None:
+    error = float("inf")
+    if isinstance(result, Tensor) and truth is not None:
+        error = float((result.double() - truth.double()).norm() / truth.double().norm())
+    if not error < limit:
+        raise SystemExit(f"{row.name}: {name} is off by {error:.1e}, so no speed is reported")
 
 
 def clock(threads: int) -> float:
@@ -148,19 +181,20 @@ def measure(row: Row, rounds: int) -> dict:
     check(row)
     torch.set_num_threads(row.threads)
     runs = candidates(row)
+    check_compiled(row, runs)
     times = {name: float("inf") for name in runs}
     single = dict(times)
     backends.reset_ran()
     for round_index in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
-            if name in row.slow and round_index > 1:
+            if row.runs_once(name) and round_index != 1:
                 continue
             for threads, best in ((row.threads, times), *(((1, single),) if row.threads > 1 else ())):
                 torch.set_num_threads(threads)
                 start = clock(row.threads)
                 run()
                 seconds = clock(row.threads) - start
-                if round_index or (name in row.slow and rounds < 2):
+                if round_index:
                     best[name] = min(best[name], seconds)
     ran = backends.ran()
     torch.set_num_threads(1)
@@ -222,7 +256,21 @@ def show(result: dict) -> None:
     for ratio in result["ratios"]:
         state = "met" if ratio["met"] else "NOT MET"
         print(f"    {ratio['ratio']} = {ratio['value']:.3f}, target {ratio['target']:.3f}: {state}")
+    if "peak_mib" in result:
+        print("    peak memory, MiB: " + ", ".join(f"{k} {v:.0f}" for k, v in result["peak_mib"].items()))
     print(f"    ran: {result['ran']}")
+
+
+def show_grid() -> int:
+    from agop_grid import run_grid
+
+    found = run_grid()
+    share = found["native"] / found["points"]
+    print(f"native on {found['native']} of {found['points']} points ({share:.1%}), target 90 %")
+    print(f"not counted: {found['linear_layers']} points at the last layer, where G = N WᵀW needs no samples")
+    for point in found["other"]:
+        print(f"    {point['point']}: {point['method']} on {point['backend']}: {point['reason']}")
+    return 0 if share >= 0.9 else 1
 
 
 def environment() -> dict:
@@ -245,33 +293,13 @@ def export(results: list[dict], json_path: Path | None, csv_path: Path | None) -
     if csv_path:
         with csv_path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "N", "d", "h", "C", "threads", "isa", "candidate", "milliseconds"])
+            writer.writerow(["row", "N", "d", "h", "C", "threads", "isa", "candidate", "milliseconds", "peak_mib"])
             for r in results:
                 for name, value in r["milliseconds"].items():
-                    writer.writerow([r["row"], r["N"], r["d"], r["h"], r["C"], r["threads"], r["isa"], name, value])
-
-
-def plot(results: list[dict], folder: Path) -> None:
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for axis in dict.fromkeys(r["axis"] for r in results):
-        part = [r for r in results if r["axis"] == axis]
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
-        axes = figure.subplots()
-        for name, label in (("ours", "mmc_fast.agop"), ("forward", "forward product"), ("closed_form", "closed form")):
-            axes.plot([r["value"] for r in part], [r["milliseconds"][name] for r in part], marker="o", label=label)
-        label = {"n": "N", "outputs": "C"}.get(axis, axis)
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel=label,
-            ylabel="CPU time (ms)",
-            title=f"AGOP, one hidden ReLU layer, against {label}",
-        )
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / f"agop_{label}.svg")
+                    peak = r.get("peak_mib", {}).get(name)
+                    writer.writerow(
+                        [r["row"], r["N"], r["d"], r["h"], r["C"], r["threads"], r["isa"], name, value, peak]
+                    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -282,6 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--scan", action="store_true", help="cost against N, C, h and d instead of the table")
+    parser.add_argument("--grid", action="store_true", help='how often backend="auto" takes native code')
+    parser.add_argument("--no-compile", action="store_true", help="without the baselines under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of each candidate of the table")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--csv", type=Path)
@@ -293,7 +324,11 @@ def main(argv: list[str] | None = None) -> int:
     if library.unavailable_reason():
         print(f"no native library, nothing to gate: {library.unavailable_reason()}", file=sys.stderr)
         return 2
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: pass 1 or more")
     torch.set_num_threads(1)
+    if options.grid:
+        return show_grid()
     if options.scan:
         results = scan(options.rounds)
         if options.plots:
@@ -306,7 +341,12 @@ def main(argv: list[str] | None = None) -> int:
             if row.isa and row.isa not in library.supported_isas():
                 print(f"{row.name}: skipped, this processor has no {row.isa}")
                 continue
-            results.append(measured(row, options.rounds))
+            result = measured(replace(row, compiled=()) if options.no_compile else row, options.rounds)
+            if options.memory and row.d:
+                result["peak_mib"] = {
+                    name: peak_of(row.name, name) for name in row.names if name in result["milliseconds"]
+                }
+            results.append(result)
             show(results[-1])
     export(results, options.json, options.csv)
     failed = [(r["row"], q["ratio"]) for r in results for q in r["ratios"] if q["value"] > SLACK * q["target"]]
@@ -317,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def pytest_generate_tests(metafunc) -> None:
     if {"row", "candidate"} <= set(metafunc.fixturenames):
-        pairs = [(row, name) for row in ROWS for name in row.candidates if row.threads == 1]
+        pairs = [(row, name) for row in ROWS for name in row.names if row.threads == 1]
         metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
 
 
@@ -330,11 +370,12 @@ def test_speed(benchmark, row: Row, candidate: str) -> None:
         pytest.skip(f"this processor has no {row.isa}")
     check(row)
     with library.forced_isa(row.isa or library.current_isa() or ""):
-        run = candidates(row)[candidate]
+        kept = row.compiled if candidate.endswith("_compiled") else ()
+        runs = {candidate: candidates(replace(row, compiled=kept))[candidate]}
+        check_compiled(row, runs)
+        run, once = runs[candidate], row.runs_once(candidate)
         backends.reset_ran()
-        benchmark.pedantic(
-            run, rounds=2 if candidate in row.slow else 7, warmup_rounds=0 if candidate in row.slow else 1
-        )
+        benchmark.pedantic(run, rounds=2 if once else 7, warmup_rounds=0 if once else 1)
         benchmark.extra_info.update(
             ran=backends.ran(), isa=library.current_isa(), N=row.n, d=row.d, h=row.h, C=row.outputs
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -11,6 +10,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_configure(config) -> None:
     if hasattr(config.option, "benchmark_timer"):
-        from pytest_benchmark.utils import NameWrapper
-
-        config.option.benchmark_timer = NameWrapper(time.thread_time)
+        config.option.benchmark_timer = "time.thread_time"

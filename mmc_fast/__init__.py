@@ -4,7 +4,11 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from .analysis.agop import AGOPAccumulator as AGOPAccumulator
+    from .analysis.agop import AGOPResult as AGOPResult
+    from .analysis.agop import agop as agop
     from .integrations import apply_ebr as apply_ebr
+    from .ops.backends import explain as explain
 
 __version__ = "0.1.0"
 
@@ -15,7 +19,13 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     _checkout.install_finder(_Path(__file__).resolve().parents[1] / "kernels")
 
 # Imported on first use, so that `import mmc_fast` stays quick: name -> the module that holds it.
-_LAZY = {"apply_ebr": "mmc_fast.integrations"}
+_LAZY = {
+    "AGOPAccumulator": "mmc_fast.analysis.agop",
+    "AGOPResult": "mmc_fast.analysis.agop",
+    "agop": "mmc_fast.analysis.agop",
+    "apply_ebr": "mmc_fast.integrations",
+    "explain": "mmc_fast.ops.backends",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -99,7 +99,7 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train vanilla, modality dropout, KD and EBR on two embedded data sets; write tables, figures and a report."""
+    """Train vanilla, modality dropout, KD and two forms of EBR on two data sets; write tables, figures, a report."""
     from mmc_fast.commands.demo import print_demo, run_demo_command
     from mmc_fast.commands.terminal import output_console
     from mmc_fast.training.demo import DemoPlan
@@ -117,7 +117,8 @@ def demo(
 def train(
     data: Annotated[str, typer.Option(help="Name of a data set (see `mmc-fast info`) or path of an npz file.")],
     method: Annotated[
-        str | None, typer.Option(help="vanilla, dropout, kd or ebr. [default: what the configuration says, else ebr]")
+        str | None,
+        typer.Option(help="vanilla, dropout, kd, ebr or robust. [default: what the configuration says, else ebr]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Everything random is derived from it.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,

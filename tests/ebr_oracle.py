@@ -59,7 +59,7 @@ def draw_case(seed: int, dtype: torch.dtype = torch.float64, **fixed) -> Case:
     """A random configuration; ``fixed`` overrides drawn options by name."""
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     m = fixed.get("m", rng.randint(1, 7))
-    dims = [rng.choice([1, 2, 3, 7, 16, 33]) for _ in range(m)]
+    dims = [rng.choice(fixed.get("widths", [1, 2, 3, 7, 16, 33])) for _ in range(m)]
     options = {
         "latent_dim": rng.choice([2, 5, 16]),
         "hidden_dim": rng.choice([1, 4, 17]),

@@ -41,7 +41,8 @@ def test_the_folder_is_whole(done: Path):
         "mfeat-missing-rates.png",
         "mfeat-reliance-vanilla.png",
         "mfeat-reliance-ebr.png",
-        "fresh-discriminator.png",
+        "mfeat-reliance-robust.png",
+        "fresh-discriminator-ebr.png",
     }
     page = (done / "report.html").read_text(encoding="utf-8")
     assert "smoke run" in page
@@ -51,13 +52,13 @@ def test_the_folder_is_whole(done: Path):
 def test_results_agree_with_the_stored_predictions(done: Path):
     results = json.loads((done / "results.json").read_text())
     assert results["kind"] == "demo"
-    assert [r["method"] for r in results["runs"]] == ["vanilla", "dropout", "kd", "ebr"]
+    assert [r["method"] for r in results["runs"]] == ["vanilla", "dropout", "kd", "ebr", "ebr"]
     comparison = Comparison.from_dict(results["data_sets"]["mfeat"]["comparison"])
     for run in results["runs"]:
-        with np.load(done / "runs" / f"mfeat-{run['method']}-5" / "predictions.npz") as arrays:
+        with np.load(done / "runs" / f"mfeat-{run['preset']}-5" / "predictions.npz") as arrays:
             truth = accuracy_score(arrays["test/labels"], arrays["test/complete"].argmax(1))
             missing = accuracy_score(arrays["test/labels"], arrays["test/missing_0.3"].argmax(1))
-        scores = comparison.scores[run["method"]]
+        scores = comparison.scores[run["preset"]]
         assert scores["complete"].mean == pytest.approx(truth) == run["scores"]["complete"]
         assert scores["0.3 missing"].mean == pytest.approx(missing)
         others = [s["score"] for s in run["scores"]["missing"]]

@@ -268,9 +268,9 @@ def full_page() -> str:
     (runs,) = group_runs(toy_runs())
     comparison = comparison_of({"vanilla": 0.7, "dropout": 0.72, "ebr": 0.8})
     report = Report("Toy", "A **lead**.", "made by a test")
-    report.add_section(summary_section([runs], [comparison], [0.25], base="vanilla", focus="ebr"))
-    report.add_section(results_section(runs, comparison, 0.25, base="vanilla", focus="ebr", masked="dropout"))
-    report.add_section(game_section([runs], focus="ebr"))
+    report.add_section(summary_section([runs], [comparison], [0.25], base="vanilla", focus=["ebr"]))
+    report.add_section(results_section(runs, comparison, 0.25, base="vanilla", focus=["ebr"], masked="dropout"))
+    report.add_section(game_section([runs], focus=["ebr"]))
     configs = {m: runs.methods[m][0]["config"] for m in runs.methods}
     return report.add_section(settings_section({"seeds": "0, 1, 2"}, configs)).html()
 

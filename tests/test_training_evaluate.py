@@ -89,6 +89,20 @@ def test_scores_of_a_model_by_hand(seed):
         assert result["reliance"][name]["alone"] is None
 
 
+def test_reliance_replaces_inputs_by_train_means_only(seed):
+    """Probabilities, not scores: two fillings may well give the same accuracy."""
+    dataset = tiny(seed, absent=0.2)
+    model, part, train_part = vanilla(seed, dataset), dataset.part("test"), dataset.part("train")
+    settings = {"rates": (), "seed": seed, "unimodal": None, "reliance": True, "on_empty": "error"}
+    found = measure(model, dataset, part="test", **settings)[1].probabilities
+    means = [x[train_part.present[:, i]].mean(0).expand(30, -1) for i, x in enumerate(train_part.features)]
+    for i, name in enumerate(dataset.modalities):
+        without = [means[j] if j == i else x for j, x in enumerate(part.features)]
+        only = [x if j == i else means[j] for j, x in enumerate(part.features)]
+        torch.testing.assert_close(found[f"without_{name}"], complete(model, part, without), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[f"only_{name}"], complete(model, part, only), rtol=1e-4, atol=1e-6)
+
+
 def test_masks_are_the_same_for_every_method(seed):
     dataset = tiny(seed, absent=0.2)
     found = {}

@@ -12,6 +12,9 @@ from training_data import small, tiny
 from mmc_fast.training.game import fresh_discriminator, parameter_distance, probe
 from mmc_fast.training.masks import epoch_order, presence_entropy, training_masks
 from mmc_fast.training.model import MultimodalModel
+from mmc_fast.training.seeds import generator
+from mmc_fast.training.steps import Stepper
+from mmc_fast.training.substitution import ranking_parts, refresh
 from mmc_fast.training.trainer import Trainer
 
 
@@ -134,6 +137,48 @@ def test_modality_dropout_rate_is_the_one_asked_for(seed):
     kept = 1 - 0.3 * (1 - 0.3**3) / (1 - 0.3**4)  # given that a row keeps at least one
     assert abs(float(masks.double().mean()) - kept) < 0.01
     assert torch.equal(training_masks(masks, 0.0, torch.Generator()), masks)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
+    """Order and masks drawn again outside of the loop are what the steps get, row by row, epoch by epoch."""
+    dataset = tiny(seed, absent=0.3)
+    seen = []
+    original = Stepper.losses
+
+    def losses(self, phase, features, present, labels, *rest):
+        seen.append((features, present, labels))
+        return original(self, phase, features, present, labels, *rest)
+
+    monkeypatch.setattr(Stepper, "losses", losses)
+    config = small("vanilla", epochs=2, modality_dropout=rate)
+    Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed).fit()
+    part = dataset.part("train")
+    order_of, masks_of = generator(seed, "order"), generator(seed, "masks")
+    for epoch in range(2):
+        steps = seen[epoch * 4 : epoch * 4 + 4]
+        order, masks = epoch_order(60, order_of), training_masks(part.present, rate, masks_of)
+        assert torch.equal(torch.cat([s[1] for s in steps]), masks[order])
+        assert torch.equal(torch.cat([s[2] for s in steps]), part.labels[order])
+        assert torch.equal(torch.cat([s[0][1] for s in steps]), part.features[1][order])
+        assert torch.equal(masks, part.present) == (rate == 0)
+    assert len(seen) == 8
+
+
+def test_validation_under_masks_uses_the_ranking_of_the_weights_it_judges(seed):
+    dataset, config = tiny(seed), small("ebr", selection="masked", lr=0.05)
+    model = model_of(seed, dataset)
+    found = []
+
+    def compare(record):
+        stored = model.similarity.clone()
+        refresh(model, ranking_parts(dataset), "a")
+        found.append((stored, model.similarity.clone()))
+
+    Trainer(model, dataset, config, seed=seed, reference="a", on_epoch=compare).fit()
+    assert len(found) == 3
+    assert all(torch.equal(stored, fresh) for stored, fresh in found)
+    assert not torch.equal(found[0][0], found[-1][0])
 
 
 def test_epoch_order_is_a_permutation_and_moves_on(seed):

@@ -12,7 +12,7 @@ from training_data import small, tiny
 from mmc_fast.errors import InputError
 from mmc_fast.nn.alignment import contrastive_alignment, distance_alignment
 from mmc_fast.nn.substitution import SourceWeights, foreign_source, mean_source
-from mmc_fast.training import train
+from mmc_fast.training import TrainConfig, train
 from mmc_fast.training.model import MultimodalModel
 from mmc_fast.training.optim import build_optimizer
 from mmc_fast.training.steps import Stepper
@@ -163,6 +163,16 @@ def test_noise_follows_the_formula(seed):
 def test_options_that_do_not_fit_are_named(changes, message):
     with pytest.raises(InputError, match=message):
         small(**changes)
+
+
+def test_robust_preset_is_ebr_with_what_the_study_found():
+    config = TrainConfig.from_dict({"method": "robust", "epochs": 3})
+    assert config.method == "ebr"
+    assert (config.modality_dropout, config.substitute_in_training, config.consistency) == (0.5, True, 1.0)
+    assert (config.ebr.residual, config.ebr.normalize, config.ebr.substitute) == (True, True, "mean")
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(InputError, match="needs EBR heads"):
+        TrainConfig.from_dict({"method": "robust", "ebr": None})
 
 
 def test_unknown_noise_modality_is_named():

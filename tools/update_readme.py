@@ -53,7 +53,9 @@ def render(record: dict[str, Any]) -> str:
         comparison = Comparison.from_dict(entry["comparison"])
         blocks.append(f"**{name}** ({record['titles'].get(name, name)}), test {comparison.metric}:")
         blocks.append(_table(comparison))
-        blocks.append(" ".join(comparison_words(comparison, "ebr")))
+        for method in ("ebr", "robust"):
+            if method in comparison.scores:
+                blocks.append(" ".join(comparison_words(comparison, method)))
         collapsed = [v for v in entry["verdicts"]["vanilla"] if v["kind"] == "collapsed"]
         if collapsed:
             worst = max(collapsed, key=lambda v: v["signal"] * (1 - v["kept"]))

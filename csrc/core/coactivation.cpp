@@ -1,7 +1,6 @@
 // Exact co-activation counts: pre-activations by register tiles, signs packed 64 samples to a word as they leave the
 // registers, then and + popcount over the upper triangle. No float mask and no pre-activation is ever stored.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "internal.h"
@@ -16,10 +15,29 @@ constexpr int64_t kBlockFloats = 96 * 1024;  // packed samples of one block: the
 
 static_assert(kPanel % kCountRows == 0, "tiles cover a panel");
 
+constexpr int64_t kColumn = 8;  // panels j of a column of tiles: they stay in L2 while the panels i pass by once
+
 // More threads, longer chunks: every chunk ends in two barriers.
 int64_t default_chunk(int64_t units, const Pool& pool) {
   return (units < kWideUnits ? kChunk : kWideChunk) * std::min(pool.threads, 4);
 }
+
+// Pair t of panels i <= j, in columns of kColumn panels j, row by row: (0, 0) .. (0, 7), (1, 1) .. (1, 7), .. (7, 7), (0, 8) ..
+struct Pair {
+  int64_t panels, first = 0, i = 0, j;  // first: of the column
+
+  Pair(int64_t all, int64_t t) : panels(all) {
+    for (int64_t size; t >= (size = end() * (end() + 1) / 2 - first * (first + 1) / 2); t -= size) first = end();
+    for (; t >= end() - std::max(i, first); ++i) t -= end() - std::max(i, first);
+    j = std::max(i, first) + t;
+  }
+  int64_t end() const { return std::min(first + kColumn, panels); }
+  void next() {
+    if (++j < end()) return;
+    if (++i == end()) first = end(), i = 0;
+    j = std::max(i, first);
+  }
+};
 
 int64_t panel_offset(int64_t unit, int64_t words) { return (unit / kPanel) * words * kPanel + unit % kPanel; }
 
@@ -29,7 +47,7 @@ void count_upper(const KernelTable& table, const uint64_t* words, int64_t per_un
   const int64_t panels = ceil_div(units, kPanel);
   const int64_t pairs = panels * (panels + 1) / 2;
   parallel_for(pool, pairs, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, per_unit)), [&](int64_t begin, int64_t end) {
-    Pair pair(begin);
+    Pair pair(panels, begin);
     int64_t edge[kCountRows * kPanel];
     for (int64_t t = begin; t < end; ++t, pair.next()) {
       const int64_t i0 = pair.i * kPanel, j0 = pair.j * kPanel;
@@ -53,13 +71,6 @@ void count_upper(const KernelTable& table, const uint64_t* words, int64_t per_un
 }
 
 }  // namespace
-
-Pair::Pair(int64_t t) {
-  j = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(t) + 1.0) - 1.0) / 2.0);
-  while ((j + 1) * (j + 2) / 2 <= t) ++j;
-  while (j * (j + 1) / 2 > t) --j;
-  i = t - j * (j + 1) / 2;
-}
 
 void pack_panels(const KernelTable& table, const Panels& p, float* out, const Pool& pool) {
   parallel_for(pool, p.panels(), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, p.depth * p.width)),
@@ -90,8 +101,7 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   Buffer<uint64_t> words(unit_slots * (chunk / kWordBits));
   std::memset(words.get(), 0, unit_slots * (chunk / kWordBits) * sizeof(uint64_t));
 
-  const int64_t fair = round_up(ceil_div(chunk, pool.threads), kWordBits);
-  const int64_t block = std::min(fair, std::max(kWordBits, kBlockFloats / std::max<int64_t>(1, depth) / kWordBits * kWordBits));
+  const int64_t block = std::min(chunk, std::max(kWordBits, kBlockFloats / std::max<int64_t>(1, depth) / kWordBits * kWordBits));
   Scratch<float> scratch(pool.threads + 1, block * depth);
   std::atomic<bool> bad{false};
 
@@ -99,13 +109,15 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
     const int64_t size = std::min(chunk, samples - start);
     const int64_t per_unit = ceil_div(size, kWordBits);
     scratch.reset();
-    parallel_for(pool, ceil_div(size, block), 1, [&](int64_t begin, int64_t end) {
+    // ranges of words, not of blocks: no thread waits for another's last block
+    parallel_for(pool, per_unit, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> own;
       float* panels = scratch.take();
       if (!panels) own = Buffer<float>(block * depth), panels = own.get();
       bool any = false;
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = b * block, count = std::min(block, size - first);
+      const int64_t last = std::min(size, end * kWordBits);
+      for (int64_t first = begin * kWordBits; first < last; first += block) {
+        const int64_t count = std::min(block, last - first);
         const Panels rows{x.data + (start + first) * x.row_stride, x.col_stride, x.row_stride, depth, count, table.lanes};
         pack_panels(table, rows, panels, serial_pool());
         // whole words: lanes beyond the last sample are zero vectors, and their bits are cleared below

@@ -245,14 +245,20 @@ void agop_finalise(const Matrix& weight, const Matrix* outer, const int64_t* inn
         }
   });
   constexpr int64_t kTile = 32;  // both a tile and its mirror image stay in L1
-  for (int64_t a0 = 0; a0 < d; a0 += kTile)
-    for (int64_t b0 = a0; b0 < d; b0 += kTile)
-      for (int64_t a = a0; a < std::min(d, a0 + kTile); ++a)
-        for (int64_t b = std::max(a, b0); b < std::min(d, b0 + kTile); ++b) {
-          const float sum = out[a * d + b] + out[b * d + a];
-          out[a * d + b] = sum;
-          out[b * d + a] = sum;
-        }
+  const int64_t tiles = ceil_div(d, kTile);
+  // tile rows from both ends, as above
+  parallel_for(pool, ceil_div(tiles, 2), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = 2 * begin; t < std::min(2 * end, tiles); ++t) {
+      const int64_t a0 = (t % 2 ? tiles - 1 - t / 2 : t / 2) * kTile;
+      for (int64_t b0 = a0; b0 < d; b0 += kTile)
+        for (int64_t a = a0; a < std::min(d, a0 + kTile); ++a)
+          for (int64_t b = std::max(a, b0); b < std::min(d, b0 + kTile); ++b) {
+            const float sum = out[a * d + b] + out[b * d + a];
+            out[a * d + b] = sum;
+            out[b * d + a] = sum;
+          }
+    }
+  });
 }
 
 }  // namespace mmc

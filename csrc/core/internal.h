@@ -77,13 +77,4 @@ struct Panels {
 };
 void pack_panels(const KernelTable& table, const Panels& panels, float* out, const Pool& pool);
 
-// Index t of the upper triangle, columns in order: t = j (j + 1) / 2 + i with i <= j.
-struct Pair {
-  int64_t i, j;
-  explicit Pair(int64_t t);
-  void next() {
-    if (++i > j) i = 0, ++j;
-  }
-};
-
 }  // namespace mmc

@@ -11,19 +11,23 @@ namespace {
 
 constexpr int64_t kChain = 1024;           // longest float32 chain, and depth of a packed panel
 constexpr int64_t kBlockRows = 384;        // rows that use a packed panel before it is packed again
+constexpr int64_t kThin = 4;               // so few rows, or so short sums, do not pay for packing
+constexpr int64_t kThinDepth = 128;        // a panel of that depth stays in L1 between packing and use
 constexpr double kParallelFlops = 2e6;     // below that a second thread costs more than it brings
 
 struct Unit {
   void (*tile)(const TileCall&);
   void (*pack_rows)(const float*, int64_t, int64_t, int64_t, float*, float*);
+  void (*thin)(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+  void (*finish)(int64_t, int64_t, const TileCall&);
 };
 
 Unit unit_of(const KernelTable& table) {
 #ifdef MMC_X86
-  if (table.lanes == 32) return {avx512::sgemm_tile, avx512::pack_rows};
-  if (table.lanes == 16) return {avx2::sgemm_tile, avx2::pack_rows};
+  if (table.lanes == 32) return {avx512::sgemm_tile, avx512::pack_rows, avx512::sgemm_thin, avx512::sgemm_finish};
+  if (table.lanes == 16) return {avx2::sgemm_tile, avx2::pack_rows, avx2::sgemm_thin, avx2::sgemm_finish};
 #endif
-  return {base::sgemm_tile, base::pack_rows};
+  return {base::sgemm_tile, base::pack_rows, base::sgemm_thin, base::sgemm_finish};
 }
 
 // A panel buffer of this thread, kept between calls: an allocation per product would cost more than a small product.
@@ -48,30 +52,84 @@ struct Product {
   void run(int64_t panel, int64_t begin, int64_t end) const {
     const int64_t L = table.lanes, R = table.rows, j = panel * L, lanes = std::min(L, n - j);
     const int64_t width = lanes <= L / 2 ? L / 2 : L;
-    float* packed = panel_buffer(depth * width);
-    table.pack(b.data + j * b.col, b.row, b.col, depth, lanes, width, packed);
+    const bool thin = end - begin <= kThin && b.row == 1 && !epilogue.add && depth > kThinDepth;
+    const int64_t step = thin ? kThinDepth : depth;
+    float* packed = panel_buffer(step * width);
     TileCall t{};
-    t.depth = depth;
     t.b = packed;
     t.ldc = ldc;
     t.lanes = lanes;
     t.width = width;
+    t.a_row = packed_a ? 1 : a.row;
+    t.a_col = packed_a ? R : 1;
+    t.scale = 1.0f;
+    for (int64_t k = 0; k == 0 || k < depth; k += step) {
+      t.depth = std::min(step, depth - k);
+      t.resume = k > 0;
+      if (k + step >= depth) set_epilogue(t, j);
+      table.pack(b.data + k * b.row + j * b.col, b.row, b.col, t.depth, lanes, width, packed);
+      for (int64_t i = begin; i < end; i += R) {
+        t.rows = std::min(R, end - i);
+        t.a = packed_a ? packed_a + i * depth : a.data + i * a.row + k;
+        t.c = c + i * ldc + j;
+        t.gate = t.gate_row ? epilogue.gate + i * epilogue.gate_row + j : nullptr;
+        unit.tile(t);
+      }
+    }
+  }
+
+  // rows [begin, end) and columns [j, j + lanes) with b read in place
+  void run_thin(int64_t begin, int64_t end, int64_t j, int64_t lanes) const {
+    const bool plain = !epilogue.bias && !epilogue.gate && !epilogue.relu && !epilogue.add && epilogue.scale == 1.0f;
+    float* out = c + begin * ldc + j;
+    float* product = epilogue.add ? panel_buffer((end - begin) * lanes) : out;
+    const int64_t product_row = epilogue.add ? lanes : ldc;
+    const float* first = a.data + begin * a.row;
+    if (depth == 0) {
+      for (int64_t r = 0; r < end - begin; ++r) std::fill_n(product + r * product_row, lanes, 0.0f);
+    }
+    unit.thin(end - begin, lanes, depth, first, a.row, a.col, b.data + j, b.row, product, product_row);
+    if (plain) return;
+    TileCall t{};
+    t.scale = 1.0f;
+    t.c = product;
+    t.ldc = product_row;
+    set_epilogue(t, j);
+    t.add = false;
+    t.gate = t.gate_row ? epilogue.gate + begin * epilogue.gate_row + j : nullptr;
+    unit.finish(end - begin, lanes, t);
+    for (int64_t r = 0; epilogue.add && r < end - begin; ++r)
+      for (int64_t l = 0; l < lanes; ++l) out[r * ldc + l] += product[r * lanes + l];
+  }
+
+ private:
+  void set_epilogue(TileCall& t, int64_t j) const {
     t.bias = epilogue.bias ? epilogue.bias + j : nullptr;
-    t.gate_row = epilogue.gate_row;
+    t.gate_row = epilogue.gate ? epilogue.gate_row : 0;
     t.scale = epilogue.scale;
     t.relu = epilogue.relu;
     t.add = epilogue.add;
-    for (int64_t i = begin; i < end; i += R) {
-      t.rows = std::min(R, end - i);
-      t.a = packed_a ? packed_a + i * depth : a.data + i * a.row;
-      t.a_row = packed_a ? 1 : a.row;
-      t.a_col = packed_a ? R : 1;
-      t.c = c + i * ldc + j;
-      t.gate = epilogue.gate ? epilogue.gate + i * epilogue.gate_row + j : nullptr;
-      unit.tile(t);
-    }
   }
 };
+
+// few rows: columns in blocks that stay in L1 beside them; short sums: rows as they are
+void thin_product(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,
+                  const Epilogue& epilogue, float* row_sums, const Pool& pool) {
+  const KernelTable& table = current_kernels();
+  const Product p{table, unit_of(table), m, n, k, a, b, nullptr, c, ldc, epilogue};
+  const Pool used = 2.0 * m * n * std::max<int64_t>(1, k) < kParallelFlops / 4 ? serial_pool() : pool;
+  const int64_t rows = m <= kThin ? m : round_up(ceil_div(m, used.threads), 4);
+  const int64_t columns = m <= kThin ? round_up(std::max<int64_t>(256, ceil_div(n, used.threads)), 64) : n;
+  const int64_t row_blocks = ceil_div(m, rows), column_blocks = ceil_div(n, columns);
+  parallel_for(used, row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / column_blocks * rows, j = t % column_blocks * columns;
+      p.run_thin(i, std::min(m, i + rows), j, std::min(columns, n - j));
+    }
+  });
+  for (int64_t i = 0; row_sums && i < m; ++i)
+    for (int64_t l = 0; l < k; ++l) row_sums[i] += a.data[i * a.row + l * a.col];
+}
 
 }  // namespace
 
@@ -82,9 +140,13 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
   const KernelTable& table = current_kernels();
   const Unit unit = unit_of(table);
   const int64_t L = table.lanes, R = table.rows;
-  const bool pack_a = a.col != 1 || row_sums;
   if (row_sums) std::fill_n(row_sums, m, 0.0f);
   if (m == 0 || n == 0) return;
+  if (b.col == 1 && ((m <= kThin && k <= kChain) || k <= kThin)) {
+    thin_product(m, n, k, a, b, c, ldc, epilogue, row_sums, pool);
+    return;
+  }
+  const bool pack_a = a.col != 1 || row_sums;
   const int64_t chunks = std::max<int64_t>(1, ceil_div(k, pack_a ? kChain / 2 : kChain));
   const int64_t depth = std::max<int64_t>(1, ceil_div(k, chunks));
   const int64_t row_tiles = ceil_div(m, R), panels = ceil_div(n, L);
@@ -127,8 +189,6 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
       }
     });
   }
-  if (row_sums && epilogue.scale != 1.0f)
-    for (int64_t i = 0; i < m; ++i) row_sums[i] *= epilogue.scale;
 }
 
 }  // namespace mmc

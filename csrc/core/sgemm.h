@@ -20,7 +20,7 @@ struct Epilogue {
   bool add = false;
 };
 
-// c [m, n] (rows ldc apart) = epilogue(a [m, k] times b [k, n]); row_sums [m], if given, takes scale * sum_k a[i, k].
+// c [m, n] (rows ldc apart) = epilogue(a [m, k] times b [k, n]); row_sums [m], if given, takes sum_k a[i, k].
 // Every element is one chain of fused multiply-adds per block of at most 1024 along k, in the order of k: its bits do not depend
 // on m, n, threads or the place in the matrix.
 MMC_API void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,

@@ -18,19 +18,26 @@ struct TileCall {
   int64_t gate_row;
   float scale;
   bool relu, add;
+  bool resume;  // the chain goes on from c instead of from zero; not with add
 };
 
 namespace base {
 void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
+void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+void sgemm_finish(int64_t, int64_t, const TileCall&);
 }
 namespace avx2 {
 void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
+void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+void sgemm_finish(int64_t, int64_t, const TileCall&);
 }
 namespace avx512 {
 void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
+void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
+void sgemm_finish(int64_t, int64_t, const TileCall&);
 }
 
 }  // namespace mmc

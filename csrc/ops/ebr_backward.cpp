@@ -39,9 +39,18 @@ class Backward {
 
   void run() {
     fill_zero(out_.source, out_.source ? step_.batch() * step_.m() * step_.m() : 0);
-    discriminator();
-    for (int64_t i = 0; i < step_.m(); ++i) decoder(i);
-    for (int64_t i = 0; i < step_.m(); ++i) encoder(i);
+    {
+      const Arena::Scope scratch(arena_);
+      discriminator();
+    }
+    for (int64_t i = 0; i < step_.m(); ++i) {
+      const Arena::Scope scratch(arena_);
+      decoder(i);
+    }
+    for (int64_t i = 0; i < step_.m(); ++i) {
+      const Arena::Scope scratch(arena_);
+      encoder(i);
+    }
   }
 
  private:

@@ -44,20 +44,15 @@ template <class T>
 void encode(const Step<T>& step, Kept<T>& kept, T* latents, Arena& arena) {
   const Plan& plan = step.plan;
   const int64_t k = step.latent;
-  T* shared = nullptr;
   for (int64_t i = 0; i < step.m(); ++i) {
+    const Arena::Scope scratch(arena);
     const RowList& rows = plan.encoded[i];
     const Layer<T>&first = step.encode1[i], &second = step.encode2[i];
     T* hidden = kept.encoder_hidden[i];
     if (hidden) {
       clear_tail(hidden, rows.count, step.batch(), first.out);
     } else {
-      if (!shared) {
-        int64_t widest = 0;
-        for (const auto& layer : step.encode1) widest = std::max(widest, layer.out);
-        shared = arena.take<T>(step.batch() * widest);
-      }
-      hidden = shared;
+      hidden = arena.take<T>(rows.count * first.out);
     }
     T* g = latents + plan.offset[i] * k;
     linear(first, gather(step.features[i], rows, first.in, arena, step.pool), rows.count, true, hidden, step.pool);
@@ -112,20 +107,15 @@ template <class T>
 double decode(const Step<T>& step, Kept<T>& kept, const T* latents, const std::vector<T*>& recovered, Arena& arena) {
   const Plan& plan = step.plan;
   double sum = 0;
-  T* shared = nullptr;
   for (int64_t i = 0; i < step.m(); ++i) {
+    const Arena::Scope scratch(arena);
     const RowList& rows = plan.decoded[i];
     const Layer<T>&first = step.decode1[i], &second = step.decode2[i];
     T* hidden = kept.decoder_hidden[i];
     if (hidden) {
       clear_tail(hidden, rows.count, step.batch(), first.out);
     } else {
-      if (!shared) {
-        int64_t widest = 0;
-        for (const auto& layer : step.decode1) widest = std::max(widest, layer.out);
-        shared = arena.take<T>(step.batch() * widest);
-      }
-      hidden = shared;
+      hidden = arena.take<T>(rows.count * first.out);
     }
     linear(first, mix(step, i, latents, arena), rows.count, true, hidden, step.pool);
     T* decoded = rows.all ? recovered[i] : arena.take<T>(rows.count * second.out);

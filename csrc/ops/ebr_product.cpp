@@ -4,8 +4,22 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
+#include "lowp.h"
+
 namespace mmc::ebr {
 namespace {
+
+template <class T>
+constexpr Low low = std::is_same_v<T, c10::BFloat16> ? Low::bfloat16 : Low::float16;
+
+template <class T>
+const uint16_t* bits(const T* p) {
+  return reinterpret_cast<const uint16_t*>(p);
+}
+template <class T>
+uint16_t* bits(T* p) {
+  return reinterpret_cast<uint16_t*>(p);
+}
 
 // Below that the fixed cost of ATen's product is more than what bfloat16 arithmetic saves.
 constexpr double kAtenFlops = 4e6;
@@ -44,28 +58,33 @@ View<float> widen_view(View<T> view, int64_t rows, int64_t columns, float* out, 
   return along_rows ? View<float>{out, columns, 1} : View<float>{out, 1, rows};
 }
 
-// out = finish(c) row by row; with `add` the old values of `out` come in
-template <class T, class C>
-void finish_rows(const C* c, T* out, int64_t m, int64_t n, const Finish<T>& finish, const Pool& pool) {
+// out = finish(c) row by row; exactly one of c, wide_c is given, with the shape of out
+template <class T>
+void finish_rows(const T* c, const float* wide_c, T* out, int64_t m, int64_t n, const Finish<T>& finish, Arena& arena,
+                 const Pool& pool) {
+  const float* bias = finish.bias ? widened(finish.bias, n, arena, pool) : nullptr;
   parallel_for(pool, m, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t l = 0; l < n; ++l) {
-        float value = finish.scale * static_cast<float>(c[r * n + l]);
-        if (finish.bias) value += static_cast<float>(finish.bias[l]);
-        if (finish.add) value += static_cast<float>(out[r * n + l]);
-        if (finish.relu && value < 0) value = 0;
-        if (finish.gate && static_cast<float>(finish.gate[r * n + l]) <= 0) value = 0;
-        out[r * n + l] = static_cast<T>(value);
-      }
+    for (int64_t r = begin; r < end; ++r) {
+      LowRow row{};
+      row.c = c ? bits(c + r * n) : nullptr;
+      row.wide_c = wide_c ? wide_c + r * n : nullptr;
+      row.out = bits(out + r * n);
+      row.count = n;
+      row.bias = bias;
+      row.gate = finish.gate ? bits(finish.gate + r * n) : nullptr;
+      row.scale = finish.scale, row.relu = finish.relu, row.add = finish.add;
+      finish_low_row(low<T>, row);
+    }
   });
 }
 
+// sums[i] = sum_j a(i, j): the gradient of a bias, a being the transpose of a dense matrix
 template <class T>
-void sum_rows(View<T> a, int64_t m, int64_t k, T* sums) {
-  std::vector<double> total(m, 0.0);
-  for (int64_t j = 0; j < k; ++j)
-    for (int64_t i = 0; i < m; ++i) total[i] += static_cast<float>(a.data[i * a.row + j * a.col]);
-  for (int64_t i = 0; i < m; ++i) sums[i] = static_cast<T>(static_cast<float>(total[i]));
+void sum_rows(View<T> a, int64_t m, int64_t k, T* sums, Arena& arena) {
+  float* total = arena.take<float>(m);
+  std::fill_n(total, m, 0.0f);
+  for (int64_t j = 0; j < k; ++j) add_low_row(low<T>, bits(a.data + j * a.col), total, m);
+  narrow(low<T>, total, bits(sums), m);
 }
 
 }  // namespace
@@ -81,36 +100,36 @@ void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, floa
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, const Finish<T>& finish, T* row_sums,
              const Pool& pool) {
-  if (row_sums) sum_rows(a, m, k, row_sums);
-  if (m == 0 || n == 0) return;
   Arena arena;
+  if (row_sums) sum_rows(a, m, k, row_sums, arena);
+  if (m == 0 || n == 0) return;
   if (std::is_same_v<T, c10::BFloat16> && 2.0 * m * n * k >= kAtenFlops && multiplies_bfloat16()) {
     const bool plain = !finish.bias && !finish.gate && !finish.relu && !finish.add && finish.scale == 1;
     T* direct = finish.add ? arena.take<T>(m * n) : c;
     at::Tensor result = tensor<T>(dense<T>(direct, n), m, n);
     at::cpu::mm_out(result, tensor(a, m, k), tensor(b, k, n));
-    if (!plain) finish_rows(direct, c, m, n, finish, pool);
+    if (!plain) finish_rows<T>(direct, nullptr, c, m, n, finish, arena, pool);
     return;
   }
   const View<float> wide_a = widen_view(a, m, k, arena.take<float>(m * k), pool);
   const View<float> wide_b = widen_view(b, k, n, arena.take<float>(k * n), pool);
   float* wide_c = arena.take<float>(m * n);
   sgemm(m, n, k, {wide_a.data, wide_a.row, wide_a.col}, {wide_b.data, wide_b.row, wide_b.col}, wide_c, n, {}, nullptr, pool);
-  finish_rows(wide_c, c, m, n, finish, pool);
+  finish_rows<T>(nullptr, wide_c, c, m, n, finish, arena, pool);
 }
 
 template <class T>
 void widen(const T* src, float* dst, int64_t count, const Pool& pool) {
-  each_block(count, pool, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) dst[i] = static_cast<float>(src[i]);
-  });
+  each_block(count, pool, [&](int64_t begin, int64_t end) { widen(low<T>, bits(src + begin), dst + begin, end - begin); });
 }
 
 template <class T>
 void narrow(const float* src, T* dst, int64_t count, const Pool& pool) {
-  each_block(count, pool, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) dst[i] = static_cast<T>(src[i]);
-  });
+  each_block(count, pool, [&](int64_t begin, int64_t end) { narrow(low<T>, src + begin, bits(dst + begin), end - begin); });
+}
+template <>
+void narrow(const float* src, float* dst, int64_t count, const Pool&) {
+  std::memcpy(dst, src, count * sizeof(float));
 }
 
 #define MMC_PRODUCT(T)                                                                                             \
@@ -119,6 +138,5 @@ void narrow(const float* src, T* dst, int64_t count, const Pool& pool) {
   template void narrow(const float*, T*, int64_t, const Pool&);
 MMC_PRODUCT(c10::BFloat16)
 MMC_PRODUCT(c10::Half)
-template void narrow(const float*, float*, int64_t, const Pool&);
 
 }  // namespace mmc::ebr

@@ -12,26 +12,44 @@
 
 namespace mmc::ebr {
 
-// Scratch of one call: pieces of a few large blocks, freed together.
+// Scratch of one call: pieces of a few blocks. A Scope gives back at its end what was taken inside it.
 class Arena {
  public:
+  class Scope {
+   public:
+    explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) {}
+    ~Scope() { arena_.block_ = block_, arena_.used_ = used_; }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    Arena& arena_;
+    size_t block_;
+    int64_t used_;
+  };
+
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = round_up(std::max<int64_t>(1, count) * static_cast<int64_t>(sizeof(T)), 64);
-    if (bytes > left_) {
+    while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) ++block_, used_ = 0;
+    if (block_ == blocks_.size()) {
       const int64_t size = std::max<int64_t>(bytes, 64 * 1024);
-      blocks_.emplace_back(size);
-      next_ = blocks_.back().get(), left_ = size;
+      blocks_.push_back({Buffer<char>(size), size});
+      used_ = 0;
     }
-    char* piece = next_;
-    next_ += bytes, left_ -= bytes;
+    char* piece = blocks_[block_].bytes.get() + used_;
+    used_ += bytes;
     return reinterpret_cast<T*>(piece);
   }
 
  private:
-  std::vector<Buffer<char>> blocks_;
-  char* next_ = nullptr;
-  int64_t left_ = 0;
+  struct Block {
+    Buffer<char> bytes;
+    int64_t size;
+  };
+  std::vector<Block> blocks_;
+  size_t block_ = 0;
+  int64_t used_ = 0;
 };
 
 // A matrix; element (i, j) at data + i * row + j * col.

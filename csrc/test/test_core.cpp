@@ -40,6 +40,11 @@ double distance(const std::vector<double>& a, const std::vector<double>& b) {
   return std::sqrt(error / std::max(norm, 1e-300));
 }
 
+// Ranges that begin and end anywhere, more of them than threads.
+void run_in_pieces(int64_t begin, int64_t end, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  for (int64_t b = begin, size = 1; b < end; b += size, size = size % 7 + 2) body(context, b, std::min(end, b + size));
+}
+
 void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>& reference) {
   const Problem p(n, d, h, seed);
   const mmc::Pool pool = mmc::serial_pool();
@@ -57,6 +62,9 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
   mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), chunked.data(), h, 64, pool);
   expect(!bad, "finite pre-activations", seed, n, d, h);
   expect(counts == chunked, "counts do not depend on the chunk", seed, n, d, h);
+  std::vector<int64_t> pieces(h * h, 0);
+  mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), pieces.data(), h, 0, {run_in_pieces, 3});
+  expect(counts == pieces, "counts do not depend on the threads", seed, n, d, h);
   if (reference.empty()) reference = counts;
   expect(counts == reference, "counts do not depend on the instruction set", seed, n, d, h);
   bool right = true;
@@ -111,6 +119,9 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
   std::vector<float> out(d * d);
   const mmc::Matrix outer = p.outer();
   mmc::agop_finalise(p.weights(), &outer, counts.data(), nullptr, h, out.data(), pool);
+  std::vector<float> out_pieces(d * d);
+  mmc::agop_finalise(p.weights(), &outer, counts.data(), nullptr, h, out_pieces.data(), {run_in_pieces, 3});
+  expect(out == out_pieces, "final product does not depend on the threads", seed, n, d, h);
   std::vector<double> s_matrix(h * h), left(d * h, 0), truth(d * d, 0);
   for (int64_t i = 0; i < h; ++i)
     for (int64_t j = 0; j < h; ++j) {
@@ -135,7 +146,7 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
 
 int main() {
   const unsigned first = std::random_device{}();
-  const int64_t shapes[][3] = {{1, 1, 1}, {3, 2, 5}, {64, 7, 12}, {65, 16, 24}, {63, 17, 25}, {200, 33, 49}, {513, 40, 97}};
+  const int64_t shapes[][3] = {{1, 1, 1}, {3, 2, 5}, {64, 7, 12}, {65, 16, 24}, {63, 17, 25}, {200, 33, 49}, {513, 40, 97}, {150, 70, 401}};
   for (const auto& shape : shapes) {
     std::vector<int64_t> reference;
     for (const auto& isa : mmc::supported_isas()) {

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmc_fast.ops import agop as primitives
+
 __all__ = ["Factored", "centered_counts", "count_panel"]
+
+
+def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method without autograd and autocast, whatever the caller's context."""
+
+    @wraps(method)
+    def run(self: Factored) -> Any:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return method(self)
+
+    return run
+
 
 # entries [start:stop, start:] of a symmetric matrix, float64 or the int64 of counts
 Panel = Callable[[int, int], Tensor]
@@ -29,18 +45,22 @@ class Factored:
     scale: float
     dtype: torch.dtype
     device: torch.device
+    whole: Tensor | None = None  # the inner matrix itself, contiguous, where the native final product may read it
 
     @property
     def size(self) -> int:
         """d, the width of G."""
         return self.width if self.inputs is None else self.inputs.shape[1]
 
+    @_as_written
     def matrix(self) -> Tensor:
         """G in the working precision, ``[d, d]``, exactly symmetric.
 
         Only the upper triangle of S is formed, a panel at a time: with U = S above the diagonal plus half of the
         diagonal, ``G = X + Xᵀ``, ``X = Pᵀ U P``.
         """
+        if self.whole is not None and self.inputs is not None:
+            return primitives.agop_finalise(self.inputs, self.outer, self.whole, backend="cpp").mul_(self.scale)
         total = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         for start, stop in self._panels():
             block = self._upper_half(start, stop, self.dtype)
@@ -50,6 +70,7 @@ class Factored:
                 total.addmm_(self.inputs[start:stop].t(), block @ self.inputs[start:])
         return total.add_(total.t().clone()).mul_(self.scale)
 
+    @_as_written
     def diagonal(self) -> Tensor:
         """The diagonal of G, float64 ``[d]``, in memory O(h d / panels)."""
         result = torch.zeros(self.size, dtype=torch.float64, device=self.device)
@@ -62,6 +83,7 @@ class Factored:
                 result += 2 * (p[start:stop] * (block @ p[start:])).sum(dim=0)
         return result * self.scale
 
+    @_as_written
     def operator(self) -> Callable[[Tensor], Tensor]:
         """``v -> G v`` on float64 ``[d]`` or ``[d, k]`` as ``Pᵀ (S (P v))``; holds S, ``[h, h]``."""
         upper = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)

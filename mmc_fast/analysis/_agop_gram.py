@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mmc_fast.ops import agop as primitives
 from mmc_fast.reference.coactivation import flag_nonfinite
 
 __all__ = ["add_gram", "fast_linear", "shifted_derivative_gram", "stable_linear", "value_and_derivative"]
@@ -17,7 +18,7 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + b`` for ``x [..., d]``. float32 on the CPU goes to oneDNN, which has AVX-512 where MKL does not use it."""
+    """``x Wᵀ + b`` for ``x [..., d]``. float32 on the CPU goes to oneDNN, which uses AVX-512 where MKL does not."""
     if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel():
         flat = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
         return flat.view(*x.shape[:-1], weight.shape[0])
@@ -67,12 +68,13 @@ def shifted_derivative_gram(
     total: Tensor,
     nonfinite: Tensor,
     chunk_rows: int = 0,
+    native: bool = False,
 ) -> None:
     """Add ``AᵀA`` and ``Σ A`` of ``A = s'(x Wᵀ + b) − shift`` to ``gram`` (upper triangle) and ``total``, in place.
 
     ``x [N, d]``, ``weight [h, d]``, ``bias [h]`` or None and ``shift [h]`` or None share one floating dtype, in which
     each step is summed; ``gram [h, h]`` and ``total [h]`` are float64; ``nonfinite`` is int64 ``[1]``. A shift near the
-    mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation.
+    mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation. ``native``: the Gram matrix by the native kernel.
     """
     width = weight.shape[0]
     for part in x.split(chunk_rows or _STEP_ROWS):
@@ -81,7 +83,10 @@ def shifted_derivative_gram(
         _, derivative = value_and_derivative(function, z)
         if shift is not None:
             derivative = derivative - shift
-        step = derivative.new_zeros(width, width)
-        add_gram(derivative, step)
-        gram += step
+        if native:
+            primitives.syrk_update(derivative, gram, backend="cpp")
+        else:
+            step = derivative.new_zeros(width, width)
+            add_gram(derivative, step)
+            gram += step
         total += derivative.sum(dim=0)

@@ -118,7 +118,11 @@ class CountMethod(_Base):
 
     def factored(self, n: int, scale: float) -> Factored:
         panel = count_panel(self._state.counts, n, self._slope, self._center)
-        return Factored(len(self._state.counts), panel, self._v, self._p, scale, self._p.dtype, self._p.device)
+        plain = self._slope == 0 and not self._center and _finishes_natively(self._request, self._p)
+        return Factored(
+            len(self._state.counts), panel, self._v, self._p, scale, self._p.dtype, self._p.device,
+            self._state.counts if plain else None,
+        )  # fmt: skip
 
 
 class SmoothMethod(_Base):
@@ -133,6 +137,7 @@ class SmoothMethod(_Base):
             raise InputError("agop: no activation follows the layer")
         self._activation = self._affine.activation
         self._p, self._v, self._center, self._request = p, v, center, backend
+        self._backend = choose("syrk_update", backend, p)
         self._state = MomentState(1, p.shape[0], center, p.device)
 
     def states(self) -> list[CountState | MomentState | ProbeSums]:
@@ -162,9 +167,18 @@ class SmoothMethod(_Base):
             )  # fmt: skip
         else:
             shifted_derivative_gram(
-                u, self._affine.weight, self._affine.bias, activation.function, shift, gram, sums, nonfinite, chunk_rows
+                u,
+                self._affine.weight,
+                self._affine.bias,
+                activation.function,
+                shift,
+                gram,
+                sums,
+                nonfinite,
+                chunk_rows,
+                self._backend == "cpp",
             )
-            self.backend = "torch"
+            self.backend = self._backend
         if shift is not None:
             gram.addr_(sums, sums, alpha=-1 / samples)
             self._state.add_moments(samples, gram, (sums / samples + shift.double())[None])
@@ -182,6 +196,7 @@ class SmoothMethod(_Base):
         return Factored(
             len(gram), lambda start, stop: gram[start:stop, start:].clone(),
             self._v, self._p, scale, self._p.dtype, self._p.device,
+            gram if _finishes_natively(self._request, self._p) else None,
         )  # fmt: skip
 
 
@@ -298,6 +313,10 @@ def choose_chain_method(
 def _refuse_backend(backend: str, what: str) -> None:
     if backend not in ("auto", "torch"):
         raise RuntimeError(f"agop: backend={backend!r} has no kernel for {what}; use backend='torch' or 'auto'")
+
+
+def _finishes_natively(backend: str, p: Tensor) -> bool:
+    return backend in ("auto", "cpp") and choose("agop_finalise", "auto", p) == "cpp"
 
 
 def _split_at_activation(chain: list[Affine]) -> tuple[list[Affine], Affine]:

@@ -50,7 +50,8 @@ class ProbeSums:
         words = -(-needed // 32)
         bits = torch.randint(0, 2**32, (samples, words), generator=self._generator)
         signs = (bits[:, :, None] >> torch.arange(32)) & 1
-        return (2 * signs - 1).to(torch.int8).reshape(samples, 32 * words)[:, :needed].reshape(samples, self.probes, -1)
+        signs = (2 * signs - 1).to(torch.int8).reshape(samples, 32 * words)[:, :needed]
+        return signs.reshape(samples, self.probes, self.outputs)
 
     def add(self, rows: Tensor, signs: Tensor) -> None:
         """Add ``v [n, k, width]`` of the signs ``[n, k, C]``, and count the samples."""

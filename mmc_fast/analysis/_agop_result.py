@@ -69,7 +69,7 @@ class AGOPResult:
 
     @cached_property
     def probe_error(self) -> float | None:
-        """Relative standard error of a probe estimate, ``E‖Ĝ − G‖_F / ‖Ĝ‖_F``, from two independent halves of the probes.
+        """Relative standard error of a probe estimate, ``E‖Ĝ − G‖_F / ‖Ĝ‖_F``, from two independent halves of them.
 
         With halves of a and b probes, ``√(ab)/(a + b) · ‖Ĝ_a − Ĝ_b‖_F``. None without probes and for a single probe.
         """

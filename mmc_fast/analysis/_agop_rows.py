@@ -122,7 +122,7 @@ class RowChain:
         return 2 * self.rows * max(widths) + 3 * sum(widths)
 
     def __call__(self, logits: Tensor, derivatives: list[Tensor], signs: Tensor | None) -> Tensor:
-        """Rows ``[n, R, width]`` from logits ``[n, C]``, derivatives (forward order) and probes ``[n, k, C]`` or None."""
+        """Rows ``[n, R, width]`` from logits ``[n, C]``, derivatives (forward order), probes ``[n, k, C]`` or None."""
         dtype = self.factors[0].dtype
         diagonals = [d.to(dtype) for d in reversed(derivatives)]
         rows = self._leftmost(logits, signs)

@@ -48,7 +48,8 @@ def agop(
 
     Args:
         head: ``nn.Sequential`` (nested or not) of ``nn.Linear`` and elementwise activations; a module whose
-            ``agop_layers()`` returns such modules in order; or any module that maps ``[N, d]`` to ``[N, C]`` row by row.
+            ``agop_layers()`` returns such modules in order; or any module that maps ``[N, d]`` to ``[N, C]``
+            row by row.
         inputs: what the head takes, ``[N, d]``, or an iterable of such batches. Converted to the head's device and
             dtype a chunk at a time.
         layer: index over the Linear layers in forward order (negative allowed): G is at that layer's input. Or the
@@ -144,7 +145,7 @@ class AGOPAccumulator:
         return self._n
 
     def update(self, inputs: Tensor | Iterable[Tensor]) -> AGOPAccumulator:
-        """Add ``[N, d]`` or every batch of an iterable (one that fails has added the batches before it); returns self."""
+        """Add ``[N, d]`` or each batch of an iterable (one that fails has added those before it); returns self."""
         if not isinstance(inputs, Tensor):
             for batch in _batches(inputs):
                 self.update(batch)
@@ -264,7 +265,7 @@ class AGOPAccumulator:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the sums by stored ones; InputError for a state of another head, of other options or another version."""
+        """Replace the sums by stored ones; InputError for a state of another head, other options or another version."""
         if not isinstance(state, Mapping) or "fingerprint" not in state or "version" not in state:
             raise InputError("agop: this is not the state of an AGOPAccumulator; pass what state_dict() returned")
         if state["version"] != STATE_VERSION:

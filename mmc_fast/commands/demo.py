@@ -75,8 +75,11 @@ def print_demo(console: Console, findings: list[DemoFindings], out: Path, quick:
             ["method", *f.comparison.conditions],
             table_rows(f.comparison, names),
         )
-        words = [collapse_summary(f.runs, "vanilla", f.chance), *comparison_words(f.comparison, "ebr")]
-        for sentence in [*words, game_words(f.runs, "ebr")]:
+        words = [collapse_summary(f.runs, "vanilla", f.chance)]
+        for method in ("ebr", "robust"):
+            if method in f.runs.methods:
+                words += [*comparison_words(f.comparison, method), game_words(f.runs, method)]
+        for sentence in words:
             console.print(sentence.replace("**", ""), markup=False)
         console.print()
     console.print(

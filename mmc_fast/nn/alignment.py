@@ -13,7 +13,7 @@ def distance_alignment(latents: Tensor, present: Tensor | None = None) -> Tensor
     r"""Mean squared distance of unit latents to their sample's mean.
 
     .. math::
-        \frac{1}{\#rows} \sum_{(b,i)} \Big\lVert \hat g_i[b] - \tfrac{1}{|P_b|} \sum_{j \in P_b} \hat g_j[b] \Big\rVert^2
+        \frac{1}{\#rows} \sum_{(b,i)} \lVert \hat g_i[b] - \tfrac{1}{|P_b|} \sum_{j \in P_b} \hat g_j[b] \rVert^2
 
     over present modalities ``P_b`` of samples that have at least two. ``latents`` ``[m, B, k]``, ``present`` bool
     ``[B, m]``; 0 where no sample has two modalities.

@@ -82,6 +82,16 @@ class EBRConfig:
         return replace(cls(schedule="interleave"), **changes)
 
     @classmethod
+    def robust(cls, **changes: Any) -> EBRConfig:
+        """The form that worked best in this library's study (docs/study.md); not the authors'.
+
+        Residual heads, normalised latents, a weak game, cross-modal recovery, mean of present latents. Meant for the
+        loop of ``TrainConfig.preset("robust")``: random masks filled as at inference, and consistency.
+        """
+        base = cls(residual=True, normalize=True, reversal=0.1, cross_recovery=0.1, substitute="mean")
+        return replace(base, **changes)
+
+    @classmethod
     def slides(cls, **changes: Any) -> EBRConfig:
         """As in the authors' slides: adds the reconstruction loss, stops the game when validation drops."""
         return replace(cls(schedule="interleave", reconstruction=1.0, patience=10), **changes)

@@ -115,16 +115,15 @@ def foreign_source(present: Tensor | None, batch: int, m: int, generator: torch.
 class SourceWeights(nn.Module):
     """Learned per-sample weights of the present latents in a missing slot: softmax of linear scores of features.
 
-    ``weights[b, i, j] = softmax_j (v_ij . z_j[b] + c_ij)`` over present j for an absent modality i; a present one is its
+    ``weights[b, i, j] = softmax_j (v_ij . z_j[b] + c_ij)`` over present j for an absent modality i; a present is its
     own source. Starts as the mean of the present latents.
     """
 
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
         self.scores = nn.ModuleList(nn.Linear(d, len(dims)) for d in dims)
-        for layer in self.scores:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.scores.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
         """float ``[B, m, m]`` for features ``[B, d_j]`` (absent rows finite) and presence bool ``[B, m]``."""

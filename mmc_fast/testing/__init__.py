@@ -1,4 +1,4 @@
-"""Public helpers for tests: the tolerance rule, and shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
+"""Public helpers for tests: the tolerance rule; shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
 
 from .tolerance import assert_as_accurate, relative_error
 

@@ -1,4 +1,4 @@
-"""Shapes and heads for property tests (needs ``hypothesis``): sizes around the 64-sample words and the register tiles."""
+"""Shapes and heads for property tests (needs ``hypothesis``): sizes around 64-sample words and register tiles."""
 
 from __future__ import annotations
 

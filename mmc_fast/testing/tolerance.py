@@ -9,7 +9,7 @@ __all__ = ["assert_as_accurate", "relative_error"]
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """``‖value − truth‖ / ‖truth‖`` in float64; 0 where both are zero, infinity for any NaN or for a false zero truth."""
+    """``‖value − truth‖ / ‖truth‖`` in float64; 0 where both are zero, infinity for any NaN or a false zero."""
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     if value.shape != truth.shape:
         raise AssertionError(f"shape {list(value.shape)} against {list(truth.shape)}")
@@ -32,4 +32,6 @@ def assert_as_accurate(
     error, reference = relative_error(value, truth), relative_error(plain, truth)
     allowed = 2 * reference + 8 * eps * max(1.0, amplification)
     if not error <= allowed:
-        raise AssertionError(f"{what}: relative error {error:.3g}, plain {plain.dtype} {reference:.3g}, allowed {allowed:.3g}")
+        raise AssertionError(
+            f"{what}: relative error {error:.3g}, plain {plain.dtype} {reference:.3g}, allowed {allowed:.3g}"
+        )

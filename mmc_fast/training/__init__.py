@@ -1,6 +1,6 @@
 """Standard training loop: one function for vanilla training, modality dropout, KD and EBR, by configuration."""
 
-from .config import METHODS, KDConfig, TrainConfig
+from .config import METHODS, PRESETS, KDConfig, TrainConfig
 from .evaluate import Predictions, evaluate, predict
 from .loop import SCHEMA_VERSION, TrainResult, train
 from .model import MultimodalModel
@@ -10,6 +10,7 @@ from .unimodal import UnimodalModels
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "SCHEMA_VERSION",
     "Interrupted",
     "KDConfig",

@@ -12,9 +12,10 @@ from ..errors import InputError
 from ..nn import EBRConfig
 from .parse import check_choices, from_mapping
 
-__all__ = ["METHODS", "KDConfig", "TrainConfig"]
+__all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
+PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
 
 
 def _at_least(where: str, values: Mapping[str, float], low: float) -> None:
@@ -183,10 +184,11 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, method: str, **changes: Any) -> TrainConfig:
-        """The small-scale settings of ``method`` (one of :data:`METHODS`), with ``changes`` on top.
+        """The small-scale settings of ``method`` (one of :data:`PRESETS`), with ``changes`` on top.
 
         EBR heads have hidden width 128 and latent width 64, normalised latents and a reversal of 0.01, as chosen on the
-        validation part of mfeat (docs/training.md); everything else is equal between the methods.
+        validation part of mfeat (docs/training.md); all else is equal between the methods. "robust" is EBR in the
+        form of docs/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency.
         """
         if method == "vanilla":
             base = cls()
@@ -197,8 +199,11 @@ class TrainConfig:
         elif method == "ebr":
             heads = EBRConfig(hidden_dim=128, latent_dim=64, psi_dims=(64, 32), normalize=True, reversal=0.01)
             base = cls(ebr=heads)
+        elif method == "robust":
+            heads = EBRConfig.robust(hidden_dim=128, latent_dim=64, psi_dims=(64, 32))
+            base = cls(ebr=heads, modality_dropout=0.5, substitute_in_training=True, consistency=1.0)
         else:
-            raise unknown("method", method, METHODS)
+            raise unknown("method", method, PRESETS)
         return replace(base, **changes)
 
     @classmethod
@@ -216,7 +221,7 @@ class TrainConfig:
             implied = "dropout"
         method = values.pop("method", implied)
         config = from_mapping(cls.preset(method), values, "config")
-        if config.method != method:
+        if config.method != ("ebr" if method == "robust" else method):
             raise InputError(
                 f"config: method is {method!r} but the other settings describe {config.method!r}; change one of them"
             )

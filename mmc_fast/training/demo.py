@@ -1,4 +1,4 @@
-"""The demo's runs: four methods on the embedded data sets with several seeds, in parallel and resumable.
+"""The demo's runs: all presets on the embedded data sets with several seeds, in parallel and resumable.
 
 One job is one data set and one seed; its methods share the unimodal models. Every run has a folder of its own, so an
 interrupted demo continues where it stopped.
@@ -16,7 +16,7 @@ import numpy as np
 from ..data import load
 from ..data.names import choose
 from ..errors import InputError
-from .config import METHODS, TrainConfig
+from .config import PRESETS, TrainConfig
 from .loop import train
 from .pool import Emit, run_jobs
 from .runfolder import RunFolder, load_predictions
@@ -28,16 +28,19 @@ DATASETS = ("mfeat", "support2")
 
 # Rough relative times, for the remaining time on the screen only. Vanilla comes first and trains the unimodal models;
 # EBR trains its λ = 0 twin as well.
-_COST_METHOD = {"vanilla": 2.0, "dropout": 1.0, "kd": 2.0, "ebr": 10.0}
+_COST_METHOD = {"vanilla": 2.0, "dropout": 1.0, "kd": 2.0, "ebr": 10.0, "robust": 15.0}
 _COST_DATA = {"mfeat": 1.0, "support2": 2.6}
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What the demo runs. With ``quick`` it is a smoke test whose numbers mean nothing."""
+    """What the demo runs; ``methods`` are presets of ``TrainConfig``.
+
+    With ``quick`` it is a smoke test whose numbers mean nothing.
+    """
 
     datasets: tuple[str, ...] = DATASETS
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = PRESETS
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 40
     quick: bool = False
@@ -51,7 +54,7 @@ class DemoPlan:
         if not self.datasets or not self.methods or not self.seeds:
             raise InputError("demo: give at least one data set, one method and one seed")
         for method in self.methods:
-            choose("demo method", method, METHODS)
+            choose("demo method", method, PRESETS)
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"demo: seeds are {list(self.seeds)}; name each once")
 
@@ -124,12 +127,13 @@ def run_demo(plan: DemoPlan, folder: Path, progress: DemoProgress, *, workers: i
 def load_demo_run(folder: Path, run: DemoRun) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Results and test predictions of a finished run.
 
-    The predictions hold "labels" [N] and class probabilities [N, C] per condition: "complete", "missing_0.1", ….
+    The results carry the preset, which tells two forms of one method apart. The predictions hold "labels" [N] and
+    class probabilities [N, C] per condition: "complete", "missing_0.1", ….
     """
     path = folder / run.folder
     test = load_predictions(path)["test"]
     arrays = {"labels": test.labels.numpy()} | {name: p.numpy() for name, p in test.probabilities.items()}
-    return RunFolder(path).results(), arrays
+    return RunFolder(path).results() | {"preset": run.method}, arrays
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from .seeds import generator, seeded_init
 
 __all__ = ["fresh_discriminator", "parameter_distance", "probe"]
 
-_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_BATCH, _FRESH_ROWS = 200, 8, 512, 4096
+_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_ROWS = 200, 8, 4096
+_FRESH_STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
 # Nats by which the stopping loss must fall to count: a perfect discriminator would otherwise sharpen for ever.
 _FRESH_PROGRESS = 1e-3
 
@@ -87,7 +88,7 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
         for n in range(len(widths) - 1):
             layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
         judge = nn.Sequential(*layers[:-1])
-    epochs = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
+    epochs, converged = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
     held_x, held_y, _ = (t.cpu() for t in _latent_rows(model, held_out))
     with torch.no_grad():
         guess = judge((held_x - mean) / scale).argmax(-1)
@@ -95,20 +96,25 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
         "balanced_accuracy": float(balanced_accuracy_score(held_y.numpy(), guess.numpy())),
         "chance": 1.0 / heads,
         "epochs": epochs,
+        "converged": converged,
         "rows": len(held_y),
     }
 
 
 def _fit_judge(
     judge: nn.Sequential, x: Tensor, y: Tensor, stop_x: Tensor, stop_y: Tensor, random: torch.Generator
-) -> int:
-    """Adam on cross-entropy until the loss on the stopping rows has not improved for some epochs; keeps the best."""
-    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3, fused=True)
+) -> tuple[int, bool]:
+    """Adam on cross-entropy until the loss on the stopping rows has not improved for some epochs; keeps the best.
+
+    Returns its epoch, and whether the loss had settled before the epochs ran out.
+    """
+    optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3, fused=True)
     best, bad, best_epoch = math.inf, 0, 0
     state = {k: v.clone() for k, v in judge.state_dict().items()}
+    batch = min(512, max(32, len(x) // _FRESH_STEPS))
     for epoch in range(1, _FRESH_EPOCHS + 1):
         order = torch.randperm(len(x), generator=random)
-        for rows in order.split(_FRESH_BATCH):
+        for rows in order.split(batch):
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(judge(x[rows]), y[rows]).backward()
             optimizer.step()
@@ -122,7 +128,7 @@ def _fit_judge(
             if bad >= _FRESH_PATIENCE:
                 break
     judge.load_state_dict(state)
-    return best_epoch
+    return best_epoch, bad >= _FRESH_PATIENCE
 
 
 def parameter_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[str]) -> float:

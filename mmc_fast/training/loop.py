@@ -70,7 +70,8 @@ def train(
     Stages: unimodal models, distillation (KD), the run, its control run with lambda 0 (EBR), evaluation.
 
     Args:
-        seed: everything random is derived from it; the same seed gives the same numbers on the CPU.
+        seed: everything random is derived from it; the same seed and number of threads give the same numbers on
+            the CPU.
         run_dir: folder for checkpoints and results (new or empty); None keeps everything in memory.
         resume: continue the run in ``run_dir`` (it must be the same run); a finished one is opened and returned.
         unimodal: models of an earlier run with the same data, seed and settings, to save their training.

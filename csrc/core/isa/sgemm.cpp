@@ -24,15 +24,17 @@ inline float finish(float value, int64_t r, int64_t l, const TileCall& t) {
   return value;
 }
 
-// kStep: distance of a row's elements along depth; 0 stands for one step and rows a_row apart
 template <int kR, int kV, bool kPacked>
 void tile(const TileCall& t) {
   constexpr int kWidth = kV * kVector;
   Vector acc[kR][kV];
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < kV; ++v) acc[r][v] = Vector{};
+  if (t.resume) {
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) acc[r][v] = load(t.c + r * t.ldc + v * kVector);
+  } else {
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) acc[r][v] = Vector{};
+  }
   const float* a = t.a;
   const float* b = t.b;
   const int64_t row = t.a_row;
@@ -120,6 +122,59 @@ void pack_rows(const float* src, int64_t stride, int64_t depth, int64_t count, f
   }
   if (sums)
     for (int64_t r = 0; r < count; ++r) sums[r] += total[r];
+}
+
+// c[r][l] (+)= sum_k a[r * a_row + k * a_col] * b[k * b_row + l]: few rows or few k, b read once and in its order.
+// The chain of an element is that of the tile.
+void sgemm_thin(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+                float* c, int64_t ldc) {
+  constexpr int kStep = 4;
+  const int64_t whole = n / kVector * kVector;
+  for (int64_t k0 = 0; k0 < k; k0 += kStep) {
+    const int64_t steps = k - k0 < kStep ? k - k0 : kStep;
+    const float* row[kStep];
+    for (int s = 0; s < kStep; ++s) row[s] = b + (k0 + (s < steps ? s : 0)) * b_row;
+    for (int64_t r = 0; r < m; ++r) {
+      float value[kStep];
+      for (int s = 0; s < kStep; ++s) value[s] = s < steps ? a[r * a_row + (k0 + s) * a_col] : 0.0f;
+      float* out = c + r * ldc;
+      if (steps == kStep) {
+        for (int64_t l = 0; l < whole; l += kVector) {
+          Vector acc = k0 ? load(out + l) : Vector{};
+#pragma GCC unroll 4
+          for (int s = 0; s < kStep; ++s) acc += value[s] * load(row[s] + l);
+          store(out + l, acc);
+        }
+      } else {
+        for (int64_t l = 0; l < whole; l += kVector) {
+          Vector acc = k0 ? load(out + l) : Vector{};
+          for (int64_t s = 0; s < steps; ++s) acc += value[s] * load(row[s] + l);
+          store(out + l, acc);
+        }
+      }
+      for (int64_t l = whole; l < n; ++l) {
+        float acc = k0 ? out[l] : 0.0f;
+        for (int64_t s = 0; s < steps; ++s) acc = acc + value[s] * row[s][l];
+        out[l] = acc;
+      }
+    }
+  }
+}
+
+// The epilogue, but for `add`, on a product that lies in c.
+void sgemm_finish(int64_t m, int64_t n, const TileCall& t) {
+  for (int64_t r = 0; r < m; ++r) {
+    float* c = t.c + r * t.ldc;
+    const float* gate = t.gate ? t.gate + r * t.gate_row : nullptr;
+    if (t.scale != 1.0f)
+      for (int64_t l = 0; l < n; ++l) c[l] *= t.scale;
+    if (t.bias)
+      for (int64_t l = 0; l < n; ++l) c[l] += t.bias[l];
+    if (t.relu)
+      for (int64_t l = 0; l < n; ++l) c[l] = c[l] < 0 ? 0 : c[l];
+    if (gate)
+      for (int64_t l = 0; l < n; ++l) c[l] = gate[l] <= 0 ? 0 : c[l];
+  }
 }
 
 }  // namespace MMC_ISA

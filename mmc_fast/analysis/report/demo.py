@@ -14,14 +14,22 @@ from .document import Callout, Report, Section
 from .drawings import draw_fresh_discriminator, draw_game, draw_missing_rates, draw_reliance
 from .figures import Drawing
 from .reliance import Verdict
-from .runs import RunSet, group_runs
+from .runs import RunSet, group_runs, method_of
 from .sections import chance_score, game_section, results_section, settings_section, summary_section
 from .words import reliance_verdicts
 
 __all__ = ["DemoFindings", "demo_drawings", "demo_findings", "demo_report"]
 
 Predictions = Mapping[str, NDArray[Any]]
-BASE, FOCUS, MASKED = "vanilla", "ebr", "dropout"
+BASE, FOCUS, MASKED = "vanilla", ("ebr", "robust"), "dropout"
+
+
+FORMS = (
+    "**Two forms of EBR.** EBR is the published method: a missing modality is decoded from the latent of the available "
+    "one that ranks nearest. EBR robust is the form that this project's study found to work best, not the authors': "
+    "residual heads, a weak game, and training with random masks that are filled with the mean of the present latents, "
+    "as at inference. It meets missing modalities in training, as modality dropout does; EBR does not."
+)
 
 
 @dataclass(frozen=True)
@@ -76,18 +84,19 @@ def demo_report(findings: Sequence[DemoFindings], facts: Mapping[str, str], *, q
         f"mmc-fast {version}. This page is self-contained and loads nothing.",
     )
     sets = [f.runs for f in findings]
+    focus = _focus(findings[0].runs)
     summary = summary_section(
-        sets, [f.comparison for f in findings], [f.chance for f in findings], base=BASE, focus=FOCUS
+        sets, [f.comparison for f in findings], [f.chance for f in findings], base=BASE, focus=focus
     )
     if quick:
         warning = Callout("This was a smoke run of a few epochs and one seed. Its numbers mean **nothing**.", "warning")
         summary = Section(summary.title, [warning, *summary.blocks])
     report.add_section(summary)
     for f in findings:
-        report.add_section(results_section(f.runs, f.comparison, f.chance, base=BASE, focus=FOCUS, masked=MASKED))
-    report.add_section(game_section(sets, focus=FOCUS))
+        report.add_section(results_section(f.runs, f.comparison, f.chance, base=BASE, focus=focus, masked=MASKED))
+    report.add_section(game_section(sets, focus=focus))
     configs = {sets[0].name(m): runs[0]["config"] for m, runs in sets[0].methods.items()}
-    return report.add_section(settings_section(facts, configs))
+    return report.add_section(settings_section(facts, configs, note=FORMS if "robust" in focus else ""))
 
 
 def demo_drawings(findings: Sequence[DemoFindings]) -> dict[str, Drawing]:
@@ -96,19 +105,28 @@ def demo_drawings(findings: Sequence[DemoFindings]) -> dict[str, Drawing]:
     for f in findings:
         name = f.runs.dataset
         drawings[f"{name}-missing-rates"] = draw_missing_rates(f.runs, f.comparison)
-        for method in (BASE, FOCUS):
+        for method in (BASE, *_focus(f.runs)):
             drawings[f"{name}-reliance-{method}"] = draw_reliance(f.runs, method, f.chance)
-        games = [run["game"] for run in f.runs.methods[FOCUS]]
-        if all(game and game["fresh_discriminator"] for game in games):
-            drawings[f"{name}-game"] = draw_game(f.runs, FOCUS, games[0]["fresh_discriminator"]["chance"])
-    playing = [f.runs for f in findings if f"{f.runs.dataset}-game" in drawings]
-    if playing:
-        drawings["fresh-discriminator"] = draw_fresh_discriminator(playing, FOCUS)
+    for method in _focus(findings[0].runs):
+        played = [f.runs for f in findings if all(_fresh(run) for run in f.runs.methods[method])]
+        for runs in played:
+            chance = _fresh(runs.methods[method][0])["chance"]
+            drawings[f"{runs.dataset}-game-{method}"] = draw_game(runs, method, chance)
+        if played:
+            drawings[f"fresh-discriminator-{method}"] = draw_fresh_discriminator(played, method)
     return drawings
 
 
+def _focus(runs: RunSet) -> tuple[str, ...]:
+    return tuple(method for method in FOCUS if method in runs.methods)
+
+
+def _fresh(run: Mapping[str, Any]) -> Any:
+    return (run.get("game") or {}).get("fresh_discriminator")
+
+
 def _key(results: Mapping[str, Any]) -> tuple[str, str, int]:
-    return results["data"]["name"], results["method"], results["seed"]
+    return results["data"]["name"], method_of(results), results["seed"]
 
 
 def _by_rate(predictions: Predictions) -> dict[float, NDArray[Any]]:

@@ -23,8 +23,8 @@ from mmc_fast.analysis.report.document import Figure
 __all__ = ["Drawing", "Line", "Reference", "bars", "lines", "series_colour"]
 
 INK, SOFT, GRID, PAGE = "#1b1e23", "#5b636e", "#d9dde2", "#ffffff"
-SERIES = ("#4c566a", "#0072b2", "#b8860b", "#c2410c", "#6b4fbb", "#00805f", "#b3377f")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SERIES = ("#4c566a", "#0072b2", "#b8860b", "#c2410c", "#6b4fbb", "#00805f", "#b3377f", "#7a5230")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--line", PAGE: "--page"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES, start=1)
 }
@@ -104,7 +104,7 @@ class Drawing:
 
 
 def series_colour(index: int) -> str:
-    """Colour of the series at ``index``; distinct for the first seven and safe for colour-blind readers."""
+    """Colour of the series at ``index``; distinct for the first eight and safe for colour-blind readers."""
     return SERIES[index % len(SERIES)]
 
 

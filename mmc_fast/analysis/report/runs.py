@@ -9,16 +9,21 @@ from typing import Any
 from ...errors import InputError
 from ..statistics import mean_sd
 
-__all__ = ["RunSet", "display_name", "group_runs", "series_index"]
+__all__ = ["RunSet", "display_name", "group_runs", "method_of", "series_index"]
 
 Results = Mapping[str, Any]
 
-NAMES = {"vanilla": "vanilla", "dropout": "modality dropout", "kd": "KD", "ebr": "EBR"}
+NAMES = {"vanilla": "vanilla", "dropout": "modality dropout", "kd": "KD", "ebr": "EBR", "robust": "EBR robust"}
 
 
 def display_name(method: str) -> str:
     """How a method is called in tables and drawings."""
     return NAMES.get(method, method)
+
+
+def method_of(run: Results) -> str:
+    """The preset of a run where it has one, else its method."""
+    return run.get("preset", run["method"])
 
 
 def series_index(methods: Sequence[str]) -> dict[str, int]:
@@ -89,7 +94,7 @@ def group_runs(runs: Iterable[Results], titles: Mapping[str, str] | None = None)
     """
     grouped: dict[str, dict[str, list[Results]]] = {}
     for run in runs:
-        grouped.setdefault(run["data"]["name"], {}).setdefault(run["method"], []).append(run)
+        grouped.setdefault(run["data"]["name"], {}).setdefault(method_of(run), []).append(run)
     if not grouped:
         raise InputError("no finished runs to report")
     sets = []

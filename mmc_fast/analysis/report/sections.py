@@ -34,19 +34,24 @@ def chance_score(metric: str, labels: ArrayLike) -> float:
 
 
 def summary_section(
-    runs: Sequence[RunSet], comparisons: Sequence[Comparison], chances: Sequence[float], *, base: str, focus: str
+    runs: Sequence[RunSet],
+    comparisons: Sequence[Comparison],
+    chances: Sequence[float],
+    *,
+    base: str,
+    focus: Sequence[str],
 ) -> Section:
-    """The findings in a few sentences: collapse in the ``base`` method, and what ``focus`` gains or loses."""
+    """The findings in a few sentences: collapse in the ``base`` method, and what each of ``focus`` gains or loses."""
     blocks: list[Block] = []
     for run_set, comparison, chance in zip(runs, comparisons, chances, strict=True):
         collapsed = any(v.kind == "collapsed" for v in reliance_verdicts(run_set, base, chance))
         blocks.append(Callout(collapse_summary(run_set, base, chance), "finding" if collapsed else "note"))
-        blocks.append(Text("\n\n".join(comparison_words(comparison, focus))))
+        blocks.append(Text("\n\n".join(words for method in focus for words in comparison_words(comparison, method))))
     return Section("What the runs show", blocks)
 
 
 def results_section(
-    runs: RunSet, comparison: Comparison, chance: float, *, base: str, focus: str, masked: str | None
+    runs: RunSet, comparison: Comparison, chance: float, *, base: str, focus: Sequence[str], masked: str | None
 ) -> Section:
     """Table, missing rates, reliance of ``base`` and ``focus``, and a sentence per modality for one data set."""
     names = {method: runs.name(method) for method in runs.methods}
@@ -59,7 +64,7 @@ def results_section(
     blocks: list[Block] = [
         table,
         Panels([draw_missing_rates(runs, comparison).figure(), _validation(runs)]),
-        Panels([draw_reliance(runs, method, chance).figure() for method in (base, focus)]),
+        Panels([draw_reliance(runs, method, chance).figure() for method in (base, *focus)]),
         _reliance_table(runs, chance, base=base, focus=focus, masked=masked),
         Text("\n\n".join(collapse_words(runs, base, chance, masked))),
         Details("Differences between all methods, with intervals", [_differences(runs, comparison)]),
@@ -68,17 +73,19 @@ def results_section(
     return Section(_heading(runs), blocks)
 
 
-def game_section(runs: Sequence[RunSet], *, focus: str) -> Section:
+def game_section(runs: Sequence[RunSet], *, focus: Sequence[str]) -> Section:
     """Losses of both players over the epochs, and what a fresh discriminator finds at the end."""
-    playing = [r for r in runs if all(run.get("game") for run in r.methods[focus])]
-    if not playing:
+    playing = {m: [r for r in runs if all(_fresh(run) for run in r.methods[m])] for m in focus}
+    if not any(playing.values()):
         return Section("The adversarial game", [Text("No run plays it: λ is 0 or there is one modality.")])
     figures = []
-    for run_set in playing:
-        chance = run_set.methods[focus][0]["game"]["fresh_discriminator"]["chance"]
+    for run_set in runs:
         figures.append(draw_history(run_set, "loss_sem", "training loss L_sem", "cross-entropy").figure())
-        figures.append(draw_game(run_set, focus, chance).figure())
-    figures.append(draw_fresh_discriminator(playing, focus).figure())
+        for method in focus:
+            if run_set in playing[method]:
+                chance = _fresh(run_set.methods[method][0])["chance"]
+                figures.append(draw_game(run_set, method, chance).figure())
+    figures += [draw_fresh_discriminator(sets, method).figure() for method, sets in playing.items() if sets]
     explanation = (
         "EBR lets the encoders work against a discriminator ψ that names the modality of a latent. The loss L_md alone "
         "cannot tell who wins, since a weak ψ also has a high loss; so a fresh discriminator is trained to convergence "
@@ -86,12 +93,12 @@ def game_section(runs: Sequence[RunSet], *, focus: str) -> Section:
     )
     return Section(
         "The adversarial game",
-        [Text(explanation), *[Text(game_words(r, focus)) for r in playing], Panels(figures)],
+        [Text(explanation), *[Text(game_words(r, m)) for m, sets in playing.items() for r in sets], Panels(figures)],
     )
 
 
-def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]]) -> Section:
-    """Environment, how to read the numbers, and the full configuration of every method."""
+def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]], *, note: str = "") -> Section:
+    """Environment, how to read the numbers (after an own ``note``), and the full configuration of every method."""
     reading = (
         "**Missing data.** Each modality of each test row is hidden independently with the nominal rate; a row that "
         "would lose everything is drawn again. Seeds share their masks between methods.\n\n"
@@ -108,7 +115,14 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
     table = Table(
         ["setting", *configs], rows, "All settings of every method; a dash where a method does not have the setting."
     )
-    return Section("How to read this, and settings", [Text(reading), Facts(facts), Details("All settings", [table])])
+    return Section(
+        "How to read this, and settings",
+        [Text(f"{note}\n\n{reading}".strip()), Facts(facts), Details("All settings", [table])],
+    )
+
+
+def _fresh(run: Mapping[str, Any]) -> Any:
+    return (run.get("game") or {}).get("fresh_discriminator")
 
 
 def _heading(runs: RunSet) -> str:
@@ -119,18 +133,18 @@ def _validation(runs: RunSet) -> Any:
     return draw_history(runs, "val_score", "validation score", metric_name(runs.metric)).figure()
 
 
-def _reliance_table(runs: RunSet, chance: float, *, base: str, focus: str, masked: str | None) -> Table:
-    verdicts = {method: {v.modality: v for v in reliance_verdicts(runs, method, chance)} for method in (base, focus)}
+def _reliance_table(runs: RunSet, chance: float, *, base: str, focus: Sequence[str], masked: str | None) -> Table:
+    verdicts = {method: {v.modality: v for v in reliance_verdicts(runs, method, chance)} for method in (base, *focus)}
     control = runs.reliance(masked) if masked is not None else {}
     columns = ["modality", "alone"]
-    for method in (base, focus):
+    for method in (base, *focus):
         name = display_name(method)
         columns += [f"{name}: without", f"{name}: only", f"{name}: verdict"]
     columns += [f"{display_name(masked)}: only"] if masked is not None else []
     rows: list[list[Cell | str]] = []
     for modality, scores in runs.reliance(base).items():
         row: list[Cell | str] = [modality, _number(scores.get("alone"))]
-        for method in (base, focus):
+        for method in (base, *focus):
             own, verdict = runs.reliance(method)[modality], verdicts[method].get(modality)
             row += [_number(own["without"]), _number(own["only"])]
             row.append(Cell(verdict.kind, strong=verdict.kind == "collapsed") if verdict else "–")

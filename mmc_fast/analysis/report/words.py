@@ -91,8 +91,8 @@ def game_words(runs: RunSet, method: str) -> str:
     else:
         verdict = "the latents are partly modality-invariant"
     text = (
-        f"On {runs.dataset} a discriminator trained afresh on the frozen latents names the modality with balanced "
-        f"accuracy {accuracy:.3f}{spread} (chance {chance:.3f}): {verdict}."
+        f"On {runs.dataset} a discriminator trained afresh on the frozen latents of {display_name(method)} names the "
+        f"modality with balanced accuracy {accuracy:.3f}{spread} (chance {chance:.3f}): {verdict}."
     )
     distances = [g["distance_to_lambda0"] for g in games if g.get("distance_to_lambda0") is not None]
     if distances:
