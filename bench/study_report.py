@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import matplotlib
 
@@ -14,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from study import EXPLORED, LOG, PREDICTIONS, ROOT, SETS, STAGES, dataset
+from study import EXPLORED, FROZEN, LOG, PREDICTIONS, ROOT, SETS, STAGES, dataset
 
 from mmc_fast.analysis.statistics import ResampledScores, average, mean_sd, resample_counts, resampled_scores
 
@@ -93,9 +92,9 @@ def resampled(rows: list[dict], name: str, seeds: list[int], counts) -> dict[str
 
 def intervals(rows: list[dict]) -> dict:
     """Paired intervals of robust against vanilla and the competitor, for every set whose predictions are here."""
-    found = {}
+    frozen, found = json.loads(FROZEN.read_text())["test"], {}
     for s in SETS:
-        here = [row for row in rows if row["stage"] == "test" and row["set"] == s]
+        here = [r for r in rows if r["stage"] == "test" and r["set"] == s and r["name"] in frozen]
         names = list(dict.fromkeys(row["name"] for row in here))
         seeds = sorted(set.intersection(*({r["seed"] for r in here if r["name"] == n} for n in names))) if names else []
         if not seeds or not {ROBUST, COMPETITOR, VANILLA} <= set(names):
