@@ -43,14 +43,14 @@ def plain(**settings) -> dict:
 
 def ebr(heads: dict, **settings) -> dict:
     """Residual heads, random masks in training, mean of the present latents in the hidden slots; ``heads`` on top."""
-    base = {"residual": True, "substitute": "mean", "reversal": 0.0}
+    base = {"residual": True, "normalize": False, "substitute": "mean", "reversal": 0.0}
     loop = {"modality_dropout": 0.5, "substitute_in_training": True}
     return COMMON | {"method": "ebr"} | loop | settings | {"ebr": HEADS | base | heads}
 
 
 def paper(heads: dict, **settings) -> dict:
     """The published form: plain heads, no masks in training, ranked substitution at inference."""
-    base = {"reversal": 1.0}
+    base = {"residual": False, "normalize": False, "substitute": "ranked", "reversal": 1.0}
     return COMMON | {"method": "ebr", "unimodal_share": 0.3} | settings | {"ebr": HEADS | base | heads}
 
 
@@ -121,7 +121,10 @@ def dataset(name: str):
 
 
 def key_of(job: dict) -> str:
-    text = json.dumps([job["set"], job["config"], job["seed"], job["part"]], sort_keys=True)
+    from mmc_fast.training import TrainConfig
+
+    config = TrainConfig.from_dict(job["config"]).to_dict()
+    text = json.dumps([job["set"], config, job["seed"], job["part"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -142,6 +145,7 @@ def run(job: dict) -> dict:
         torch.save([vars(p) for p in result.predictions], folder / "predictions.pt")
     scores, game = result.results["scores"], result.results["game"]
     line = {k: job[k] for k in ("stage", "name", "set", "seed", "part", "config")} | {"key": key_of(job)}
+    line["config"] = config.to_dict()  # every setting, so that a later change of a default cannot change the line
     line["complete"] = scores["complete"]
     line["missing"] = [row["score"] for row in scores["missing"]]
     line["mean_missing"] = scores["mean_missing"]
