@@ -12,7 +12,7 @@ from mmc_fast.training.masks import epoch_order
 from mmc_fast.training.parts import fingerprint
 from mmc_fast.training.runfolder import RunFolder
 from mmc_fast.training.seeds import generator, seeded_init
-from mmc_fast.training.unimodal import UnimodalModel, train_unimodal
+from mmc_fast.training.unimodal import UnimodalModel, UnimodalModels, train_unimodal
 
 
 def trained(dataset, config, seed):
@@ -64,11 +64,18 @@ def test_strongest_and_order(seed):
     }
     b = noise["b"] + 6 * told
     c = noise["c"]
-    c[:, :3] += 1.5 * told
-    found = trained(replace(dataset, features={"a": noise["a"], "b": b, "c": c}), small("vanilla", lr=0.01), seed)
+    c[:, :3] += 2 * told
+    config = small("vanilla", epochs=6, lr=0.01)
+    found = trained(replace(dataset, features={"a": noise["a"], "b": b, "c": c}), config, seed)
     assert found.strongest == "b"
     assert found.weakest_first() == ["a", "c", "b"]
     assert not any(p.requires_grad for m in found.models.values() for p in m.parameters())
+
+
+def test_the_first_of_equals_is_the_stronger():
+    found = UnimodalModels({}, {"a": 0.5, "b": 0.7, "c": 0.7, "d": 0.5}, {})
+    assert found.strongest == "b"
+    assert found.weakest_first() == ["d", "a", "c", "b"]
 
 
 def test_share_of_the_budget(seed):

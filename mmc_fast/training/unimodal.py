@@ -51,11 +51,11 @@ class UnimodalModels:
     @property
     def strongest(self) -> str:
         """The modality with the best validation score (the first of equals)."""
-        return max(self.scores, key=lambda name: self.scores[name])
+        return self.weakest_first()[-1]
 
     def weakest_first(self) -> list[str]:
-        """Modalities by rising validation score."""
-        return sorted(self.scores, key=lambda name: self.scores[name])
+        """Modalities by rising validation score; of equals the one that comes first in the data set is the stronger."""
+        return sorted(self.scores, key=lambda name: self.scores[name], reverse=True)[::-1]
 
     @torch.no_grad()
     def predict(self, name: str, x: Tensor) -> Tensor:
