@@ -114,6 +114,8 @@ def fuzz(seeds: range, dtype: torch.dtype) -> None:
     for seed in seeds:
         case = wide_case(seed, dtype)
         ratios += check_against_float64(case, f"wide_case({seed}, {dtype}); {case.describe()}")
+    if not ratios:  # every case of a short range may have all of its rows absent: nothing to take a median of
+        return
     median = sorted(ratios)[len(ratios) // 2]
     assert median <= 1.5, f"seeds {seeds}, {dtype}: the median error is {median:.2f} times that of plain torch"
 
@@ -198,8 +200,8 @@ def test_low_precision_on_every_instruction_set(isa):
         pytest.skip(f"this processor has no {isa}")
     start = secrets.randbelow(2**31)
     with library.forced_isa(isa):
-        fuzz(range(start, start + 4), torch.bfloat16)
-        fuzz(range(start, start + 4), torch.float16)
+        fuzz(range(start, start + 8), torch.bfloat16)
+        fuzz(range(start, start + 8), torch.float16)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 13])
