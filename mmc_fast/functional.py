@@ -104,13 +104,13 @@ def _run(
     recompute: bool,
 ) -> EBROutput:
     m, dtype, device = len(features), features[0].dtype, features[0].device
-    for i, p in enumerate(params):
+    which = resolve_backend(backend, features[0])
+    for i, p in enumerate(params if which != "cpp" else ()):  # the native kernel looks for itself, at less cost
         if p.dtype != dtype or p.device != device:
             raise TypeError(
                 f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {dtype} on {device}; "
                 "cast the model or use torch.autocast"
             )
-    which = resolve_backend(backend, features[0])
     if which == "torch":
         heads = [params[4 * i : 4 * i + 4] for i in range(2 * m)]
         return EBROutput(

@@ -30,12 +30,26 @@ Unit unit_of(const KernelTable& table) {
   return {base::sgemm_tile, base::pack_rows, base::sgemm_thin, base::sgemm_finish};
 }
 
-// A panel buffer of this thread, kept between calls: an allocation per product would cost more than a small product.
+// Buffers of this thread, kept between calls: an allocation per product would cost more than a small product.
+struct Kept {
+  Buffer<float> buffer;
+  int64_t capacity = 0;
+  float* get(int64_t size) {
+    if (size > capacity) buffer = Buffer<float>(size), capacity = size;
+    return buffer.get();
+  }
+};
+
 float* panel_buffer(int64_t size) {
-  thread_local Buffer<float> buffer;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) buffer = Buffer<float>(size), capacity = size;
-  return buffer.get();
+  thread_local Kept kept;
+  return kept.get(size);
+}
+
+constexpr int64_t kKeptRows = 64 * 1024;  // floats; larger packed rows are allocated and given back
+
+float* rows_buffer(int64_t size) {
+  thread_local Kept kept;
+  return kept.get(size);
 }
 
 struct Product {
@@ -150,8 +164,9 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
   const int64_t chunks = std::max<int64_t>(1, ceil_div(k, pack_a ? kChain / 2 : kChain));
   const int64_t depth = std::max<int64_t>(1, ceil_div(k, chunks));
   const int64_t row_tiles = ceil_div(m, R), panels = ceil_div(n, L);
-  Buffer<float> packed_a;
-  if (pack_a) packed_a = Buffer<float>(row_tiles * R * depth);
+  const int64_t packed_size = pack_a ? row_tiles * R * depth : 0;
+  const Buffer<float> own = packed_size > kKeptRows ? Buffer<float>(packed_size) : Buffer<float>();
+  float* packed_a = packed_size > kKeptRows ? own.get() : pack_a ? rows_buffer(packed_size) : nullptr;
 
   // enough tasks for every thread, and rows in blocks of whole tiles
   const Pool used = 2.0 * m * n * std::max<int64_t>(1, k) < kParallelFlops ? serial_pool() : pool;
@@ -169,10 +184,10 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
     p.epilogue.add = epilogue.add || k0 > 0;
     if (!last) p.epilogue.bias = p.epilogue.gate = nullptr, p.epilogue.relu = false;
     if (pack_a) {
-      p.packed_a = packed_a.get();
+      p.packed_a = packed_a;
       parallel_for(used, row_tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * R; i < std::min(m, end * R); i += R) {
-          float* out = packed_a.get() + i * size;
+          float* out = packed_a + i * size;
           const float* src = p.a.data + i * a.row;
           if (a.row == 1) {
             unit.pack_rows(src, a.col, size, std::min(R, m - i), out, row_sums ? row_sums + i : nullptr);

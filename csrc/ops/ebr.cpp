@@ -70,10 +70,14 @@ void check_inputs(const Inputs& in) {
   }
   const auto fits = [&](int64_t n, int64_t inputs, int64_t outputs) {
     const Tensor &w = in.params[n], &b = in.params[n + 1];
+    for (const Tensor* p : {&w, &b})
+      TORCH_CHECK_TYPE(p->scalar_type() == type && p->is_cpu(), "ebr_step: parameter ", p == &w ? n : n + 1, " is ",
+                       p->scalar_type(), " on ", p->device(), " but features[0] is ", type,
+                       " on cpu; cast the model or use torch.autocast");
     TORCH_CHECK_VALUE(w.dim() == 2 && b.dim() == 1 && w.size(1) == inputs && (outputs < 0 || w.size(0) == outputs) &&
-                          b.size(0) == w.size(0) && w.scalar_type() == type && b.scalar_type() == type && w.is_cpu() && b.is_cpu(),
+                          b.size(0) == w.size(0),
                       "ebr_step: params[", n, "] has shape ", w.sizes(), " and params[", n + 1, "] ", b.sizes(), "; expected ",
-                      inputs, " columns, one bias per row, and the features' dtype");
+                      inputs, " columns and one bias per row");
     return w.size(0);
   };
   int64_t latent = -1;
@@ -120,6 +124,9 @@ struct Bound {
     TORCH_CHECK_VALUE(plan.error.empty(), plan.error);
     const auto m = static_cast<int64_t>(in.features.size());
     keep.reserve(in.params.size() + 1);
+    step.features.reserve(m);
+    for (auto* layers : {&step.encode1, &step.encode2, &step.decode1, &step.decode2}) layers->reserve(m);
+    step.psi.reserve(in.params.size() / 2 - 4 * m);
     for (const Tensor& f : in.features) step.features.push_back({pointer<T>(f), f.stride(0), f.stride(1)});
     for (int64_t i = 0; i < m; ++i) {
       step.encode1.push_back(layer(in.params, 4 * i));

@@ -35,13 +35,12 @@ const c10::TypedOperatorHandle<BackwardSchema>& backward_op() {
   return op;
 }
 
-// everything that is not differentiable, and the saved tensors on their way out
+// everything that is not differentiable
 struct Call {
   const OptionalTensor &present, &source, &normalizer;
   const Tensor& reversal;
   int64_t modalities;
   bool residual, normalize, recompute;
-  std::vector<Tensor> saved;
 };
 
 Tensor or_undefined(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
@@ -72,7 +71,6 @@ struct EbrStep : torch::autograd::Function<EbrStep> {
     ctx->save_for_backward(std::move(keep));
     ctx->set_materialize_grads(false);
     ctx->saved_data["sizes"] = std::vector<int64_t>{m, params, call->residual, call->normalize, call->recompute};
-    call->saved = std::move(saved);
     variable_list outputs = std::move(recovered);
     outputs.push_back(std::move(latents));
     outputs.push_back(std::move(discrimination));
@@ -129,10 +127,11 @@ Forward ebr_step(TensorList features, const OptionalTensor& present, const Optio
   inputs.insert(inputs.end(), features.begin(), features.end());
   inputs.insert(inputs.end(), params.begin(), params.end());
   if (with_source) inputs.push_back(*source);
-  Call call{present, source, normalizer, reversal, m, residual, normalize, recompute, {}};
+  Call call{present, source, normalizer, reversal, m, residual, normalize, recompute};
   variable_list outputs = EbrStep::apply(TensorList(inputs), &call);
   std::vector<Tensor> recovered(outputs.begin(), outputs.begin() + m);
-  return {std::move(recovered), outputs[m], outputs[m + 1], outputs[m + 2], std::move(call.saved)};
+  // the saved tensors stay with the graph: nobody above needs them, and each would become a Python object
+  return {std::move(recovered), outputs[m], outputs[m + 1], outputs[m + 2], {}};
 }
 
 constexpr const char* kNoDoubleBackward =

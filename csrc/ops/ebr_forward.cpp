@@ -63,6 +63,14 @@ void encode(const Step<T>& step, Kept<T>& kept, T* latents, Arena& arena) {
   }
 }
 
+// out = decoded (+ target); returns the squared error
+template <class T>
+float finish_element(T decoded, T target, bool residual, T& out) {
+  const float value = static_cast<float>(decoded), wanted = static_cast<float>(target), error = value - wanted;
+  out = residual ? static_cast<T>(value + wanted) : decoded;
+  return error * error;
+}
+
 // recovered = decoded (+ x); returns the sum of the squared errors of the rows that count, each over its width
 template <class T>
 double finish_slot(const Step<T>& step, int64_t i, const T* decoded, T* recovered) {
@@ -91,11 +99,11 @@ double finish_slot(const Step<T>& step, int64_t i, const T* decoded, T* recovere
       return;
     }
     float part[8] = {};
-    for (int64_t c = 0; c < d; ++c) {
-      const float value = static_cast<float>(y[c]), target = static_cast<float>(in[c * x.col]), error = value - target;
-      part[c & 7] += error * error;
-      out[c] = step.residual ? static_cast<T>(value + target) : y[c];
-    }
+    int64_t c = 0;
+    if (x.col == 1)
+      for (; c + 8 <= d; c += 8)
+        for (int64_t l = 0; l < 8; ++l) part[l] += finish_element(y[c + l], in[c + l], step.residual, out[c + l]);
+    for (; c < d; ++c) part[0] += finish_element(y[c], in[c * x.col], step.residual, out[c]);
     errors[b] = ((part[0] + part[1]) + (part[2] + part[3]) + ((part[4] + part[5]) + (part[6] + part[7]))) / static_cast<float>(d);
   });
   double sum = 0;

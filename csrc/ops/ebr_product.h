@@ -12,9 +12,25 @@
 
 namespace mmc::ebr {
 
-// Scratch of one call: pieces of a few blocks. A Scope gives back at its end what was taken inside it.
+// Scratch of one call: pieces of a few blocks. A Scope gives back at its end what was taken inside it. The first block belongs
+// to the thread and stays, because the allocator would take longer than a small step.
 class Arena {
  public:
+  Arena() {
+    Block& first = thread_block();
+    if (first.size == 0) return;
+    blocks_.push_back(std::move(first));
+    first.size = 0;
+    borrowed_ = true;
+  }
+  ~Arena() {
+    if (!borrowed_ && (blocks_.empty() || blocks_[0].size > kThreadBlock)) return;
+    Block& first = thread_block();
+    if (first.size == 0) first = std::move(blocks_[0]);
+  }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
   class Scope {
    public:
     explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) {}
@@ -33,8 +49,8 @@ class Arena {
     const int64_t bytes = round_up(std::max<int64_t>(1, count) * static_cast<int64_t>(sizeof(T)), 64);
     while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) ++block_, used_ = 0;
     if (block_ == blocks_.size()) {
-      const int64_t size = std::max<int64_t>(bytes, 64 * 1024);
-      blocks_.push_back({Buffer<char>(size), size});
+      const int64_t size = std::max(bytes, kThreadBlock);
+      blocks_.push_back(Block{Buffer<char>(size), size});
       used_ = 0;
     }
     char* piece = blocks_[block_].bytes.get() + used_;
@@ -43,11 +59,17 @@ class Arena {
   }
 
  private:
+  static constexpr int64_t kThreadBlock = 256 * 1024;
   struct Block {
     Buffer<char> bytes;
-    int64_t size;
+    int64_t size = 0;
   };
+  static Block& thread_block() {
+    thread_local Block block;
+    return block;
+  }
   std::vector<Block> blocks_;
+  bool borrowed_ = false;
   size_t block_ = 0;
   int64_t used_ = 0;
 };

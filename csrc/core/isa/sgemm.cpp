@@ -104,14 +104,19 @@ void sgemm_tile(const TileCall& t) { kTiles[t.rows - 1][t.width == kLanes][t.a_c
 
 // dst[k * kRows + r] = src[k * stride + r] for r < count, 0 up to kRows; sums[r] += the column's sum over depth
 void pack_rows(const float* src, int64_t stride, int64_t depth, int64_t count, float* dst, float* sums) {
+  constexpr int kPart = kRows % 4 == 0 ? 4 : 2;
+  typedef float Part __attribute__((vector_size(kPart * 4), aligned(4)));
   float total[kRows] = {};
   if (count == kRows) {
+    Part sum[kRows / kPart] = {};
     for (int64_t k = 0; k < depth; ++k)
-      for (int r = 0; r < kRows; ++r) {
-        const float value = src[k * stride + r];
-        dst[k * kRows + r] = value;
-        total[r] += value;
+#pragma GCC unroll 3
+      for (int p = 0; p < kRows / kPart; ++p) {
+        const Part value = *reinterpret_cast<const Part*>(src + k * stride + p * kPart);
+        *reinterpret_cast<Part*>(dst + k * kRows + p * kPart) = value;
+        sum[p] += value;
       }
+    __builtin_memcpy(total, sum, sizeof(total));
   } else {
     for (int64_t k = 0; k < depth; ++k)
       for (int r = 0; r < kRows; ++r) {
