@@ -23,13 +23,15 @@ class Part:
     """Rows of one part (train, validation or test), in the order of the data set.
 
     ``features[i]`` float32 [N, d_i], ``present`` bool [N, m], ``labels`` int64 [N], ``index`` int64 [N] = the rows
-    in the data set that they come from.
+    in the data set that they come from. ``streamed``: the features lie in a file that is mapped into memory; read them
+    batch by batch.
     """
 
     features: list[Tensor]
     present: Tensor
     labels: Tensor
     index: Tensor
+    streamed: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)

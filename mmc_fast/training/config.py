@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..data.names import unknown
@@ -16,6 +16,7 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
+_LATER = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")  # came after runs had been recorded
 
 
 def _at_least(where: str, values: Mapping[str, float], low: float) -> None:
@@ -81,6 +82,11 @@ class TrainConfig:
         control: also train the twin with λ = 0 (EBR only; doubles the cost) to measure what the game changed.
         rates: MCAR missing rates at which the finished model is scored.
         checkpoint_every, keep_checkpoints: epochs between checkpoints, and how many are kept.
+        checkpoint_seconds: a checkpoint is also written when so much time has passed since the last one, in the middle
+            of an epoch too: what a killed run loses at most.
+        accumulate: pieces in which the rows of a step are processed, one after the other; changes only rounding.
+        clip_grad_norm: largest norm of the gradient over all parameters that move; None for no limit.
+        nonfinite: what happens where loss or gradient is NaN or infinite: "stop", or "skip" the batch and count it.
         ebr, kd: settings of the parts, None where the method has none.
     """
 
@@ -116,6 +122,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     ebr: EBRConfig | None = None
     kd: KDConfig | None = field(default=None)
+    checkpoint_seconds: float = 300.0
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion_hidden", tuple(self.fusion_hidden))
@@ -123,10 +133,12 @@ class TrainConfig:
         where = "config"
         check_choices(where, self)
         counts: tuple[str, ...] = ("epochs", "batch_size", "lr_decay_every", "encoder_width", "encoder_dim")
-        counts += ("fusion_dim", "fusion_heads", "fusion_depth", "checkpoint_every", "keep_checkpoints")
+        counts += ("fusion_dim", "fusion_heads", "fusion_depth", "checkpoint_every", "keep_checkpoints", "accumulate")
         _at_least(where, {name: getattr(self, name) for name in counts}, 1)
         _at_least(where, {name: getattr(self, name) for name in ("weight_decay", "unimodal_share")}, 0)
-        _positive(where, {"lr": self.lr, "lr_decay": self.lr_decay})
+        _positive(where, {"lr": self.lr, "lr_decay": self.lr_decay, "checkpoint_seconds": self.checkpoint_seconds})
+        if self.clip_grad_norm is not None:
+            _positive(where, {"clip_grad_norm": self.clip_grad_norm})
         for name, value in (("modality_dropout", self.modality_dropout), ("momentum", self.momentum)):
             if not 0 <= value < 1:
                 raise InputError(f"{where}: {name} is {value}; it must be at least 0 and below 1")
@@ -228,8 +240,14 @@ class TrainConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values of every setting, and ``method``."""
-        return {"method": self.method} | _plain(asdict(self))
+        """Plain JSON values of every setting, and ``method``.
+
+        Settings of :data:`_LATER` appear only where they differ from their defaults, which change nothing: so a record
+        written before they existed is still equal to, and has the same hash as, that of the same run today.
+        """
+        values = asdict(self)
+        unchanged = [f.name for f in fields(self) if f.name in _LATER and values[f.name] == f.default]
+        return {"method": self.method} | _plain({k: v for k, v in values.items() if k not in unchanged})
 
 
 def _plain(value: Any) -> Any:

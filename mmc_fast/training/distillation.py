@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import MultimodalDataset, Part
+from ..data import MultimodalDataset
 from ..errors import InputError
+from .autosave import Autosave
+from .checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fits_checkpoint,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    stripped,
+)
 from .config import KDConfig
+from .interrupt import InterruptGuard
 from .masks import epoch_order
 from .model import MultimodalModel
 from .parts import to_device
+from .progress import TrainingDiverged
 from .seeds import generator, seeded_init
 from .unimodal import UnimodalModels
 
@@ -55,74 +68,181 @@ def distil(
     *,
     seed: int,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    nonfinite: str = "stop",
+    checkpoint_seconds: float = 300.0,
+    stage: str = "distillation",
+    store: CheckpointStore | None = None,
+    guard: InterruptGuard | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Pretrain the encoders of the weaker modalities of ``model`` in place; returns what was done, pair by pair.
 
     Only train rows that have both modalities are used. The teacher (a unimodal encoder) is frozen; its features, the
     student's encoder and two linear projections to ``embedding_dim`` meet in :func:`info_nce`. The projections are
-    dropped afterwards.
+    dropped afterwards. ``nonfinite``: "stop" or "skip" a batch whose loss is NaN or infinite. ``store``, ``guard`` and
+    ``checkpoint``: where the stage (called ``stage``) saves itself every ``checkpoint_seconds``, what may interrupt it,
+    and the state that it continues from.
 
     Raises:
         InputError: fewer than two modalities.
+        TrainingDiverged: a loss became NaN or infinite.
+        Interrupted: the guard saw a signal; saved where there is a ``store``.
     """
     if len(dataset.modalities) < 2:
         raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
-    train = to_device(dataset.part("train"), model.class_prior.device)
-    done = []
-    for teacher, student in teaching_plan(unimodal, kd, seed):
-        losses = _distil_pair(model, train, dataset.modalities, teacher, student, unimodal, kd, seed, on_epoch)
-        done.append({"teacher": teacher, "student": student, "loss": losses})
-    return done
+    work = _Distillation(model, dataset, unimodal, kd, seed, nonfinite == "skip")
+    if checkpoint is not None:
+        work.restore(checkpoint)
+    work.run(Autosave(stage, store, guard or InterruptGuard(), checkpoint_seconds, work.state), on_epoch)
+    return work.done
 
 
-def _distil_pair(
-    model: MultimodalModel,
-    train: Part,
-    names: list[str],
-    teacher: str,
-    student: str,
-    unimodal: UnimodalModels,
-    kd: KDConfig,
-    seed: int,
-    on_epoch: Callable[[dict[str, Any]], None] | None,
-) -> list[float]:
-    device = model.class_prior.device
-    t, s = names.index(teacher), names.index(student)
-    both = train.present[:, t] & train.present[:, s]
-    if int(both.sum()) < 2:
-        raise InputError(f"kd: {int(both.sum())} train row(s) have both {teacher} and {student}; 2 or more are needed")
-    with torch.no_grad():
-        target = unimodal.models[teacher].encoder.to(device)(train.features[t][both])
-    x = train.features[s][both]
-    encoder = model.encoders[s]
-    with seeded_init(seed, "kd", "init", teacher, student):
-        project_student = nn.Linear(model.widths[s], kd.embedding_dim).to(device)
-        project_teacher = nn.Linear(target.shape[1], kd.embedding_dim).to(device)
-    moving = [*encoder.parameters(), *project_student.parameters(), *project_teacher.parameters()]
-    optimizer = torch.optim.Adam(moving, lr=kd.lr, fused=True)
-    order_of = generator(seed, "kd", "order", teacher, student)
-    losses = []
-    for epoch in range(kd.epochs):
-        total, seen = 0.0, 0
-        for rows in epoch_order(len(x), order_of).to(device).split(kd.batch_size):
-            if len(rows) < 2:
-                continue
-            a = F.normalize(project_student(encoder(x[rows])), dim=-1)
-            b = F.normalize(project_teacher(target[rows]), dim=-1)
-            loss = info_nce(a, b, kd.temperature)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total, seen = total + float(loss.detach()) * len(rows), seen + len(rows)
-        losses.append(total / seen)
-        if on_epoch is not None:
-            on_epoch(
-                {
-                    "stage": "distillation",
-                    "epoch": epoch + 1,
-                    "loss": losses[-1],
-                    "teacher": teacher,
-                    "student": student,
-                }
+class _Distillation:
+    """The pairs of the plan one after another, and everything that a checkpoint between two steps holds."""
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        dataset: MultimodalDataset,
+        unimodal: UnimodalModels,
+        kd: KDConfig,
+        seed: int,
+        skip: bool,
+    ) -> None:
+        self.model, self.unimodal, self.kd, self.seed, self.skip = model, unimodal, kd, seed, skip
+        self.names = dataset.modalities
+        self.device = model.class_prior.device
+        self.train = to_device(dataset.part("train"), self.device)
+        self.plan = teaching_plan(unimodal, kd, seed)
+        self.done: list[dict[str, Any]] = []
+        self.pair: _Pair | None = None
+
+    def state(self) -> tuple[Checkpoint, int, int]:
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {"done": self.done, "pair": None}
+        if self.pair is not None:
+            tensors, meta["pair"] = self.pair.state()
+        epoch, step = (0, 0) if self.pair is None else (self.pair.epoch, self.pair.step)
+        return Checkpoint(self.model.state_dict(), tensors, meta), len(self.done) * self.kd.epochs + epoch, step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        with fits_checkpoint("distillation"):
+            self.model.load_state_dict(checkpoint.weights)
+            self.done = checkpoint.meta["done"]
+            if checkpoint.meta["pair"] is not None:
+                self.pair = self._pair()
+                self.pair.restore(checkpoint.tensors, checkpoint.meta["pair"])
+
+    def _pair(self) -> _Pair:
+        teacher, student = self.plan[len(self.done)]
+        t, s = self.names.index(teacher), self.names.index(student)
+        both = self.train.present[:, t] & self.train.present[:, s]
+        if int(both.sum()) < 2:
+            raise InputError(
+                f"kd: {int(both.sum())} train row(s) have both {teacher} and {student}; 2 or more are needed"
             )
-    return losses
+        return _Pair(self, teacher, student, t, s, both)
+
+    def run(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        while len(self.done) < len(self.plan):
+            self.pair = self.pair or self._pair()
+            pair = self.pair
+            while pair.epoch < self.kd.epochs:
+                pair.train_epoch(autosave)
+                if on_epoch is not None:
+                    record = {"stage": "distillation", "epoch": pair.epoch, "loss": pair.losses[-1]}
+                    on_epoch(record | {"teacher": pair.teacher, "student": pair.student})
+                if autosave.guard.requested:
+                    autosave.stop()
+            self.done.append({"teacher": pair.teacher, "student": pair.student, "loss": pair.losses})
+            self.pair = None
+
+
+class _Pair:
+    """One teacher, one student, the two projections between them, and their optimiser."""
+
+    def __init__(self, work: _Distillation, teacher: str, student: str, t: int, s: int, both: Tensor) -> None:
+        self.work, self.teacher, self.student = work, teacher, student
+        kd, model, train = work.kd, work.model, work.train
+        self.encoder = model.encoders[s]
+        self.teaching = work.unimodal.models[teacher].encoder.to(work.device)
+        if train.streamed:
+            self.rows = both.nonzero().flatten()
+            self.taught, self.seen = train.features[t], train.features[s]
+            width = self.teaching.out_dim
+        else:
+            with torch.no_grad():
+                self.target = self.teaching(train.features[t][both])
+            self.x = train.features[s][both]
+            width = self.target.shape[1]
+        self.count = int(both.sum())
+        with seeded_init(work.seed, "kd", "init", teacher, student):
+            self.project_student = nn.Linear(model.widths[s], kd.embedding_dim).to(work.device)
+            self.project_teacher = nn.Linear(width, kd.embedding_dim).to(work.device)
+        self.projections = nn.ModuleList([self.project_student, self.project_teacher])
+        moving = [*self.encoder.parameters(), *self.projections.parameters()]
+        self.optimizer = torch.optim.Adam(moving, lr=kd.lr, fused=True)
+        self.order_of = generator(work.seed, "kd", "order", teacher, student)
+        self.order: Tensor | None = None  # row order of the epoch that runs
+        self.losses: list[float] = []  # one per epoch done
+        self.epoch = self.step = 0
+        self.total, self.counted = 0.0, 0  # loss summed over the rows of the epoch that runs
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
+        tensors |= prefixed("projections", self.projections.state_dict()) | {"generator": self.order_of.get_state()}
+        if self.order is not None:
+            tensors["order"] = self.order
+        meta = {"epoch": self.epoch, "step": self.step, "losses": self.losses}
+        return tensors, meta | {"total": self.total, "counted": self.counted}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        restore_optimizer(self.optimizer, stripped("optimizer", tensors))
+        self.projections.load_state_dict(stripped("projections", tensors))
+        self.order_of.set_state(tensors["generator"])
+        self.order = tensors.get("order")
+        self.epoch, self.step, self.losses = meta["epoch"], meta["step"], meta["losses"]
+        self.total, self.counted = meta["total"], meta["counted"]
+
+    def train_epoch(self, autosave: Autosave) -> None:
+        if self.order is None:
+            self.order = epoch_order(self.count, self.order_of)
+        batches = self.order.to(self.work.device).split(self.work.kd.batch_size)
+        while self.step < len(batches):
+            if len(batches[self.step]) >= 2:
+                self._train_step(*self._rows(batches[self.step]))
+            self.step += 1
+            if self.step < len(batches):
+                autosave.after_step()
+        if not self.counted:
+            raise TrainingDiverged(
+                f"every batch of distillation epoch {self.epoch + 1} ({self.teacher} to {self.student}) was skipped; "
+                "lower kd.lr or rescale the features"
+            )
+        self.losses.append(self.total / self.counted)
+        self.order, self.step, self.epoch = None, 0, self.epoch + 1
+        self.total, self.counted = 0.0, 0
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.work.train.streamed:
+            return self.x[rows], self.target[rows]
+        chosen = self.rows[rows]
+        with torch.no_grad():
+            return self.seen[chosen], self.teaching(self.taught[chosen])
+
+    def _train_step(self, x: Tensor, target: Tensor) -> None:
+        a = F.normalize(self.project_student(self.encoder(x)), dim=-1)
+        b = F.normalize(self.project_teacher(target), dim=-1)
+        loss = info_nce(a, b, self.work.kd.temperature)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            if self.work.skip:
+                return
+            raise TrainingDiverged(
+                f"the loss of distillation ({self.teacher} to {self.student}) became {value} in epoch "
+                f"{self.epoch + 1}, step {self.step + 1}; lower kd.lr or rescale the features"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.total, self.counted = self.total + value * len(x), self.counted + len(x)

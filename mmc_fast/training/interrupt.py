@@ -1,4 +1,4 @@
-"""Ctrl-C during a run: the first asks for an orderly end, the second ends at once."""
+"""Ctrl-C or SIGTERM during a run: the first asks for an orderly end, the second ends at once."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from .progress import Interrupted
 
 __all__ = ["InterruptGuard"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster that takes its machine back
+
 
 class InterruptGuard:
-    """Context manager that turns SIGINT into ``requested = True``, so that the loop can finish its step and save.
+    """Context manager that turns SIGINT and SIGTERM into ``requested = True``; the loop finishes its step and saves.
 
-    The handler is installed in the main thread only (elsewhere Python delivers no signals) and put back on exit. A
-    second Ctrl-C raises KeyboardInterrupt at once. Without ``with`` it is a plain flag that nobody sets.
+    The handlers are installed in the main thread only (elsewhere Python delivers no signals) and put back on exit. A
+    second signal raises KeyboardInterrupt at once. Without ``with`` it is a plain flag that nobody sets.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
-        self._installed = False
+        self.every_step = True  # one process may stop after any step, several stop where they have agreed to
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, self._previous)
-            self._installed = False
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -41,6 +42,6 @@ class InterruptGuard:
         self.requested = True
 
     def check(self, stage: str) -> None:
-        """Raise Interrupted where Ctrl-C came during a stage that is repeated rather than saved."""
+        """Raise Interrupted where a signal came during a stage that is repeated rather than saved."""
         if self.requested:
             raise Interrupted(f"interrupted during {stage}; a resumed run repeats this stage")

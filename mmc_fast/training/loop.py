@@ -16,7 +16,7 @@ from ..data import MultimodalDataset
 from ..data.names import unknown
 from ..errors import InputError
 from ..ops.backends import ran
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
 from .distillation import distil, teaching_plan
 from .environment import environment
@@ -81,8 +81,9 @@ def train(
 
     Raises:
         InputError: arguments that do not fit each other or the data; nothing has been written then.
-        Interrupted: Ctrl-C; state saved where there is a ``run_dir``.
+        Interrupted: Ctrl-C or SIGTERM; state saved where there is a ``run_dir``.
         TrainingDiverged: a loss became NaN or infinite.
+        SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
     """
     return _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device).execute(
         run_dir, resume, unimodal
@@ -152,10 +153,15 @@ class _Run:
         if run_dir is not None:
             self.folder = RunFolder.open(run_dir, self.identity(), resume)
             if self.folder.finished:
+                self.folder.close()
                 loaded = load_run(run_dir)
                 return TrainResult(loaded.model, loaded.results, loaded.unimodal, self.folder.path)
-        with self.guard:
-            return self._stages(unimodal)
+        try:
+            with self.guard:
+                return self._stages(unimodal)
+        finally:
+            if self.folder is not None:
+                self.folder.close()
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()
@@ -163,16 +169,19 @@ class _Run:
         self.unimodal = unimodal or stored
         main = self._checkpoint("train")
         control = self._checkpoint("control")
-        self.progress.on_start(self._epochs_left(main, control), self.config.method)
+        alone = self._checkpoint("unimodal") if self.unimodal is None else None
+        taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
+        self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
         if self.unimodal is None and self.config.unimodal_epochs:
-            self.unimodal = self._timed("unimodal", self._train_unimodal)
+            self.unimodal = self._timed("unimodal", lambda: self._train_unimodal(alone))
         if self.folder is not None and stored is None and self.unimodal is not None:
             self.folder.save_unimodal(self.unimodal)
-        run = self._fit("train", self.config, main)
+            self.folder.checkpoints("unimodal", 1).clear()
+        run = self._fit("train", self.config, main, taught["train"])
         twin = None
         if self.config.control and not self.trivial and self.config.ebr is not None:
             twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
-            twin = self._fit("control", twin_config, control)
+            twin = self._fit("control", twin_config, control, taught["control"])
         game = self._timed("game", lambda: self._game(run, twin))
         self.guard.check("the evaluation")
         scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
@@ -194,44 +203,54 @@ class _Run:
         self.timing[f"{name}_seconds"] = time.perf_counter() - started
         return result
 
-    def _on_stage_epoch(self, record: dict[str, Any]) -> None:
-        """Progress of a stage that is repeated, not resumed."""
-        self.progress.on_epoch(record)
-        self.guard.check(f"the stage {record['stage']}")
-
     def _stored_unimodal(self) -> UnimodalModels | None:
         if self.folder is None:
             return None
         return self.folder.load_unimodal(self.config, self.dataset.dims, self.dataset.num_classes)
 
-    def _train_unimodal(self) -> UnimodalModels:
+    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
         return train_unimodal(
             self.dataset,
             self.config,
             seed=self.seed,
             fingerprint=self.fingerprint,
             device=self.device,
-            on_epoch=self._on_stage_epoch,
+            on_epoch=self.progress.on_epoch,
+            store=self._store("unimodal"),
+            guard=self.guard,
+            checkpoint=checkpoint,
         )
 
-    def _checkpoint(self, stage: str) -> Checkpoint | None:
-        if self.folder is None:
-            return None
-        return self.folder.checkpoints(stage, self.config.keep_checkpoints).latest()
+    def _store(self, stage: str) -> CheckpointStore | None:
+        return None if self.folder is None else self.folder.checkpoints(stage, self.config.keep_checkpoints)
 
-    def _epochs_left(self, main: Checkpoint | None, control: Checkpoint | None) -> int:
+    def _checkpoint(self, stage: str) -> Checkpoint | None:
+        store = self._store(stage)
+        return None if store is None else store.latest()
+
+    def _epochs_left(
+        self,
+        alone: Checkpoint | None,
+        main: Checkpoint | None,
+        control: Checkpoint | None,
+        taught: dict[str, Checkpoint | None],
+    ) -> int:
         config = self.config
-        total = 0 if self.unimodal is not None else config.unimodal_epochs
-        runs = [main] if self.trivial or not config.control else [main, control]
-        for checkpoint in runs:
+        total = 0
+        if self.unimodal is None:
+            total = config.unimodal_epochs - (0 if alone is None else int(alone.meta["epoch"]))
+        runs = {"train": main} if self.trivial or not config.control else {"train": main, "control": control}
+        for stage, checkpoint in runs.items():
             total += config.epochs - (0 if checkpoint is None else int(checkpoint.meta["epoch"]))
             if checkpoint is None and config.kd is not None:
                 m = len(self.dataset.modalities)
                 pairs = m - 1 if config.kd.teachers == "strongest" else m * (m - 1) // 2
-                total += pairs * config.kd.epochs
+                total += pairs * config.kd.epochs - _epochs_taught(taught[stage], config.kd.epochs)
         return total
 
-    def _fit(self, stage: str, config: TrainConfig, checkpoint: Checkpoint | None) -> Trainer:
+    def _fit(
+        self, stage: str, config: TrainConfig, checkpoint: Checkpoint | None, taught: Checkpoint | None
+    ) -> Trainer:
         """Train one model from scratch or from its checkpoint; the run and its control share this."""
         with seeded_init(self.seed, "init"):
             model = MultimodalModel(self.dataset.dims, self.dataset.num_classes, config)
@@ -239,7 +258,6 @@ class _Run:
         train_part = self.dataset.part("train")
         counts = torch.bincount(train_part.labels, minlength=self.dataset.num_classes)
         model.class_prior.copy_(counts / counts.sum())
-        store = None if self.folder is None else self.folder.checkpoints(stage, config.keep_checkpoints)
         trainer = Trainer(
             model,
             self.dataset,
@@ -247,23 +265,42 @@ class _Run:
             seed=self.seed,
             stage=stage,
             reference=self.reference,
-            store=store,
+            store=self._store(stage),
             guard=self.guard,
             on_epoch=self.progress.on_epoch,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
-            unimodal, kd = self.unimodal, config.kd
-            self.distilled = self._timed(
-                "distillation",
-                lambda: distil(model, self.dataset, unimodal, kd, seed=self.seed, on_epoch=self._on_stage_epoch),
-            )
+            store = self._store(f"{stage}-distillation")
+            self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
             trainer.about = {"distilled": self.distilled}
             trainer.save()
+            if store is not None:
+                store.clear()
         self._timed(stage, trainer.fit)
         self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
         return trainer
+
+    def _distil(
+        self, model: MultimodalModel, stage: str, store: CheckpointStore | None, taught: Checkpoint | None
+    ) -> list[dict[str, Any]]:
+        if self.unimodal is None or self.config.kd is None:
+            raise RuntimeError("distillation needs unimodal models and a 'kd' section")
+        return distil(
+            model,
+            self.dataset,
+            self.unimodal,
+            self.config.kd,
+            seed=self.seed,
+            on_epoch=self.progress.on_epoch,
+            nonfinite=self.config.nonfinite,
+            checkpoint_seconds=self.config.checkpoint_seconds,
+            stage=f"{stage}-distillation",
+            store=store,
+            guard=self.guard,
+            checkpoint=taught,
+        )
 
     def _game(self, run: Trainer, twin: Trainer | None) -> dict[str, Any] | None:
         """The figures that say whether the game was played and what it changed; None without EBR."""
@@ -347,6 +384,13 @@ class _Run:
             "other_scores": {s["part"]: s for s in scores[1:]},
             "timing": self.timing,
         }
+
+
+def _epochs_taught(checkpoint: Checkpoint | None, epochs: int) -> int:
+    if checkpoint is None:
+        return 0
+    pair = checkpoint.meta["pair"]
+    return len(checkpoint.meta["done"]) * epochs + (0 if pair is None else int(pair["epoch"]))
 
 
 def _check_device(device: str) -> torch.device:

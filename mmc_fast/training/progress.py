@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-__all__ = ["Interrupted", "Progress", "Silent", "TrainingDiverged"]
+__all__ = ["Interrupted", "ProcessLost", "Progress", "SaveFailed", "Silent", "TrainingDiverged"]
 
 
 class Progress(Protocol):
@@ -38,8 +38,16 @@ class Silent:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run: the step was finished and, where there is a run folder, the state saved."""
+    """Ctrl-C or SIGTERM during a run: the step was finished and, where there is a run folder, the state saved."""
 
 
 class TrainingDiverged(RuntimeError):
     """A loss became NaN or infinite. The message names epoch and step and the last good checkpoint."""
+
+
+class SaveFailed(RuntimeError):
+    """A file of the run could not be written, as on a full disk. The message names the last good checkpoint."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of a distributed run died or stopped answering. The message names the last good checkpoint."""

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ..data import MultimodalDataset
 from ..data.names import unknown
-from .checkpoint import Checkpoint, CheckpointStore, optimizer_tensors, prefixed, restore_optimizer, stripped
+from .checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fits_checkpoint,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    stripped,
+)
 from .config import TrainConfig
 from .evaluate import masks_at, predict
 from .game import probe
@@ -92,6 +100,7 @@ class Trainer:
         self.ranking_current = False
         self.ranked = config.ebr is not None and config.ebr.substitute == "ranked"
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
+        self.saved = time.monotonic()
 
     def fit(self) -> None:
         """Run the epochs that are left; saves a checkpoint after each ``checkpoint_every`` of them.
@@ -156,6 +165,17 @@ class Trainer:
             if self.guard.requested:
                 self.spent += time.perf_counter() - started
                 self._interrupt()
+            elif self.store is not None and time.monotonic() - self.saved >= config.checkpoint_seconds:
+                self._save_within(started)
+
+    def _save_within(self, started: float) -> None:
+        """A checkpoint in the middle of an epoch; weights that are no longer finite must not replace good ones."""
+        if not self._weights_finite():
+            self._diverged(f"the weights became infinite or NaN in epoch {self.epoch + 1}, step {self.step}")
+        before = self.spent
+        self.spent += time.perf_counter() - started
+        self.save()
+        self.spent = before
 
     def _with_noise(self, x: Tensor) -> Tensor:
         """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
@@ -258,7 +278,7 @@ class Trainer:
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         tensors["sums"] = self.sums
-        tensors["loss_md"] = self.stepper.loss_md
+        tensors["loss_md"], tensors["reversal"] = self.stepper.loss_md, self.stepper.reversal
         if self.order is not None and self.masks is not None:
             tensors |= {"order": self.order, "masks": self.masks}
         meta = {
@@ -273,17 +293,22 @@ class Trainer:
             "stop": {"best": self.stop.best, "bad": self.stop.bad, "stopped_after": self.stop.stopped_after},
         }
         self.store.save(Checkpoint(self.model.state_dict(), tensors, meta), self.epoch, self.step)
+        self.saved = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint; what follows equals the run that was never interrupted."""
-        meta, tensors = checkpoint.meta, checkpoint.tensors
-        self.model.load_state_dict(checkpoint.weights)
+        with fits_checkpoint(self.stage):
+            self._restore(checkpoint.weights, checkpoint.tensors, checkpoint.meta)
+
+    def _restore(self, weights: dict[str, Tensor], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.model.load_state_dict(weights)
         restore_optimizer(self.optimizer, stripped("optimizer", tensors))
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
         self.sums = tensors["sums"].to(self.device)
         self.stepper.loss_md = tensors["loss_md"].to(self.device)
+        self.stepper.reversal.copy_(tensors["reversal"])  # after the last step of an epoch nobody sets it again
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
         self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]

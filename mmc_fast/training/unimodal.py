@@ -11,12 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import MultimodalDataset, Part
+from .autosave import Autosave
+from .checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fits_checkpoint,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    stripped,
+)
 from .config import TrainConfig
+from .interrupt import InterruptGuard
 from .masks import epoch_order
 from .metrics import score
 from .model import build_encoder
 from .optim import build_optimizer, set_learning_rate
-from .parts import to_device
+from .parts import Batches, row_pieces, to_device
+from .progress import TrainingDiverged
 from .seeds import generator, seeded_init
 
 __all__ = ["UnimodalModel", "UnimodalModels", "train_unimodal"]
@@ -81,60 +93,133 @@ def train_unimodal(
     fingerprint: str,
     device: str | torch.device = "cpu",
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    store: CheckpointStore | None = None,
+    guard: InterruptGuard | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> UnimodalModels:
     """Train one model per modality on the train rows that have it; keep each one's best validation epoch.
 
     All are trained side by side under the sum of their losses. Their parameters are disjoint, so this is the same as
-    training each alone, with one optimiser step in place of m.
+    training each alone, with one optimiser step in place of m. ``store``, ``guard`` and ``checkpoint``: where the stage
+    saves itself, what may interrupt it, and the state that it continues from.
+
+    Raises:
+        TrainingDiverged: a loss or weight became NaN or infinite.
+        Interrupted: the guard saw a signal; saved where there is a ``store``.
     """
-    with seeded_init(seed, "unimodal", "init"):
-        models = nn.ModuleList(UnimodalModel(d, dataset.num_classes, config) for d in dataset.dims.values()).to(device)
-    train, held_out = (to_device(dataset.part(name), device) for name in ("train", "validation"))
-    optimizer = build_optimizer({"all": list(models.parameters())}, config)
-    order_of = generator(seed, "unimodal", "order")
-    best_score = [-1.0] * len(models)
-    best_state = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
-    complete = bool(train.present.all())
-    for epoch in range(config.unimodal_epochs):
-        set_learning_rate(optimizer, config, epoch)
-        _train_epoch(
-            models, optimizer, train, epoch_order(len(train), order_of).to(device), config.batch_size, complete
-        )
-        for i, model in enumerate(models):
-            value = _validation_score(model, held_out, i, dataset.metric)
-            if value > best_score[i]:
-                best_score[i] = value
-                best_state[i] = {k: v.clone() for k, v in model.state_dict().items()}
-        if on_epoch is not None:
-            names = dataset.modalities
-            scores = dict(zip(names, best_score, strict=True))
-            on_epoch({"stage": "unimodal", "epoch": epoch + 1, "val_score": max(best_score), "scores": scores})
-    for model, state in zip(models, best_state, strict=True):
+    stage = _SideBySide(dataset, config, seed, device)
+    if checkpoint is not None:
+        stage.restore(checkpoint)
+    stage.fit(Autosave("unimodal", store, guard or InterruptGuard(), config.checkpoint_seconds, stage.state), on_epoch)
+    for model, state in zip(stage.models, stage.best_state, strict=True):
         model.load_state_dict(state)
         model.eval().requires_grad_(False)
-    named = dict(zip(dataset.modalities, models, strict=True))
+    named = dict(zip(dataset.modalities, stage.models, strict=True))
     return UnimodalModels(
         named,  # type: ignore[arg-type]
-        dict(zip(dataset.modalities, best_score, strict=True)),
+        dict(zip(dataset.modalities, stage.best_score, strict=True)),
         unimodal_key(dataset, config, seed, fingerprint),
     )
 
 
-def _train_epoch(models: nn.ModuleList, optimizer: Any, train: Part, order: Tensor, batch: int, complete: bool) -> None:
-    features = [x[order].split(batch) for x in train.features]
-    labels, present = train.labels[order].split(batch), train.present[order].split(batch)
-    for step in range(len(labels)):
-        losses = []
-        for i, model in enumerate(models):
-            x, y = features[i][step], labels[step]
-            if not complete:
-                here = present[step][:, i]
-                x, y = x[here], y[here]
-            if len(y):
-                losses.append(F.cross_entropy(model(x), y))
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()
-        optimizer.step()
+class _SideBySide:
+    """The stage and everything that its checkpoint holds."""
+
+    def __init__(self, dataset: MultimodalDataset, config: TrainConfig, seed: int, device: str | torch.device) -> None:
+        self.dataset, self.config = dataset, config
+        with seeded_init(seed, "unimodal", "init"):
+            models = nn.ModuleList(UnimodalModel(d, dataset.num_classes, config) for d in dataset.dims.values())
+        self.models = models.to(device)
+        self.train, self.held_out = (to_device(dataset.part(name), device) for name in ("train", "validation"))
+        self.optimizer = build_optimizer({"all": list(self.models.parameters())}, config)
+        self.order_of = generator(seed, "unimodal", "order")
+        self.order: Tensor | None = None  # row order of the epoch that runs
+        self.epoch = self.step = 0
+        self.best_score = [-1.0] * len(self.models)
+        self.best_state = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.models]
+        self.complete = bool(self.train.present.all())
+
+    def state(self) -> tuple[Checkpoint, int, int]:
+        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | {"generator": self.order_of.get_state()}
+        for i, best in enumerate(self.best_state):
+            tensors |= prefixed(f"best{i}", best)
+        if self.order is not None:
+            tensors["order"] = self.order
+        meta = {"epoch": self.epoch, "step": self.step, "best_score": self.best_score}
+        return Checkpoint(self.models.state_dict(), tensors, meta), self.epoch, self.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        tensors = checkpoint.tensors
+        with fits_checkpoint("unimodal"):
+            self.models.load_state_dict(checkpoint.weights)
+            restore_optimizer(self.optimizer, stripped("optimizer", tensors))
+            self.order_of.set_state(tensors["generator"])
+            device = self.train.labels.device
+            for i, best in enumerate(self.best_state):
+                self.best_state[i] = {k: v.to(device) for k, v in stripped(f"best{i}", tensors).items()}
+            self.order = tensors.get("order")
+            meta = checkpoint.meta
+            self.epoch, self.step, self.best_score = meta["epoch"], meta["step"], meta["best_score"]
+
+    def fit(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        names = self.dataset.modalities
+        while self.epoch < self.config.unimodal_epochs:
+            set_learning_rate(self.optimizer, self.config, self.epoch)
+            if self.order is None:
+                self.order = epoch_order(len(self.train), self.order_of)
+            self._train_epoch(self.order.to(self.train.labels.device), autosave)
+            self.order, self.step, self.epoch = None, 0, self.epoch + 1
+            for i, model in enumerate(self.models):
+                self._check_weights(model, names[i])
+                value = _validation_score(model, self.held_out, i, self.dataset.metric)
+                if value > self.best_score[i]:
+                    self.best_score[i] = value
+                    self.best_state[i] = {k: v.clone() for k, v in model.state_dict().items()}
+            if on_epoch is not None:
+                scores = dict(zip(names, self.best_score, strict=True))
+                record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
+                on_epoch(record | {"scores": scores})
+            if autosave.guard.requested:
+                autosave.stop()
+
+    def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:
+        batches = Batches(self.train, order, self.config.batch_size)
+        while self.step < len(batches):
+            rows, features, labels = batches[self.step]
+            losses = []
+            for i, model in enumerate(self.models):
+                x, y = features[i], labels
+                if not self.complete:
+                    here = self.train.present[rows][:, i]
+                    x, y = x[here], y[here]
+                if len(y):
+                    loss = F.cross_entropy(model(x), y)
+                    if self._usable(loss, i):
+                        losses.append(loss)
+            self.optimizer.zero_grad(set_to_none=True)
+            if losses:
+                torch.stack(losses).sum().backward()
+                self.optimizer.step()
+            self.step += 1
+            if self.step < len(batches):
+                autosave.after_step()
+
+    def _usable(self, loss: Tensor, i: int) -> bool:
+        if loss.device.type != "cpu" or bool(torch.isfinite(loss)):  # elsewhere looking costs a synchronisation
+            return True
+        if self.config.nonfinite == "skip":
+            return False
+        raise TrainingDiverged(
+            f"the loss of the unimodal model of {self.dataset.modalities[i]} became {float(loss.detach())} in epoch "
+            f"{self.epoch + 1}, step {self.step + 1}; rescale its features or lower the learning rate"
+        )
+
+    def _check_weights(self, model: nn.Module, name: str) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise TrainingDiverged(
+                f"the weights of the unimodal model of {name} became infinite or NaN in epoch {self.epoch}; "
+                "rescale its features or lower the learning rate"
+            )
 
 
 @torch.no_grad()
@@ -144,4 +229,6 @@ def _validation_score(model: nn.Module, part: Part, column: int, metric: str) ->
     labels = part.labels[here]
     if len(labels) == 0 or (metric == "auroc" and len(labels.unique()) < 2):
         return 0.5 if metric == "auroc" else 0.0
-    return score(torch.softmax(model(part.features[column][here]), -1).cpu(), labels.cpu(), metric)
+    pieces = row_pieces(part, here)
+    probabilities = torch.cat([torch.softmax(model(part.features[column][rows]), -1) for rows in pieces])
+    return score(probabilities.cpu(), labels.cpu(), metric)
