@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -131,6 +131,9 @@ def train(
         Path | None, typer.Option(help="Folder of the run, new or empty. [default: runs/DATA-METHOD-SEED]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the folder.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Continue where the folder holds this run, begin where it holds none.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     task: Task = None,
     variant: Variant = None,
@@ -145,7 +148,8 @@ def train(
 
     settings = build_config(config, method, epochs, assignments or [])
     options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
-    results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=resume, device=device, options=options)
+    again: bool | Literal["auto"] = "auto" if auto_resume else resume
+    results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=again, device=device, options=options)
     if as_json:
         _print_json(results)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ def run_train(
     *,
     seed: int,
     run_dir: Path | None,
-    resume: bool,
+    resume: bool | Literal["auto"],
     device: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:

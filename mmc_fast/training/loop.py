@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def train(
     *,
     seed: int,
     run_dir: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     progress: Progress | None = None,
     unimodal: UnimodalModels | None = None,
     evaluate_on: Sequence[str] = ("test",),
@@ -73,7 +73,8 @@ def train(
         seed: everything random is derived from it; the same seed and number of threads give the same numbers on
             the CPU.
         run_dir: folder for checkpoints and results (new or empty); None keeps everything in memory.
-        resume: continue the run in ``run_dir`` (it must be the same run); a finished one is opened and returned.
+        resume: continue the run in ``run_dir`` (it must be the same run); a finished one is opened and returned. "auto"
+            continues where there is a run and begins where there is none, so that one command can be repeated.
         unimodal: models of an earlier run with the same data, seed and settings, to save their training.
         evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
             so ``("validation",)`` never touches it. ``()`` scores nothing.
@@ -142,12 +143,14 @@ class _Run:
             "device": self.device.type,
         }
 
-    def execute(self, run_dir: str | Path | None, resume: bool, unimodal: UnimodalModels | None) -> TrainResult:
+    def execute(self, run_dir: str | Path | None, resume: bool | str, unimodal: UnimodalModels | None) -> TrainResult:
         key = unimodal_key(self.dataset, self.config, self.seed, self.fingerprint)
         if unimodal is not None and unimodal.key != key:
             raise InputError(
                 "unimodal: these models belong to other data, another seed or other settings; leave them out"
             )
+        if resume not in (True, False, "auto"):
+            raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to continue")
         if run_dir is not None:

@@ -62,7 +62,7 @@ class RunFolder:
         self._lock = FolderLock(path / LOCK_NAME, f"run_dir {path}")
 
     @classmethod
-    def open(cls, path: str | Path, identity: dict[str, Any], resume: bool) -> RunFolder:
+    def open(cls, path: str | Path, identity: dict[str, Any], resume: bool | str) -> RunFolder:
         """Create the folder for a new run, or open the folder of the same run again; :meth:`close` unlocks it.
 
         Raises:
@@ -70,6 +70,7 @@ class RunFolder:
                 configuration, seed, data or evaluated parts differ; a folder in which another run works.
         """
         folder = cls(Path(path))
+        resume = (folder.path / _RUN).is_file() if resume == "auto" else bool(resume)
         folder.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         try:
             folder._check(identity, resume)
