@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "SourceWeights",
+    "cosine_sums",
     "foreign_source",
     "latent_similarity",
     "mean_source",
     "pairwise_source",
     "rank_modalities",
     "ranked_source",
+    "similarity_of_sums",
 ]
 
 
@@ -26,21 +28,39 @@ def latent_similarity(latents: Tensor, present: Tensor) -> Tensor:
     ``present`` is bool ``[N, m]``. A pair that no sample has together gets -1 and a warning; the diagonal is 1.
     Use training (and validation) samples only. Cost: ``O(N m^2 k)``.
     """
+    return similarity_of_sums(cosine_sums(latents, present))
+
+
+def cosine_sums(latents: Tensor, present: Tensor) -> Tensor:
+    """Cosines summed over samples that have both modalities, and their number: float64 ``[2, m, m]``, upper triangles.
+
+    Sums of pieces of the samples add up to that of all.
+    """
     m = latents.shape[0]
     unit = F.normalize(latents.double(), dim=-1)
-    similarity = torch.eye(m, dtype=torch.float64)
+    sums = torch.zeros(2, m, m, dtype=torch.float64)
     for i in range(m):
         for j in range(i + 1, m):
             both = present[:, i] & present[:, j]
-            n = int(both.sum())
-            if n == 0:
+            sums[0, i, j] = (unit[i, both] * unit[j, both]).sum()
+            sums[1, i, j] = both.sum()
+    return sums
+
+
+def similarity_of_sums(sums: Tensor) -> Tensor:
+    """The similarity ``[m, m]`` of :func:`latent_similarity` from :func:`cosine_sums`."""
+    m = sums.shape[1]
+    similarity = torch.eye(m, dtype=torch.float64)
+    for i in range(m):
+        for j in range(i + 1, m):
+            if sums[1, i, j] == 0:
                 warnings.warn(
                     f"no sample has modalities {i} and {j} together; their similarity is set to -1",
                     stacklevel=2,
                 )
                 value = -1.0
             else:
-                value = float((unit[i, both] * unit[j, both]).sum()) / n
+                value = float(sums[0, i, j]) / int(sums[1, i, j])
             if value != value:
                 raise ValueError(f"latents of modality {i} or {j} are not finite; the ranking would be meaningless")
             similarity[i, j] = similarity[j, i] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Part
 from .model import MultimodalModel
 from .seeds import generator, seeded_init
+from .world import World
 
 __all__ = ["fresh_discriminator", "parameter_distance", "probe"]
 
@@ -28,29 +29,49 @@ def _norm(gradients: Iterable[Tensor | None]) -> float:
     return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
 
 
-def probe(model: MultimodalModel, part: Part, reversal: float) -> dict[str, float]:
+def probe(model: MultimodalModel, part: Part, reversal: float, world: World | None = None) -> dict[str, float | None]:
     """Gradient norms of both players under ``L_md`` and the accuracy of psi, on the rows of ``part``.
 
     "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)``
-    that the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs.
+    that the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs, None where
+    there is none. The processes of ``world`` share the rows.
     """
     if model.head is None:
         raise RuntimeError("probe: this model has no EBR heads, so there is no game to watch")
+    world = world or World()
     groups = model.groups()
-    psi, encoders = groups["discriminator"], groups["encoders"]
+    players = groups["discriminator"] + groups["encoders"]
+    pairs, normalizer = model.head_present(part.present).sum().double(), None
+    if world.size > 1:
+        mine = world.rows(len(part))
+        part = Part([x[mine] for x in part.features], part.present[mine], part.labels[mine], part.index[mine])
+        normalizer = pairs.float()
     present = None if bool(part.present.all()) else part.present
-    out = model.apply_head(model.encode(part.features, present), present, reversal=reversal)
-    gradients = torch.autograd.grad(out.discrimination_loss, psi + encoders, allow_unused=True)
+    out = model.apply_head(model.encode(part.features, present), present, None, reversal, normalizer)
+    gradients = torch.autograd.grad(out.discrimination_loss, players, allow_unused=True)
     with torch.no_grad():
         guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
         truth = torch.arange(guess.shape[0], device=guess.device)[:, None]
         here = model.head_present(part.present).t()
-        accuracy = float((guess == truth)[here].double().mean())
+        right = (guess == truth)[here].double().sum()
+    if world.size > 1:
+        gradients, right = _over_processes(gradients, players, right, world)
+    n = len(groups["discriminator"])
     return {
-        "grad_norm_psi": _norm(gradients[: len(psi)]),
-        "grad_norm_encoders": _norm(gradients[len(psi) :]),
-        "psi_accuracy": accuracy,
+        "grad_norm_psi": _norm(gradients[:n]),
+        "grad_norm_encoders": _norm(gradients[n:]),
+        "psi_accuracy": float(right / pairs) if pairs > 0 else None,
     }
+
+
+def _over_processes(
+    gradients: Sequence[Tensor | None], players: Sequence[Tensor], right: Tensor, world: World
+) -> tuple[list[Tensor | None], Tensor]:
+    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(players, gradients, strict=True)]
+    *flat, right = world.sum(torch.cat([*(p.double().reshape(-1) for p in parts), right.reshape(1)])).split(
+        [*(p.numel() for p in parts), 1]
+    )
+    return [piece.view_as(p) for piece, p in zip(flat, parts, strict=True)], right[0]
 
 
 @torch.no_grad()

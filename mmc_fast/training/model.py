@@ -131,13 +131,14 @@ class MultimodalModel(nn.Module):
         present: Tensor | None,
         source: Tensor | None = None,
         reversal: float | Tensor = 0.0,
+        normalizer: Tensor | None = None,
     ) -> EBROutput:
         """The EBR head on the features of its modalities; ``source`` is over these modalities."""
         if self.head is None:
             raise RuntimeError("this model has no EBR heads; give TrainConfig an 'ebr' section")
         inputs = [encoded[i] for i in self.columns]
         available = None if present is None else self.head_present(present)
-        return self.head(inputs, present=available, source=source, reversal=reversal)
+        return self.head(inputs, present=available, source=source, reversal=reversal, normalizer=normalizer)
 
     def latents(self, features: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
         """Latents ``g`` ``[h, B, k]`` of the modalities with a head; zeros where absent."""
@@ -149,18 +150,20 @@ class MultimodalModel(nn.Module):
         present: Tensor | None = None,
         source: Tensor | None = None,
         reversal: float | Tensor = 0.0,
+        normalizer: Tensor | None = None,
     ) -> ModelOutput:
         """Logits for features ``[B, d_i]`` and presence bool ``[B, m]`` (None: all present).
 
         ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills the slots of absent modalities; a filled slot is not
-        masked in the fusion. ``reversal`` is the lambda of the gradient reversal inside the head.
+        masked in the fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
+        denominators of its losses.
         """
         encoded = self.encode(features, present)
         if self.head is None:
             return ModelOutput(self.fusion(encoded, present), None)
         if self.source_weights is not None and present is not None:
             source = self.source_weights([encoded[i] for i in self.columns], self.head_present(present))
-        out = self.apply_head(encoded, present, source, reversal)
+        out = self.apply_head(encoded, present, source, reversal, normalizer)
         for slot, i in enumerate(self.columns):
             encoded[i] = out.recovered[slot]
         return ModelOutput(self.fusion(encoded, self._visible(present, source)), out)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..data import MultimodalDataset, Part
 
-__all__ = ["Batches", "fingerprint", "row_pieces", "to_device"]
+__all__ = ["STREAM_ROWS", "Batches", "fingerprint", "row_pieces", "to_device"]
 
-_ROWS = 4096  # of a streamed part that are in memory at a time
+STREAM_ROWS = 4096  # of a streamed part that are in memory at a time
 
 
 def to_device(part: Part, device: str | torch.device) -> Part:
@@ -30,21 +30,27 @@ def to_device(part: Part, device: str | torch.device) -> Part:
 class Batches:
     """The rows of a part in a given order, batch by batch: ``(rows [b], features, labels)``.
 
-    The features of a part in memory are put in order once; those of a streamed one are read when they are asked for.
+    The features of a part in memory are put in order once; those of a streamed one, or with ``lazy``, are read when
+    they are asked for.
     """
 
-    def __init__(self, part: Part, order: Tensor, size: int) -> None:
+    def __init__(self, part: Part, order: Tensor, size: int, lazy: bool = False) -> None:
         self.part, self.rows = part, order.split(size)
-        self.ordered = None if part.streamed else [x[order].split(size) for x in part.features]
+        self.ordered = None if part.streamed or lazy else [x[order].split(size) for x in part.features]
         self.labels = part.labels[order].split(size)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        rows = self.rows[n]
-        features = [x[rows] for x in self.part.features] if self.ordered is None else [x[n] for x in self.ordered]
-        return rows, features, self.labels[n]
+        if self.ordered is None:
+            return self.rows[n], self.features(n, slice(None)), self.labels[n]
+        return self.rows[n], [x[n] for x in self.ordered], self.labels[n]
+
+    def features(self, n: int, rows: slice) -> list[Tensor]:
+        """Features of some rows of batch ``n``."""
+        chosen = self.rows[n][rows]
+        return [x[chosen] for x in self.part.features]
 
 
 def row_pieces(part: Part, chosen: Tensor) -> Iterator[Tensor]:
@@ -52,7 +58,7 @@ def row_pieces(part: Part, chosen: Tensor) -> Iterator[Tensor]:
     if not part.streamed:
         yield chosen
         return
-    yield from chosen.nonzero().flatten().split(_ROWS)
+    yield from chosen.nonzero().flatten().split(STREAM_ROWS)
 
 
 def fingerprint(dataset: MultimodalDataset) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +17,7 @@ from .config import TrainConfig
 from .model import MultimodalModel
 from .substitution import source_for
 
-__all__ = ["Phase", "Stepper", "phase_of"]
+__all__ = ["Phase", "Share", "Stepper", "phase_of"]
 
 Phase = Literal["joint", "semantic", "adversarial"]
 
@@ -39,6 +41,22 @@ def phase_of(config: TrainConfig, epoch: int, stopped: bool) -> Phase:
     return "adversarial" if (epoch // config.ebr.interleave_epochs) % 2 else "semantic"
 
 
+@dataclass(frozen=True)
+class Share:
+    """What the losses of some rows of a step need to know about all of its rows: the denominators, and λ.
+
+    ``counts``: present (row, head) pairs. ``aligned``: those of rows with two or more. ``foreign``: the source of cross
+    recovery for these rows, with ``foreign_counts`` = (pairs, pairs that have a foreign source).
+    """
+
+    rows: int
+    strength: Tensor
+    counts: Tensor | None = None
+    aligned: Tensor | None = None
+    foreign: Tensor | None = None
+    foreign_counts: Tensor | None = None
+
+
 class Stepper:
     """Computes losses and moves the players of one model.
 
@@ -53,6 +71,7 @@ class Stepper:
         self.loss_md = torch.zeros((), device=device)  # of the step before, for the bounded game
         self.pull = self.reversal  # strength of the last step of L_md alone
         self.random = torch.Generator(device=device)  # of the foreign sources
+        self.clipped = 0  # gradients that clip_grad_norm has scaled down
 
     def losses(
         self,
@@ -62,39 +81,49 @@ class Stepper:
         labels: Tensor,
         source: Tensor | None = None,
         natural: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Total to descend, the parts ``[3]`` = (L_sem, L_md, L_rec) without graph, and the latents.
 
         A part that the phase does not compute is NaN. ``natural`` is the presence before anything was hidden; with
-        consistency the step takes both.
+        consistency the step takes both. With a ``share`` these are some rows of a larger step: losses are sums divided
+        by its counts, parts that are not computed 0, so that those of all rows add up.
         """
-        nan = labels.new_full((), float("nan"), dtype=torch.float32)
+        none = labels.new_full((), float("nan") if share is None else 0.0, dtype=torch.float32)
+        strength = self.strength(present) if share is None else share.strength
+        counts = None if share is None else share.counts
         if phase == "adversarial":
             encoded = self.model.encode(features, present)
-            self.pull = self._strength(present)
-            out = self.model.apply_head(encoded, present, source, self.pull)
-            self.loss_md = out.discrimination_loss.detach()
+            out = self.model.apply_head(encoded, present, source, strength, counts)
+            if share is None:
+                self.pull, self.loss_md = strength, out.discrimination_loss.detach()
             total, rec = out.discrimination_loss, out.reconstruction_loss
-            return total, torch.stack([nan, total.detach(), rec.detach()]), out.latents
-        result = self.model(features, present, source, self._strength(present))
-        semantic = F.cross_entropy(result.logits, labels)
-        extra = self._consistency(result.logits, features, natural, labels) if self.config.consistency else None
+            return total, torch.stack([none, total.detach(), rec.detach()]), out.latents
+        result = self.model(features, present, source, strength, counts)
+        semantic = _cross_entropy(result.logits, labels, share)
+        extra = self._consistency(result.logits, features, natural, labels, share) if self.config.consistency else None
         if extra is not None:
             semantic = (semantic + extra[0]) / 2
         if result.ebr is None:
             total = semantic if extra is None else semantic + extra[1]
-            return total, torch.stack([semantic.detach(), nan, nan]), None
+            return total, torch.stack([semantic.detach(), none, none]), None
         md, rec = result.ebr.discrimination_loss, result.ebr.reconstruction_loss
-        self.loss_md = md.detach()
+        if share is None:
+            self.loss_md = md.detach()
         total = semantic if extra is None else semantic + extra[1]
-        total = total + self._alignment(result.ebr.latents, features, present)
+        total = total + self._alignment(result.ebr.latents, features, present, share)
         if phase == "joint":
             total = total + md
         if self.config.ebr is not None and self.config.ebr.reconstruction > 0:
             total = total + self.config.ebr.reconstruction * rec
         return total, torch.stack([semantic.detach(), md.detach(), rec.detach()]), result.ebr.latents
 
-    def _strength(self, present: Tensor | None) -> Tensor:
+    def computed(self, phase: Phase) -> Tensor:
+        """bool ``[3]``: the parts that :meth:`losses` computes in a phase."""
+        ebr = self.config.ebr is not None
+        return torch.tensor([phase != "adversarial", ebr, ebr])
+
+    def strength(self, present: Tensor | None) -> Tensor:
         """λ of this step; the bounded game cuts it where the discriminator of the step before knew nothing."""
         if self.config.ebr is None or not self.config.ebr.bounded:
             return self.reversal
@@ -106,61 +135,131 @@ class Stepper:
         return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), self.reversal, 0)
 
     def _consistency(
-        self, masked: Tensor, features: Sequence[Tensor], natural: Tensor | None, labels: Tensor
+        self,
+        masked: Tensor,
+        features: Sequence[Tensor],
+        natural: Tensor | None,
+        labels: Tensor,
+        share: Share | None,
     ) -> tuple[Tensor, Tensor]:
         """L_sem on complete data, and the weighted divergence of the masked prediction from it."""
         source = None if natural is None or self.model.head is None else source_for(self.model, natural)
         complete = self.model(features, natural, source).logits
         target = complete.detach().log_softmax(-1)
-        divergence = F.kl_div(masked.log_softmax(-1), target, reduction="batchmean", log_target=True)
-        return F.cross_entropy(complete, labels), self.config.consistency * divergence
+        found = masked.log_softmax(-1)
+        if share is None:
+            divergence = F.kl_div(found, target, reduction="batchmean", log_target=True)
+        else:
+            divergence = F.kl_div(found, target, reduction="sum", log_target=True) / share.rows
+        return _cross_entropy(complete, labels, share), self.config.consistency * divergence
 
-    def _alignment(self, latents: Tensor, features: Sequence[Tensor], present: Tensor | None) -> Tensor | float:
+    def _alignment(
+        self, latents: Tensor, features: Sequence[Tensor], present: Tensor | None, share: Share | None
+    ) -> Tensor | float:
         ebr = self.config.ebr
         if ebr is None:
             return 0.0
         here = None if present is None else self.model.head_present(present)
         total: Tensor | float = 0.0
-        if ebr.alignment != "none":
-            measure = distance_alignment if ebr.alignment == "distance" else contrastive_alignment
-            total = ebr.alignment_weight * measure(latents, here)
+        if ebr.alignment == "contrastive":
+            total = ebr.alignment_weight * contrastive_alignment(latents, here)
+        elif ebr.alignment == "distance":
+            total = ebr.alignment_weight * distance_alignment(latents, here, None if share is None else share.aligned)
         if ebr.cross_recovery > 0:
-            foreign = foreign_source(here, latents.shape[1], latents.shape[0], self.random)
+            if share is None:
+                foreign, counts = foreign_source(here, latents.shape[1], latents.shape[0], self.random), None
+            else:
+                foreign, counts = share.foreign, share.foreign_counts
             encoded = self.model.encode(features, present)
-            total = total + ebr.cross_recovery * self.model.apply_head(encoded, present, foreign).reconstruction_loss
+            out = self.model.apply_head(encoded, present, foreign, normalizer=counts)
+            total = total + ebr.cross_recovery * out.reconstruction_loss
         return total
 
-    def update(self, phase: Phase, total: Tensor, latents: Tensor | None, present: Tensor | None) -> None:
-        """Backward and one step of the players that move in ``phase``; then the extra steps of psi."""
+    def update(self, phase: Phase, total: Tensor, latents: Tensor | None, present: Tensor | None) -> bool:
+        """Backward and one step of the players that move in ``phase``; then the extra steps of psi.
+
+        True where the gradient could not be used and nothing has moved; only looked at where the configuration clips
+        gradients or skips what is not finite.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        moving = _MOVING[phase]
+        self.rest(phase)
+        if self.take(phase):
+            return True
+        if latents is not None and "discriminator" in self.names(phase):
+            self._extra_discriminator_steps(latents.detach(), present)
+        return False
+
+    def names(self, phase: Phase) -> tuple[str, ...]:
+        """Groups of parameters that move in a phase."""
         # In a phase of L_md alone, encoders that receive no reversed gradient must not coast on their moments.
         still = phase == "adversarial" and float(self.pull) == 0.0
+        return tuple(name for name in _MOVING[phase] if not (still and name == "encoders"))
+
+    def moving(self, phase: Phase) -> list[nn.Parameter]:
+        """Parameters that move in a phase."""
+        moving = self.names(phase)
+        return [p for name, parameters in self.groups.items() if name in moving for p in parameters]
+
+    def rest(self, phase: Phase) -> None:
+        """Take the gradients of the other players away."""
+        moving = self.names(phase)
         for name, parameters in self.groups.items():
-            if name not in moving or (still and name == "encoders"):
+            if name not in moving:
                 _freeze(parameters)
+
+    def take(self, phase: Phase) -> bool:
+        """The step of the optimiser, with the norm of the gradient limited; True where it was not taken."""
+        if self.limit(self.moving(phase)):
+            return True
         self.optimizer.step()
-        if latents is not None and "discriminator" in moving:
-            self._extra_discriminator_steps(latents.detach(), present)
+        return False
+
+    def limit(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Scale the gradients down to ``clip_grad_norm`` together; True where their norm is NaN or infinite.
+
+        The norm costs a pass over the gradients and is not looked at where nothing depends on it.
+        """
+        most = self.config.clip_grad_norm
+        if most is None and self.config.nonfinite == "stop":
+            return False
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value = float(norm)
+        if not math.isfinite(value):
+            return True
+        if most is not None and value > most:
+            self.clipped += 1
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return False
+
+    def labelled(self, latents: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Present latents ``[R, k]`` of ``[h, B, k]`` and the modality ``[R]`` of each."""
+        heads, batch, _ = latents.shape
+        truth = torch.arange(heads, device=latents.device)[:, None].expand(heads, batch)
+        if present is None:
+            return latents.flatten(0, 1), truth.flatten()
+        here = self.model.head_present(present).t()
+        return latents[here], truth[here]
 
     def _extra_discriminator_steps(self, latents: Tensor, present: Tensor | None) -> None:
         """``psi_steps - 1`` more steps of psi alone, on the same detached latents ``[h, B, k]``."""
         if self.config.ebr is None or self.config.ebr.psi_steps == 1 or self.model.head is None:
             return
-        heads, batch, _ = latents.shape
-        truth = torch.arange(heads, device=latents.device)[:, None].expand(heads, batch)
-        if present is None:
-            x, y = latents.flatten(0, 1), truth.flatten()
-        else:
-            here = self.model.head_present(present).t()
-            x, y = latents[here], truth[here]
+        x, y = self.labelled(latents, present)
         if len(y) == 0:
             return
         for _ in range(self.config.ebr.psi_steps - 1):
             self.optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(self.model.head.discriminator(x), y).backward()
-            self.optimizer.step()
+            if not self.limit(self.groups["discriminator"]):
+                self.optimizer.step()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, share: Share | None) -> Tensor:
+    """Mean over the rows of the step."""
+    if share is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / share.rows
 
 
 def _freeze(parameters: Sequence[nn.Parameter]) -> None:

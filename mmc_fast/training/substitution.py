@@ -9,13 +9,16 @@ from torch import Tensor
 
 from ..data import MultimodalDataset, Part
 from ..nn.substitution import (
-    latent_similarity,
+    cosine_sums,
     mean_source,
     pairwise_source,
     rank_modalities,
     ranked_source,
+    similarity_of_sums,
 )
 from .model import MultimodalModel
+from .parts import STREAM_ROWS
+from .world import World
 
 __all__ = ["describe", "ranking_parts", "refresh", "source_for"]
 
@@ -28,22 +31,25 @@ def ranking_parts(dataset: MultimodalDataset) -> list[Part]:
 
 
 @torch.no_grad()
-def refresh(model: MultimodalModel, parts: Sequence[Part], reference: str | None) -> None:
+def refresh(model: MultimodalModel, parts: Sequence[Part], reference: str | None, world: World | None = None) -> None:
     """Recompute similarity and order of the modalities from the latents of ``parts``; call it when weights changed.
 
     ``reference``: name of the strongest modality. Where it has no head (or is None) the order starts at the modality
-    with the highest mean similarity to the others. Does nothing for a model without heads.
+    with the highest mean similarity to the others. The processes of ``world`` share the rows. Does nothing for a model
+    without heads.
     """
     if model.head is None:
         return
-    device = model.class_prior.device
-    latents, present = [], []
-    for part in parts:
-        features = [x.to(device) for x in part.features]
-        here = part.present.to(device)
-        latents.append(model.latents(features, here).cpu())
-        present.append(model.head_present(part.present))
-    similarity = latent_similarity(torch.cat(latents, dim=1), torch.cat(present))
+    world = world or World()
+    sums: Tensor | None = None
+    for pieces in _pieces(parts, world):
+        latents = torch.cat([_latents(model, part, rows) for part, rows in pieces], dim=1)
+        present = torch.cat([model.head_present(part.present[rows]) for part, rows in pieces])
+        found = cosine_sums(latents, present)
+        sums = found if sums is None else sums + found
+    if sums is None:
+        sums = torch.zeros(2, len(model.columns), len(model.columns), dtype=torch.float64)
+    similarity = similarity_of_sums(world.sum(sums))
     names = [model.modalities[i] for i in model.columns]
     if reference in names:
         head = names.index(reference)
@@ -51,6 +57,23 @@ def refresh(model: MultimodalModel, parts: Sequence[Part], reference: str | None
         head = int(similarity.sum(1).argmax())
     model.similarity.copy_(similarity)
     model.order.copy_(torch.tensor(rank_modalities(similarity, head)))
+
+
+def _latents(model: MultimodalModel, part: Part, rows: slice) -> Tensor:
+    device = model.class_prior.device
+    return model.latents([x[rows].to(device) for x in part.features], part.present[rows].to(device)).cpu()
+
+
+def _pieces(parts: Sequence[Part], world: World) -> list[list[tuple[Part, slice]]]:
+    """What is in memory together: all rows of this process, or some of them where they are streamed."""
+    mine = [(part, world.rows(len(part))) for part in parts]
+    if not any(part.streamed for part in parts):
+        return [mine]
+    return [
+        [(part, slice(start, min(start + STREAM_ROWS, rows.stop)))]
+        for part, rows in mine
+        for start in range(rows.start, rows.stop, STREAM_ROWS)
+    ]
 
 
 def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:

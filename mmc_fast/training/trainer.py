@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ from .masks import epoch_order, presence_entropy, training_masks
 from .metrics import score
 from .model import MultimodalModel
 from .optim import build_optimizer, set_learning_rate
-from .parts import to_device
+from .parts import Batches, to_device
 from .progress import Interrupted, TrainingDiverged
 from .schedules import AdversarialStop, reversal_at
 from .seeds import generator
+from .split import SplitStep
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
+from .world import World
 
 __all__ = ["Trainer"]
 
@@ -61,7 +63,9 @@ class Trainer:
         store: CheckpointStore | None = None,
         guard: InterruptGuard | None = None,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self.model, self.dataset, self.config, self.seed = model, dataset, config, seed
         self.stage, self.reference, self.store, self.on_epoch = stage, reference, store, on_epoch
         self.guard = guard or InterruptGuard()
@@ -75,6 +79,8 @@ class Trainer:
         scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
         self.optimizer = build_optimizer(model.groups(), config, scales)
         self.stepper = Stepper(model, self.optimizer, config)
+        split = self.world.size > 1 or config.accumulate > 1
+        self.split = SplitStep(self.stepper, self.world, config) if split else None
         self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
         self.stepper.random = self.generators["foreign"]
         self.noisy = _noisy_column(dataset, config)
@@ -90,6 +96,7 @@ class Trainer:
         self.step = 0  # steps done in the epoch that runs
         self.order: Tensor | None = None  # row order of the epoch that runs
         self.masks: Tensor | None = None  # presence of its rows
+        self.skipped = self.skipped_rows = 0  # batches and rows of the epoch that runs that were not finite
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # L_sem, L_md, L_rec summed over rows
         self.spent = 0.0  # seconds of the epoch that runs, before an interruption
         self.history: list[dict[str, Any]] = []
@@ -137,36 +144,95 @@ class Trainer:
     def _run_steps(self, phase: Phase, order: Tensor, masks: Tensor, started: float) -> None:
         config, part, size = self.config, self.train_part, self.config.batch_size
         order = order.to(self.device)
-        features = [x[order].split(size) for x in part.features]
+        batches = Batches(part, order, size, lazy=self.split is not None)
         natural = None if bool(part.present.all()) else part.present[order].split(size)
-        labels, present = part.labels[order].split(size), masks[order].split(size)
-        complete = bool(masks.all())
-        steps = len(labels)
+        present = None if bool(masks.all()) else masks[order].split(size)
+        steps = len(batches)
         self.model.train()
         while self.step < steps:
             n = self.step
             progress = (self.epoch + n / steps) / config.epochs
             if config.ebr is not None:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
-            here = None if complete else present[n]
+            here = None if present is None else present[n]
             source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
-            inputs = [f[n] for f in features]
-            if self.noisy is not None:
-                inputs[self.noisy] = self._with_noise(inputs[self.noisy])
-            total, parts, latents = self.stepper.losses(
-                phase, inputs, here, labels[n], source, None if natural is None else natural[n]
-            )
-            if self.device.type == "cpu" or n + 1 == steps:
-                self._check_finite(total)
-            self.sums += parts.double() * len(labels[n])
-            self.stepper.update(phase, total, latents, here)
+            step = self._step if self.split is None else self._split_step
+            stop = step(phase, batches, n, here, source, None if natural is None else natural[n], n + 1 == steps)
             self.ranking_current = False
             self.step += 1
-            if self.guard.requested:
+            if stop:
                 self.spent += time.perf_counter() - started
                 self._interrupt()
             elif self.store is not None and time.monotonic() - self.saved >= config.checkpoint_seconds:
                 self._save_within(started)
+
+    def _step(
+        self,
+        phase: Phase,
+        batches: Batches,
+        n: int,
+        here: Tensor | None,
+        source: Tensor | None,
+        natural: Tensor | None,
+        last: bool,
+    ) -> bool:
+        """Step ``n`` of the epoch on all rows of the batch at once; True where a signal asks to stop."""
+        skip, known = self.config.nonfinite == "skip", self.stepper.loss_md
+        _, inputs, labels = batches[n]
+        if self.noisy is not None:
+            inputs[self.noisy] = self._with_noise(inputs[self.noisy], self._draw_noise(len(labels)))
+        total, parts, latents = self.stepper.losses(phase, inputs, here, labels, source, natural)
+        # On a device a look at the loss costs a synchronisation.
+        looked = self.device.type == "cpu" or last or skip
+        refused = looked and not bool(torch.isfinite(total))
+        if refused and not skip:
+            self._loss_diverged(total)
+        refused = refused or self.stepper.update(phase, total, latents, here)
+        if refused:
+            self._skip(len(labels))
+            self.stepper.loss_md = known
+        else:
+            self.sums += parts.double() * len(labels)
+        return self.guard.requested
+
+    def _split_step(
+        self,
+        phase: Phase,
+        batches: Batches,
+        n: int,
+        here: Tensor | None,
+        source: Tensor | None,
+        natural: Tensor | None,
+        last: bool,
+    ) -> bool:
+        """The same on the rows of this process, piece by piece; True where all processes have agreed to stop."""
+        if self.split is None:
+            raise RuntimeError("this run takes its steps whole")
+        known, labels = self.stepper.loss_md, batches.labels[n]
+        noise = None if self.noisy is None else self._draw_noise(len(labels))
+
+        def load(rows: slice) -> list[Tensor]:
+            inputs = batches.features(n, rows)
+            if self.noisy is not None and noise is not None:
+                inputs[self.noisy] = self._with_noise(inputs[self.noisy], noise[rows])
+            return inputs
+
+        found = self.split.backward(phase, labels, load, here, source, natural, self.guard.requested)
+        refused = not bool(torch.isfinite(found.total))
+        if refused and self.config.nonfinite == "stop":
+            self._loss_diverged(found.total)
+        if refused or self.split.finish(phase):
+            self._skip(len(labels))
+            self.stepper.loss_md = known
+        else:
+            self.sums += found.parts.double() * len(labels)
+        return found.stop
+
+    def _skip(self, rows: int) -> None:
+        """Count a batch whose step was not taken; an error where the configuration does not skip."""
+        if self.config.nonfinite == "stop":
+            self._diverged(f"the gradient became infinite or NaN in epoch {self.epoch + 1}, step {self.step + 1}")
+        self.skipped, self.skipped_rows = self.skipped + 1, self.skipped_rows + rows
 
     def _save_within(self, started: float) -> None:
         """A checkpoint in the middle of an epoch; weights that are no longer finite must not replace good ones."""
@@ -177,26 +243,38 @@ class Trainer:
         self.save()
         self.spent = before
 
-    def _with_noise(self, x: Tensor) -> Tensor:
+    def _draw_noise(self, rows: int) -> Tensor:
+        """U on [-1, 1], for all rows of a batch."""
+        width = self.train_part.features[self.noisy or 0].shape[1]
+        return 2 * torch.rand(rows, width, generator=self.generators["noise"]).to(self.noise_scale) - 1
+
+    def _with_noise(self, x: Tensor, uniform: Tensor) -> Tensor:
         """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
         rate = self.config.noise_rate
-        uniform = 2 * torch.rand(x.shape, generator=self.generators["noise"]).to(x) - 1
         return (1 - rate) * x + rate * uniform * self.noise_scale
 
     def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
         config = self.config
         self._check_weights()
         record: dict[str, Any] = {"stage": self.stage, "epoch": self.epoch, "phase": phase, "lr": rate}
-        means = [None if math.isnan(v) else v / len(self.train_part) for v in self.sums.tolist()]
+        rows = len(self.train_part) - self.skipped_rows
+        if rows == 0:
+            self._diverged(f"every batch of epoch {self.epoch} was skipped because its loss or gradient was not finite")
+        means = [None if math.isnan(v) else v / rows for v in self.sums.tolist()]
         record |= dict(zip(("loss_sem", "loss_md", "loss_rec"), means, strict=True))
         record |= {"reversal": None, "loss_md_over_entropy": None}
+        if config.nonfinite == "skip":
+            record["skipped"] = self.skipped
+        if config.clip_grad_norm is not None:
+            record["clipped"] = self.stepper.clipped
+        self.skipped = self.skipped_rows = self.stepper.clipped = 0
         record |= dict.fromkeys(("psi_accuracy", "grad_norm_psi", "grad_norm_encoders"))
         if config.ebr is not None:
             reversal = float(self.stepper.reversal)
             record["reversal"] = reversal
             if means[1] is not None and entropy > 0:
                 record["loss_md_over_entropy"] = means[1] / entropy
-            record |= probe(self.model, self.probe_part, reversal)
+            record |= probe(self.model, self.probe_part, reversal, self.world)
             if self.first_pull is None and record["grad_norm_encoders"] > 0:
                 self.first_pull = self.epoch
         record |= self._validate()
@@ -213,18 +291,25 @@ class Trainer:
         record["seconds"] = self.spent + time.perf_counter() - started
         self.spent = 0.0
         self.history.append(record)
+        self._check_equal()
         due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
         if self.store is not None and due:
             self.save()
         if self.on_epoch is not None:
             self.on_epoch(record)
-        if self.guard.requested:  # perhaps only since on_epoch
+        if self.world.any(self.guard.requested):  # perhaps only since on_epoch
             self._interrupt(saved=due)
+
+    def _check_equal(self) -> None:
+        """Several processes must hold the same weights; other rounding in one of them would grow unseen."""
+        if self.world.size > 1:
+            content = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
+            self.world.check_same("weights", content, "do all run on the same kind of processor and library?")
 
     def _refresh(self) -> None:
         """Bring the ranking up to date with the weights."""
         if not self.ranking_current:
-            refresh(self.model, self.ranking_parts, self.reference)
+            refresh(self.model, self.ranking_parts, self.reference, self.world)
             self.ranking_current = True
 
     def _validate(self) -> dict[str, float | None]:
@@ -235,7 +320,9 @@ class Trainer:
         features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
 
         def judge(present: Tensor) -> float:
-            return score(predict(self.model, features, present, on_empty="prior"), labels, metric)
+            mine = self.world.rows(len(labels))
+            found = predict(self.model, [x[mine] for x in features], present[mine], on_empty="prior")
+            return score(self.world.gather_rows(found, len(labels)), labels, metric)
 
         record: dict[str, float | None] = {"val_score": judge(self.validation.present)}
         if masked:
@@ -245,19 +332,18 @@ class Trainer:
     def _weights_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
 
-    def _check_finite(self, total: Tensor) -> None:
+    def _loss_diverged(self, total: Tensor) -> NoReturn:
         """Before the step is taken: the weights are still those of the step before."""
-        if not bool(torch.isfinite(total)):
-            if self._weights_finite():
-                self.save()
-            self._diverged(f"the loss became {float(total.detach())} in epoch {self.epoch + 1}, step {self.step + 1}")
+        if self._weights_finite():
+            self.save()
+        self._diverged(f"the loss became {float(total.detach())} in epoch {self.epoch + 1}, step {self.step + 1}")
 
     def _check_weights(self) -> None:
         """After the last step of an epoch, before anything is measured or saved."""
         if not self._weights_finite():
             self._diverged(f"the weights became infinite or NaN at the end of epoch {self.epoch}")
 
-    def _diverged(self, what: str) -> None:
+    def _diverged(self, what: str) -> NoReturn:
         newest = self.store.newest() if self.store is not None else None
         raise TrainingDiverged(
             f"{what} (stage {self.stage}); lower the learning rate or the reversal; "
@@ -265,6 +351,8 @@ class Trainer:
         )
 
     def _interrupt(self, saved: bool = False) -> None:
+        if not self.world.first:
+            raise Interrupted(f"interrupted in epoch {self.epoch + 1} of stage {self.stage}; the first process saves")
         if self.store is None:
             raise Interrupted(f"interrupted in epoch {self.epoch + 1} of stage {self.stage}; nothing was saved")
         if not saved:
@@ -285,6 +373,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "spent": self.spent,
+            "skipped": [self.skipped, self.skipped_rows, self.stepper.clipped],
             "history": self.history,
             "best_score": self.best_score if self.best_epoch else None,
             "best_epoch": self.best_epoch,
@@ -311,6 +400,7 @@ class Trainer:
         self.stepper.reversal.copy_(tensors["reversal"])  # after the last step of an epoch nobody sets it again
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
+        self.skipped, self.skipped_rows, self.stepper.clipped = meta["skipped"]
         self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]
         self.about = meta["about"]
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
