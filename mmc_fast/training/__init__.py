@@ -4,7 +4,7 @@ from .config import METHODS, PRESETS, KDConfig, TrainConfig
 from .evaluate import Predictions, evaluate, predict
 from .loop import SCHEMA_VERSION, TrainResult, train
 from .model import MultimodalModel
-from .progress import Interrupted, Progress, TrainingDiverged
+from .progress import Interrupted, ProcessLost, Progress, SaveFailed, TrainingDiverged
 from .runfolder import LoadedRun, load_predictions, load_run
 from .unimodal import UnimodalModels
 
@@ -17,7 +17,9 @@ __all__ = [
     "LoadedRun",
     "MultimodalModel",
     "Predictions",
+    "ProcessLost",
     "Progress",
+    "SaveFailed",
     "TrainConfig",
     "TrainResult",
     "TrainingDiverged",

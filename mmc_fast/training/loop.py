@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,7 @@ from ..data import MultimodalDataset
 from ..data.names import unknown
 from ..errors import InputError
 from ..ops.backends import ran
-from .checkpoint import Checkpoint, CheckpointStore
+from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
 from .config import TrainConfig
 from .distillation import distil, teaching_plan
 from .environment import environment
@@ -25,12 +27,13 @@ from .game import fresh_discriminator, parameter_distance
 from .interrupt import InterruptGuard
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint, to_device
-from .progress import Progress, Silent
+from .progress import ProcessLost, Progress, Silent
 from .runfolder import RunFolder, load_run
 from .seeds import check_seed, seeded_init
 from .substitution import describe
 from .trainer import Trainer
-from .unimodal import UnimodalModels, train_unimodal, unimodal_key
+from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
+from .world import World, join_world
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
@@ -64,6 +67,7 @@ def train(
     unimodal: UnimodalModels | None = None,
     evaluate_on: Sequence[str] = ("test",),
     device: str = "cpu",
+    distributed: bool | None = None,
 ) -> TrainResult:
     """Train, select and score one model; the same function for every method.
 
@@ -79,16 +83,20 @@ def train(
         evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
             so ``("validation",)`` never touches it. ``()`` scores nothing.
         device: "cpu", "cuda" or "cuda:N". Bitwise repeats are promised on the CPU only.
+        distributed: share each batch among processes: None where torchrun started this one or a process group is there,
+            True always, False never. All processes call ``train`` with the same arguments and get the same result; the
+            first one writes. With "cuda" each takes the device of its LOCAL_RANK.
 
     Raises:
         InputError: arguments that do not fit each other or the data; nothing has been written then.
         Interrupted: Ctrl-C or SIGTERM; state saved where there is a ``run_dir``.
         TrainingDiverged: a loss became NaN or infinite.
         SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
+        ProcessLost: another process of a distributed run died.
     """
-    return _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device).execute(
-        run_dir, resume, unimodal
-    )
+    world = join_world(_check_device(device), distributed)
+    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device, world)
+    return run.execute(run_dir, resume, unimodal)
 
 
 class _Run:
@@ -100,6 +108,7 @@ class _Run:
         progress: Progress,
         evaluate_on: tuple[str, ...],
         device: str,
+        world: World,
     ) -> None:
         for part in evaluate_on:
             if part not in _PARTS:
@@ -110,10 +119,12 @@ class _Run:
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
-        self.progress, self.evaluate_on = progress, evaluate_on
-        self.device = _check_device(device)
+        self.progress, self.evaluate_on = progress if world.first else Silent(), evaluate_on
+        self.device = _device_of(_check_device(device), world)
+        self.world = world
         self.guard = InterruptGuard()
-        self.folder: RunFolder | None = None
+        self.guard.every_step = world.size == 1
+        self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
         self.distilled: list[dict[str, Any]] | None = None
@@ -153,12 +164,12 @@ class _Run:
             raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to continue")
+        self._check_world()
         if run_dir is not None:
-            self.folder = RunFolder.open(run_dir, self.identity(), resume)
-            if self.folder.finished:
-                self.folder.close()
+            self.world.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
+            if self.world.agree(lambda: self._open(run_dir, resume)):
                 loaded = load_run(run_dir)
-                return TrainResult(loaded.model, loaded.results, loaded.unimodal, self.folder.path)
+                return TrainResult(loaded.model, loaded.results, loaded.unimodal, Path(run_dir))
         try:
             with self.guard:
                 return self._stages(unimodal)
@@ -166,17 +177,35 @@ class _Run:
             if self.folder is not None:
                 self.folder.close()
 
+    def _open(self, run_dir: str | Path, resume: bool | str) -> bool:
+        """Open the run folder; True where the run in it is finished."""
+        self.folder = RunFolder.open(run_dir, self.identity(), resume)
+        if self.folder.finished:
+            self.folder.close()
+        return self.folder.finished
+
+    def _check_world(self) -> None:
+        advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
+        try:
+            identity = json.dumps(self.identity(), sort_keys=True).encode()
+            self.world.check_same("arguments", identity, advice)
+        except ProcessLost:
+            raise
+        except RuntimeError as error:
+            raise InputError(f"train: {error}") from error
+
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()
         stored = self._stored_unimodal()
         self.unimodal = unimodal or stored
+        self.world.check_same("unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none")
         main = self._checkpoint("train")
         control = self._checkpoint("control")
         alone = self._checkpoint("unimodal") if self.unimodal is None else None
         taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
         self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
         if self.unimodal is None and self.config.unimodal_epochs:
-            self.unimodal = self._timed("unimodal", lambda: self._train_unimodal(alone))
+            self.unimodal = self._same_unimodal(self._timed("unimodal", lambda: self._train_unimodal(alone)))
         if self.folder is not None and stored is None and self.unimodal is not None:
             self.folder.save_unimodal(self.unimodal)
             self.folder.checkpoints("unimodal", 1).clear()
@@ -186,11 +215,11 @@ class _Run:
             twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
             twin = self._fit("control", twin_config, control, taught["control"])
         game = self._timed("game", lambda: self._game(run, twin))
-        self.guard.check("the evaluation")
+        self._check_guard("the evaluation")
         scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
-        self.guard.check("the evaluation")
+        self._check_guard("the evaluation")
         self.timing["total_seconds"] = time.perf_counter() - started
-        results = self._results(run, game, scores)
+        results = self.world.agree(lambda: self._results(run, game, scores))
         if self.folder is not None:
             self.folder.save_model(run.model)
             self.folder.save_predictions(predictions)
@@ -200,6 +229,15 @@ class _Run:
             run.model, results, self.unimodal, None if self.folder is None else self.folder.path, predictions
         )
 
+    def _check_guard(self, stage: str) -> None:
+        self.guard.requested = self.world.any(self.guard.requested)
+        self.guard.check(stage)
+
+    def _on_stage_epoch(self, record: dict[str, Any]) -> None:
+        """Progress of a stage that every process goes through by itself; it ends in all of them at the same epoch."""
+        self.progress.on_epoch(record)
+        self.guard.requested = self.world.any(self.guard.requested)
+
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = work()
@@ -207,9 +245,28 @@ class _Run:
         return result
 
     def _stored_unimodal(self) -> UnimodalModels | None:
-        if self.folder is None:
+        dims, classes = self.dataset.dims, self.dataset.num_classes
+        found = None if self.folder is None else self.folder.load_unimodal(self.config, dims, classes)
+        if not self.world.any(found is not None):
             return None
-        return self.folder.load_unimodal(self.config, self.dataset.dims, self.dataset.num_classes)
+        if found is None:
+            models = {name: UnimodalModel(dim, classes, self.config) for name, dim in dims.items()}
+            found = UnimodalModels(models, {}, {})
+        return self._same_unimodal(found)
+
+    def _same_unimodal(self, mine: UnimodalModels) -> UnimodalModels:
+        """Those of the first process, in all of them."""
+        if self.world.size == 1:
+            return mine
+        tensors: dict[str, Tensor] = {}
+        for name, model in mine.models.items():
+            tensors |= prefixed(name, model.state_dict())
+        tensors = self.world.share(tensors)
+        for name, model in mine.models.items():
+            model.load_state_dict(stripped(name, tensors))
+            model.eval().requires_grad_(False)
+        scores, key = self.world.agree(lambda: [mine.scores, mine.key])
+        return UnimodalModels(mine.models, scores, key)
 
     def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
         return train_unimodal(
@@ -218,7 +275,7 @@ class _Run:
             seed=self.seed,
             fingerprint=self.fingerprint,
             device=self.device,
-            on_epoch=self.progress.on_epoch,
+            on_epoch=self._on_stage_epoch,
             store=self._store("unimodal"),
             guard=self.guard,
             checkpoint=checkpoint,
@@ -229,7 +286,20 @@ class _Run:
 
     def _checkpoint(self, stage: str) -> Checkpoint | None:
         store = self._store(stage)
-        return None if store is None else store.latest()
+        if self.world.size == 1:
+            return None if store is None else store.latest()
+        found: Checkpoint | None = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal found
+            found = None if store is None else store.latest()
+            return None if found is None else found.meta
+
+        meta = self.world.agree(read)
+        if meta is None:
+            return None
+        weights = self.world.share({} if found is None else found.weights)
+        return Checkpoint(weights, self.world.share({} if found is None else found.tensors), meta)
 
     def _epochs_left(
         self,
@@ -271,12 +341,14 @@ class _Run:
             store=self._store(stage),
             guard=self.guard,
             on_epoch=self.progress.on_epoch,
+            world=self.world,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
             store = self._store(f"{stage}-distillation")
             self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
+            model.load_state_dict(self.world.share(model.state_dict()))
             trainer.about = {"distilled": self.distilled}
             trainer.save()
             if store is not None:
@@ -296,7 +368,7 @@ class _Run:
             self.unimodal,
             self.config.kd,
             seed=self.seed,
-            on_epoch=self.progress.on_epoch,
+            on_epoch=self._on_stage_epoch,
             nonfinite=self.config.nonfinite,
             checkpoint_seconds=self.config.checkpoint_seconds,
             stage=f"{stage}-distillation",
@@ -375,7 +447,7 @@ class _Run:
             "data": self.identity()["data"] | {"sizes": sizes, "modalities": d.modalities, "info": _jsonable(d.info)},
             "config": self.config.to_dict(),
             "seed": self.seed,
-            "environment": environment(run.model, self.ran_before),
+            "environment": environment(run.model, self.ran_before) | {"processes": self.world.size},
             "history": run.history,
             "selected_epoch": run.best_epoch,
             "selected_val_score": run.history[run.best_epoch - 1]["val_score"],
@@ -406,6 +478,13 @@ def _check_device(device: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are visible; use cpu")
     return found
+
+
+def _device_of(device: torch.device, world: World) -> torch.device:
+    """The device of this process: with several of them "cuda" is that of the local rank."""
+    if device.type != "cuda" or device.index is not None or world.size == 1:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", world.rank % torch.cuda.device_count())))
 
 
 def _jsonable(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -149,33 +150,28 @@ class World:
             ) from error
 
 
-@contextlib.contextmanager
-def join_world(device: torch.device, distributed: bool | None) -> Iterator[World]:
+def join_world(device: torch.device, distributed: bool | None) -> World:
     """The world of this process.
 
     ``distributed`` None: all processes of the default process group where there is one, or those that torchrun started;
     True: the same, and an error where there is neither; False: this process alone. A group that is made here (gloo on
-    the CPU, nccl on CUDA) is given back at the end.
+    the CPU, nccl on CUDA) lives as long as the process: under torchrun a second one could not be made.
     """
     if distributed is False or not dist.is_available():
-        yield World()
-        return
-    if not dist.is_initialized() and not dist.is_torchelastic_launched():
-        if distributed:
-            raise InputError("distributed=True needs a process group; start the program with torchrun")
-        yield World()
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    made = not dist.is_initialized()
-    if made:
-        # torchrun of one process gives a world of one, which needs no group
+        return World()
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched():
+            if distributed:
+                raise InputError("distributed=True needs a process group; start the program with torchrun")
+            return World()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield World()
-            return
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    try:
-        where = device if dist.get_backend() == "nccl" else torch.device("cpu")
-        yield World(dist.get_rank(), dist.get_world_size(), where)
-    finally:
-        if made and dist.is_initialized():
-            dist.destroy_process_group()
+            return World()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        atexit.register(_leave)
+    where = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,129 @@
+"""What the processes of the distributed tests do: ``python -m torch.distributed.run ... distributed_runs.py TASK OUT ...``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from training_data import small, tiny
+
+from mmc_fast.data import MultimodalDataset
+from mmc_fast.errors import InputError
+from mmc_fast.training import ProcessLost, TrainConfig, train
+from mmc_fast.training.progress import Silent
+
+torch.set_num_threads(1)
+RANK = int(os.environ.get("RANK", "0"))
+EVERYTHING = {
+    "modality_dropout": 0.4,
+    "consistency": 1.0,
+    "substitute_in_training": True,
+    "selection": "masked",
+    "noise_modality": "b",
+    "noise_rate": 0.2,
+    "clip_grad_norm": 2.0,
+}
+
+
+def cases() -> dict[str, TrainConfig]:
+    """Batches of 16 of 61 rows: the last one has 13, which no number of processes divides; masks differ by row."""
+    heads = {"ebr_psi_steps": 3, "ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3, "ebr_alignment": "distance"}
+    sgd = {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9}
+    found = {
+        "vanilla": small("vanilla", **sgd),
+        "dropout": small("dropout", fusion="transformer"),
+        "kd": replace(small("kd", **sgd), kd=replace(small("kd").kd, epochs=1, batch_size=32, embedding_dim=4)),
+        "everything": small("ebr", **EVERYTHING, **heads, **sgd, ebr_bounded=True),
+        "interleave": small("ebr", ebr_schedule="interleave", ebr_interleave_epochs=1, **sgd),
+        "learned": small(
+            "ebr", ebr_substitute="learned", modality_dropout=0.3, substitute_in_training=True, control=False
+        ),
+    }
+    return {name: replace(config, epochs=2) for name, config in found.items()}
+
+
+def data(seed: int) -> MultimodalDataset:
+    return tiny(seed, absent=0.35, sizes=(61, 31, 30))
+
+
+def dump(result, path: Path) -> None:
+    save_file({k: v.clone() for k, v in result.model.state_dict().items()}, path.with_suffix(".safetensors"))
+    path.with_suffix(".json").write_text(json.dumps(result.results))
+
+
+def compare(out: Path, seed: int, accumulate: int) -> None:
+    for name, config in cases().items():
+        result = train(data(seed), replace(config, accumulate=accumulate), seed=seed)
+        dump(result, out / f"{name}-{RANK}")
+
+
+def die(out: Path, seed: int, rank: int) -> None:
+    """The process ``rank`` dies after some steps of the third epoch; the others report."""
+    from mmc_fast.training import split
+
+    original, steps = split.SplitStep.backward, []
+
+    def backward(self, *args):
+        steps.append(1)
+        if len(steps) == 10 and rank == RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    split.SplitStep.backward = backward
+    config = small("dropout", epochs=4)
+    try:
+        train(data(seed), config, seed=seed, run_dir=out / "run", resume="auto")
+    except ProcessLost as error:
+        (out / f"lost-{RANK}").write_text(str(error))
+        os._exit(7)
+
+
+def resume(out: Path, seed: int) -> None:
+    result = train(data(seed), small("dropout", epochs=4), seed=seed, run_dir=out / "run", resume=True)
+    dump(result, out / f"resumed-{RANK}")
+
+
+def refuse(out: Path, seed: int) -> None:
+    """Arguments that differ between processes, a folder in use, losses that cannot be split."""
+    tries = {
+        "arguments": lambda: train(data(seed), small("vanilla"), seed=seed + RANK),
+        "folder": lambda: train(data(seed), small("vanilla"), seed=seed, run_dir=out),
+        "contrastive": lambda: train(data(seed), small("ebr", ebr_alignment="contrastive"), seed=seed),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except InputError as error:
+            found[name] = str(error)
+    (out / f"refused-{RANK}.json").write_text(json.dumps(found))
+
+
+def interrupt(out: Path, seed: int) -> None:
+    """SIGTERM reaches one process only; all stop at the same step, saved."""
+    from mmc_fast.training import Interrupted, split
+
+    original, steps = split.SplitStep.backward, []
+
+    def backward(self, *args):
+        steps.append(1)
+        if len(steps) == 6 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    split.SplitStep.backward = backward
+    try:
+        train(data(seed), small("dropout", epochs=4), seed=seed, run_dir=out / "run")
+    except Interrupted as error:
+        (out / f"interrupted-{RANK}").write_text(f"{len(steps)} {error}")
+
+
+if __name__ == "__main__":
+    task, out, seed, *rest = sys.argv[1:]
+    globals()[task](Path(out), int(seed), *map(int, rest))
