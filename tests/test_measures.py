@@ -223,7 +223,7 @@ def test_pca_dictionary(generator: torch.Generator) -> None:
 
 
 def test_neuron_shares_and_entropy(generator: torch.Generator) -> None:
-    gram, covariance, head, x = layer_sums(generator)
+    _, covariance, head, x = layer_sums(generator)
     w = head[0].weight.data
     w[3] = 0
     expected = np.array([[np.var(x[:, s].numpy() @ w[k, s].numpy()) for s in SLICES] for k in range(len(w))])
