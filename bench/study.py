@@ -144,9 +144,7 @@ STAGES |= {
         for fusion in ("concat", "late", "transformer")
     },
     "noise": {  # uniform noise on the weakest modality in training
-        f"{name}, r {rate}": config | {"noise_rate": rate}
-        for rate in (0.1, 0.25, 0.5)
-        for name, config in MAIN.items()
+        f"{name}, r {rate}": config | {"noise_rate": rate} for rate in (0.1, 0.25, 0.5) for name, config in MAIN.items()
     },
     "schedule": {
         "vanilla": plain(**LONG),
