@@ -71,12 +71,13 @@ class Stepper:
         nan = labels.new_full((), float("nan"), dtype=torch.float32)
         if phase == "adversarial":
             encoded = self.model.encode(features, present)
-            self.pull = self._strength(present)
+            self.pull = self._strength(features, present, source, None)
             out = self.model.apply_head(encoded, present, source, self.pull)
             self.loss_md = out.discrimination_loss.detach()
             total, rec = out.discrimination_loss, out.reconstruction_loss
             return total, torch.stack([nan, total.detach(), rec.detach()]), out.latents
-        result = self.model(features, present, source, self._strength(present))
+        strength = self._strength(features, present, source, labels if phase == "joint" else None)
+        result = self.model(features, present, source, strength)
         semantic = F.cross_entropy(result.logits, labels)
         extra = self._consistency(result.logits, features, natural, labels) if self.config.consistency else None
         if extra is not None:
@@ -94,16 +95,39 @@ class Stepper:
             total = total + self.config.ebr.reconstruction * rec
         return total, torch.stack([semantic.detach(), md.detach(), rec.detach()]), result.ebr.latents
 
-    def _strength(self, present: Tensor | None) -> Tensor:
-        """λ of this step; the bounded game cuts it where the discriminator of the step before knew nothing."""
-        if self.config.ebr is None or not self.config.ebr.bounded:
-            return self.reversal
+    def _strength(
+        self, features: Sequence[Tensor], present: Tensor | None, source: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """λ of this step: of the schedule, in units of the task's gradient ("balanced"), cut in the bounded game."""
+        strength = self.reversal
+        if self.config.ebr is None or self.config.ebr.reversal == 0:
+            return strength
+        if self.config.reversal_schedule == "balanced" and labels is not None:
+            strength = strength * self._gradient_ratio(features, present, source, labels)
+        return self._cut(strength, present) if self.config.ebr.bounded else strength
+
+    def _cut(self, strength: Tensor, present: Tensor | None) -> Tensor:
+        """Zero where the discriminator of the step before knew nothing: L_md at or above H(π)."""
         m = len(self.model.columns)
-        counts = (
-            torch.ones(m, device=self.reversal.device) if present is None else self.model.head_present(present).sum(0)
-        )
+        counts = torch.ones(m, device=strength.device) if present is None else self.model.head_present(present).sum(0)
         share = counts / counts.sum().clamp(min=1)
-        return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), self.reversal, 0)
+        return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), strength, 0)
+
+    def _gradient_ratio(
+        self, features: Sequence[Tensor], present: Tensor | None, source: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        """Norm of ∂L_sem over that of ∂L_md, both at the encoders; takes a pass of its own and keeps no state."""
+        result = self.model(features, present, source, 1.0)
+        if result.ebr is None:
+            return torch.ones_like(self.reversal)
+        of_losses = (
+            torch.autograd.grad(loss, self.groups["encoders"], retain_graph=True, allow_unused=True)
+            for loss in (F.cross_entropy(result.logits, labels), result.ebr.discrimination_loss)
+        )
+        task, game = (
+            torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt() for gradients in of_losses
+        )
+        return task / game.clamp(min=1e-12)
 
     def _consistency(
         self, masked: Tensor, features: Sequence[Tensor], natural: Tensor | None, labels: Tensor
