@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -424,3 +425,22 @@ def test_grad_reverse():
     torch.testing.assert_close(gg, -(0.25**2) * x.sin())
     with pytest.raises(ValueError, match="0-d tensor"):
         functional.grad_reverse(x, torch.ones(2))
+
+
+def test_the_schema_is_the_one_frozen_as_version_1():
+    from mmc_fast.ops.ebr import SCHEMA_VERSION
+
+    assert SCHEMA_VERSION == 1
+    page = (Path(__file__).resolve().parents[1] / "docs" / "design.md").read_text()
+    inputs = "Tensor[] features, Tensor? present, Tensor? source, Tensor reversal, Tensor? normalizer, Tensor[] params"
+    flags = "bool residual, bool normalize"
+    assert str(torch.ops.mmc_fast.ebr_step.default._schema) == (
+        f"mmc_fast::ebr_step({inputs}, {flags}, bool recompute) -> (Tensor[] recovered, Tensor latents, "
+        "Tensor discrimination_loss, Tensor reconstruction_loss, Tensor[] saved)"
+    )
+    assert str(torch.ops.mmc_fast.ebr_step_backward.default._schema) == (
+        "mmc_fast::ebr_step_backward(Tensor?[] d_recovered, Tensor? d_latents, Tensor? d_discrimination, "
+        f"Tensor? d_reconstruction, {inputs}, Tensor[] recovered, Tensor? latents, Tensor[] saved, {flags}, "
+        "int[] needs) -> (Tensor[] d_features, Tensor d_source, Tensor[] d_params)"
+    )
+    assert f"mmc_fast::ebr_step({inputs}," in page
