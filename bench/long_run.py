@@ -75,7 +75,9 @@ class Process:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.started = time.monotonic()
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.epochs: list[tuple[str, int]] = []
         self.errors: list[str] = []
         self.memory: list[tuple[float, int]] = []

@@ -7,8 +7,8 @@ if _TYPE_CHECKING:
     from .analysis.agop import AGOPAccumulator as AGOPAccumulator
     from .analysis.agop import AGOPResult as AGOPResult
     from .analysis.agop import agop as agop
+    from .analysis.explain import explain as explain
     from .integrations import apply_ebr as apply_ebr
-    from .ops.backends import explain as explain
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _LAZY = {
     "AGOPResult": "mmc_fast.analysis.agop",
     "agop": "mmc_fast.analysis.agop",
     "apply_ebr": "mmc_fast.integrations",
-    "explain": "mmc_fast.ops.backends",
+    "explain": "mmc_fast.analysis.explain",
 }
 
 

@@ -81,6 +81,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 Task = Annotated[str | None, typer.Option(help="Which labels, for data with several tasks.")]
 Variant = Annotated[str | None, typer.Option(help="Which form of the data set, for sets with several.")]
 NanPolicy = Annotated[str | None, typer.Option(help="What happens to NaN in the data: error, mean or indicator.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Map the features of an npz file into memory where they exceed this, such as 2GB.")
+]
 SplitSeed = Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")]
 
 
@@ -139,6 +142,7 @@ def train(
     variant: Variant = None,
     nan_policy: NanPolicy = None,
     split_seed: SplitSeed = None,
+    memory_budget: MemoryBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one model, select its best epoch and score it on test data."""
@@ -147,7 +151,8 @@ def train(
     from mmc_fast.commands.train import print_results, run_train
 
     settings = build_config(config, method, epochs, assignments or [])
-    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    options: dict[str, Any] = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    options["memory_budget"] = memory_budget
     again: bool | Literal["auto"] = "auto" if auto_resume else resume
     results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=again, device=device, options=options)
     if as_json:
@@ -172,6 +177,7 @@ def evaluate(
     variant: Variant = None,
     nan_policy: NanPolicy = None,
     split_seed: SplitSeed = None,
+    memory_budget: MemoryBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run on complete data and at missing rates."""
@@ -179,7 +185,8 @@ def evaluate(
     from mmc_fast.commands.scores import print_scores
     from mmc_fast.commands.terminal import output_console
 
-    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    options: dict[str, Any] = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    options["memory_budget"] = memory_budget
     results = run_evaluate(run, data, part=part, rates=parse_rates(rates), seed=seed, options=options)
     if as_json:
         _print_json(results)

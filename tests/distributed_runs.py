@@ -16,7 +16,6 @@ from training_data import small, tiny
 from mmc_fast.data import MultimodalDataset
 from mmc_fast.errors import InputError
 from mmc_fast.training import ProcessLost, TrainConfig, train
-from mmc_fast.training.progress import Silent
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", "0"))
@@ -41,6 +40,7 @@ def cases() -> dict[str, TrainConfig]:
         "kd": replace(small("kd", **sgd), kd=replace(small("kd").kd, epochs=1, batch_size=32, embedding_dim=4)),
         "everything": small("ebr", **EVERYTHING, **heads, **sgd, ebr_bounded=True),
         "interleave": small("ebr", ebr_schedule="interleave", ebr_interleave_epochs=1, **sgd),
+        "balanced": small("ebr", reversal_schedule="balanced", modality_dropout=0.3, control=False, **sgd),
         "learned": small(
             "ebr", ebr_substitute="learned", modality_dropout=0.3, substitute_in_training=True, control=False
         ),

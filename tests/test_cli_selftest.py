@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import mmc_fast
 from mmc_fast.cli import app
+from mmc_fast.errors import InputError
 from mmc_fast.ops import agop, library, selftest
 
 ISAS = library.supported_isas()
@@ -95,6 +96,28 @@ def test_bench_as_json(quick):
     for row in rows:
         assert row["milliseconds"] > 0
         assert row["ratio"] == pytest.approx(row["milliseconds"] / row["forward_milliseconds"])
+
+
+def test_explain_agop_judges_the_head():
+    def head(activation, *between):
+        return torch.nn.Sequential(torch.nn.Linear(3, 5), activation, *between, torch.nn.Linear(5, 2))
+
+    for module, name in [
+        (head(torch.nn.ReLU()), "co-activation counts"),
+        (head(torch.nn.GELU()), "derivative Gram"),
+        (head(torch.nn.ReLU(), torch.nn.Linear(5, 5), torch.nn.Tanh()), "row chain"),
+        (head(torch.nn.ReLU(), torch.nn.LayerNorm(5)), "vector-Jacobian products"),
+    ]:
+        rows = mmc_fast.explain("agop", module.eval(), torch.ones(2, 3))
+        first = next(row for row in rows if row.usable)
+        result = mmc_fast.AGOPAccumulator(module).update(torch.randn(9, 3)).compute()
+        assert (first.backend, result.method) == (result.backend, name)
+        assert name in first.reason
+    double = mmc_fast.explain("agop", head(torch.nn.ReLU()).double())
+    assert [row.usable for row in double if row.backend == "cpp"] == [False]
+    assert mmc_fast.explain("agop") == mmc_fast.explain("relu_coactivation_update")
+    with pytest.raises(InputError, match="takes the head"):
+        mmc_fast.explain("agop", torch.ones(2, 3))
 
 
 def test_explain_is_public_and_names_what_auto_takes():

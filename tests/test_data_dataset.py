@@ -99,7 +99,7 @@ def test_synthetic_is_seeded_and_missing(seed: int) -> None:
 
 def test_planted_collapse_collapses(seed: int) -> None:
     """A plain network on both modalities does not use the hard one, from which alone it learns the classes well."""
-    got = data.synthetic(3000, num_classes=4, planted_collapse=True, seed=seed)
+    got = data.planted_collapse(seed)
     train, held_out = got.part("train"), got.part("validation")
     linear = LogisticRegression().fit(train.features[1].numpy(), train.labels.numpy())
     assert linear.score(held_out.features[1].numpy(), held_out.labels.numpy()) < 0.45  # folded: no linear way

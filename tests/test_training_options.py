@@ -118,9 +118,9 @@ def test_bounded_game_cuts_the_reversal_at_the_entropy(seed):
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     for loss, want in [(entropy - 0.01, 0.5), (entropy + 0.01, 0.0)]:
         stepper.loss_md = torch.tensor(loss)
-        assert float(stepper.strength(present)) == want
+        assert float(stepper._cut(stepper.reversal, present)) == want
     stepper.loss_md = torch.tensor(math.log(3) + 0.01)
-    assert float(stepper.strength(None)) == 0.0
+    assert float(stepper._cut(stepper.reversal, None)) == 0.0
 
 
 def test_cross_recovery_reaches_decoders_with_its_weight(seed):

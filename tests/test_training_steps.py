@@ -285,6 +285,26 @@ def test_reversal_schedules():
     assert reversal_at(small("vanilla"), 0.5) == 0.0
 
 
+def test_balanced_reversal_pulls_as_hard_as_the_task(seed):
+    model, stepper, features, labels = setup(seed, reversal_schedule="balanced", ebr_reversal=0.7)
+    stepper.reversal.fill_(0.7)
+    encoders = stepper.groups["encoders"]
+    at_one = model(features, None, None, 1.0)
+
+    def norm(loss):
+        gradients = torch.autograd.grad(loss, encoders, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in gradients if g is not None]).norm()
+
+    ratio = norm(F.cross_entropy(at_one.logits, labels)) / norm(at_one.ebr.discrimination_loss)
+    total, _, _ = stepper.losses("joint", features, None, labels)
+    got = torch.autograd.grad(total, encoders)
+    plain = model(features, None, None, 0.7 * float(ratio))
+    want = torch.autograd.grad(F.cross_entropy(plain.logits, labels) + plain.ebr.discrimination_loss, encoders)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+    assert abs(float(ratio) - 1) > 0.05  # else the test could not tell the schedules apart
+
+
 def test_reconstruction_loss_reaches_decoders_and_encoders_with_its_weight(seed):
     weighted = setup(seed, ebr_reconstruction=0.3)
     plain = setup(seed)

@@ -36,6 +36,7 @@ class Method(Protocol):
     """What an accumulator asks of a way to sum: states that merge, and the factors of G in the end."""
 
     name: str
+    primitive: str | None  # the op that takes most of the time, if it is one of ours
     backend: str | None  # what ran last
     whole_batches: bool  # update() cuts its input into chunks itself
 
@@ -48,6 +49,7 @@ class Method(Protocol):
 
 
 class _Base:
+    primitive: str | None = None
     backend: str | None = None
     whole_batches = False
 
@@ -90,6 +92,7 @@ class CountMethod(_Base):
     """One (leaky) ReLU left: integer co-activation counts, ``S = (VᵀV) ∘ AᵀA``."""
 
     name = "co-activation counts"
+    primitive: str | None = "relu_coactivation_update"
     whole_batches = True
 
     def __init__(self, chain: list[Affine], p: Tensor, v: Tensor, center: bool, backend: str) -> None:
@@ -129,6 +132,7 @@ class SmoothMethod(_Base):
     """One other activation left: Gram matrix of its derivatives, ``S = (VᵀV) ∘ AᵀA``."""
 
     name = "derivative Gram"
+    primitive: str | None = "derivative_gram_update"
     whole_batches = True
 
     def __init__(self, chain: list[Affine], p: Tensor, v: Tensor, center: bool, backend: str) -> None:
@@ -202,6 +206,8 @@ class SmoothMethod(_Base):
 
 class RowMethod(_Base):
     """Jacobian rows (or random combinations of them) from a chain of layers, then their Gram matrix."""
+
+    primitive: str | None = "syrk_update"
 
     def __init__(
         self, chain: list[Affine], rows: RowChain, p: Tensor, center: bool, probes: int | None, seed: int, backend: str

@@ -18,6 +18,7 @@ from ..analysis.report.words import collapse_summary, comparison_words, game_wor
 from ..data import available
 from ..errors import InputError
 from ..training.atomic import write_json
+from ..training.lock import FolderLock
 from ..training.demo import DemoPlan, load_demo_run, run_demo
 from ..training.pool import check_workers
 from .terminal import DemoDisplay, error_console, print_table
@@ -36,6 +37,12 @@ def run_demo_command(
     An interrupted demo is continued unless ``fresh``. Returns the results and the findings behind them.
     """
     check_workers(workers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out.with_name(out.name + ".lock"), f"demo folder {out}"):
+        return _run(plan, out, workers, fresh)
+
+
+def _run(plan: DemoPlan, out: Path, workers: int, fresh: bool) -> tuple[dict[str, Any], list[DemoFindings]]:
     started = time.monotonic()
     work = _prepare(plan, out, fresh)
     console = error_console()

@@ -6,7 +6,7 @@ from mmc_fast.data.dataset import MultimodalDataset, Part
 from mmc_fast.data.info import DatasetInfo
 from mmc_fast.data.missing import Missingness, mcar
 from mmc_fast.data.registry import available, load
-from mmc_fast.data.synthetic import SyntheticModality, synthetic
+from mmc_fast.data.synthetic import SyntheticModality, planted_collapse, synthetic
 
 __all__ = [
     "DatasetInfo",
@@ -17,5 +17,6 @@ __all__ = [
     "available",
     "load",
     "mcar",
+    "planted_collapse",
     "synthetic",
 ]

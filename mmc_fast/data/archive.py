@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from mmc_fast.data.scratch import Scratch
 from mmc_fast.errors import InputError
 
 __all__ = ["Archive", "Header"]
@@ -28,6 +29,7 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran: bool = False
 
 
 class Archive:
@@ -85,7 +87,7 @@ class Archive:
                 read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
                 if read is None:
                     raise self._refuse(name, f"its npy version is {version}; allowed are 1.0 and 2.0")
-                shape, _, dtype = read(stream)
+                shape, fortran, dtype = read(stream)
         except InputError:
             raise
         except (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError):
@@ -96,7 +98,7 @@ class Archive:
             raise self._refuse(name, f"its type is {dtype}; allowed are bool, integers, floats and text")
         if any(size < 0 for size in shape):
             raise self._refuse(name, f"its shape is {shape}; the file is damaged")
-        return Header(tuple(shape), dtype), stream.tell()
+        return Header(tuple(shape), dtype, bool(fortran)), stream.tell()
 
     def __contains__(self, name: str) -> bool:
         return name in self.headers
@@ -125,6 +127,20 @@ class Archive:
         if array.shape != header.shape or array.dtype != header.dtype:
             raise self._refuse(name, "changed while it was read; load again")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+    def map(self, name: str, scratch: Scratch) -> np.ndarray:
+        """One array as :meth:`read` gives it, without holding it in memory."""
+        header = self.header(name)
+        if not math.prod(header.shape) or not header.dtype.isnative:
+            return self.read(name)
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                self._read_header(name, stream)
+                return scratch.copy(stream, header.shape, header.dtype, header.fortran)  # to the end: check sum
+        except InputError:
+            raise
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise self._refuse(name, f"damaged ({error})") from None
 
     def text(self, name: str) -> list[str]:
         """A text array [n] as a list of strings."""

@@ -16,6 +16,7 @@ __all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part"]
 
 PARTS = ("train", "validation", "test")
 METRICS = ("accuracy", "auroc")
+_CHECKED = 1 << 22  # values that are checked at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class MultimodalDataset:
     Column i of ``present`` belongs to the i-th entry of ``features``. Where ``present[n, i]`` is False, row n of that
     feature matrix holds zeros; ``present`` is the authority, never a value. The object is checked when it is made:
     one that exists has finite features, labels in range, three parts that are not empty, every class and every
-    modality in train, at least one modality in every training row, and no id in two parts.
+    modality in train, at least one modality in every training row, and no id in two parts. ``streamed``: the features
+    lie in a file that is mapped into memory, and each part is a run of rows.
 
     Raises :class:`~mmc_fast.errors.InputError` with one line that names the first thing that is wrong.
     """
@@ -63,6 +65,7 @@ class MultimodalDataset:
     feature_names: dict[str, list[str]]
     ids: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -88,6 +91,10 @@ class MultimodalDataset:
         if name not in PARTS:
             raise unknown("part", name, PARTS)
         rows = torch.nonzero(self.split == PARTS.index(name)).flatten()
+        if self.streamed:
+            run = slice(int(rows[0]), int(rows[-1]) + 1)
+            features = [x[run] for x in self.features.values()]
+            return Part(features, self.present[run], self.labels[run], rows, streamed=True)
         return Part([x[rows] for x in self.features.values()], self.present[rows], self.labels[rows], rows)
 
     def keep(self, modalities: Sequence[str]) -> MultimodalDataset:
@@ -102,13 +109,24 @@ class MultimodalDataset:
         rows = torch.nonzero(present.any(1) | (self.split != 0)).flatten()
         return replace(
             self,
-            features={name: self.features[name][rows] for name in wanted},
+            features={name: self._rows(self.features[name], rows) for name in wanted},
             present=present[rows],
             labels=self.labels[rows],
             split=self.split[rows],
             feature_names={name: self.feature_names[name] for name in wanted},
             ids=None if self.ids is None else self.ids[rows],
         )
+
+
+    def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        if not self.streamed:
+            return x[rows]
+        if len(rows) < len(x):
+            raise InputError(
+                f"{self.name}: the selection drops rows of features that are mapped into memory; "
+                "load the file with modalities=... instead"
+            )
+        return x
 
 
 def check_selection(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -150,7 +168,7 @@ def _check_shapes(data: MultimodalDataset) -> None:
         _tensor(data, f"modality {name!r}", x, torch.float32, (n, -1))
         if x.shape[1] == 0:
             raise InputError(f"{data.name}: modality {name!r} has no feature; drop it or give it columns.")
-        if not torch.isfinite(x).all():
+        if not all(bool(torch.isfinite(piece).all()) for piece in x.split(max(1, _CHECKED // x.shape[1]))):
             raise InputError(
                 f"{data.name}: modality {name!r} holds NaN or infinite values; choose a NaN policy when loading, "
                 "and hold zeros where a modality is absent."
@@ -207,6 +225,8 @@ def _check_split(data: MultimodalDataset) -> None:
                     f"{data.name}: class {missing[0]} has no row in the {part} part, so it {reason}; "
                     "change the split or renumber the labels without it."
                 )
+    if data.streamed and bool((data.split[1:] < data.split[:-1]).any()):
+        raise InputError(f"{data.name}: the rows of streamed data must be in the order train, validation, test.")
     if data.ids is not None:
         _check_ids(data, data.ids)
 

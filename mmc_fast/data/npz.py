@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mmc_fast.data.archive import Archive
 from mmc_fast.data.dataset import check_selection
 from mmc_fast.data.names import nearest, unknown
 from mmc_fast.data.raw import RawDataset
+from mmc_fast.data.scratch import Scratch
 from mmc_fast.data.splits import stratified_split
 from mmc_fast.errors import InputError
 
@@ -25,9 +28,11 @@ def read_npz(
     task: str | None = None,
     modalities: Sequence[str] | None = None,
     split_seed: int | None = None,
+    scratch: Scratch | None = None,
 ) -> RawDataset:
     """The content of a file in the documented layout; only the arrays that are asked for are read.
 
+    Features that would take more than the budget of ``scratch`` are mapped into memory instead of read.
     Raises :class:`~mmc_fast.errors.InputError` for anything that the layout does not allow.
     """
     archive = Archive(path)
@@ -39,13 +44,18 @@ def read_npz(
     _check_lengths(archive, views, target)
     labels = _labels(archive, target)
     ids = _ids(archive) if "ids" in archive else None
+    read = archive.read
+    if scratch is not None:
+        sizes = [archive.headers[f"x_{view}"] for view in views]
+        if sum(math.prod(h.shape) * (h.dtype.itemsize + 4) for h in sizes) > scratch.budget:
+            read = functools.partial(archive.map, scratch=scratch)
     num_classes = meta.get("num_classes", int(labels.max()) + 1)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise InputError(f"{archive.path}: meta: num_classes must be an integer, got {num_classes!r}.")
     metric = str(meta.get("metric", "auroc" if num_classes == 2 else "accuracy"))
     return RawDataset(
         name=str(meta.get("name", archive.path.stem)),
-        views={view: archive.read(f"x_{view}") for view in views},
+        views={view: read(f"x_{view}") for view in views},
         labels=labels,
         split=_split(archive, labels, ids, split_seed),
         num_classes=num_classes,

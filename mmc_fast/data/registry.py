@@ -14,6 +14,7 @@ from mmc_fast.data.info import DatasetInfo, Entry
 from mmc_fast.data.names import choose, nearest
 from mmc_fast.data.npz import read_npz
 from mmc_fast.data.raw import RawDataset, build
+from mmc_fast.data.scratch import Scratch, budget_bytes
 from mmc_fast.errors import InputError
 
 __all__ = ["available", "load"]
@@ -35,6 +36,8 @@ def load(
     standardise: bool = True,
     modalities: Sequence[str] | None = None,
     split_seed: int | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | Path | None = None,
 ) -> MultimodalDataset:
     """A data set of the registry by name, or a user's own npz file by path.
 
@@ -48,6 +51,10 @@ def load(
         standardise: zero mean and unit variance over the present training rows.
         modalities: load these only; training rows with none of them are dropped.
         split_seed: for a file without ``split``: draw a stratified 60/10/30 split with this seed.
+        memory_budget: for a file: bytes (or ``"2GB"``) that its features may take in memory. Larger ones are
+            standardised piece by piece into a file that is mapped into memory; the rows are then in the order train,
+            validation, test.
+        scratch: folder of that file, on a disk with room for the features; None = the system's temporary folder.
 
     Returns:
         A checked :class:`~mmc_fast.data.MultimodalDataset`.
@@ -57,15 +64,20 @@ def load(
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
+    room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
+    if scratch is not None and room is None:
+        raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
     if isinstance(name_or_path, Path) or _is_path(name_or_path):
         if variant is not None:
             raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
-        raw = read_npz(name_or_path, task=task, modalities=modalities, split_seed=split_seed)
+        raw = read_npz(name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room)
     else:
+        if room is not None:
+            raise InputError(f"{name_or_path}: memory_budget is for npz files; this set is small, leave it out.")
         if split_seed is not None:
             raise InputError(f"{name_or_path}: the set has a fixed split; leave split_seed out.")
         raw = _load_registered(name_or_path, task, variant, modalities)
-    return build(raw, nan_policy=nan_policy, standardise=standardise, drop_empty=modalities is not None)
+    return build(raw, nan_policy=nan_policy, standardise=standardise, drop_empty=modalities is not None, scratch=room)
 
 
 def _is_path(name: str) -> bool:

@@ -32,20 +32,25 @@ class ViewScaler:
     indicated: np.ndarray  # int64, columns with an indicator
 
     @classmethod
-    def fit(cls, x: np.ndarray, rows: np.ndarray, *, indicator: bool, standardise: bool) -> ViewScaler:
-        """Statistics of ``x[rows]`` ([N, d], NaN = not measured; ``rows`` bool [N], present and in train)."""
+    def fit(
+        cls, x: np.ndarray, rows: np.ndarray, *, indicator: bool, standardise: bool, chunk: int = _CHUNK
+    ) -> ViewScaler:
+        """Statistics of ``x[rows]`` ([N, d], NaN = not measured; ``rows`` bool [N], present and in train).
+
+        ``chunk``: rows held at a time.
+        """
         d = x.shape[1]
         count, total = np.zeros(d), np.zeros(d)
         low, high = np.full(d, np.inf), np.full(d, -np.inf)
-        for chunk in _chunks(x, rows):
-            count += np.isfinite(chunk).sum(0)
-            total += np.nansum(chunk, 0)
-            low = np.fmin(low, np.fmin.reduce(chunk, 0))
-            high = np.fmax(high, np.fmax.reduce(chunk, 0))
+        for values in _chunks(x, rows, chunk):
+            count += np.isfinite(values).sum(0)
+            total += np.nansum(values, 0)
+            low = np.fmin(low, np.fmin.reduce(values, 0))
+            high = np.fmax(high, np.fmax.reduce(values, 0))
         mean = total / np.maximum(count, 1)
         square = np.zeros(d)
-        for chunk in _chunks(x, rows):
-            square += np.nansum((chunk - mean) ** 2, 0)
+        for values in _chunks(x, rows, chunk):
+            square += np.nansum((values - mean) ** 2, 0)
         std = np.sqrt(square / np.maximum(count, 1))
         never = count == 0
         constant = ~never & ((low == high) | (std < np.finfo(np.float32).tiny))
@@ -58,24 +63,43 @@ class ViewScaler:
         indicated = np.flatnonzero(incomplete) if indicator else np.zeros(0, np.int64)
         return cls(mean, scale, fill, np.flatnonzero(constant), np.flatnonzero(never), indicated)
 
-    def apply(self, x: np.ndarray, present: np.ndarray) -> np.ndarray:
-        """float32 [N, d + number of indicators]; rows where ``present`` (bool [N]) is False are zero."""
+    def width(self, d: int) -> int:
+        """Columns of the result for ``d`` features: theirs and the indicators."""
+        return d + len(self.indicated)
+
+    def apply(
+        self,
+        x: np.ndarray,
+        present: np.ndarray,
+        *,
+        out: np.ndarray | None = None,
+        place: np.ndarray | None = None,
+        chunk: int = _CHUNK,
+    ) -> np.ndarray:
+        """float32 [N, d + number of indicators]; rows where ``present`` (bool [N]) is False are zero.
+
+        ``out``: zeros to fill. ``place`` (int64 [N]): where each row goes in it; negative ones are left out.
+        """
         d = x.shape[1]
-        out = np.zeros((len(x), d + len(self.indicated)), np.float32)
-        for start in range(0, len(x), _CHUNK):
-            here = np.flatnonzero(present[start : start + _CHUNK]) + start
-            chunk = x[here].astype(np.float64)
-            measured = ~np.isnan(chunk)
-            values = np.where(measured, (chunk - self.mean) * self.scale, self.fill)
+        if out is None:
+            out = np.zeros((len(x), self.width(d)), np.float32)
+        for start in range(0, len(x), chunk):
+            here = np.flatnonzero(present[start : start + chunk]) + start
+            if place is not None:
+                here = here[place[here] >= 0]
+            rows = x[here].astype(np.float64)
+            measured = ~np.isnan(rows)
+            values = np.where(measured, (rows - self.mean) * self.scale, self.fill)
+            values[:, self.never] = 0.0
+            target = here if place is None else place[here]
             with np.errstate(over="ignore"):  # the caller tests the result for infinities
-                out[here, :d] = values
-            out[here, d:] = measured[:, self.indicated]
-        out[:, self.never] = 0.0
+                out[target, :d] = values
+            out[target, d:] = measured[:, self.indicated]
         return out
 
 
-def _chunks(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(x), _CHUNK):
-        chunk = x[start : start + _CHUNK][rows[start : start + _CHUNK]]
+def _chunks(x: np.ndarray, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(x), size):
+        chunk = x[start : start + size][rows[start : start + size]]
         if len(chunk):
             yield chunk.astype(np.float64)

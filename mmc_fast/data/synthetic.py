@@ -15,7 +15,7 @@ from mmc_fast.data.raw import RawDataset, build
 from mmc_fast.data.splits import stratified_split
 from mmc_fast.errors import InputError
 
-__all__ = ["PLANTED_COLLAPSE", "SyntheticModality", "synthetic"]
+__all__ = ["PLANTED_COLLAPSE", "SyntheticModality", "planted_collapse", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,17 @@ def synthetic(
         },
     )
     return build(raw)
+
+
+def planted_collapse(
+    seed: int = 0, *, num_samples: int = 3000, num_classes: int = 4, missing_rate: float = 0.0
+) -> MultimodalDataset:
+    """A training set on which plain fusion collapses: modalities "easy" and "hard" of :data:`PLANTED_COLLAPSE`.
+
+    Either alone suffices for about the same accuracy, so a model that ignores "hard" has lost it, not judged it.
+    ``synthetic(num_samples, num_classes=num_classes, planted_collapse=True, missing_rate=missing_rate, seed=seed)``.
+    """
+    return synthetic(num_samples, num_classes=num_classes, planted_collapse=True, missing_rate=missing_rate, seed=seed)
 
 
 def _draw(spec: SyntheticModality, labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 __all__ = [
     "SourceWeights",
     "cosine_sums",
@@ -62,7 +64,10 @@ def similarity_of_sums(sums: Tensor) -> Tensor:
             else:
                 value = float(sums[0, i, j]) / int(sums[1, i, j])
             if value != value:
-                raise ValueError(f"latents of modality {i} or {j} are not finite; the ranking would be meaningless")
+                raise InputError(
+                    f"latents of modality {i} or {j} are NaN or infinite, so they cannot be ranked; "
+                    "rescale the features or lower the learning rate"
+                )
             similarity[i, j] = similarity[j, i] = value
     return similarity
 

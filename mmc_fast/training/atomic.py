@@ -46,8 +46,9 @@ def save_errors(what: Path, kept: Callable[[], str]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise SaveFailed(f"{what} could not be written ({reason}); {kept()}; make room or fix the folder, then resume")\
-            from error
+        raise SaveFailed(
+            f"{what} could not be written ({reason}); {kept()}; make room or fix the folder, then resume"
+        ) from error
 
 
 def sync_folder(path: Path) -> None:

@@ -73,8 +73,9 @@ class TrainConfig:
         consistency: weight c of KL(prediction on complete data, held fixed || prediction on masked data); the step then
             takes both, and L_sem is the mean of the two. Needs ``modality_dropout``.
         noise_modality, noise_rate: uniform noise on one modality in training, ``(1 - r) x + r U std(x)``.
-        reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run) or "dann"
-            (2 / (1 + exp(-10 p)) - 1 over the same share). The strength itself is ``ebr.reversal``.
+        reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run), "dann"
+            (2 / (1 + exp(-10 p)) - 1 over the same share) or "balanced" (every step in units of
+            ‖∂L_sem‖ / ‖∂L_md‖ at the encoders; a step costs twice). The strength itself is ``ebr.reversal``.
         adversarial_stop: what ``ebr.patience`` watches: "score" (validation) or "loss" (training L_sem).
         selection: which epoch is kept: best validation score on "complete" data, best mean over "masked" validation
             data, or the "last".
@@ -111,7 +112,7 @@ class TrainConfig:
     consistency: float = 0.0
     noise_modality: str | None = None
     noise_rate: float = 0.0
-    reversal_schedule: Literal["constant", "linear", "dann"] = "constant"
+    reversal_schedule: Literal["constant", "linear", "dann", "balanced"] = "constant"
     reversal_ramp: float = 0.5
     adversarial_stop: Literal["score", "loss"] = "score"
     selection: Literal["complete", "masked", "last"] = "complete"

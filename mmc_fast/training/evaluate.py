@@ -15,6 +15,7 @@ from ..data.names import unknown
 from ..errors import InputError
 from .metrics import scores
 from .model import MultimodalModel
+from .parts import row_pieces
 from .seeds import generator
 from .substitution import source_for
 from .unimodal import UnimodalModels
@@ -161,10 +162,7 @@ def measure(
 
 def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
     train = dataset.part("train")
-    means = [
-        x[train.present[:, i]].double().mean(0).float().expand_as(rows.features[i])
-        for i, x in enumerate(train.features)
-    ]
+    means = [_mean(train, i).expand_as(rows.features[i]) for i in range(len(train.features))]
     result: dict[str, Any] = {}
     for i, name in enumerate(dataset.modalities):
         without = [means[j] if j == i else x for j, x in enumerate(rows.features)]
@@ -172,7 +170,8 @@ def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any,
         entry: dict[str, Any] = {"alone": None, "alone_rows": int(rows.present[:, i].sum())}
         if unimodal is not None and entry["alone_rows"]:
             here = rows.present[:, i]
-            probabilities = unimodal.predict(name, rows.features[i][here])
+            pieces = [unimodal.predict(name, rows.features[i][some]) for some in row_pieces(rows, here)]
+            probabilities = torch.cat(pieces)
             found.probabilities[f"alone_{name}"] = _spread(probabilities, here)
             labels = rows.labels[here]
             if dataset.metric == "accuracy" or len(labels.unique()) == 2:
@@ -181,6 +180,17 @@ def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any,
         entry["only"] = judge(f"only_{name}", only, rows.present)["score"]
         result[name] = entry
     return result
+
+
+def _mean(part: Part, column: int) -> Tensor:
+    """Mean of the present rows of a modality, ``[d]``."""
+    x, here = part.features[column], part.present[:, column]
+    if not part.streamed:
+        return x[here].double().mean(0).float()
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    for rows in row_pieces(part, here):
+        total += x[rows].double().sum(0)
+    return (total / here.sum()).float()
 
 
 def _spread(probabilities: Tensor, here: Tensor) -> Tensor:

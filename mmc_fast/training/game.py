@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..data import Part
 from .model import MultimodalModel
+from .parts import STREAM_ROWS
 from .seeds import generator, seeded_init
 from .world import World
 
-__all__ = ["fresh_discriminator", "parameter_distance", "probe"]
+__all__ = ["fresh_discriminator", "judge_rows", "parameter_distance", "probe"]
 
 _FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_ROWS = 200, 8, 4096
 _FRESH_STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
@@ -77,7 +78,13 @@ def _over_processes(
 @torch.no_grad()
 def _latent_rows(model: MultimodalModel, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """Present latents ``[R, k]``, their modality ``[R]`` and their sample ``[R]``."""
-    latents = model.latents(part.features, part.present)
+    if part.streamed:
+        pieces = torch.arange(len(part)).split(STREAM_ROWS)
+        found = [_latent_rows(model, part.select(rows)) for rows in pieces]
+        samples = [sample + int(rows[0]) for (_, _, sample), rows in zip(found, pieces, strict=True)]
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), torch.cat(samples)
+    device = model.class_prior.device
+    latents = model.latents([x.to(device) for x in part.features], part.present.to(device))
     here = model.head_present(part.present).t()  # [h, N]
     modality, sample = here.nonzero(as_tuple=True)
     return latents[modality, sample], modality, sample
@@ -97,25 +104,41 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
     random = generator(seed, "fresh", "order")
     if len(train) > _FRESH_ROWS:
         train = train.select(torch.randperm(len(train), generator=random)[:_FRESH_ROWS].to(train.labels.device))
-    x, y, sample = (t.cpu() for t in _latent_rows(model, train))
+    held_x, held_y, _ = _latent_rows(model, held_out)
+    return judge_rows(*_latent_rows(model, train), held_x, held_y, model.head.psi_dims, heads, seed, random)
+
+
+def judge_rows(
+    x: Tensor,
+    y: Tensor,
+    sample: Tensor,
+    held_x: Tensor,
+    held_y: Tensor,
+    hidden: Sequence[int],
+    classes: int,
+    seed: int,
+    random: torch.Generator,
+) -> dict[str, Any]:
+    """The judge of :func:`fresh_discriminator` on rows ``x [R, k]`` of modality ``y [R]`` and sample ``sample [R]``."""
+    x, y, sample, held_x, held_y = (t.cpu() for t in (x, y, sample, held_x, held_y))
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
     x = (x - mean) / scale
-    stop_sample = torch.zeros(len(train), dtype=torch.bool)
-    stop_sample[torch.randperm(len(train), generator=random)[: max(1, len(train) // 5)]] = True
+    samples = int(sample.max()) + 1
+    stop_sample = torch.zeros(samples, dtype=torch.bool)
+    stop_sample[torch.randperm(samples, generator=random)[: max(1, samples // 5)]] = True
     stopping = stop_sample[sample]
-    widths = [model.head.latent_dim, *model.head.psi_dims, heads]
+    widths = [x.shape[1], *hidden, classes]
     with seeded_init(seed, "fresh", "init"):
         layers: list[nn.Module] = []
         for n in range(len(widths) - 1):
             layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
         judge = nn.Sequential(*layers[:-1])
     epochs, converged = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
-    held_x, held_y, _ = (t.cpu() for t in _latent_rows(model, held_out))
     with torch.no_grad():
         guess = judge((held_x - mean) / scale).argmax(-1)
     return {
         "balanced_accuracy": float(balanced_accuracy_score(held_y.numpy(), guess.numpy())),
-        "chance": 1.0 / heads,
+        "chance": 1.0 / classes,
         "epochs": epochs,
         "converged": converged,
         "rows": len(held_y),

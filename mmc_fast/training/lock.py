@@ -36,8 +36,16 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock, or raise InputError at once."""
         if fcntl is None:
-            return self
+            return
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -57,9 +65,9 @@ class FolderLock:
             else:  # its last holder removed it between our opening and our locking
                 os.close(descriptor)
         self._sign(self._descriptor)
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def release(self) -> None:
+        """Give the lock back; does nothing where it is not held."""
         if self._descriptor is None:
             return
         self.path.unlink(missing_ok=True)  # while it is held: who opens the old file finds it without a name

@@ -19,13 +19,19 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
         )
     if len(labels) == 0:
         raise InputError("score: no rows; a score needs at least one")
+    bad = ~np.isfinite(probabilities).all(1)
+    if bad.any():
+        raise InputError(
+            f"score: {int(bad.sum())} of {len(bad)} predictions are NaN or infinite (the first in row "
+            f"{int(bad.argmax())}); features or weights are too large, so rescale the features"
+        )
 
 
 def score(probabilities: Tensor, labels: Tensor, metric: str) -> float:
     """The main score in [0, 1]: "accuracy" of the largest column, or "auroc" of column 1 (two classes).
 
     Raises:
-        InputError: shapes that do not fit, no rows, one class only under auroc, an unknown metric.
+        InputError: shapes that do not fit, no rows, predictions that are not finite, one class only under auroc, an unknown metric.
     """
     p, y = probabilities.numpy(), labels.numpy()
     _check(p, y)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-
 from collections.abc import Iterator
 
 import torch
@@ -17,9 +16,9 @@ STREAM_ROWS = 4096  # of a streamed part that are in memory at a time
 
 
 def to_device(part: Part, device: str | torch.device) -> Part:
-    """The same rows on ``device``."""
+    """The same rows on ``device``; the features of a streamed part stay where they are."""
     return Part(
-        [x.to(device) for x in part.features],
+        part.features if part.streamed else [x.to(device) for x in part.features],
         part.present.to(device),
         part.labels.to(device),
         part.index.to(device),
@@ -50,6 +49,9 @@ class Batches:
     def features(self, n: int, rows: slice) -> list[Tensor]:
         """Features of some rows of batch ``n``."""
         chosen = self.rows[n][rows]
+        if self.part.streamed:
+            there = chosen.cpu()
+            return [x[there].to(chosen.device) for x in self.part.features]
         return [x[chosen] for x in self.part.features]
 
 

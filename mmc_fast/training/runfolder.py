@@ -76,7 +76,7 @@ class RunFolder:
             folder._check(identity, resume)
             if not (resume and folder.finished):  # a finished run is only read
                 folder.path.mkdir(parents=True, exist_ok=True)
-                folder._lock.__enter__()
+                folder._lock.acquire()
             if not resume:
                 folder._begin(identity)
             return folder
@@ -89,7 +89,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others write into the folder."""
-        self._lock.__exit__(None, None, None)
+        self._lock.release()
 
     def _check(self, identity: dict[str, Any], resume: bool) -> None:
         path, record = self.path, self.path / _RUN

@@ -13,13 +13,14 @@ __all__ = ["AdversarialStop", "reversal_at"]
 def reversal_at(config: TrainConfig, progress: float) -> float:
     """Lambda at ``progress`` in [0, 1) of the run.
 
-    "constant": lambda. With p = progress / reversal_ramp, at most 1: "linear": lambda p;
+    "constant": lambda; "balanced" too, in units that change with every step. With p = progress / reversal_ramp, at most
+    1: "linear": lambda p;
     "dann": lambda (2 / (1 + exp(-10 p)) - 1) (Ganin et al., JMLR 2016, section 5.2).
     """
     if config.ebr is None:
         return 0.0
     strength = config.ebr.reversal
-    if config.reversal_schedule == "constant":
+    if config.reversal_schedule in ("constant", "balanced"):
         return strength
     p = min(1.0, progress / config.reversal_ramp)
     return strength * (p if config.reversal_schedule == "linear" else 2.0 / (1.0 + math.exp(-10.0 * p)) - 1.0)

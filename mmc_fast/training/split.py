@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ class SplitStep:
         stepper, world = self.stepper, self.world
         stepper.optimizer.zero_grad(set_to_none=True)
         share = self._share(len(labels), present)
+        if phase == "joint" and stepper.balanced:
+            norms = self._norms(share, labels, load, present, source)
+            share = replace(share, strength=stepper.strength(present, *norms))
         if phase == "adversarial":
             stepper.pull = share.strength
         extras = torch.zeros(5, device=labels.device)
@@ -116,6 +120,27 @@ class SplitStep:
             share = replace(share, foreign=foreign, foreign_counts=counts)
         return share
 
+    def _norms(
+        self,
+        share: Share,
+        labels: Tensor,
+        load: Callable[[slice], Sequence[Tensor]],
+        present: Tensor | None,
+        source: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Norms of ∂L_sem and ∂L_md of all rows at the encoders."""
+        encoders = self.stepper.groups["encoders"]
+        flat = torch.zeros(2, sum(p.numel() for p in encoders), device=labels.device)
+        for rows in _pieces(self.world.rows(len(labels)), self.config.accumulate):
+            found = self.stepper.player_gradients(
+                load(rows), _cut(present, rows), _cut(source, rows), labels[rows], share
+            )
+            for line, gradients in zip(flat, found, strict=True):
+                parts = [torch.zeros_like(p) if g is None else g for p, g in zip(encoders, gradients, strict=True)]
+                line += torch.cat([part.reshape(-1) for part in parts])
+        task, game = self.world.sum(flat).norm(dim=1)
+        return task, game
+
     def _extra_discriminator_steps(self) -> None:
         """As :meth:`Stepper.update` takes them, with the mean over the latents of all rows."""
         stepper, head = self.stepper, self.stepper.model.head
@@ -140,4 +165,4 @@ def _pieces(rows: slice, count: int) -> list[slice]:
     """``rows`` in at most ``count`` pieces, none empty."""
     n = rows.stop - rows.start
     edges = [rows.start + n * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]

@@ -90,7 +90,10 @@ class Stepper:
         by its counts, parts that are not computed 0, so that those of all rows add up.
         """
         none = labels.new_full((), float("nan") if share is None else 0.0, dtype=torch.float32)
-        strength = self.strength(present) if share is None else share.strength
+        if share is None:
+            strength = self._strength(features, present, source, labels if phase == "joint" else None)
+        else:
+            strength = share.strength
         counts = None if share is None else share.counts
         if phase == "adversarial":
             encoded = self.model.encode(features, present)
@@ -123,16 +126,56 @@ class Stepper:
         ebr = self.config.ebr is not None
         return torch.tensor([phase != "adversarial", ebr, ebr])
 
-    def strength(self, present: Tensor | None) -> Tensor:
-        """λ of this step; the bounded game cuts it where the discriminator of the step before knew nothing."""
-        if self.config.ebr is None or not self.config.ebr.bounded:
-            return self.reversal
-        m = len(self.model.columns)
-        counts = (
-            torch.ones(m, device=self.reversal.device) if present is None else self.model.head_present(present).sum(0)
+    def _strength(
+        self, features: Sequence[Tensor], present: Tensor | None, source: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """λ of this step: of the schedule, in units of the task's gradient ("balanced"), cut in the bounded game."""
+        if labels is None or not self.balanced:
+            return self.strength(present)
+        task, game = (
+            torch.stack([g.square().sum() for g in found if g is not None]).sum().sqrt()
+            for found in self.player_gradients(features, present, source, labels)
         )
+        return self.strength(present, task, game)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether λ of a joint step is in units of the task's gradient."""
+        ebr = self.config.ebr
+        return ebr is not None and ebr.reversal != 0 and self.config.reversal_schedule == "balanced"
+
+    def strength(self, present: Tensor | None, task: Tensor | None = None, game: Tensor | None = None) -> Tensor:
+        """λ of a step on rows of this presence; ``task`` and ``game`` are the norms that a balanced one is scaled by."""
+        strength = self.reversal
+        if self.config.ebr is None or self.config.ebr.reversal == 0:
+            return strength
+        if task is not None and game is not None:
+            strength = strength * (task / game.clamp(min=1e-12))
+        return self._cut(strength, present) if self.config.ebr.bounded else strength
+
+    def _cut(self, strength: Tensor, present: Tensor | None) -> Tensor:
+        """Zero where the discriminator of the step before knew nothing: L_md at or above H(π)."""
+        m = len(self.model.columns)
+        counts = torch.ones(m, device=strength.device) if present is None else self.model.head_present(present).sum(0)
         share = counts / counts.sum().clamp(min=1)
-        return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), self.reversal, 0)
+        return torch.where(self.loss_md < -torch.xlogy(share, share).sum(), strength, 0)
+
+    def player_gradients(
+        self,
+        features: Sequence[Tensor],
+        present: Tensor | None,
+        source: Tensor | None,
+        labels: Tensor,
+        share: Share | None = None,
+    ) -> tuple[Sequence[Tensor | None], ...]:
+        """∂L_sem and ∂L_md at the encoders; takes a pass of its own and keeps no state."""
+        result = self.model(features, present, source, 1.0, None if share is None else share.counts)
+        if result.ebr is None:
+            raise RuntimeError("this model has no EBR heads, so there is no game to balance")
+        return tuple(
+            torch.autograd.grad(loss, self.groups["encoders"], retain_graph=True, allow_unused=True)
+            for loss in (_cross_entropy(result.logits, labels, share), result.ebr.discrimination_loss)
+        )
 
     def _consistency(
         self,

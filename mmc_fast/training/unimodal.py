@@ -155,7 +155,7 @@ class _SideBySide:
             restore_optimizer(self.optimizer, stripped("optimizer", tensors))
             self.order_of.set_state(tensors["generator"])
             device = self.train.labels.device
-            for i, best in enumerate(self.best_state):
+            for i in range(len(self.models)):
                 self.best_state[i] = {k: v.to(device) for k, v in stripped(f"best{i}", tensors).items()}
             self.order = tensors.get("order")
             meta = checkpoint.meta
