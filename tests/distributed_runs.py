@@ -124,6 +124,39 @@ def interrupt(out: Path, seed: int) -> None:
         (out / f"interrupted-{RANK}").write_text(f"{len(steps)} {error}")
 
 
+def wrapped(out: Path, seed: int) -> None:
+    """EBR heads inside of DistributedDataParallel, exact through ``normalizer`` where the shares are uneven."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from mmc_fast.nn import EBRHead
+
+    dist.init_process_group("gloo")
+    size, rank = dist.get_world_size(), dist.get_rank()
+    g = torch.Generator().manual_seed(seed)
+    features = [torch.randn(13, d, generator=g) for d in (5, 3, 4)]
+    present = torch.rand(13, 3, generator=g) < 0.6
+    source = torch.randint(0, 3, (13, 3), generator=g)
+    torch.manual_seed(seed)
+    head = EBRHead([5, 3, 4], latent_dim=4, hidden_dim=8, psi_dims=(6,))
+    cut = slice(0, 3) if rank == 0 else slice(3, 13)
+    model = DistributedDataParallel(head)
+    here = present[cut].gather(1, source[cut])
+    counts = torch.stack([present[cut].sum(), (present[cut] & here).sum()]).float()
+    dist.all_reduce(counts)
+    # The wrapper divides the sum of the gradients by the number of processes.
+    out_ = model([x[cut] for x in features], present[cut], source[cut], 0.5, counts / size)
+    (out_.discrimination_loss + out_.reconstruction_loss).backward()
+    save_file({n: p.grad for n, p in head.named_parameters()}, out / f"wrapped-{rank}.safetensors")
+    if rank == 0:
+        head.zero_grad()
+        whole = head(features, present, source, 0.5)
+        (whole.discrimination_loss + whole.reconstruction_loss).backward()
+        save_file({n: p.grad for n, p in head.named_parameters()}, out / "whole.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     task, out, seed, *rest = sys.argv[1:]
     globals()[task](Path(out), int(seed), *map(int, rest))

@@ -18,8 +18,8 @@ from ..analysis.report.words import collapse_summary, comparison_words, game_wor
 from ..data import available
 from ..errors import InputError
 from ..training.atomic import write_json
-from ..training.lock import FolderLock
 from ..training.demo import DemoPlan, load_demo_run, run_demo
+from ..training.lock import FolderLock
 from ..training.pool import check_workers
 from .terminal import DemoDisplay, error_console, print_table
 

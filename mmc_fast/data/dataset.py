@@ -117,7 +117,6 @@ class MultimodalDataset:
             ids=None if self.ids is None else self.ids[rows],
         )
 
-
     def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
         if not self.streamed:
             return x[rows]

@@ -74,7 +74,11 @@ def build(
         chunk = _CHUNK if scratch is None else scratch.rows(x.shape[1])
         _check_values(raw.name, view, x, here, own, policy, chunk)
         scaler = ViewScaler.fit(
-            x, here & train, indicator=policy == "indicator", standardise=standardise, chunk=chunk if streamed else _CHUNK
+            x,
+            here & train,
+            indicator=policy == "indicator",
+            standardise=standardise,
+            chunk=chunk if streamed else _CHUNK,
         )
         if order is None or scratch is None:
             scaled = scaler.apply(x, here)
@@ -134,9 +138,7 @@ def _all_nan(x: np.ndarray) -> np.ndarray:
     return found
 
 
-def _check_scaled(
-    dataset: str, view: str, scaled: np.ndarray, names: list[str], rows: np.ndarray, chunk: int
-) -> None:
+def _check_scaled(dataset: str, view: str, scaled: np.ndarray, names: list[str], rows: np.ndarray, chunk: int) -> None:
     for start, piece in _pieces(scaled, chunk):
         bad = ~np.isfinite(piece)
         if bad.any():

@@ -75,4 +75,6 @@ class Scratch:
                 return np.memmap(file.name, dtype, "r+", shape=shape, order=order)  # type: ignore[call-overload]
         except OSError as error:
             where = self.folder or tempfile.gettempdir()
-            raise InputError(f"scratch folder {where} cannot be used ({error.strerror or error}); name another") from None
+            raise InputError(
+                f"scratch folder {where} cannot be used ({error.strerror or error}); name another"
+            ) from None

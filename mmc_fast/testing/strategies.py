@@ -1,14 +1,19 @@
-"""Shapes and heads for property tests (needs ``hypothesis``): sizes around 64-sample words and register tiles."""
+"""Strategies for property tests (needs ``hypothesis``): shapes and heads, presence masks, data sets, settings of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "heads", "sample_counts", "widths"]
+from mmc_fast.data import MultimodalDataset
+from mmc_fast.nn import EBRConfig
+from mmc_fast.training import KDConfig, TrainConfig
+
+__all__ = ["ACTIVATIONS", "configs", "datasets", "heads", "presence", "sample_counts", "widths"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -57,3 +62,104 @@ def heads(draw: st.DrawFn, max_depth: int = 4, largest: int = 70) -> nn.Sequenti
             block.append(nn.Dropout(0.5))
         modules += [nn.Sequential(*block)] if draw(st.booleans()) else block
     return nn.Sequential(*modules).eval()
+
+
+@st.composite
+def presence(draw: st.DrawFn, rows: int, modalities: int) -> torch.Tensor:
+    """bool ``[rows, modalities]``: complete, at random, one modality nowhere, or single ones; no row is empty."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["complete", "random", "absent", "single"]))
+    if kind == "complete":
+        return torch.ones(rows, modalities, dtype=torch.bool)
+    present = torch.rand(rows, modalities, generator=generator) < draw(st.sampled_from([0.2, 0.5, 0.9]))
+    if kind == "absent":
+        present[:, draw(st.integers(0, modalities - 1))] = False
+    if kind == "single":
+        present[:] = False
+    one = torch.randint(0, modalities, (rows,), generator=generator)
+    empty = ~present.any(1)
+    present[empty, one[empty]] = True
+    return present
+
+
+@st.composite
+def datasets(draw: st.DrawFn, largest: int = 60) -> MultimodalDataset:
+    """Checked data sets: 1 to 4 modalities, 2 to 4 classes, natural absence, scales from 1e-8 to 1e8, constants."""
+    classes, modalities = draw(st.integers(2, 4)), draw(st.integers(1, 4))
+    sizes = [draw(st.integers(2 * classes, largest)) for _ in range(3)]
+    rows = sum(sizes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    split = torch.cat([torch.full((size,), code, dtype=torch.uint8) for code, size in enumerate(sizes)])
+    labels = torch.cat([torch.arange(size) % classes for size in sizes])
+    here = draw(presence(rows, modalities))
+    for column in range(modalities):  # a modality that no training row has is refused
+        here[column % sizes[0], column] = True
+    features, names = {}, {}
+    for column in range(modalities):
+        name, width = f"m{column}", draw(st.integers(1, 9))
+        x = torch.randn(rows, width, generator=generator) + labels[:, None]
+        x = x * draw(st.sampled_from([1.0, 1.0, 1.0, 0.0, 1e-8, 1e8]))
+        features[name] = torch.where(here[:, column, None], x, 0.0)
+        names[name] = [f"{name}_{j}" for j in range(width)]
+    metric = "auroc" if classes == 2 and draw(st.booleans()) else "accuracy"
+    return MultimodalDataset("drawn", features, here, labels, split, classes, metric, names)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> TrainConfig:
+    """Settings of small runs over the whole space of :class:`~mmc_fast.training.TrainConfig`, all of them allowed."""
+    width = st.integers(1, 8)
+    values: dict[str, Any] = {
+        "epochs": draw(st.integers(1, 3)),
+        "batch_size": draw(st.integers(1, 40)),
+        "optimizer": draw(st.sampled_from(["adam", "adamw", "sgd"])),
+        "lr": draw(st.sampled_from([1e-4, 1e-2])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01])),
+        "encoder": draw(st.sampled_from(["mlp", "identity"])),
+        "encoder_width": draw(width),
+        "encoder_dim": draw(width),
+        "fusion": draw(st.sampled_from(["concat", "late", "transformer"])),
+        "fusion_hidden": (draw(width),),
+        "fusion_dim": 4,
+        "fusion_heads": 2,
+        "fusion_depth": 1,
+        "selection": draw(st.sampled_from(["complete", "masked", "last"])),
+        "modality_dropout": draw(st.sampled_from([0.0, 0.5])),
+        "rates": draw(st.sampled_from([(0.3,), (0.1, 0.7)])),
+        "accumulate": draw(st.sampled_from([1, 1, 3])),
+        "clip_grad_norm": draw(st.sampled_from([None, 1.0])),
+        "nonfinite": draw(st.sampled_from(["stop", "skip"])),
+        "control": draw(st.booleans()),
+    }
+    if values["modality_dropout"]:
+        values["consistency"] = draw(st.sampled_from([0.0, 1.0]))
+    if draw(st.booleans()):
+        values["ebr"] = draw(_ebr_configs(values["accumulate"] > 1))
+        learned = values["ebr"].substitute == "learned"
+        values["substitute_in_training"] = learned or draw(st.booleans())
+        values["reversal_schedule"] = draw(st.sampled_from(["constant", "linear", "dann"]))
+    elif values["encoder"] == "mlp" and draw(st.booleans()):
+        values["kd"] = KDConfig(epochs=1, batch_size=16, embedding_dim=4)
+    return TrainConfig(**values)
+
+
+@st.composite
+def _ebr_configs(draw: st.DrawFn, split: bool) -> EBRConfig:
+    return EBRConfig(
+        latent_dim=draw(st.integers(1, 6)),
+        hidden_dim=draw(st.integers(1, 8)),
+        psi_dims=(draw(st.integers(1, 6)),),
+        residual=draw(st.booleans()),
+        normalize=draw(st.booleans()),
+        reversal=draw(st.sampled_from([0.0, 0.1, 1.0, 100.0])),
+        reconstruction=draw(st.sampled_from([0.0, 1.0])),
+        schedule=draw(st.sampled_from(["joint", "interleave"])),
+        interleave_epochs=1,
+        psi_steps=draw(st.integers(1, 2)),
+        patience=draw(st.sampled_from([None, 1])),
+        bounded=draw(st.booleans()),
+        alignment=draw(st.sampled_from(["none", "distance"] if split else ["none", "distance", "contrastive"])),
+        cross_recovery=draw(st.sampled_from([0.0, 0.3])),
+        ranking=draw(st.sampled_from(["reference", "pairwise"])),
+        substitute=draw(st.sampled_from(["ranked", "mean", "learned"])),
+    )
