@@ -22,12 +22,14 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all defects lint format typecheck clean FORCE
+.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
 	@echo "make test       the test suite; make test-all adds the slow tests"
 	@echo "make defects    break the code in planned ways; every defect must turn a test red"
+	@echo "make sanitize   the C++ tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
 	@echo "make lint       ruff check and format check; make format rewrites"
 	@echo "make typecheck  mypy"
 	@echo "make setup      only the environment in $(VENV)"
@@ -46,6 +48,20 @@ test-all: setup
 
 defects: setup
 	@$(PY) tests/planned_defects.py $(ARGS)
+
+# The core and its tests alone; a failed check ends the run.
+define CORE_TESTS
+	@$(VENV)/bin/cmake -S . -B build/$(1) -DCMAKE_BUILD_TYPE=Release $(2) > /dev/null
+	@$(VENV)/bin/cmake --build build/$(1) --target mmc_core_test --parallel $(WORKERS) > /dev/null
+endef
+
+sanitize: setup
+	$(call CORE_TESTS,sanitize,-DMMC_SANITIZE=ON)
+	@UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/mmc_core_test
+
+isa: setup
+	$(call CORE_TESTS,isa,)
+	@tools/isa.sh build/isa $(ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

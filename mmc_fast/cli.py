@@ -149,12 +149,15 @@ def train(
     from mmc_fast.commands.settings import build_config
     from mmc_fast.commands.terminal import output_console
     from mmc_fast.commands.train import print_results, run_train
+    from mmc_fast.training.world import first_process
 
     settings = build_config(config, method, epochs, assignments or [])
     options: dict[str, Any] = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
     options["memory_budget"] = memory_budget
     again: bool | Literal["auto"] = "auto" if auto_resume else resume
     results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=again, device=device, options=options)
+    if not first_process():
+        return
     if as_json:
         _print_json(results)
     else:

@@ -146,6 +146,9 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
 
 int main() {
   const unsigned first = std::random_device{}();
+  std::printf("instruction sets:");
+  for (const auto& isa : mmc::supported_isas()) std::printf(" %s", isa.c_str());
+  std::printf("\n");
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 2, 5}, {64, 7, 12}, {65, 16, 24}, {63, 17, 25}, {200, 33, 49}, {513, 40, 97}, {150, 70, 401}};
   for (const auto& shape : shapes) {
     std::vector<int64_t> reference;

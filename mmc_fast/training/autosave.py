@@ -44,7 +44,7 @@ class Autosave:
         Raises:
             Interrupted: the guard saw a signal.
         """
-        if self.guard.requested and self.guard.every_step:
+        if self.guard.stop:
             self.stop()
         elif self.due:
             self.save()

@@ -152,7 +152,7 @@ class _Distillation:
                 if on_epoch is not None:
                     record = {"stage": "distillation", "epoch": pair.epoch, "loss": pair.losses[-1]}
                     on_epoch(record | {"teacher": pair.teacher, "student": pair.student})
-                if autosave.guard.requested:
+                if autosave.guard.stop:
                     autosave.stop()
             self.done.append({"teacher": pair.teacher, "student": pair.student, "loss": pair.losses})
             self.pair = None

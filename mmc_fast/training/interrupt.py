@@ -23,7 +23,7 @@ class InterruptGuard:
 
     def __init__(self) -> None:
         self.requested = False
-        self.every_step = True  # one process may stop after any step, several stop where they have agreed to
+        self.agreed: bool | None = None  # of several processes: whether all of them stop here
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -41,7 +41,12 @@ class InterruptGuard:
             raise KeyboardInterrupt
         self.requested = True
 
+    @property
+    def stop(self) -> bool:
+        """Whether to end now: one process after any step, several only where they have agreed to."""
+        return self.requested if self.agreed is None else self.agreed
+
     def check(self, stage: str) -> None:
         """Raise Interrupted where a signal came during a stage that is repeated rather than saved."""
-        if self.requested:
+        if self.stop:
             raise Interrupted(f"interrupted during {stage}; a resumed run repeats this stage")

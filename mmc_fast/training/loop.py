@@ -27,7 +27,7 @@ from .game import fresh_discriminator, parameter_distance
 from .interrupt import InterruptGuard
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint, to_device
-from .progress import ProcessLost, Progress, Silent
+from .progress import ProcessesDiffer, Progress, Silent
 from .runfolder import RunFolder, load_run
 from .seeds import check_seed, seeded_init
 from .substitution import describe
@@ -123,7 +123,7 @@ class _Run:
         self.device = _device_of(_check_device(device), world)
         self.world = world
         self.guard = InterruptGuard()
-        self.guard.every_step = world.size == 1
+        self.guard.agreed = None if world.size == 1 else False
         self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
@@ -189,9 +189,7 @@ class _Run:
         try:
             identity = json.dumps(self.identity(), sort_keys=True).encode()
             self.world.check_same("arguments", identity, advice)
-        except ProcessLost:
-            raise
-        except RuntimeError as error:
+        except ProcessesDiffer as error:
             raise InputError(f"train: {error}") from error
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
@@ -230,13 +228,17 @@ class _Run:
         )
 
     def _check_guard(self, stage: str) -> None:
-        self.guard.requested = self.world.any(self.guard.requested)
+        self._agree_to_stop()
         self.guard.check(stage)
+
+    def _agree_to_stop(self) -> None:
+        if self.world.size > 1:
+            self.guard.agreed = self.world.any(self.guard.requested)
 
     def _on_stage_epoch(self, record: dict[str, Any]) -> None:
         """Progress of a stage that every process goes through by itself; it ends in all of them at the same epoch."""
         self.progress.on_epoch(record)
-        self.guard.requested = self.world.any(self.guard.requested)
+        self._agree_to_stop()
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()

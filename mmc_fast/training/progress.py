@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-__all__ = ["Interrupted", "ProcessLost", "Progress", "SaveFailed", "Silent", "TrainingDiverged"]
+__all__ = ["Interrupted", "ProcessLost", "ProcessesDiffer", "Progress", "SaveFailed", "Silent", "TrainingDiverged"]
 
 
 class Progress(Protocol):
@@ -47,6 +47,10 @@ class TrainingDiverged(RuntimeError):
 
 class SaveFailed(RuntimeError):
     """A file of the run could not be written, as on a full disk. The message names the last good checkpoint."""
+
+
+class ProcessesDiffer(RuntimeError):
+    """The processes of a distributed run do not hold the same values where they must."""
 
 
 class ProcessLost(RuntimeError):

@@ -179,7 +179,7 @@ class _SideBySide:
                 scores = dict(zip(names, self.best_score, strict=True))
                 record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
                 on_epoch(record | {"scores": scores})
-            if autosave.guard.requested:
+            if autosave.guard.stop:
                 autosave.stop()
 
     def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:

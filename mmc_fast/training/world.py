@@ -18,9 +18,9 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from ..errors import InputError
-from .progress import ProcessLost
+from .progress import ProcessesDiffer, ProcessLost
 
-__all__ = ["World", "join_world"]
+__all__ = ["World", "first_process", "join_world"]
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -117,7 +117,7 @@ class World:
         return tensors_from_bytes(self._broadcast(content))
 
     def check_same(self, what: str, content: bytes, advice: str) -> None:
-        """Raise ``RuntimeError`` unless ``content`` is the same in all processes."""
+        """Raise ``ProcessesDiffer`` unless ``content`` is the same in all processes."""
         if self.size == 1:
             return
         mine = int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
@@ -126,7 +126,7 @@ class World:
         found = self.sum(slots).tolist()
         others = [rank for rank, value in enumerate(found) if value != found[0]]
         if others:
-            raise RuntimeError(f"process {others[0]} of {self.size} has other {what} than process 0; {advice}")
+            raise ProcessesDiffer(f"process {others[0]} of {self.size} has other {what} than process 0; {advice}")
 
     def _broadcast(self, content: bytes) -> bytes:
         length = self.sum(torch.tensor([float(len(content))], dtype=torch.float64) * self.first)
@@ -166,10 +166,17 @@ def join_world(device: torch.device, distributed: bool | None) -> World:
             return World()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World()
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
         atexit.register(_leave)
     where = device if dist.get_backend() == "nccl" else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def first_process() -> bool:
+    """Whether this is the process that speaks for a distributed run; True outside of one."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _leave() -> None:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The tests of the torch-free core on older processors: without AVX-512, and without AVX2, emulated by qemu-user.
+# tools/isa.sh FOLDER [--if-possible]   FOLDER holds a built mmc_core_test
+set -euo pipefail
+folder=$1
+how="needs qemu-x86_64; install it: apt-get install qemu-user (Debian, Ubuntu), dnf install qemu-user (Fedora)"
+if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
+  echo "SKIPPED isa: emulates x86-64 on x86-64 Linux only, this is $(uname -s) $(uname -m)"
+  exit 0
+fi
+if ! command -v qemu-x86_64 > /dev/null; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "installing qemu-user"
+    (apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-user) > /dev/null 2>&1 || true
+  fi
+fi
+if ! command -v qemu-x86_64 > /dev/null; then
+  if [ "${2:-}" = --if-possible ]; then
+    echo "SKIPPED isa: $how"
+    exit 0
+  fi
+  echo "isa: $how" >&2
+  exit 1
+fi
+run() {  # processor, instruction sets that it must offer to the core
+  local found
+  found=$(qemu-x86_64 -cpu "$1" "$folder/mmc_core_test" 2> /dev/null) || { echo "$found"; echo "isa: FAILED on $1" >&2; exit 1; }
+  echo "$1: $found"
+  grep -qx "instruction sets: $2" <<< "$found" || { echo "isa: $1 was expected to offer: $2" >&2; exit 1; }
+}
+run Nehalem "base"
+run Haswell "base avx2"
