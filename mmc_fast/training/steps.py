@@ -183,7 +183,7 @@ class Stepper:
         features: Sequence[Tensor],
         natural: Tensor | None,
         labels: Tensor,
-        share: Share | None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """L_sem on complete data, and the weighted divergence of the masked prediction from it."""
         source = None if natural is None or self.model.head is None else source_for(self.model, natural)

@@ -180,7 +180,7 @@ class Trainer:
         skip, known = self.config.nonfinite == "skip", self.stepper.loss_md
         _, inputs, labels = batches[n]
         if self.noisy is not None:
-            inputs[self.noisy] = self._with_noise(inputs[self.noisy], self._draw_noise(len(labels)))
+            inputs[self.noisy] = self._with_noise(inputs[self.noisy])
         total, parts, latents = self.stepper.losses(phase, inputs, here, labels, source, natural)
         # On a device a look at the loss costs a synchronisation.
         looked = self.device.type == "cpu" or last or skip
@@ -248,9 +248,10 @@ class Trainer:
         width = self.train_part.features[self.noisy or 0].shape[1]
         return 2 * torch.rand(rows, width, generator=self.generators["noise"]).to(self.noise_scale) - 1
 
-    def _with_noise(self, x: Tensor, uniform: Tensor) -> Tensor:
+    def _with_noise(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
         """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
         rate = self.config.noise_rate
+        uniform = self._draw_noise(len(x)) if uniform is None else uniform
         return (1 - rate) * x + rate * uniform * self.noise_scale
 
     def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
