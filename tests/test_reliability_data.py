@@ -149,7 +149,7 @@ def test_misuse_of_the_budget_and_the_scratch_folder(tmp_path):
         data.load("mfeat", memory_budget="1GB")
     with pytest.raises(InputError, match="memory_budget"):
         data.load(path, scratch=tmp_path)
-    with pytest.raises(InputError, match="scratch folder .* cannot be used"):
+    with pytest.raises(InputError, match=r"scratch folder .* cannot be used"):
         data.load(path, nan_policy="mean", memory_budget=1000, scratch=tmp_path / "none")
     with pytest.raises(InputError, match="bytes are needed"):
         Scratch(1000, tmp_path).empty((1 << 40, 1 << 10), np.float32)

@@ -109,5 +109,5 @@ def test_pieces_cover_the_rows_once_and_none_is_empty(seed):
 
 
 def test_losses_that_compare_rows_cannot_be_split(seed):
-    with pytest.raises(InputError, match="contrastive.*accumulate=1"):
+    with pytest.raises(InputError, match=r"contrastive.*accumulate=1"):
         train(tiny(seed), small("ebr", ebr_alignment="contrastive", accumulate=2), seed=seed)

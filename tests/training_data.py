@@ -71,3 +71,11 @@ def same_numbers(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_numbers, a, b))
     return a == b
+
+
+def check_one_line(error: Exception) -> None:
+    """A message that a user can act on: one line, neither empty nor a dump."""
+    text = str(error)
+    assert text.strip(), type(error)
+    assert "\n" not in text, text
+    assert len(text) < 700, text
