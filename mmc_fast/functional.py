@@ -182,6 +182,9 @@ def _check(
             )
     if len(discriminator) < 2 or discriminator[-2].shape[0] != m:
         raise ValueError(f"ebr_step: the discriminator must end in a layer of {m} outputs, one per modality")
+    for name, given in (("present", present), ("source", source)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"ebr_step: {name} must be a tensor or None, got {type(given).__name__}")
     if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (batch, m)):
         raise ValueError(
             f"ebr_step: present is {present.dtype} {list(present.shape)}; expected torch.bool [{batch}, {m}]"

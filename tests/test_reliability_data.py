@@ -69,8 +69,6 @@ def test_mapped_data_hold_the_values_of_loaded_ones(packed, policy, seed, tmp_pa
 def test_a_run_on_mapped_data_is_the_run_on_loaded_ones(method, seed, tmp_path, monkeypatch):
     """Same rows in the same order, so the same bits; what is summed piece by piece agrees up to rounding."""
     monkeypatch.setattr("mmc_fast.training.parts.STREAM_ROWS", 37)
-    monkeypatch.setattr("mmc_fast.training.substitution.STREAM_ROWS", 37)
-    monkeypatch.setattr("mmc_fast.training.game.STREAM_ROWS", 37)
     path = own_file(tmp_path / "own.npz", seed, shuffled=False)
     mapped = data.load(path, nan_policy="mean", memory_budget=20_000)
     plain = replace(mapped, features={k: x.clone() for k, x in mapped.features.items()}, streamed=False)

@@ -117,7 +117,7 @@ def test_settings_out_of_range_are_one_line(changes):
 
 def test_a_loss_spike_passes_with_clipping(seed, monkeypatch):
     poisoned(monkeypatch, {2, 7}, 1e12)
-    result = train(tiny(seed), small("ebr", clip_grad_norm=1.0, nonfinite="skip", epochs=6), seed=seed)
+    result = train(tiny(seed), small("ebr", clip_grad_norm=1.0, nonfinite="skip", epochs=12, lr=0.02), seed=seed)
     assert finite(result)
     assert result.results["selected_val_score"] > 0.5
 

@@ -65,7 +65,7 @@ def similarity_of_sums(sums: Tensor) -> Tensor:
                 value = float(sums[0, i, j]) / int(sums[1, i, j])
             if value != value:
                 raise InputError(
-                    f"latents of modality {i} or {j} are NaN or infinite, so they cannot be ranked; "
+                    f"latents of modality {i} or {j} are not finite, so they cannot be ranked; "
                     "rescale the features or lower the learning rate"
                 )
             similarity[i, j] = similarity[j, i] = value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Part
 from .model import MultimodalModel
-from .parts import STREAM_ROWS
+from .parts import stream_rows
 from .seeds import generator, seeded_init
 from .world import World
 
@@ -79,7 +79,7 @@ def _over_processes(
 def _latent_rows(model: MultimodalModel, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """Present latents ``[R, k]``, their modality ``[R]`` and their sample ``[R]``."""
     if part.streamed:
-        pieces = torch.arange(len(part)).split(STREAM_ROWS)
+        pieces = torch.arange(len(part)).split(stream_rows(part))
         found = [_latent_rows(model, part.select(rows)) for rows in pieces]
         samples = [sample + int(rows[0]) for (_, _, sample), rows in zip(found, pieces, strict=True)]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), torch.cat(samples)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..data import MultimodalDataset, Part
 
-__all__ = ["STREAM_ROWS", "Batches", "fingerprint", "row_pieces", "to_device"]
+__all__ = ["Batches", "fingerprint", "row_pieces", "stream_rows", "to_device"]
 
-STREAM_ROWS = 4096  # of a streamed part that are in memory at a time
+STREAM_ROWS = 4096  # of a streamed part that are in memory at a time, fewer where they are wide
+_STREAM_VALUES = 1 << 20
 
 
 def to_device(part: Part, device: str | torch.device) -> Part:
@@ -55,12 +56,17 @@ class Batches:
         return [x[chosen] for x in self.part.features]
 
 
+def stream_rows(part: Part) -> int:
+    """Rows of a streamed part that are read at a time."""
+    return max(1, min(STREAM_ROWS, _STREAM_VALUES // max(x.shape[1] for x in part.features)))
+
+
 def row_pieces(part: Part, chosen: Tensor) -> Iterator[Tensor]:
     """The chosen rows (bool ``[N]``) for indexing: all at once, or pieces of them where the part is streamed."""
     if not part.streamed:
         yield chosen
         return
-    yield from chosen.nonzero().flatten().split(STREAM_ROWS)
+    yield from chosen.nonzero().flatten().split(stream_rows(part))
 
 
 def fingerprint(dataset: MultimodalDataset) -> str:

@@ -17,7 +17,7 @@ from ..nn.substitution import (
     similarity_of_sums,
 )
 from .model import MultimodalModel
-from .parts import STREAM_ROWS
+from .parts import stream_rows
 from .world import World
 
 __all__ = ["describe", "ranking_parts", "refresh", "source_for"]
@@ -70,9 +70,9 @@ def _pieces(parts: Sequence[Part], world: World) -> list[list[tuple[Part, slice]
     if not any(part.streamed for part in parts):
         return [mine]
     return [
-        [(part, slice(start, min(start + STREAM_ROWS, rows.stop)))]
+        [(part, slice(start, min(start + stream_rows(part), rows.stop)))]
         for part, rows in mine
-        for start in range(rows.start, rows.stop, STREAM_ROWS)
+        for start in range(rows.start, rows.stop, stream_rows(part))
     ]
 
 
