@@ -24,12 +24,12 @@ class NarrowTile(NamedTuple):
 
 # (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles
 EBR_NARROW = {
-    ("16 bit", "forward"): NarrowTile(64, 64, 128, 4, 2),
-    ("16 bit", "backward"): NarrowTile(64, 64, 64, 4, 2),
-    ("tf32", "forward"): NarrowTile(64, 32, 64, 4, 2),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, 4, 2),
-    ("ieee", "forward"): NarrowTile(32, 32, 32, 4, 1),
-    ("ieee", "backward"): NarrowTile(32, 32, 32, 4, 1),
+    ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
+    ("16 bit", "backward"): NarrowTile(64, 64, 64, 8, 2),
+    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 2),
+    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 2),
+    ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
+    ("ieee", "backward"): NarrowTile(32, 32, 32, 8, 1),
 }
 
 
@@ -52,7 +52,7 @@ class WideTile(NamedTuple):
 
 
 EBR_WIDE = {
-    "16 bit": WideTile(64, 128, 64, 4, 3, 32, 64, 4),
+    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 64, 8),
     "tf32": WideTile(64, 64, 32, 4, 3, 16, 32, 8),
     "ieee": WideTile(64, 64, 16, 8, 2, 16, 16, 8),
 }

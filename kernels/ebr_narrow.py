@@ -247,6 +247,37 @@ def _emit_bias(out, at, n, value, ATOMIC: tl.constexpr):
 
 
 @triton.jit
+def _psi_weight_grad(
+    out, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm,
+    LAYER: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr,
+    M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, MD_LOSS: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one layer of the discriminator over a slice of modality j's rows: weight, then bias, at ``out``."""
+    k = tl.arange(0, PADS[0])
+    acc = tl.zeros((OUTP, INP), tl.float32)
+    acc_b = tl.zeros((OUTP,), tl.float32)
+    if MD_LOSS:
+        for r0 in tl.range(first, end, BM):
+            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            here = present_rows(present, r, r < end, j, stride_pb, stride_pm, HAS_PRESENT)
+            at = (tl.cast(j, tl.int64) * B + r)[:, None] * DIMS[0] + k[None, :]
+            g = tl.load(latents + at, mask=here[:, None] & (k < DIMS[0])[None, :], other=0.0)
+            a1, a2, d1, d2, d_last = _psi_grads(g, psi, here, j, M, DIMS, PADS, HIDDEN, PREC)
+            if LAYER == HIDDEN:
+                d_out, below = d_last, a2
+            elif LAYER == 0:
+                d_out, below = d1, g
+            else:
+                d_out, below = d2, a1
+            acc_b += tl.sum(d_out.to(tl.float32), axis=0)
+            acc = tl.dot(tl.trans(d_out), below, acc, input_precision=PREC)
+    o = tl.arange(0, OUTP)
+    _emit(out, o, OUT, tl.arange(0, INP), IN, acc * md_scale, ATOMIC)
+    _emit_bias(out + OUT * IN, o, OUT, acc_b * md_scale, ATOMIC)
+
+
+@triton.jit
 def ebr_narrow_bwd_kernel(
     x, recovered, d_recovered, d_x, enc_w1, enc_b1, enc_w2, dec_w1, dec_b1, dec_w2, psi, has_grad,
     present, source, latents, d_latents, rstd_in, counts, d_md, d_rec, reversal, d_source, d_z, slabs,
@@ -476,31 +507,12 @@ def ebr_narrow_bwd_kernel(
     # The discriminator's own gradient keeps its sign; lambda does not reach it.
     at_layer = slabs + psi_at + tl.cast(tl.program_id(0), tl.int64) * (0 if ATOMIC else psi_size)
     for layer in tl.static_range(HIDDEN + 1):
-        IN: tl.constexpr = PSI_DIMS[layer]
-        OUT: tl.constexpr = PSI_DIMS[layer + 1]
-        INP: tl.constexpr = PSI_PADS[layer]
-        OUTP: tl.constexpr = PSI_PADS[layer + 1]
-        o, c = tl.arange(0, OUTP), tl.arange(0, INP)
-        acc = tl.zeros((OUTP, INP), tl.float32)
-        acc_b = tl.zeros((OUTP,), tl.float32)
-        if MD_LOSS:
-            for r0 in tl.range(first, end, BM):
-                r = (r0 + tl.arange(0, BM)).to(tl.int64)
-                here = present_rows(present, r, r < end, j, stride_pb, stride_pm, HAS_PRESENT)
-                at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
-                g = tl.load(latents + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
-                a1, a2, d1, d2, d_last = _psi_grads(g, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, PREC)
-                if layer == HIDDEN:
-                    d_out, below = d_last, a2
-                elif layer == 0:
-                    d_out, below = d1, g
-                else:
-                    d_out, below = d2, a1
-                acc_b += tl.sum(d_out.to(tl.float32), axis=0)
-                acc = tl.dot(tl.trans(d_out), below, acc, input_precision=PREC)
-        _emit(at_layer, o, OUT, c, IN, acc * md_scale, ATOMIC)
-        _emit_bias(at_layer + OUT * IN, o, OUT, acc_b * md_scale, ATOMIC)
-        at_layer += OUT * IN + OUT
+        _psi_weight_grad(
+            at_layer, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm, layer,
+            PSI_DIMS[layer], PSI_DIMS[layer + 1], PSI_PADS[layer], PSI_PADS[layer + 1],
+            M, PSI_DIMS, PSI_PADS, HIDDEN, BM, HAS_PRESENT, MD_LOSS, ATOMIC, PREC,
+        )  # fmt: skip
+        at_layer += PSI_DIMS[layer + 1] * PSI_DIMS[layer] + PSI_DIMS[layer + 1]
 
 
 @triton.jit
