@@ -414,8 +414,8 @@ def ebr_narrow_bwd_kernel(
     d_b4 = d_w4 + D * H
     for h0 in tl.range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        acc = tl.zeros((BH, KP), tl.float32)
-        acc_b = tl.zeros((BH,), tl.float32)
+        acc_w3 = tl.zeros((BH, KP), tl.float32)
+        acc_b3 = tl.zeros((BH,), tl.float32)
         for r0 in tl.range(first, end, BM):
             r = (r0 + tl.arange(0, BM)).to(tl.int64)
             inside = r < end
@@ -438,15 +438,15 @@ def ebr_narrow_bwd_kernel(
                 )  # fmt: skip
                 d_h = tl.dot(d_y.to(dtype), load_weight(w4, d, D, h, H), d_h, input_precision=PREC)
             d_h = tl.where(hidden > 0, d_h, 0.0)
-            acc_b += tl.sum(d_h, axis=0)
-            acc = tl.dot(tl.trans(d_h.to(dtype)), u, acc, input_precision=PREC)
-        _emit(d_w3, h, H, k, K, acc, ATOMIC)
-        _emit_bias(d_b3, h, H, acc_b, ATOMIC)
+            acc_b3 += tl.sum(d_h, axis=0)
+            acc_w3 = tl.dot(tl.trans(d_h.to(dtype)), u, acc_w3, input_precision=PREC)
+        _emit(d_w3, h, H, k, K, acc_w3, ATOMIC)
+        _emit_bias(d_b3, h, H, acc_b3, ATOMIC)
 
         for d0 in tl.range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            acc = tl.zeros((BD, BH), tl.float32)
-            acc_b = tl.zeros((BD,), tl.float32)
+            acc_w4 = tl.zeros((BD, BH), tl.float32)
+            acc_b4 = tl.zeros((BD,), tl.float32)
             for r0 in tl.range(first, end, BM):
                 r = (r0 + tl.arange(0, BM)).to(tl.int64)
                 inside = r < end
@@ -464,14 +464,14 @@ def ebr_narrow_bwd_kernel(
                     d_rec_j, rec_j, xj, r, d, d < D, valid, counted, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd,
                     D, RESIDUAL, REC_LOSS,
                 )  # fmt: skip
-                acc_b += tl.sum(d_y, axis=0)
-                acc = tl.dot(tl.trans(d_y.to(dtype)), hidden.to(dtype), acc, input_precision=PREC)
-            _emit(d_w4, d, D, h, H, acc, ATOMIC)
+                acc_b4 += tl.sum(d_y, axis=0)
+                acc_w4 = tl.dot(tl.trans(d_y.to(dtype)), hidden.to(dtype), acc_w4, input_precision=PREC)
+            _emit(d_w4, d, D, h, H, acc_w4, ATOMIC)
             if h0 == 0:
-                _emit_bias(d_b4, d, D, acc_b, ATOMIC)
+                _emit_bias(d_b4, d, D, acc_b4, ATOMIC)
 
-        acc = tl.zeros((KP, BH), tl.float32)
-        acc_b = tl.zeros((KP,), tl.float32)
+        acc_w2 = tl.zeros((KP, BH), tl.float32)
+        acc_b2 = tl.zeros((KP,), tl.float32)
         for r0 in tl.range(first, end, BM):
             r = (r0 + tl.arange(0, BM)).to(tl.int64)
             inside = r < end
@@ -479,16 +479,16 @@ def ebr_narrow_bwd_kernel(
             hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
             at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
             d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
-            acc_b += tl.sum(d_g.to(tl.float32), axis=0)
-            acc = tl.dot(tl.trans(d_g), hidden.to(dtype), acc, input_precision=PREC)
-        _emit(d_w2, k, K, h, H, acc, ATOMIC)
+            acc_b2 += tl.sum(d_g.to(tl.float32), axis=0)
+            acc_w2 = tl.dot(tl.trans(d_g), hidden.to(dtype), acc_w2, input_precision=PREC)
+        _emit(d_w2, k, K, h, H, acc_w2, ATOMIC)
         if h0 == 0:
-            _emit_bias(d_b2, k, K, acc_b, ATOMIC)
+            _emit_bias(d_b2, k, K, acc_b2, ATOMIC)
 
         for d0 in tl.range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            acc = tl.zeros((BH, BD), tl.float32)
-            acc_b = tl.zeros((BH,), tl.float32)
+            acc_w1 = tl.zeros((BH, BD), tl.float32)
+            acc_b1 = tl.zeros((BH,), tl.float32)
             for r0 in tl.range(first, end, BM):
                 r = (r0 + tl.arange(0, BM)).to(tl.int64)
                 inside = r < end
@@ -497,12 +497,12 @@ def ebr_narrow_bwd_kernel(
                 at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
                 d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
                 d_h = tl.where(hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H), input_precision=PREC), 0.0)
-                acc_b += tl.sum(d_h, axis=0)
+                acc_b1 += tl.sum(d_h, axis=0)
                 feature = _feature(xj, r, here, d, D, s_xb, s_xd)
-                acc = tl.dot(tl.trans(d_h.to(dtype)), feature, acc, input_precision=PREC)
-            _emit(d_w1, h, H, d, D, acc, ATOMIC)
+                acc_w1 = tl.dot(tl.trans(d_h.to(dtype)), feature, acc_w1, input_precision=PREC)
+            _emit(d_w1, h, H, d, D, acc_w1, ATOMIC)
             if d0 == 0:
-                _emit_bias(d_b1, h, H, acc_b, ATOMIC)
+                _emit_bias(d_b1, h, H, acc_b1, ATOMIC)
 
     # The discriminator's own gradient keeps its sign; lambda does not reach it.
     at_layer = slabs + psi_at + tl.cast(tl.program_id(0), tl.int64) * (0 if ATOMIC else psi_size)
