@@ -162,6 +162,7 @@ STAGES |= {
     },
     "planted": MAIN | {"dropout": plain(modality_dropout=0.5), "EBR paper form": paper(FAST | {"reversal": 0.01})},
 }
+SEEDS = {"planted": ABLATION_SEEDS, "schedule": (0,)}
 ON = {"schedule": ("mfeat",), "planted": ("planted",)}  # the other stages: every explored set
 
 
@@ -218,8 +219,8 @@ def run(job: dict) -> dict:
 
 def jobs_of(stage: str) -> list[dict]:
     if stage in STAGES:
-        sets, seeds, part, methods = ON.get(stage, EXPLORED), EXPLORE_SEEDS, "validation", STAGES[stage]
-        seeds = ABLATION_SEEDS if stage == "planted" else seeds
+        sets, seeds = ON.get(stage, EXPLORED), SEEDS.get(stage, EXPLORE_SEEDS)
+        part, methods = "validation", STAGES[stage]
     elif stage in ("ablation", "test"):
         frozen = json.loads(FROZEN.read_text())
         part, methods = ("test", frozen["test"]) if stage == "test" else ("validation", frozen["ablation"])
