@@ -25,9 +25,9 @@ class NarrowTile(NamedTuple):
 # (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles
 EBR_NARROW = {
     ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
-    ("16 bit", "backward"): NarrowTile(64, 64, 64, 8, 2),
+    ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 2),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 2),
+    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
     ("ieee", "backward"): NarrowTile(32, 32, 32, 8, 1),
 }

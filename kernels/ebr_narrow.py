@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .ebr_tiles import (
     NO_SOURCE,
+    any_row,
     cross_entropy,
     decoded_grad,
     finish_losses,
@@ -59,9 +60,9 @@ def _encoder_hidden(
 
 
 @triton.jit
-def _decoder_hidden(u, w1, b1, h, H, K: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr):
+def _decoder_hidden(u, w1, b1, h, H, some, K: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr):
     """float32 ``[BM, BH]``: ``relu(u W₃ᵀ + b₃)`` at hidden units h."""
-    z = tl.dot(u, load_weight_t(w1, h, H, tl.arange(0, KP), K), input_precision=PREC)
+    z = tl.dot(u, load_weight_t(w1, h, H, tl.arange(0, KP), K, some), input_precision=PREC)
     return relu(z + load_bias(b1, h, H)[None, :])
 
 
@@ -73,7 +74,7 @@ def _encode(
     """float32 ``[BM, KP]`` latents, zero in rows that keep leaves out, and their reciprocal standard deviation."""
     k = tl.arange(0, KP)
     g = tl.zeros((BM, KP), tl.float32)
-    for h0 in tl.range(0, tl.where(tl.max(keep.to(tl.int32), axis=0) > 0, H, 0), BH):
+    for h0 in tl.range(0, tl.where(any_row(keep), H, 0), BH):
         h = h0 + tl.arange(0, BH)
         hidden = _encoder_hidden(x, w1, b1, r, keep, h, D, H, stride_xb, stride_xd, BM, BH, BD, PREC)
         g = tl.dot(hidden.to(x.dtype.element_ty), load_weight_t(w2, k, K, h, H), g, input_precision=PREC)
@@ -88,34 +89,36 @@ def _encode(
 
 
 @triton.jit
-def _psi_layer(a, w, b, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr):
+def _psi_layer(
+    a, w, b, some, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
     o = tl.arange(0, OUTP)
-    return (
-        tl.dot(a, load_weight_t(w, o, OUT, tl.arange(0, INP), IN), input_precision=PREC) + load_bias(b, o, OUT)[None, :]
-    )
+    z = tl.dot(a, load_weight_t(w, o, OUT, tl.arange(0, INP), IN, some), input_precision=PREC)
+    return z + load_bias(b, o, OUT)[None, :]
 
 
 @triton.jit
 def _psi_back(
-    d, a, w, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr
+    d, a, w, some, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
     """Gradient of the pre-activation below a layer: ``d W`` where the activation ``a`` is positive."""
-    below = tl.dot(d, load_weight(w, tl.arange(0, OUTP), OUT, tl.arange(0, INP), IN), input_precision=PREC)
+    below = tl.dot(d, load_weight(w, tl.arange(0, OUTP), OUT, tl.arange(0, INP), IN, some), input_precision=PREC)
     return tl.where(a > 0, below, 0.0).to(a.dtype)
 
 
 @triton.jit
-def _psi_logits(g, psi, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr):
+def _psi_logits(g, psi, some, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr):
     """Activations of up to two hidden layers (g itself where there is none) and the logits."""
     a1, a2 = g, g
     if HIDDEN > 0:
-        a1 = relu(_psi_layer(g, psi[0], psi[1], DIMS[0], DIMS[1], PADS[0], PADS[1], PREC)).to(g.dtype)
+        a1 = relu(_psi_layer(g, psi[0], psi[1], some, DIMS[0], DIMS[1], PADS[0], PADS[1], PREC)).to(g.dtype)
         a2 = a1
     if HIDDEN > 1:
-        a2 = relu(_psi_layer(a1, psi[2], psi[3], DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)).to(g.dtype)
+        a2 = relu(_psi_layer(a1, psi[2], psi[3], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)).to(g.dtype)
     logits = _psi_layer(
-        a2, psi[2 * HIDDEN], psi[2 * HIDDEN + 1], DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC
-    )
+        a2, psi[2 * HIDDEN], psi[2 * HIDDEN + 1], some,
+        DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
+    )  # fmt: skip
     return a1, a2, logits
 
 
@@ -124,17 +127,19 @@ def _psi_grads(
     g, psi, keep, i, M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
     """Inputs and output gradients of every layer for the summed cross entropy: (a1, a2, d of layers 1, 2, last)."""
-    a1, a2, logits = _psi_logits(g, psi, DIMS, PADS, HIDDEN, PREC)
+    some = any_row(keep)
+    a1, a2, logits = _psi_logits(g, psi, some, DIMS, PADS, HIDDEN, PREC)
     _, d = cross_entropy(logits, i, M, PADS[HIDDEN + 1])
     d_last = tl.where(keep[:, None], d, 0.0).to(g.dtype)
     d1, d2 = d_last, d_last
     if HIDDEN > 0:
         d2 = _psi_back(
-            d_last, a2, psi[2 * HIDDEN], DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC
-        )
+            d_last, a2, psi[2 * HIDDEN], some,
+            DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
+        )  # fmt: skip
         d1 = d2
     if HIDDEN > 1:
-        d1 = _psi_back(d2, a1, psi[2], DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)
+        d1 = _psi_back(d2, a1, psi[2], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)
     return a1, a2, d1, d2, d_last
 
 
@@ -195,7 +200,7 @@ def ebr_narrow_fwd_kernel(
     if NORMALIZE:
         tl.store(rstd_out + tl.cast(i, tl.int64) * B + r, rstd, mask=inside)
 
-    _, _, logits = _psi_logits(g, psi, PSI_DIMS, PSI_PADS, HIDDEN, PREC)
+    _, _, logits = _psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
     ce, _ = cross_entropy(logits, i, M, PSI_PADS[HIDDEN + 1])
 
     counted = here & valid
@@ -203,14 +208,14 @@ def ebr_narrow_fwd_kernel(
     xi, out = pick(x, i, M), pick(recovered, i, M)
     w3, b3, w4, b4 = pick(dec_w1, i, M), pick(dec_b1, i, M), pick(dec_w2, i, M), pick(dec_b2, i, M)
     s_xb, s_xd = pick_long(stride_xb, i, M), pick_long(stride_xd, i, M)
-    units = tl.where(tl.max(valid.to(tl.int32), axis=0) > 0, H, 0)
+    units = tl.where(any_row(valid), H, 0)
     squared = tl.zeros((BM,), tl.float32)
     for d0 in tl.range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         y = tl.zeros((BM, BD), tl.float32)
         for h0 in tl.range(0, units, BH):
             h = h0 + tl.arange(0, BH)
-            hidden = _decoder_hidden(u, w3, b3, h, H, K, KP, PREC)
+            hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
             y = tl.dot(hidden.to(dtype), load_weight_t(w4, d, D, h, H), y, input_precision=PREC)
         y = tl.where(valid[:, None], y + load_bias(b4, d, D)[None, :], 0.0)
         feature = _feature(xi, r, here, d, D, s_xb, s_xd).to(tl.float32)
@@ -332,7 +337,7 @@ def ebr_narrow_bwd_kernel(
             wanted = w != 0
             if HAS_D_SOURCE:
                 wanted = valid & here
-            units = tl.where(tl.max(wanted.to(tl.int32), axis=0) > 0, H, 0)
+            units = tl.where(any_row(wanted), H, 0)
             counted = valid & present_rows(present, r, inside, slot, stride_pb, stride_pm, HAS_PRESENT)
             u = mixed_latents(
                 latents, source, present, r, valid, k, k < K, slot, B, K, stride_sb, stride_si, stride_sj,
@@ -342,7 +347,7 @@ def ebr_narrow_bwd_kernel(
             d_u = tl.zeros((BM, KP), tl.float32)
             for h0 in tl.range(0, units, BH):
                 h = h0 + tl.arange(0, BH)
-                hidden = _decoder_hidden(u, pick(dec_w1, slot, M), pick(dec_b1, slot, M), h, H, K, KP, PREC)
+                hidden = _decoder_hidden(u, pick(dec_w1, slot, M), pick(dec_b1, slot, M), h, H, units > 0, K, KP, PREC)
                 d_h = tl.zeros((BM, BH), tl.float32)
                 for d0 in tl.range(0, Ds, BD):
                     d = d0 + tl.arange(0, BD)
@@ -384,7 +389,7 @@ def ebr_narrow_bwd_kernel(
         d_g = tl.where(g_mask, d_g, 0.0).to(dtype)
         tl.store(d_z + g_at, d_g, mask=inside[:, None] & (k < K)[None, :])
 
-        units = tl.where(tl.max(here.to(tl.int32), axis=0) > 0, H, 0)
+        units = tl.where(any_row(here), H, 0)
         for d0 in tl.range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             acc = tl.zeros((BM, BD), tl.float32)
@@ -428,7 +433,7 @@ def ebr_narrow_bwd_kernel(
                 latents, source, present, r, valid, k, k < K, j, B, K, stride_sb, stride_si, stride_sj,
                 stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
             )  # fmt: skip
-            hidden = _decoder_hidden(u, w3, b3, h, H, K, KP, PREC)
+            hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
             d_h = tl.zeros((BM, BH), tl.float32)
             for d0 in tl.range(0, D, BD):
                 d = d0 + tl.arange(0, BD)
@@ -459,7 +464,7 @@ def ebr_narrow_bwd_kernel(
                     latents, source, present, r, valid, k, k < K, j, B, K, stride_sb, stride_si, stride_sj,
                     stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
                 )  # fmt: skip
-                hidden = _decoder_hidden(u, w3, b3, h, H, K, KP, PREC)
+                hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
                 d_y = decoded_grad(
                     d_rec_j, rec_j, xj, r, d, d < D, valid, counted, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd,
                     D, RESIDUAL, REC_LOSS,
@@ -496,7 +501,9 @@ def ebr_narrow_bwd_kernel(
                 hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
                 at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
                 d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
-                d_h = tl.where(hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H), input_precision=PREC), 0.0)
+                d_h = tl.where(
+                    hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H, any_row(here)), input_precision=PREC), 0.0
+                )
                 acc_b1 += tl.sum(d_h, axis=0)
                 feature = _feature(xj, r, here, d, D, s_xb, s_xd)
                 acc_w1 = tl.dot(tl.trans(d_h.to(dtype)), feature, acc_w1, input_precision=PREC)

@@ -48,16 +48,26 @@ def relu(z):
 
 
 @triton.jit
-def load_weight(w, rows, n_rows, columns, n_columns):
-    """Tile ``[rows, columns]`` of a contiguous matrix with ``n_columns`` columns."""
-    mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+def any_row(keep):
+    """Whether some row of a tile is to be worked on, as a scalar."""
+    return tl.max(keep.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def load_weight(w, rows, n_rows, columns, n_columns, some=True):
+    """Tile ``[rows, columns]`` of a contiguous matrix with ``n_columns`` columns.
+
+    ``some``: whether the tile of rows that it meets holds any row. It also ties the load to that tile: a weight that the
+    compiler hoists out of a loop over rows occupies registers for all of it, more than there are.
+    """
+    mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :] & some
     return tl.load(w + rows[:, None] * n_columns + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_weight_t(w, rows, n_rows, columns, n_columns):
+def load_weight_t(w, rows, n_rows, columns, n_columns, some=True):
     """The same tile transposed, ``[columns, rows]``."""
-    mask = (columns < n_columns)[:, None] & (rows < n_rows)[None, :]
+    mask = (columns < n_columns)[:, None] & (rows < n_rows)[None, :] & some
     return tl.load(w + rows[None, :] * n_columns + columns[:, None], mask=mask, other=0.0)
 
 

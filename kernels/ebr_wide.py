@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .ebr_tiles import (
+    any_row,
     cross_entropy,
     decoded_grad,
     finish_losses,
@@ -93,7 +94,7 @@ def ebr_wide_fwd_kernel(
     else:
         inside = r < B * M
         keep = _stacked_present(present, r, inside, B, stride_pb, stride_pm, HAS_PRESENT)
-    depth = tl.where(tl.max(keep.to(tl.int32), axis=0) > 0, IN, 0)
+    depth = tl.where(any_row(keep), IN, 0)
     weight = pick(w, n, GROUPS)
     acc = tl.zeros((BM, BN), tl.float32)
     if MIX and head:
@@ -194,7 +195,7 @@ def ebr_wide_loss_kernel(
     p, c = tl.arange(0, PP), tl.arange(0, MP)
     if HIDDEN:
         z = tl.zeros((BM, PP), tl.float32)
-        for k0 in tl.range(0, tl.where(tl.max(here.to(tl.int32), axis=0) > 0, IN, 0), BK):
+        for k0 in tl.range(0, tl.where(any_row(here), IN, 0), BK):
             k = k0 + tl.arange(0, BK)
             left = tl.load(below + q[:, None] * IN + k[None, :], mask=here[:, None] & (k < IN)[None, :], other=0.0)
             z = tl.dot(left, load_weight_t(w1, p, P, k, IN), z, input_precision=PREC)
@@ -347,7 +348,7 @@ def ebr_wide_bwd_kernel(
         else:
             keep = _stacked_present(present, r, inside, B, stride_pb, stride_pm, HAS_PRESENT)
             here = keep
-        some = tl.max(keep.to(tl.int32), axis=0) > 0
+        some = any_row(keep)
         depth = tl.where(some, ND, 0)
         if STAGE == "latent":
             depth = depth * 0
