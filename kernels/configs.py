@@ -29,7 +29,7 @@ EBR_NARROW = {
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 2),
     ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
-    ("ieee", "backward"): NarrowTile(32, 32, 32, 8, 1),
+    ("ieee", "backward"): NarrowTile(16, 32, 16, 8, 1),
 }
 
 
@@ -53,9 +53,9 @@ class WideTile(NamedTuple):
 
 
 EBR_WIDE = {
-    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 64, 8, 168),
+    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 64, 8, 208),
     "tf32": WideTile(64, 64, 32, 4, 3, 16, 32, 8, 200),
-    "ieee": WideTile(64, 64, 16, 8, 2, 16, 16, 8, 168),
+    "ieee": WideTile(64, 64, 16, 8, 2, 16, 16, 8, 208),
 }
 
 
