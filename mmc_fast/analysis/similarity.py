@@ -49,8 +49,9 @@ def variance_inflation(covariance: Tensor, ridge: float = 1e-6) -> Tensor:
     if moving.any():
         scale = variances[moving].rsqrt()
         correlation = s[moving][:, moving] * scale[:, None] * scale
-        eye = torch.eye(len(scale), dtype=s.dtype, device=s.device)
-        factors[moving] = torch.cholesky_inverse(torch.linalg.cholesky(correlation + ridge * eye)).diagonal()
+        # By eigenvalues: rounding of collinear columns leaves some slightly negative, which a factorisation refuses.
+        values, vectors = torch.linalg.eigh((correlation + correlation.t()) / 2)
+        factors[moving] = (vectors.square() / (values.clamp(min=0) + ridge)).sum(1)
     return factors
 
 
