@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -367,6 +368,8 @@ def once(loader: list[Any]) -> Iterator[Any]:
         (lambda l: [(a, b, y.float()) for a, b, y in l], "class numbers"),
         (lambda l: [(a, b, y + 7) for a, b, y in l], "number the classes"),
         (lambda l: [], "no sample"),
+        (lambda l: [(a[:0], b[:0], y[:0]) for a, b, y in l], "no rows"),
+        (lambda l: [*l[:-1], (l[-1][0], l[-1][1], None)], "all or none"),
         (once, "iterator"),
     ],
 )
@@ -429,6 +432,21 @@ def test_seven_modalities_are_not_scored(generator: torch.Generator) -> None:
     d = diagnose(planted, planted.batches(), resamples=0)
     assert "more than 6" in d.summary()
     assert len(d.verdicts) == 7
+
+
+def test_empty_batches_and_one_logit(generator: torch.Generator) -> None:
+    head = chain(generator, 1)
+    loader = batches(generator, classes=2)
+    toy = Toy(head, head)
+    d = diagnose(toy, loader, resamples=0, probes=False)
+    more = [loader[0], tuple(t[:0] for t in loader[0]), *loader[1:]]
+    assert diagnose(toy, more, resamples=0, probes=False).value("score.all") == pytest.approx(d.value("score.all"))
+    image, audio, labels = whole(loader)
+    with torch.no_grad():
+        y = toy.fuse({"image": image, "audio": audio})[:, 0]
+    assert d.value("score.all") == pytest.approx(roc_auc_score(labels, y), abs=1e-6)
+    right = diagnose(toy, loader, resamples=0, probes=False, metric="accuracy").value("score.all")
+    assert right == pytest.approx(float(((y > 0) == labels).double().mean()))
 
 
 # Killed and resumed
@@ -495,3 +513,25 @@ def test_a_state_of_something_else_is_refused(generator: torch.Generator, tmp_pa
     state.write_bytes(b"nonsense")
     with pytest.raises(InputError, match="delete it to start over"):
         diagnose(Toy(head, head), loader, state=state)
+
+
+# The document
+
+
+def test_the_document_runs_and_names_what_there_is(tmp_path, monkeypatch, found: Diagnosis) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/diagnose.md", "exec"), {})
+    assert Diagnosis.from_json(tmp_path / "before.json").modalities == {"image": 16, "audio": 16}
+    assert (tmp_path / "before.html").is_file()
+    named = set(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
+    listed = {part.strip("`., …") for row in named for part in re.findall(r"`[^`]+`", row)}
+    for measure in found.measures:
+        general = re.sub(r"\.[ab]$", ".M", re.sub(r"^agop\.\d+", "agop.L", measure))
+        ending = "." + measure.split(".")[-1]
+        assert general in listed or any(ending == "." + name.lstrip(".") for name in listed), measure
+    thresholds = found.settings["thresholds"]
+    for name in ("use", "kept", "entropy", "signal", "loss"):
+        assert f"{thresholds[name]:g}" in text, name

@@ -12,8 +12,8 @@ from mmc_fast.analysis import weights
 from mmc_fast.analysis.diagnosis import Diagnosis, diagnose
 from mmc_fast.testing import PlantedHead, planted_head
 
-ERROR = 0.06
-"""Stated error of the mean neuron entropy against the planted sharing, at jitter 0.05."""
+ERROR = 0.08
+"""Stated error of the mean neuron entropy against the planted sharing, at jitter 0.02."""
 
 
 def look(planted: PlantedHead, **options) -> Diagnosis:
@@ -25,11 +25,11 @@ def look(planted: PlantedHead, **options) -> Diagnosis:
 def test_planted_sharing_is_recovered(modalities: int, seed: int) -> None:
     found = []
     for sharing in (0.0, 0.25, 0.5, 1.0):
-        planted = planted_head(seed, sharing=sharing, modalities=modalities, jitter=0.05, rotate=True)
+        planted = planted_head(seed, sharing=sharing, modalities=modalities, jitter=0.02, rotate=True)
         d = look(planted)
         expected = sharing * math.log(2) / math.log(modalities)
         print(sharing, d.value("neuron_entropy"), d.value("entanglement"), d.value("polysemanticity_degree"))
-        assert d.value("neuron_entropy") == pytest.approx(expected, abs=ERROR + (0.1 if sharing == 0 else 0.06))
+        assert d.value("neuron_entropy") == pytest.approx(expected, abs=ERROR)
         assert d.value("mixed_neurons") == pytest.approx(sharing, abs=0.02)
         shares = np.array(d.arrays["neuron_shares"])
         np.testing.assert_array_equal((shares.max(1) < 0.8), planted.shared.numpy())
@@ -91,6 +91,7 @@ def test_rotation_and_units_change_nothing(scale: float, seed: int) -> None:
     assert abs(float(raw[:, 0].mean()) - 0.5) > 0.05  # what the weighting is for
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_value_of_all_data() -> None:
     """95 % intervals from 600 samples hold the value of 60,000 about as often as they say."""
     big = planted_head(3, sharing=0.4, jitter=0.2, num_samples=60000)

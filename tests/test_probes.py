@@ -63,6 +63,8 @@ def test_denoising_r2(generator: torch.Generator) -> None:
     spread = teacher.std(0) * torch.randn(500, 3, generator=generator)
     assert probes.denoising_r2(student, teacher + spread) == pytest.approx(0.5, abs=0.12)
     assert probes.denoising_r2(student, torch.randn(500, 3, generator=generator)) < 0.05
+    many = torch.randn(500, 100, generator=generator)  # in sample these would explain a fifth
+    assert probes.denoising_r2(many, torch.randn(500, 3, generator=generator)) < 0.05
     assert math.isnan(probes.denoising_r2(student, torch.ones(500, 2)))
 
 

@@ -75,6 +75,8 @@ class Collector:
     def start(self, batch: Any) -> None:
         """Learn the shapes from a batch, choose the fast or the general path, check that rows are independent."""
         features = checked_features(self.adapter, batch, self.widths, 0)
+        if not len(flat(features)):
+            raise InputError("diagnose: the first batch has no rows; give batches with samples")
         self.widths = {name: x[0].numel() for name, x in features.items()}
         logits = self.adapter.fuse(features)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(flat(features)):
@@ -115,6 +117,10 @@ class Collector:
         labels = labels_of(self.adapter, batch)
         if labels is not None and len(labels) != len(x):
             raise InputError(f"diagnose: batch {self.batches} has {len(x)} rows and {len(labels)} labels")
+        if self.batches and self.labelled != (labels is not None):
+            raise InputError(
+                f"diagnose: batch {self.batches} and the ones before differ in having labels; give all or none"
+            )
         self.labelled = self.labelled and labels is not None
         sample = {"x": x.float()} | ({} if labels is None else {"labels": labels})
         latents = getattr(self.adapter, "latents", None)

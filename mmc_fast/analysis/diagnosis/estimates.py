@@ -19,7 +19,7 @@ from .collect import Collector
 from .layers import ChainSums, combine_grams
 from .result import Measure
 
-__all__ = ["Estimator", "interval", "reliance_measures"]
+__all__ = ["Estimator", "affordable", "interval", "reliance_measures", "resampled"]
 
 SHOWN_VALUES, SHOWN_DIRECTIONS, WIDE = 64, 5, 256
 
@@ -50,9 +50,7 @@ class Estimator:
             gram = combine_grams(grams, group_weights)
             columns = self.slices[index]
             sigma = covariance[columns, columns]
-            split = c.widths if index == 0 else {"all": gram.shape[0]}
-            white = blocks.whitened(gram, sigma, split)
-            values = blocks.spectrum(white)
+            values = self._spectrum(index, gram, sigma, moments.n)
             rank = blocks.ranks(values, self.tolerance)
             found[f"agop.{name}.effective_rank"] = rank.effective
             found[f"agop.{name}.stable_rank"] = rank.stable
@@ -67,6 +65,15 @@ class Estimator:
                 self._features(gram, sigma, found, arrays)
         self._fused(covariance, found, arrays)
         return found
+
+    def _spectrum(self, index: int, gram: Tensor, sigma: Tensor, n: float) -> Tensor:
+        """Eigenvalues of the whitened AGOP of a layer: by modality at the first, as a whole at the others."""
+        layers = self.collector.layers
+        if index and isinstance(layers, ChainSums) and index == len(layers.weights) - 1:
+            weight = layers.weights[index].double()  # G = n WᵀW here, so the smaller n W Σ Wᵀ has the same ones
+            return blocks.spectrum(n * weight @ sigma @ weight.t())
+        split = self.collector.widths if index == 0 else {"all": gram.shape[0]}
+        return blocks.spectrum(blocks.whitened(gram, sigma, split))
 
     def _features(self, gram: Tensor, sigma: Tensor, found: dict[str, float], arrays: dict[str, Any] | None) -> None:
         """Blocks of the layer that receives the modalities, and its neurons."""
@@ -149,6 +156,11 @@ def interval(value: float, draws: np.ndarray | None, groups: int, level: float, 
     half = float(stats.t.ppf((1 + level) / 2, groups - 1)) * error
     low, high = value - half, value + half
     return Measure(value, error, max(low, 0.0) if unit else low, min(high, 1.0) if unit else high)
+
+
+def affordable(resamples: int, columns: list[int]) -> int:
+    """How many resamples of the sums are drawn: fewer where every one costs eigenvalues of wide matrices."""
+    return resamples if max(columns) <= WIDE else min(resamples, 24)
 
 
 def resampled(numbers: Callable[[np.ndarray], Mapping[str, float]], draws: np.ndarray) -> dict[str, np.ndarray]:

@@ -33,6 +33,8 @@ class CoalitionScores:
 
     def add(self, outputs: Tensor, labels: Tensor, places: Tensor) -> None:
         """``outputs [2^m, B, C]`` of one batch, its labels and the group of each row."""
+        if not len(labels):
+            return
         place = places.numpy()
         width = max(self.classes.shape[1], int(labels.max()) + 1, outputs.shape[2])
         self.classes = np.pad(self.classes, ((0, 0), (0, width - self.classes.shape[1])))
@@ -40,7 +42,8 @@ class CoalitionScores:
         self.rows += np.bincount(place, minlength=self.groups)
         outputs = self._steady(outputs.detach().cpu())
         if self.metric == "accuracy":
-            hits = (outputs.argmax(-1) == labels).double().numpy()
+            guess = outputs.argmax(-1) if outputs.shape[-1] > 1 else (outputs[..., 0] > 0).long()
+            hits = (guess == labels).double().numpy()
             for c in range(self.size):
                 self.correct[c] += np.bincount(place, weights=hits[c], minlength=self.groups)
             return

@@ -21,7 +21,7 @@ from ..probes import fresh_discriminator
 from ..reliance import MAX_MODALITIES, coalition_outputs, retrained_without, train_afresh
 from .adapter import Adapter, RunAdapter, labels_of, model_of
 from .collect import Collector, Reservoir, checked_features
-from .estimates import Estimator, interval, reliance_measures, resampled
+from .estimates import Estimator, affordable, interval, reliance_measures, resampled
 from .groups import draw_weights, stream
 from .layers import ChainSums, jacobian_rows
 from .predictions import CoalitionScores
@@ -297,7 +297,8 @@ def _measures(
     draws = np.zeros((resamples, len(active)))
     if groups >= 3 and resamples:
         draws[:, active > 0] = draw_weights(groups, resamples, seed)
-    spread = resampled(estimator.numbers, draws) if groups >= 3 else {}
+    enough = affordable(resamples, collector.columns)
+    spread = resampled(estimator.numbers, draws[:enough]) if groups >= 3 else {}
     measures = {
         name: interval(value, spread.get(name), groups, level, _is_share(name)) for name, value in values.items()
     }
