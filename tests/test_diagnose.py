@@ -77,6 +77,19 @@ def chain(generator: torch.Generator, classes: int = 3) -> nn.Sequential:
 # Numbers
 
 
+def test_noise_of_another_modality_in_neurons(seed: int) -> None:
+    values = []
+    for sharing in (0.0, 1.0):
+        planted = planted_head(seed, sharing=sharing)
+        d = diagnose(planted, planted.batches(), resamples=0, probes=False)
+        values.append(d.value("foreign_noise"))
+        assert d.value("attribution_entropy") == pytest.approx(sharing, abs=0.1)
+        if sharing:
+            assert d.arrays["responses"][0]["entangled"]
+    assert values[0] == pytest.approx(0, abs=1e-6)
+    assert values[1] > 0.4
+
+
 def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     head, loader = chain(generator), batches(generator)
     d = diagnose(Toy(head, head), loader, resamples=20)
@@ -241,6 +254,7 @@ def found() -> Diagnosis:
 
 def test_every_measure_of_data_has_its_uncertainty(found: Diagnosis) -> None:
     fixed = {"collision_bound", "collision_exact", "feature_capacity", "neuron_overlap", "score.chance"}
+    fixed |= {"attribution_entropy", "foreign_noise"}  # of the sampled rows
     for name, m in found.measures.items():
         if name in fixed or name.startswith("weight_classifier"):
             assert m.low is None, name
@@ -289,12 +303,30 @@ def test_comparison(found: Diagnosis) -> None:
         found["nonsense"]
 
 
+def test_measures_of_a_second_model(found: Diagnosis, tmp_path) -> None:
+    more = found.with_measures({"prefix_gap.b": mmc_fast.analysis.diagnosis.Measure(0.12, 0.02, 0.08, 0.16)})
+    assert more.value("prefix_gap.b") == 0.12
+    assert "prefix_gap.b" not in found.measures
+    assert Diagnosis.from_json(more.to_json()) == more
+    assert "prefix_gap.b 0.12" in more.save_html(tmp_path / "m.html").read_text(encoding="utf-8")
+
+
 def test_summary_and_plots(found: Diagnosis) -> None:
     text = found.summary()
     for name in found.modalities:
         assert f"Use share {found.value(f'use_share.{name}'):.1%}" in text
     assert f"mean entropy {found.value('neuron_entropy'):.2f}" in text
-    for kind in ("use_shares", "blocks", "spectra", "reliance", "shapley", "neurons", "similarity", "ranks"):
+    for kind in (
+        "use_shares",
+        "blocks",
+        "spectra",
+        "reliance",
+        "shapley",
+        "neurons",
+        "responses",
+        "similarity",
+        "ranks",
+    ):
         axes = getattr(found, f"plot_{kind}")()
         assert isinstance(axes, Axes)
         axes.figure.canvas.draw()
@@ -316,7 +348,7 @@ def test_page(found: Diagnosis, tmp_path) -> None:
         "The fused",
     ):
         assert f"<h2>{heading}" in page
-    assert page.count("<svg ") == 8
+    assert page.count("<svg ") == 9
     assert page.count("Cannot show.") >= 5
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower().split()

@@ -113,9 +113,23 @@ def _neurons(d: Diagnosis) -> Section:
                 "what fusion is for: mixing harms only where noise of one meets the signal of another."
             )
         )
+    if "responses" in d.arrays:
+        words = "; ".join(
+            f"neuron {r['neuron']}: overlap {r['overlap']:.2f}" if r["overlap"] is not None else f"neuron {r['neuron']}"
+            for r in d.arrays["responses"]
+        )
+        blocks.append(_figure(d, plots.plot_responses, f"Ranges in which the neuron is active: {words}."))
+        blocks.append(
+            Text(
+                "**Meaning.** A neuron that answers to the signal of one modality and to the noise of another is entangled: noise "
+                "it cannot shut out without losing the signal. The share of neurons' variance that is noise of another modality "
+                f"is {d['foreign_noise']}.\n\n**Cannot show.** Signal here is what class means hold; the rest counts as noise."
+            )
+        )
     rows = [
         ["degree of polysemanticity γ", str(d.measures.get("polysemanticity_degree", Measure(None)))],
         ["neurons with entropy above one half", str(d.measures.get("mixed_neurons", Measure(None)))],
+        ["mean entropy of activation × gradient", str(d.measures.get("attribution_entropy", Measure(None)))],
         ["mean capacity of a feature", str(d.measures.get("feature_capacity", Measure(None)))],
         ["mean capacity of a neuron", str(d.measures.get("neuron_overlap", Measure(None)))],
         ["collision fraction, exact", str(d["collision_exact"])],
@@ -141,6 +155,14 @@ def _representation(d: Diagnosis) -> Section:
         text += (
             "\n\nA discriminator trained afresh names the modality of a latent with balanced accuracy "
             f"{d['fresh_discriminator.balanced_accuracy']} (chance {d['fresh_discriminator.chance']})."
+        )
+    second = {name: m for name, m in d.measures.items() if name.startswith(("prefix_gap", "denoising_r2"))}
+    if second:
+        text += (
+            "\n\nAgainst a second model: "
+            + ", ".join(f"{name} {m}" for name, m in second.items())
+            + ". A positive prefix gap says that fusion starved an encoder; an R² near 1 that the teacher's noise is a transform of "
+            "the student's."
         )
     return Section("The fused representation", [_figure(d, plots.plot_similarity, _listed(d, "cka")), Text(text)])
 

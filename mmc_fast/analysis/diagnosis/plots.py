@@ -21,6 +21,7 @@ __all__ = [
     "plot_neurons",
     "plot_ranks",
     "plot_reliance",
+    "plot_responses",
     "plot_shapley",
     "plot_similarity",
     "plot_spectra",
@@ -161,6 +162,28 @@ def plot_neurons(d: Diagnosis, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("neurons, sorted")
     ax.set_ylabel("share")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=min(4, len(d.modalities)))
+    return ax
+
+
+def plot_responses(d: Diagnosis, ax: Axes | None = None) -> Axes:
+    """Activation of the most and the least entangled neuron against the signal it reads and the noise of another modality."""
+    if "responses" not in d.arrays:
+        raise InputError(
+            "plot_responses: this diagnosis has no neuron responses; they need labels and a chain of layers"
+        )
+    ax = _axes(ax, "Most and least entangled neuron")
+    for response, style in zip(d.arrays["responses"], ("-", "--"), strict=True):
+        for index, kind in enumerate(("predictive", "noisy")):
+            values = np.array(response[kind], dtype=float)  # null becomes NaN, which leaves a gap
+            peak = np.nanmax(np.abs(values)) or 1.0
+            of = response["signal of" if kind == "predictive" else "noise of"]
+            label = f"{response['neuron']}: {'signal' if kind == 'predictive' else 'noise'} of {of}"
+            ax.plot(
+                response["centres"], values / peak, style, label=label, color=series_colour(index + 1), linewidth=1.8
+            )
+    ax.set_xlabel("feature, in standard deviations")
+    ax.set_ylabel("mean activation / peak")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return ax
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...training.atomic import write_file
 from .verdicts import ModalityVerdict, overall
 
-__all__ = ["SCHEMA_VERSION", "Diagnosis", "DiagnosisComparison", "Measure"]
+__all__ = ["SCHEMA_VERSION", "Diagnosis", "DiagnosisComparison", "Measure", "plain"]
 
 SCHEMA_VERSION = 1
 
@@ -65,6 +65,10 @@ class Diagnosis:
         """The value of a measure; None where it was not measured or is not defined."""
         return self.measures[name].value if name in self.measures else None
 
+    def with_measures(self, measures: Mapping[str, Measure]) -> Diagnosis:
+        """A copy with further measures, such as ``"prefix_gap.audio"`` or ``"denoising_r2"``, which need a second model."""
+        return replace(self, measures=self.measures | dict(measures))
+
     def summary(self) -> str:
         """The verdict in plain words with its evidence."""
         lines = [overall(self.verdicts, self.value("neuron_entropy"), self.settings["thresholds"])]
@@ -74,7 +78,7 @@ class Diagnosis:
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text with a schema version; also written to ``path`` in one step where one is given."""
         values = {"schema_version": SCHEMA_VERSION, "kind": "diagnosis"} | asdict(self)
-        text = json.dumps(_plain(values), indent=1, allow_nan=False)
+        text = json.dumps(plain(values), indent=1, allow_nan=False)
         if path is not None:
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +166,12 @@ class Diagnosis:
 
         return plot_neurons(self, ax)
 
+    def plot_responses(self, ax: Any = None) -> Any:
+        """The neurons with most and least noise of another modality: activation against signal and that noise."""
+        from .plots import plot_responses
+
+        return plot_responses(self, ax)
+
     def plot_similarity(self, ax: Any = None) -> Any:
         """Bars: CKA of the fused representation with each modality. Returns matplotlib axes."""
         from .plots import plot_similarity
@@ -213,10 +223,10 @@ class DiagnosisComparison:
         return "\n".join([*lines, "* the interval of the difference excludes 0"])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

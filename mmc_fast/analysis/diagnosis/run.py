@@ -17,15 +17,15 @@ from ...training.model import MultimodalModel
 from ...training.runfolder import LoadedRun
 from .. import weights
 from ..polysemanticity import cross_modal_polysemanticity
-from ..probes import fresh_discriminator
-from ..reliance import MAX_MODALITIES, coalition_outputs, retrained_without, train_afresh
+from ..reliance import MAX_MODALITIES, coalition_outputs
 from .adapter import Adapter, RunAdapter, labels_of, model_of
-from .collect import Collector, Reservoir, checked_features
+from .collect import Collector, checked_features
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
 from .groups import draw_weights, stream
 from .layers import ChainSums, jacobian_rows
 from .predictions import CoalitionScores
-from .result import Diagnosis, Measure
+from .result import Diagnosis, Measure, plain
+from .sampled import fresh_measures, neuron_measures, probe_measures
 from .storage import read_state, write_state
 from .verdicts import THRESHOLDS, Thresholds, as_settings, judge_modality
 
@@ -116,8 +116,9 @@ def diagnose(
     else:
         arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
     if scores is not None and probes:
-        _train_probes(measures, notes, collector, scores.metric, control, seed)
-    _fresh(measures, collector.reservoir, seed)
+        probe_measures(measures, notes, collector, scores.metric, control, seed)
+    neuron_measures(measures, arrays, collector)
+    fresh_measures(measures, collector.reservoir, seed)
     bound = weights.collision_bound(list(collector.widths.values()))
     if bound.warning:
         notes.append(f"Collision bound: {bound.warning}.")
@@ -129,7 +130,7 @@ def diagnose(
     }  # fmt: skip
     stored.remove()
     return Diagnosis(
-        dict(collector.widths), collector.samples, scores.metric if scores is not None else None, measures, arrays,
+        dict(collector.widths), collector.samples, scores.metric if scores is not None else None, measures, plain(arrays),
         verdicts, settings, notes,
     )  # fmt: skip
 
@@ -358,38 +359,6 @@ def _neurons_by_gradient(
         total = sum(parts)
         shares.append([max(p, 0.0) / total if total > 0 else 0.0 for p in parts])
     return {"neuron_shares": shares}
-
-
-def _train_probes(
-    measures: dict[str, Measure], notes: list[str], collector: Collector, metric: str, control: bool, seed: int
-) -> None:
-    columns = collector.reservoir.columns
-    features = dict(zip(collector.widths, columns["x"].split(list(collector.widths.values()), 1), strict=True))
-    labels = columns["labels"]
-    try:
-        if control:
-            found = retrained_without(features, labels, metric=metric, seed=seed)
-            alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
-            named["retrained_all"] = found.all
-        else:
-            alone = {name: train_afresh(features, labels, [name], metric=metric, seed=seed) for name in features}
-            named = {}
-    except InputError as error:
-        notes.append(f"No network was trained on single modalities: {error}.")
-        return
-    named |= {f"alone.{name}": s for name, s in alone.items()}
-    for name, s in named.items():
-        measures[name] = Measure(
-            s.score, s.error, max(0.0, s.score - 1.96 * s.error), min(1.0, s.score + 1.96 * s.error)
-        )
-
-
-def _fresh(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
-    latents = {name.removeprefix("latent."): x for name, x in reservoir.columns.items() if name.startswith("latent.")}
-    if len(latents) > 1 and len(reservoir.keys) >= 20:
-        found = fresh_discriminator(latents, seed=seed)
-        measures["fresh_discriminator.balanced_accuracy"] = Measure(found["balanced_accuracy"])
-        measures["fresh_discriminator.chance"] = Measure(found["chance"])
 
 
 def _verdict(
