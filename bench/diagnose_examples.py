@@ -44,7 +44,7 @@ def draw(found: dict[str, Diagnosis], path: Path) -> None:
         for row, (method, d) in zip(grid, found.items(), strict=True):
             for axes, kind in zip(row, SHOWN, strict=True):
                 getattr(d, f"plot_{kind}")(axes)
-                axes.set_title(f"{method}: {axes.get_title().lower()}")
+                axes.set_title(f"{method}: {axes.get_title('left').lower()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, dpi=80, facecolor=PAGE)
 

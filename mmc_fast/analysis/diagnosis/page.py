@@ -216,7 +216,7 @@ def _figure(d: Diagnosis, plot: Plot, alt: str) -> Any:
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(5.4, 3.9), layout="constrained")
         axes = plot(d, canvas.add_subplot())
-    return Drawing(canvas, f"{axes.get_title()}: {alt}").figure()
+    return Drawing(canvas, f"{axes.get_title('left') or axes.get_title()}: {alt}").figure()
 
 
 def _listed(d: Diagnosis, prefix: str) -> str:

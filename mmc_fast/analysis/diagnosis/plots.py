@@ -147,7 +147,9 @@ def plot_neurons(d: Diagnosis, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, "Neurons by modality share")
     shares = np.array(d.arrays["neuron_shares"], dtype=float)
     shares = shares[shares.sum(1) > 0]
-    order = np.lexsort((-shares.max(1), shares.argmax(1)))
+    largest, first = shares.max(1), shares.argmax(1)
+    # The last modality's neurons rise, so that two modalities make one falling curve.
+    order = np.lexsort((np.where(first == shares.shape[1] - 1, largest, -largest), first))
     shares = shares[order] if len(shares) else np.zeros((1, len(d.modalities)))
     edges = np.repeat(np.arange(len(shares) + 1), 2)[1:-1]
     base = np.zeros(len(shares))
