@@ -115,6 +115,8 @@ def test_groups_and_batches_do_not_matter(seed: int) -> None:
     one = look(planted, groups=1)
     many = diagnose(planted, planted.batches(37), groups=13, resamples=0, probes=False, seed=5)
     for name, m in one.measures.items():
+        if name == "attribution_entropy":
+            continue  # of 512 drawn rows, which depend on the batches
         # Collinear columns magnify the rounding of float32 products.
         rel = 1e-2 if name == "fused.vif" else 1e-4
         assert many.value(name) == pytest.approx(m.value, rel=rel, abs=1e-6), name

@@ -32,6 +32,7 @@ class Adapter(Protocol):
     - ``head``: the ``nn.Module`` that maps the flattened features side by side to the logits. A chain of Linear layers and
       activations gets exact numbers for each layer and neuron from the fast AGOP.
     - ``represent(features) -> Tensor [B, r]``: the fused representation, where there is no such chain.
+    - ``latents(batch) -> {name: [B, k]}``: representations that should not tell their modality, NaN where one is absent.
     - ``model``: the ``nn.Module`` whose training mode is checked.
     """
 
@@ -74,6 +75,17 @@ class RunAdapter:
 
     def labels(self, batch: Part) -> Tensor:
         return batch.labels
+
+    @torch.no_grad()
+    def latents(self, batch: Part) -> dict[str, Tensor]:
+        """EBR latents ``[B, k]`` of the modalities with a head, NaN where one is absent; nothing without heads."""
+        model = self.model
+        if model.head is None:
+            return {}
+        here = model.head_present(batch.present)
+        found = model.latents(batch.features, batch.present)
+        found = torch.where(here.t()[:, :, None], found, torch.nan)
+        return {model.modalities[column]: z for column, z in zip(model.columns, found, strict=True)}
 
     def represent(self, features: Mapping[str, Tensor]) -> Tensor:
         """What the last Linear layer of the fusion receives; the logits where there is none."""

@@ -141,11 +141,17 @@ def reliance_measures(names: list[str], scores: np.ndarray) -> dict[str, np.ndar
     return found
 
 
-def interval(value: float, draws: np.ndarray | None, groups: int, level: float, unit: bool) -> Measure:
+def interval(
+    value: float,
+    draws: np.ndarray | None,
+    groups: int,
+    level: float,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Measure:
     """A measure with standard error and interval from its values in the resamples; without where there are none.
 
     Student's t with ``groups − 1`` degrees of freedom, the standard error corrected by √(K/(K−1)): a bootstrap of few
-    groups is otherwise too narrow. ``unit``: the interval is cut off at 0 and 1.
+    groups is otherwise too narrow. ``limits``: the interval is cut off at what the measure can be.
     """
     if not math.isfinite(value):
         return Measure(None)
@@ -154,8 +160,7 @@ def interval(value: float, draws: np.ndarray | None, groups: int, level: float, 
         return Measure(value)
     error = float(finite.std(ddof=1)) * math.sqrt(groups / (groups - 1))
     half = float(stats.t.ppf((1 + level) / 2, groups - 1)) * error
-    low, high = value - half, value + half
-    return Measure(value, error, max(low, 0.0) if unit else low, min(high, 1.0) if unit else high)
+    return Measure(value, error, max(value - half, limits[0]), min(value + half, limits[1]))
 
 
 def affordable(resamples: int, columns: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -300,9 +301,7 @@ def _measures(
         draws[:, active > 0] = draw_weights(groups, resamples, seed)
     enough = affordable(resamples, collector.columns)
     spread = resampled(estimator.numbers, draws[:enough]) if groups >= 3 else {}
-    measures = {
-        name: interval(value, spread.get(name), groups, level, _is_share(name)) for name, value in values.items()
-    }
+    measures = {name: interval(value, spread.get(name), groups, level, _limits(name)) for name, value in values.items()}
     measures |= {name: Measure(value) for name, value in estimator.fixed().items()}
     if scores is not None:
         names = list(collector.widths)
@@ -313,15 +312,19 @@ def _measures(
             weights_of[:, used] = draw_weights(int(used.sum()), resamples, seed)
         drawn = reliance_measures(names, scores.scores(weights_of)) if used.sum() >= 3 and resamples else {}
         for name, value in reliance_measures(names, plain).items():
-            shown = not name.startswith("shapley")
-            measures[name] = interval(float(value[0]), drawn.get(name), int(used.sum()), level, shown)
+            measures[name] = interval(float(value[0]), drawn.get(name), int(used.sum()), level, _limits(name))
         measures["score.chance"] = Measure(scores.chance())
         arrays["coalition_scores"] = plain[:, 0].tolist()
     return measures, arrays
 
 
-def _is_share(name: str) -> bool:
-    return name.startswith(("use_share", "cka")) or name in ("entanglement", "neuron_entropy", "mixed_neurons")
+def _limits(name: str) -> tuple[float, float]:
+    """What a measure can be."""
+    if name.startswith("shapley") or name.endswith("nfm_cosine"):
+        return -1.0, 1.0
+    if name.endswith(("_rank", "_degree")):
+        return 0.0, math.inf
+    return (1.0, math.inf) if name == "fused.vif" else (0.0, 1.0)
 
 
 def _weight_classifier(

@@ -54,7 +54,11 @@ def probe_measures(
 def fresh_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
     """A fresh discriminator on the latents, where the adapter has some."""
     latents = {n.removeprefix("latent."): x for n, x in reservoir.columns.items() if n.startswith("latent.")}
-    if len(latents) > 1 and len(reservoir.keys) >= 20:
+    if len(latents) < 2:
+        return
+    whole = torch.stack([x.isfinite().all(1) for x in latents.values()]).all(0)
+    latents = {name: x[whole] for name, x in latents.items()}
+    if int(whole.sum()) >= 20:
         found = fresh_discriminator(latents, seed=seed)
         measures["fresh_discriminator.balanced_accuracy"] = Measure(found["balanced_accuracy"])
         measures["fresh_discriminator.chance"] = Measure(found["chance"])
