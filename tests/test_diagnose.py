@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -356,6 +358,24 @@ def test_page(found: Diagnosis, tmp_path) -> None:
     assert "What the model loses" not in bare.save_html(tmp_path / "b.html").read_text(encoding="utf-8")
     with pytest.raises(InputError, match="no scores"):
         bare.plot_reliance()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(found: Diagnosis, tmp_path) -> None:
+    """It draws, without a message in the console and without a name to resolve."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    page, picture = found.save_html(tmp_path / "d.html"), tmp_path / "d.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,3000"]
+    quiet = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--disable-component-update"]
+    done = subprocess.run(
+        [browser, *options, *quiet, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert picture.stat().st_size > 20_000, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "ERR_NAME_NOT_RESOLVED" not in done.stderr, done.stderr
 
 
 # What cannot be diagnosed, and what can only be in part
