@@ -82,7 +82,11 @@ class Diagnosis:
         if path is not None:
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, lambda p: p.write_text(text + "\n", encoding="utf-8") and None)  # type: ignore[func-returns-value]
+
+            def write(temporary: Path) -> None:
+                temporary.write_text(text + "\n", encoding="utf-8")
+
+            write_file(target, write)
         return text
 
     @classmethod
