@@ -24,6 +24,6 @@ class _KernelsFinder(importlib.abc.MetaPathFinder):
 
 
 def install_finder(folder: Path) -> None:
-    """Append a finder for ``mmc_fast.kernels`` where ``folder`` has it; an installed package never needs it."""
-    if (folder / "__init__.py").is_file():
-        sys.meta_path.append(_KernelsFinder(folder))
+    """Find ``mmc_fast.kernels`` in ``folder`` of a source tree, before an editable installation of another tree does."""
+    if (folder / "__init__.py").is_file() and (folder.parent / "pyproject.toml").is_file():
+        sys.meta_path.insert(0, _KernelsFinder(folder))

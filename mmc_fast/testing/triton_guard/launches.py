@@ -208,7 +208,7 @@ def _shuffled(original: Callable[..., None]) -> Callable[..., None]:
 def _check(kind: str, pointers: Any, mask: Any) -> None:
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data.astype(bool))  # splats of bool are integers
         _memory.access(kind, addresses, active, size)
 
 
