@@ -24,7 +24,8 @@ __all__ = ["RATES", "Predictions", "check_fits", "evaluate", "masks_at", "measur
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
 _PARTS = ("train", "validation", "test")
-_BATCH = 4096
+_BATCH = 4096  # rows at a time, fewer where they are wider than 1024
+_VALUES = _BATCH * 1024
 
 
 @torch.no_grad()
@@ -56,8 +57,9 @@ def predict(
     model.eval()
     device = model.class_prior.device
     out = []
-    for start in range(0, len(present), _BATCH):
-        rows = slice(start, start + _BATCH)
+    size = max(1, min(_BATCH, _VALUES // max(x.shape[1] for x in features)))
+    for start in range(0, len(present), size):
+        rows = slice(start, start + size)
         here: Tensor | None = present[rows].to(device)
         source = None
         if here is not None and bool(here.all()):
