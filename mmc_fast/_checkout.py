@@ -24,6 +24,7 @@ class _KernelsFinder(importlib.abc.MetaPathFinder):
 
 
 def install_finder(folder: Path) -> None:
-    """Append a finder for ``mmc_fast.kernels`` where ``folder`` has it; an installed package never needs it."""
+    """Put a finder for ``mmc_fast.kernels`` first where ``folder`` has it: the kernels of this tree, not of another one
+    that is installed editable. An installed package never needs it."""
     if (folder / "__init__.py").is_file():
-        sys.meta_path.append(_KernelsFinder(folder))
+        sys.meta_path.insert(0, _KernelsFinder(folder))

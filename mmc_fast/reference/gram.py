@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["activation_derivative", "agop_finalise", "derivative_gram_update", "mirror", "syrk_update"]
+__all__ = [
+    "activation_derivative",
+    "agop_finalise",
+    "chain_gram_update",
+    "derivative_gram_update",
+    "mirror",
+    "syrk_update",
+]
 
 _ROWS = 1024
 _SQRT_HALF = 0.7071067811865476
@@ -66,6 +73,17 @@ def syrk_update(rows: Tensor, gram: Tensor) -> None:
     """Add ``Σ_r rows[r, i] rows[r, j]`` to the upper triangle of the float64 ``gram``, in place."""
     for part in rows.split(_ROWS):
         gram += (part.t() @ part).to(torch.float64).triu_()
+
+
+def chain_gram_update(left: Tensor, inner: Tensor, v: Tensor, outer: Tensor | None, gram: Tensor) -> None:
+    """Add ``Σ_n Σ_r b bᵀ``, ``b = ((left_r ∘ inner_n) v) ∘ outer_n``, to the upper triangle of ``gram``, in place."""
+    step = max(1, _ROWS // max(1, left.shape[-2]))
+    for start in range(0, inner.shape[0], step):
+        part = slice(start, start + step)
+        rows = ((left[part] if left.dim() == 3 else left) * inner[part, None, :]) @ v  # [n, R, h]
+        if outer is not None:
+            rows = rows * outer[part, None, :]
+        syrk_update(rows.flatten(0, 1), gram)
 
 
 def mirror(upper: Tensor) -> Tensor:

@@ -324,3 +324,16 @@ def test_rounding_to_bfloat16_is_to_nearest_even(generator):
     got = torch.from_numpy(from_bf16(to_bf16(values.numpy())))
     assert torch.equal(got.nan_to_num(7.0), values.bfloat16().float().nan_to_num(7.0))
     assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32)))).all()
+
+
+def test_masks_made_of_several_conditions_hold():
+    @triton.jit
+    def some(y, n, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, at, mask=(at < n) & (tl.program_id(0) == 0))
+
+    y = torch.full((10,), -1, dtype=torch.int32)
+    with triton_guard.watch() as watch:
+        some[(2,)](y, 7, BLOCK=16)
+    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
+    assert watch.launches[0].stored_bytes == 28

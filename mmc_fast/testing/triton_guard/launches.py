@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import numerics
 from .memory import GuardFault, Memory, Region
+from .specialise import specialisation
 
 __all__ = ["Launch", "Watch", "install", "watch"]
 
@@ -39,6 +40,7 @@ class Launch:
     atomics: int
     dot_flops: dict[str, int]
     arguments: dict[str, tuple[int, int]]  # name: (read, written) bytes
+    specialisation: dict[str, Any]  # what Triton would compile for it, see specialise.py
 
     @property
     def global_bytes(self) -> int:
@@ -183,6 +185,7 @@ def _guarded_call(original: Callable[..., Any]) -> Callable[..., Any]:
                 atomics=memory.atomics,
                 dot_flops=dict(numerics.dot_flops),
                 arguments={region.name: (region.read_bytes, region.written_bytes) for region in regions},
+                specialisation=specialisation(self.fn, self.constexprs, args, kwargs),
             )
         )
         return None
@@ -208,7 +211,7 @@ def _shuffled(original: Callable[..., None]) -> Callable[..., None]:
 def _check(kind: str, pointers: Any, mask: Any) -> None:
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data.astype(bool))  # products of masks are integers
         _memory.access(kind, addresses, active, size)
 
 
