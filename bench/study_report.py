@@ -7,13 +7,10 @@ import re
 import sys
 from collections import defaultdict
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from study import EXPLORED, FROZEN, LOG, PREDICTIONS, ROOT, SETS, STAGES, dataset
+from study import EXPLORED, FROZEN, LOG, ON, PREDICTIONS, ROOT, STAGES, TESTED, dataset
+from study_figures import ablation, differences, noise
 
 from mmc_fast.analysis.statistics import ResampledScores, average, mean_sd, resample_counts, resampled_scores
 
@@ -24,11 +21,16 @@ RESAMPLES = 2000
 
 
 def lines() -> list[dict]:
-    return [json.loads(text) for text in LOG.read_text().splitlines()]
+    """The last line of every (stage, method, set, seed)."""
+    found = {}
+    for row in map(json.loads, LOG.read_text().splitlines()):
+        found[row["stage"], row["name"], row["set"], row["seed"]] = row
+    return list(found.values())
 
 
 def validation_table(stage: str, rows: list[dict]) -> str:
     """Mean over seeds of (mean over missing rates / complete), best mean of all first."""
+    sets = ON.get(stage, EXPLORED)
     cells: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["stage"] == stage:
@@ -36,7 +38,7 @@ def validation_table(stage: str, rows: list[dict]) -> str:
     ranked = []
     for name, by_set in cells.items():
         entry, all_means, fresh = [], [], []
-        for s in EXPLORED:
+        for s in sets:
             if by_set[s]:
                 masked, complete = (np.mean([r[k] for r in by_set[s]]) for k in ("mean_missing", "complete"))
                 entry.append(f"{masked:.3f} / {complete:.3f} ({len(by_set[s])})")
@@ -44,11 +46,31 @@ def validation_table(stage: str, rows: list[dict]) -> str:
                 fresh += [r["fresh"][0] for r in by_set[s] if r.get("fresh")]
             else:
                 entry.append("not run")
-        whole = f"{np.mean(all_means):.4f}" if len(all_means) == len(EXPLORED) else "–"
+        whole = f"{np.mean(all_means):.4f}" if len(all_means) == len(sets) else "–"
         judged = f"{min(fresh):.2f}–{max(fresh):.2f}" if fresh else "–"
         ranked.append((whole, f"| {name} | {' | '.join(entry)} | {whole} | {judged} |"))
-    head = f"| {stage} | {' | '.join(EXPLORED)} | mean | fresh ψ |\n|---|{'---|' * (len(EXPLORED) + 2)}\n"
+    head = f"| {stage} | {' | '.join(sets)} | mean | fresh ψ |\n|---|{'---|' * (len(sets) + 2)}\n"
     return head + "\n".join(text for _, text in sorted(ranked, reverse=True))
+
+
+def planted_table(rows: list[dict]) -> str:
+    """The planted-collapse set: mean ± s.d. over seeds, and the score from one modality with the other at its mean."""
+    cells: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["stage"] == "planted":
+            cells[row["name"]].append(row)
+    out = [
+        "| planted collapse | missing rates | complete | only easy | only hard | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in sorted(cells.items(), key=lambda item: -np.mean([r["only"]["hard"] for r in item[1]])):
+        columns = [
+            [r["mean_missing"] for r in runs], [r["complete"] for r in runs],
+            [r["only"]["easy"] for r in runs], [r["only"]["hard"] for r in runs],
+        ]  # fmt: skip
+        text = (f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "") for mean, sd in map(mean_sd, columns))
+        out.append(f"| {name} | {' | '.join(text)} | {len(runs)} |")
+    return "\n".join(out)
 
 
 def ablation_table(rows: list[dict]) -> str:
@@ -93,7 +115,7 @@ def resampled(rows: list[dict], name: str, seeds: list[int], counts) -> dict[str
 def intervals(rows: list[dict]) -> dict:
     """Paired intervals of robust against vanilla and the competitor, for every set whose predictions are here."""
     frozen, found = json.loads(FROZEN.read_text())["test"], {}
-    for s in SETS:
+    for s in TESTED:
         here = [r for r in rows if r["stage"] == "test" and r["set"] == s and r["name"] in frozen]
         names = list(dict.fromkeys(row["name"] for row in here))
         seeds = sorted(set.intersection(*({r["seed"] for r in here if r["name"] == n} for n in names))) if names else []
@@ -137,32 +159,16 @@ def test_tables(found: dict) -> str:
     return "\n".join(out)
 
 
-def figure(found: dict) -> None:
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for axis, other in zip(axes, (VANILLA, COMPETITOR), strict=True):
-        for offset, (condition, colour) in enumerate((("missing", "#0b7285"), ("complete", "#e8590c"))):
-            for y, entry in enumerate(found.values()):
-                mean, low, high = entry[f"robust - {other}"][condition]
-                axis.plot([low, high], [y + 0.2 * offset] * 2, color=colour, lw=2)
-                axis.plot(mean, y + 0.2 * offset, "o", color=colour, label=condition if y == 0 else None)
-        axis.axvline(0, color="0.4", lw=1)
-        axis.set_title(f"robust minus {other}", fontsize=10)
-        axis.set_yticks([y + 0.1 for y in range(len(found))], list(found))
-        axis.set_xlabel("difference of test score, 95 % interval")
-    axes[0].legend(frameon=False, fontsize=9)
-    fig.tight_layout()
-    (ROOT / "docs" / "img").mkdir(exist_ok=True)
-    fig.savefig(ROOT / "docs" / "img" / "study.png", dpi=110)
-
-
 def main() -> int:
     rows = lines()
     if PREDICTIONS.exists():
         INTERVALS.write_text(json.dumps(intervals(rows), indent=1))
     found = json.loads(INTERVALS.read_text())
     blocks = {stage: validation_table(stage, rows) for stage in STAGES}
-    blocks |= {"ablation": ablation_table(rows), "test": test_tables(found)}
-    figure(found)
+    blocks |= {"ablation": ablation_table(rows), "test": test_tables(found), "planted": planted_table(rows)}
+    differences(found, {"vanilla": VANILLA, "the selected competitor": COMPETITOR})
+    ablation(rows)
+    noise(rows)
     page = PAGE.read_text()
     for name, text in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)

@@ -128,7 +128,7 @@ def test_without_a_gpu_the_backends_refuse_with_the_reason():
     assert counts.sum() == 0
     assert gram.sum() == 0
     rows = backends.explain("relu_coactivation_update", x, weight)
-    assert [row.backend for row in rows] == ["cpp", "cuda", "triton", "torch"]
+    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "torch"]
 
 
 @pytest.mark.parametrize("own", [False, True])

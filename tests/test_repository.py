@@ -104,7 +104,7 @@ RANKS = {
     "integrations": 6, "testing": 6, "bench": 6, "commands": 7, "cli": 8, "__main__": 9, "": 10,
 }  # fmt: skip
 """A room imports rooms of a lower rank, itself, and rooms beside it where they are listed in PEERS."""
-PEERS = {("methods", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env")}
+PEERS = {("methods", "training"), ("analysis", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env")}
 """(importing, imported) of equal rank."""
 
 

@@ -112,10 +112,10 @@ _TRITON = ("relu_coactivation_update", "derivative_gram_update", "syrk_update", 
 for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name in _SCHEMAS:
         register(_name, "cpp", _cpp_check)
-    if _name == "relu_coactivation_update":
-        register(_name, "cuda", _cuda_check)
     if _name in _TRITON:
         register(_name, "triton", _triton_check)
+    if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
+        register(_name, "cuda", _cuda_check)
     register(_name, "torch", _always)
 
 

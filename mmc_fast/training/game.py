@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..data import Part
 from .model import MultimodalModel
 from .seeds import generator, seeded_init
 
-__all__ = ["fresh_discriminator", "parameter_distance", "probe"]
+__all__ = ["fresh_discriminator", "judge_rows", "parameter_distance", "probe"]
 
 _FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_ROWS = 200, 8, 4096
 _FRESH_STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
@@ -76,25 +76,41 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
     random = generator(seed, "fresh", "order")
     if len(train) > _FRESH_ROWS:
         train = train.select(torch.randperm(len(train), generator=random)[:_FRESH_ROWS].to(train.labels.device))
-    x, y, sample = (t.cpu() for t in _latent_rows(model, train))
+    held_x, held_y, _ = _latent_rows(model, held_out)
+    return judge_rows(*_latent_rows(model, train), held_x, held_y, model.head.psi_dims, heads, seed, random)
+
+
+def judge_rows(
+    x: Tensor,
+    y: Tensor,
+    sample: Tensor,
+    held_x: Tensor,
+    held_y: Tensor,
+    hidden: Sequence[int],
+    classes: int,
+    seed: int,
+    random: torch.Generator,
+) -> dict[str, Any]:
+    """The judge of :func:`fresh_discriminator` on rows ``x [R, k]`` of modality ``y [R]`` and sample ``sample [R]``."""
+    x, y, sample, held_x, held_y = (t.cpu() for t in (x, y, sample, held_x, held_y))
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
     x = (x - mean) / scale
-    stop_sample = torch.zeros(len(train), dtype=torch.bool)
-    stop_sample[torch.randperm(len(train), generator=random)[: max(1, len(train) // 5)]] = True
+    samples = int(sample.max()) + 1
+    stop_sample = torch.zeros(samples, dtype=torch.bool)
+    stop_sample[torch.randperm(samples, generator=random)[: max(1, samples // 5)]] = True
     stopping = stop_sample[sample]
-    widths = [model.head.latent_dim, *model.head.psi_dims, heads]
+    widths = [x.shape[1], *hidden, classes]
     with seeded_init(seed, "fresh", "init"):
         layers: list[nn.Module] = []
         for n in range(len(widths) - 1):
             layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
         judge = nn.Sequential(*layers[:-1])
     epochs, converged = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
-    held_x, held_y, _ = (t.cpu() for t in _latent_rows(model, held_out))
     with torch.no_grad():
         guess = judge((held_x - mean) / scale).argmax(-1)
     return {
         "balanced_accuracy": float(balanced_accuracy_score(held_y.numpy(), guess.numpy())),
-        "chance": 1.0 / heads,
+        "chance": 1.0 / classes,
         "epochs": epochs,
         "converged": converged,
         "rows": len(held_y),
