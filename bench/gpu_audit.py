@@ -12,6 +12,7 @@ from below for A100 and H100, from data sheets. No number of it was measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from gpu_counts import OperatorCount  # noqa: E402
-from gpu_scenes import NARROW, Ebr, ebr_head, ebr_step, paper, precision  # noqa: E402
+from gpu_scenes import NARROW, Ebr, ebr_head, ebr_step, has_ebr, paper, precision  # noqa: E402
 
 # data sheets: bytes/s, flop/s of float32, TF32, 16 bit and int8 without sparsity
 GPUS = {
@@ -73,7 +74,12 @@ def counted_eager(run: Callable[[], Any], kind: str) -> tuple[list[Work], Any]:
 def counted_ours(run: Callable[[], Any]) -> tuple[list[Work], Any]:
     from mmc_fast.testing import triton_guard
 
-    with triton_guard.watch(1) as watch, OperatorCount() as count:
+    inside = contextlib.ExitStack()
+    with triton_guard.watch(1) as watch, OperatorCount() as count, inside:
+        if has_ebr():
+            from mmc_fast.kernels import ebr
+
+            inside.enter_context(count.inside(ebr, "forward", "backward"))
         result = run()
     works = [Work(o.name, o.bytes, {}) for o in count.operators]
     for launch in watch.launches:
@@ -135,9 +141,7 @@ def agop_ours(dtype: torch.dtype, quick: bool) -> list[tuple[str, list[Work]]]:
 
 def cases() -> list[Case]:
     found = [Case("AGOP 1 hidden, N 65536 d 256 h 512 C 10", "tf32", agop_ours, agop_eager, {"bytes": 0.05})]
-    from gpu_scenes import _has_ebr
-
-    if _has_ebr():
+    if has_ebr():
         narrow = {"forward": 1, "backward": 3, "bytes": 0.12}
         found.append(
             Case("EBR narrow, m 5 d 128 h 256 k 64 B 4096", "fp32", ebr_ours(NARROW), lambda: ebr_eager(NARROW), narrow)

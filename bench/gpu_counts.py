@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -44,9 +45,8 @@ class OperatorCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace != "aten":  # an op of a library: what it does inside counts
-            with self:
-                return func(*args, **kwargs)
+        if func.namespace != "aten":  # an op of a library: see `inside`
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
@@ -61,6 +61,26 @@ class OperatorCount(TorchDispatchMode):
                 )
             )
         return out
+
+    @contextmanager
+    def inside(self, module: Any, *names: str) -> Iterator[None]:
+        """Count also what these functions of a module do when a library's op calls them, out of sight of the mode."""
+        originals = {name: getattr(module, name) for name in names}
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
+
+            return call
+
+        try:
+            for name, function in originals.items():
+                setattr(module, name, counted(function))
+            yield
+        finally:
+            for name, function in originals.items():
+                setattr(module, name, function)
 
     @property
     def launches(self) -> int:

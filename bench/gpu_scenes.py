@@ -159,7 +159,7 @@ def small_scenes() -> Iterator[tuple[str, str, bool, Callable[[torch.dtype], Non
             False,
             lambda dtype: chain_agop(16, 10, 64, 144, dtype, "cpu", "triton")(),
         )
-        if _has_ebr():
+        if has_ebr():
             yield f"ebr narrow {name}", name, False, lambda dtype: _train(NARROW._replace(batch=64), dtype)
             yield f"ebr wide {name}", name, False, lambda dtype: _train(paper(2, 64), dtype)
 
@@ -169,7 +169,8 @@ def _train(sizes: Ebr, dtype: torch.dtype) -> None:
     backward(forward())
 
 
-def _has_ebr() -> bool:
+def has_ebr() -> bool:
+    """Whether this tree has Triton kernels of the EBR step."""
     import importlib.util
 
     return importlib.util.find_spec("mmc_fast.kernels.ebr") is not None

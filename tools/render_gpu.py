@@ -24,7 +24,9 @@ def compiled(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["triton"] == version]
         arches = sorted({row["arch"] for row in mine})
         parts += [f"Triton {version}: registers / bytes spilled / KiB of shared memory / blocks per multiprocessor", ""]
-        parts.append("| kernel [scene] | tile, warps, stages | " + " | ".join(f"sm_{a}" for a in arches) + " | matrix unit |")
+        parts.append(
+            "| kernel [scene] | tile, warps, stages | " + " | ".join(f"sm_{a}" for a in arches) + " | matrix unit |"
+        )
         parts.append("|---" * (len(arches) + 3) + "|")
         for kernel in sorted({row["kernel"] for row in mine}):
             by_arch = {row["arch"]: row for row in mine if row["kernel"] == kernel}

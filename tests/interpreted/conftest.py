@@ -27,6 +27,8 @@ class _Child(pytest.Item):
         seed = self.config.getoption("--seed")
         if seed is not None:
             command += ["--seed", str(seed)]
+        if self.config.getoption("maxfail"):
+            command.append(f"--maxfail={self.config.getoption('maxfail')}")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
         if done.returncode != 0:
