@@ -41,9 +41,10 @@ def test_the_device_selftest_passes_on_torch_and_sees_a_wrong_op(monkeypatch):
     }  # fmt: skip
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
 
+    right = agop.relu_coactivation_update
+
     def wrong(*args, **kwargs):
-        kwargs.pop("backend")
-        agop.relu_coactivation_update(*args, backend="torch", **kwargs)
+        right(*args, **kwargs)
         args[3][0, -1] += 1
 
     monkeypatch.setattr(device_selftest.agop, "relu_coactivation_update", wrong)

@@ -16,6 +16,9 @@ from mmc_fast.reference.gram import activation_derivative
 __all__ = ["device_selftest"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# relative error in the norm; a gradient jumps where rounding moves a unit across its kink
+_LIMITS = {torch.float32: 6e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_EBR_LIMITS = {torch.float32: 5e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _SIZES = ((1, 1, 1), (15, 17, 16), (129, 63, 65), (517, 70, 131), (3000, 33, 257))
 
 
@@ -119,11 +122,11 @@ def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | 
 
     truth = run(torch.float64, torch.device("cpu"), "torch")
     for index, (got, expected) in enumerate(zip(run(dtype, device, backend), truth, strict=True)):
-        if problem := _far(got, expected, dtype, 200):
+        if problem := _far(got, expected, dtype, _EBR_LIMITS):
             return f"output {index}: {problem}"
     return None
 
 
-def _far(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 50) -> str | None:
+def _far(got: Tensor, expected: Tensor, dtype: torch.dtype, limits: dict[torch.dtype, float] = _LIMITS) -> str | None:
     error = float((got.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
-    return None if error <= factor * torch.finfo(dtype).eps else f"relative error {error:.1e}"
+    return None if error <= limits[dtype] else f"relative error {error:.1e}"

@@ -266,3 +266,22 @@ def test_nothing_to_add_launches_nothing():
 def test_float64_is_refused_with_the_reason():
     with pytest.raises(RuntimeError, match=r"bfloat16 and float16 and a tensor is torch\.float64"):
         agop.syrk_update(torch.ones(3, 4).double(), torch.zeros(4, 4).double(), backend="triton")
+
+
+def test_strides_that_pass_32_bits(generator):
+    stride = 2**30 + 64
+    huge = torch.empty(3 * stride + 130, dtype=torch.int8)  # virtual: only the rows are touched
+    active = huge.as_strided((4, 130), (stride, 1))
+    active.copy_(torch.rand(4, 130, generator=generator) < 0.5)
+    counts = torch.zeros(4, 4, dtype=torch.int64)
+    with triton_guard.watch(in_place=[active]):
+        kernels.coactivation_fwd(active, counts)
+    values = active.long()
+    assert torch.equal(counts, (values @ values.t()).triu())
+    wide = torch.empty(2 * stride + 20, dtype=torch.bfloat16).as_strided((3, 20), (stride, 1))
+    x, weight, bias = layer(generator, torch.bfloat16, 3, 20, 17)
+    wide.copy_(x)
+    flag = torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch(in_place=[wide]):
+        signs = kernels.hidden_fwd(wide, weight, bias, flag, None)
+    assert torch.equal(signs.bool(), (x.double() @ weight.double().t() + bias.double() > 0).t())
