@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
 
 import torch
@@ -27,6 +28,11 @@ def device_selftest(device: torch.device) -> list[Check]:
     seed = torch.seed() % 2**31
     generator = torch.Generator().manual_seed(seed)
     rows = []
+    example = torch.ones(2, 2, device=device)
+    for op in ("relu_coactivation_update", "ebr_step"):
+        for row in backends.explain(op, example):
+            if row.backend in ("triton", "cuda") and not row.usable:
+                rows.append(Check(f"{op} {row.backend}", True, f"not run: {row.reason}"))
     for name, check in _checks(device, generator):
         try:
             problem = check()
@@ -47,7 +53,7 @@ def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[
         ):
             offered = {row.backend for row in backends.explain(op, example) if row.usable}
             if backend in offered:
-                yield f"{op} {label}", lambda c=check, b=backend, t=dtype, s=size: c(device, generator, b, t, *s)
+                yield f"{op} {label}", partial(check, device, generator, backend, dtype, *size)
     for backend, dtype in product(("triton", "torch"), _DTYPES):
         if any(row.backend == backend and row.usable for row in backends.explain("ebr_step", example)):
             for sizes in (
@@ -56,7 +62,7 @@ def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[
                 ((128, 96), 1024, 512, (512, 256)),
             ):
                 name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}"
-                yield name, lambda b=backend, t=dtype, s=sizes: _ebr(device, generator, b, t, *s)
+                yield name, partial(_ebr, device, generator, backend, dtype, *sizes)
 
 
 def _integers(generator: torch.Generator, *shape: int) -> Tensor:
@@ -92,7 +98,8 @@ def _chain(device, generator, backend, dtype, samples, depth, units) -> str | No
     v, outer = _integers(generator, depth, units), _integers(generator, samples, units)
     rows = ((left.double() * inner.double()[:, None]) @ v.double() * outer.double()[:, None]).flatten(0, 1)
     gram = torch.zeros(units, units, dtype=torch.float64, device=device)
-    agop.chain_gram_update(*(t.to(device, dtype) for t in (left, inner, v, outer)), gram, backend=backend)
+    first, second, third, last = (t.to(device, dtype) for t in (left, inner, v, outer))
+    agop.chain_gram_update(first, second, third, last, gram, backend=backend)
     return _far(gram, (rows.t() @ rows).triu(), dtype)
 
 
