@@ -9,7 +9,19 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from study import EXPLORED, FROZEN, LOG, ON, PREDICTIONS, ROOT, STAGES, TESTED, dataset
+from study import (
+    EXPLORED,
+    FROZEN,
+    LOG,
+    ON,
+    PREDICTIONS,
+    ROOT,
+    STAGES,
+    TESTED,
+    dataset,
+    jobs_of,
+    key_of,
+)
 from study_figures import ablation, differences, noise
 
 from mmc_fast.analysis.statistics import ResampledScores, average, mean_sd, resample_counts, resampled_scores
@@ -28,13 +40,23 @@ def lines() -> list[dict]:
     return list(found.values())
 
 
+def rows_of(stage: str, rows: list[dict]) -> list[dict]:
+    """The rows of a stage, and those of its runs that another stage had made before under another name."""
+    found = [row for row in rows if row["stage"] == stage]
+    known, by_key = {(r["name"], r["set"], r["seed"]) for r in found}, {r["key"]: r for r in rows}
+    for job in jobs_of(stage):
+        row = by_key.get(key_of(job))
+        if row is not None and (job["name"], job["set"], job["seed"]) not in known:
+            found.append(row | {"stage": stage, "name": job["name"]})
+    return found
+
+
 def validation_table(stage: str, rows: list[dict]) -> str:
     """Mean over seeds of (mean over missing rates / complete), best mean of all first."""
     sets = ON.get(stage, EXPLORED)
     cells: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["stage"] == stage:
-            cells[row["name"]][row["set"]].append(row)
+    for row in rows_of(stage, rows):
+        cells[row["name"]][row["set"]].append(row)
     ranked = []
     for name, by_set in cells.items():
         entry, all_means, fresh = [], [], []
