@@ -7,7 +7,10 @@ if _TYPE_CHECKING:
     from .analysis.agop import AGOPAccumulator as AGOPAccumulator
     from .analysis.agop import AGOPResult as AGOPResult
     from .analysis.agop import agop as agop
+    from .analysis.diagnosis import Diagnosis as Diagnosis
+    from .analysis.diagnosis import diagnose as diagnose
     from .analysis.explain import explain as explain
+    from .integrations import ModelAdapter as ModelAdapter
     from .integrations import apply_ebr as apply_ebr
 
 __version__ = "0.1.0"
@@ -22,8 +25,11 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 _LAZY = {
     "AGOPAccumulator": "mmc_fast.analysis.agop",
     "AGOPResult": "mmc_fast.analysis.agop",
+    "Diagnosis": "mmc_fast.analysis.diagnosis",
+    "ModelAdapter": "mmc_fast.integrations",
     "agop": "mmc_fast.analysis.agop",
     "apply_ebr": "mmc_fast.integrations",
+    "diagnose": "mmc_fast.analysis.diagnosis",
     "explain": "mmc_fast.analysis.explain",
 }
 

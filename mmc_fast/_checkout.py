@@ -24,7 +24,6 @@ class _KernelsFinder(importlib.abc.MetaPathFinder):
 
 
 def install_finder(folder: Path) -> None:
-    """Put a finder for ``mmc_fast.kernels`` first where ``folder`` has it: the kernels of this tree, not of another one
-    that is installed editable. An installed package never needs it."""
-    if (folder / "__init__.py").is_file():
+    """Find ``mmc_fast.kernels`` in ``folder`` of a source tree, before an editable installation of another tree does."""
+    if (folder / "__init__.py").is_file() and (folder.parent / "pyproject.toml").is_file():
         sys.meta_path.insert(0, _KernelsFinder(folder))

@@ -189,6 +189,58 @@ def evaluate(
 
 @app.command()
 @_clean
+def diagnose(
+    run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of a model of yours, safetensors.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes an adapter from these weights.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set, npz file, or what the adapter loads. [default: the run's data]")
+    ] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier diagnosis (what --json printed) to compare with.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train networks without each modality, as a control.")
+    ] = False,
+    groups: Annotated[int, typer.Option(help="Random groups of samples, for the intervals.")] = 16,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of them.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of groups, samples and probes.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="Where unfinished sums are kept. [default: beside the run or the weights]")
+    ] = None,
+    task: Task = None,
+    variant: Variant = None,
+    nan_policy: NanPolicy = None,
+    split_seed: SplitSeed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which modality a model uses, which it lost, and why. A killed diagnosis goes on where it stopped."""
+    from mmc_fast.analysis.diagnosis import Diagnosis
+    from mmc_fast.commands.diagnose import print_diagnosis, run_diagnose
+    from mmc_fast.commands.terminal import output_console
+
+    other = None if compare is None else Diagnosis.from_json(compare)
+    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
+    settings = {"groups": groups, "resamples": resamples, "seed": seed, "control": control}
+    found = run_diagnose(run, weights, adapter, data, part=part, options=options, state=state, settings=settings)
+    if other is not None:
+        found.compare(other)  # refuse what cannot be compared before anything is written
+    if html is not None:
+        found.save_html(html, other)
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    print_diagnosis(output_console(), found, other)
+    if html is not None:
+        typer.echo(f"Page: {html}")
+
+
+@app.command()
+@_clean
 def info(as_json: AsJson = False) -> None:
     """Show versions, hardware, the native library, data sets and environment variables."""
     from mmc_fast.commands.info import collect_info, print_info

@@ -104,7 +104,7 @@ def _run(
     recompute: bool,
 ) -> EBROutput:
     m, dtype, device = len(features), features[0].dtype, features[0].device
-    which = resolve_backend(backend, features[0])
+    which = resolve_backend(backend, features, params)
     for i, p in enumerate(params if which != "cpp" else ()):  # the native kernel looks for itself, at less cost
         if p.dtype != dtype or p.device != device:
             raise TypeError(
@@ -124,9 +124,7 @@ def _run(
     else:
         strength = torch.full((), float(reversal), dtype=torch.float32, device=device)
     return EBROutput(
-        *_ebr_step_op(
-            features, params, present, source, strength, normalizer, residual, normalize, recompute, which == "cpp"
-        )
+        *_ebr_step_op(features, params, present, source, strength, normalizer, residual, normalize, recompute, which)
     )
 
 

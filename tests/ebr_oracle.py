@@ -17,6 +17,7 @@ from mmc_fast.nn import EBRHead
 from mmc_fast.ops import ebr as ebr_ops
 
 BACKENDS = ("cpp", "plain", "torch")  # native kernel, torch kernel behind the op, differentiable reference
+GROUPS = ("features", "encoders", "decoders", "discriminator", "source")
 
 
 @contextmanager
@@ -225,3 +226,38 @@ def _grads(loss: Tensor, named: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(t) for name, t in named.items()}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(named.items(), grads, strict=True)}
+
+
+def in_float64(case: Case) -> Case:
+    """The same numbers in float64, for the reference."""
+    wide = copy.deepcopy(case)
+    wide.head.double()
+    wide.features = [f.detach().double().requires_grad_() for f in case.features]
+    if case.source is not None and case.source.is_floating_point():
+        wide.source = case.source.detach().double().requires_grad_()
+    return wide
+
+
+def grouped(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results of a kind as one vector: a single number may cancel to nothing, a group seldom does."""
+    named = {**values, **{f"gradients of {name}": g for name, g in gradients.items()}}
+    kinds = ["recovered", "latents", "l_md", "l_rec", *(f"gradients of {group}" for group in GROUPS)]
+    parts = {kind: [v.double().flatten() for name, v in named.items() if name.startswith(kind)] for kind in kinds}
+    return {kind: torch.cat(part) for kind, part in parts.items() if part}
+
+
+def sensitivity(case: Case) -> dict[str, float]:
+    """How far the float64 results move when weights and features move by 32 eps: a pre-activation at the kink of a
+    ReLU makes a gradient jump, and no arithmetic of this precision can know to which side."""
+    eps = torch.finfo(case.features[0].dtype).eps
+    generator = torch.Generator().manual_seed(case.seed)
+    truths, moved = grouped(*actual(in_float64(case), "torch")), {}
+    for _ in range(8):
+        other = in_float64(case)
+        with torch.no_grad():
+            for t in (*other.head.parameters(), *other.features):
+                t.mul_(1 + 32 * eps * torch.randn(t.shape, generator=generator, dtype=torch.float64))
+        for kind, value in grouped(*actual(other, "torch")).items():
+            scale = max(float(truths[kind].norm()), 1e-2)
+            moved[kind] = max(moved.get(kind, 0.0), float((value - truths[kind]).norm()) / scale)
+    return moved

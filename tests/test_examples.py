@@ -52,6 +52,17 @@ def test_flava(capsys):
     assert re.search(r"flava.text_model\['last_hidden_state'\] +\[2, 6, 32\]", capsys.readouterr().out)
 
 
+def test_diagnose_your_model():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
+    found = example("diagnose_your_model").diagnose(steps=60, seed=1)
+    assert list(found.modalities) == ["language", "vision"]
+    assert found.settings["agop"] == "vector-Jacobian products"
+    assert found.value("score.all") > 0.8
+    assert found.value("use_share.language") + found.value("use_share.vision") == pytest.approx(1)
+    assert found.value("use_share.language") > 0.5
+    assert len(found.arrays["neuron_shares"]) == 16
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_documented_example(number, tmp_path, monkeypatch, capsys):
     if "lightning" in BLOCKS[number]:

@@ -239,6 +239,28 @@ def test_neuron_shares_and_entropy(generator: torch.Generator) -> None:
     assert weights.modality_entropy(torch.tensor([[0.0, 1.0], [0.5, 0.5]])).tolist() == pytest.approx([0, 1])
 
 
+def test_attribution_and_signal_noise_shares(generator: torch.Generator) -> None:
+    _, _, head, x = layer_sums(generator)
+    w = head[0].weight.data
+    jacobian = vmap(jacrev(head[1:]))(head[0](x).detach()).detach().numpy()  # [N, C, h]
+    squared = np.square(jacobian).sum(1)
+    centred = x.numpy() - x.numpy().mean(0)
+    parts = np.stack([(squared * np.square(centred[:, s] @ w[:, s].numpy().T)).sum(0) for s in SLICES], 1)
+    found = weights.attribution_shares(w, x, torch.from_numpy(squared), BLOCKS)
+    np.testing.assert_allclose(found.numpy(), parts / parts.sum(1, keepdims=True), rtol=1e-9)
+
+    labels = torch.randint(3, (300,), generator=generator)
+    x += torch.randn(3, 12, generator=generator, dtype=torch.float64)[labels]
+    signal, noise = weights.signal_noise_shares(w, x, labels, BLOCKS)
+    expected = np.zeros((20, 6))
+    for i, s in enumerate(SLICES):
+        z = x[:, s].numpy() @ w[:, s].numpy().T
+        means = np.stack([z[labels == c].mean(0) for c in range(3)])[labels]
+        expected[:, i], expected[:, 3 + i] = means.var(0), (z - means).var(0)
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(torch.cat([signal, noise], 1).numpy(), expected, rtol=1e-8)
+
+
 # Similarity
 
 

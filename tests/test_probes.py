@@ -63,6 +63,8 @@ def test_denoising_r2(generator: torch.Generator) -> None:
     spread = teacher.std(0) * torch.randn(500, 3, generator=generator)
     assert probes.denoising_r2(student, teacher + spread) == pytest.approx(0.5, abs=0.12)
     assert probes.denoising_r2(student, torch.randn(500, 3, generator=generator)) < 0.05
+    many = torch.randn(500, 100, generator=generator)  # in sample these would explain a fifth
+    assert probes.denoising_r2(many, torch.randn(500, 3, generator=generator)) < 0.05
     assert math.isnan(probes.denoising_r2(student, torch.ones(500, 2)))
 
 
@@ -81,7 +83,7 @@ def test_fresh_discriminator(generator: torch.Generator) -> None:
 
 def unimodal_weights(generator: torch.Generator) -> dict[str, Tensor]:
     """Neurons of "a" read its first columns, those of "b" its last ones."""
-    a, b = torch.randn(60, 10, generator=generator), torch.randn(60, 8, generator=generator)
+    a, b = torch.randn(160, 10, generator=generator), torch.randn(160, 8, generator=generator)
     a[:, 4:] *= 0.1
     b[:, :4] *= 0.1
     return {"a": a, "b": b}
@@ -97,10 +99,10 @@ def test_weight_classifier_tells_pure_from_mixed_neurons(generator: torch.Genera
         for n, w in (("pure", pure), ("mixed", mixed))
     }
     print(found)
-    assert found["pure"].accuracy > 0.9
+    assert found["pure"].accuracy > 0.8
     assert found["pure"].width == 8
-    assert found["pure"].cross_entropy < 0.25
-    assert found["mixed"].cross_entropy > found["pure"].cross_entropy + 0.3
+    assert found["pure"].cross_entropy < 0.4
+    assert found["mixed"].cross_entropy > found["pure"].cross_entropy + 0.25
     assert found["mixed"].entropy > found["pure"].entropy + 0.05
 
 
@@ -181,10 +183,17 @@ def test_retrained_control(generator: torch.Generator) -> None:
     informative, y = classes(1500, generator, strength=3)
     noise = torch.randn(1500, 5, generator=generator)
     found = reliance.retrained_without({"good": informative, "noise": noise}, y)
-    assert found.all > 0.9
-    assert found.alone["good"] == found.without["noise"] > 0.9
-    assert found.without["good"] == found.alone["noise"] < 0.5
-    assert found.rows == 450
+    assert found.all.score > 0.9
+    assert found.alone["good"] == found.without["noise"]
+    assert found.alone["good"].score > 0.9
+    assert found.without["good"] == found.alone["noise"]
+    assert found.alone["noise"].score < 0.5
+    binomial = math.sqrt(found.all.score * (1 - found.all.score) / 450)
+    assert found.all.error == pytest.approx(binomial, rel=0.4)
+    nothing = reliance.train_afresh({"good": informative}, y, [])
+    assert nothing.score < 0.5
+    binary = reliance.train_afresh({"good": informative}, (y == 0).long(), ["good"], metric="auroc")
+    assert binary.score > 0.95
 
 
 def test_bad_input() -> None:

@@ -79,7 +79,8 @@ def entanglement(gram: Tensor, covariance: Tensor, blocks: Blocks) -> float:
     0: outputs respond to modalities separately; larger: the same response directions read several modalities. Two
     modalities that act through one shared direction with equal strength give ½, m of them ``1 − 1/m``. 0 for G = 0.
     Time ``O(d³)``. Source: theorem 2 of the collapse paper (mixed blocks); the whitening is this project's.
-    Limits: says that directions are shared, not that the sharing harms.
+    Limits: says that outputs weigh modalities together, not that the sharing harms. The output layer alone can do so with
+    neurons that each read one modality, so it is no measure of shared neurons; see ``weights.modality_entropy``.
     """
     energy = block_energies(gram, covariance, blocks)
     total = energy.sum()

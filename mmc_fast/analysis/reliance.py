@@ -16,8 +16,17 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..errors import InputError
+from .statistics import resample_counts, resampled_scores
 
-__all__ = ["RetrainedControl", "coalition_outputs", "coalitions", "retrained_without", "shapley_values"]
+__all__ = [
+    "Afresh",
+    "RetrainedControl",
+    "coalition_outputs",
+    "coalitions",
+    "retrained_without",
+    "shapley_values",
+    "train_afresh",
+]
 
 MAX_MODALITIES = 6
 """Exact Shapley values need a score for each of the 2^m coalitions."""
@@ -77,48 +86,76 @@ def coalition_outputs(
 
 
 @dataclass(frozen=True)
-class RetrainedControl:
-    """Held-out accuracies of small networks trained afresh: on all features, and for each modality without and alone."""
+class Afresh:
+    """Held-out score of a small network trained afresh, and its standard error over the held-out rows (bootstrap)."""
 
-    all: float
-    without: dict[str, float]
-    alone: dict[str, float]
-    rows: int
+    score: float
+    error: float
+
+
+@dataclass(frozen=True)
+class RetrainedControl:
+    """Small networks trained afresh: on all features, and for each modality without it and on it alone."""
+
+    all: Afresh
+    without: dict[str, Afresh]
+    alone: dict[str, Afresh]
 
 
 def retrained_without(
+    features: Mapping[str, Tensor], labels: Tensor, *, metric: str = "accuracy", hidden: int = 64, seed: int = 0
+) -> RetrainedControl:
+    """The fair control for "without": a network that never saw the modality, trained on the same frozen features.
+
+    If it loses nothing without a modality that the fused model also does without, the modality is redundant rather than
+    lost. Trains 2 m + 1 networks (:func:`train_afresh`).
+    """
+    names = list(features)
+    without = {
+        name: train_afresh(features, labels, [n for n in names if n != name], metric=metric, hidden=hidden, seed=seed)
+        for name in names
+    }
+    alone = {name: train_afresh(features, labels, [name], metric=metric, hidden=hidden, seed=seed) for name in names}
+    everything = train_afresh(features, labels, names, metric=metric, hidden=hidden, seed=seed)
+    return RetrainedControl(everything, without, alone)
+
+
+def train_afresh(
     features: Mapping[str, Tensor],
     labels: Tensor,
+    names: Sequence[str],
     *,
+    metric: str = "accuracy",
     hidden: int = 64,
     held_out: float = 0.3,
     max_iter: int = 60,
     seed: int = 0,
-) -> RetrainedControl:
-    """The fair control for "without": a network that never saw the modality, trained on the same frozen features.
+) -> Afresh:
+    """Held-out score of one hidden ReLU layer on the named features ``[N, ...]``, or of the class shares for no name.
 
-    ``features``: name -> ``[N, d_i]``; one hidden ReLU layer of ``hidden`` units, Adam, early stopping on a tenth of the
-    training rows (scikit-learn), on standardised features; ``held_out`` of the rows judge. If it loses nothing without a
-    modality that the fused model also does without, the modality is redundant rather than lost. Trains 2 m + 1 networks.
+    Adam with early stopping on a tenth of the training rows (scikit-learn), on standardised features; ``held_out`` of the
+    rows judge. ``metric``: "accuracy", or "auroc" for labels 0 and 1. Raises InputError for a single class.
     """
     y = labels.cpu().numpy()
     if len(np.unique(y)) < 2:
-        raise InputError("retrained_without: the labels hold a single class; a control needs at least 2")
+        raise InputError("train_afresh: the labels hold a single class; a network needs at least 2")
     order = np.random.default_rng(seed).permutation(len(y))
     cut = round(len(y) * (1 - held_out))
     train, test = order[:cut], order[cut:]
-    arrays = {name: x.detach().flatten(1).double().cpu().numpy() for name, x in features.items()}
-
-    def score(names: Sequence[str]) -> float:
-        if not names:
-            return float(np.bincount(y[test]).max() / len(test))
-        x = np.concatenate([arrays[name] for name in names], 1)
-        network = MLPClassifier((hidden,), early_stopping=True, max_iter=max_iter, random_state=seed)
+    if len(np.unique(y[train])) < 2 or (metric == "auroc" and len(np.unique(y[test])) < 2):
+        raise InputError(f"train_afresh: {len(y)} rows leave a single class in a part; give more samples")
+    classes, counts = np.unique(y[train], return_counts=True)
+    if names:
+        x = np.concatenate([features[name].detach().flatten(1).double().cpu().numpy() for name in names], 1)
+        # The stopping rows are drawn by class, which needs enough of each.
+        network = MLPClassifier((hidden,), early_stopping=counts.min() >= 20, max_iter=max_iter, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model = make_pipeline(StandardScaler(), network).fit(x[train], y[train])
-        return float(model.score(x[test], y[test]))
-
-    names = list(arrays)
-    without = {name: score([n for n in names if n != name]) for name in names}
-    return RetrainedControl(score(names), without, {name: score([name]) for name in names}, len(test))
+        probability = model.predict_proba(x[test])
+    else:
+        probability = np.tile(counts / counts.sum(), (len(test), 1))
+    predicted = probability[:, 1] if metric == "auroc" else classes[probability.argmax(1)]
+    draws = resample_counts(len(test), 100, np.random.default_rng([seed, 1]))
+    scored = resampled_scores(metric, y[test], [predicted], draws)
+    return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))

@@ -49,8 +49,13 @@ def variance_inflation(covariance: Tensor, ridge: float = 1e-6) -> Tensor:
     if moving.any():
         scale = variances[moving].rsqrt()
         correlation = s[moving][:, moving] * scale[:, None] * scale
-        eye = torch.eye(len(scale), dtype=s.dtype, device=s.device)
-        factors[moving] = torch.cholesky_inverse(torch.linalg.cholesky(correlation + ridge * eye)).diagonal()
+        shifted = correlation + ridge * torch.eye(len(scale), dtype=s.dtype, device=s.device)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed):  # rounding of collinear columns left some eigenvalues negative
+            values, vectors = torch.linalg.eigh((correlation + correlation.t()) / 2)
+            factors[moving] = (vectors.square() / (values.clamp(min=0) + ridge)).sum(1)
+        else:
+            factors[moving] = torch.cholesky_inverse(factor).diagonal()
     return factors
 
 

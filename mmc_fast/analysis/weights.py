@@ -15,6 +15,7 @@ from ._agop_options import resolve_blocks
 __all__ = [
     "CollisionBound",
     "Polysemanticity",
+    "attribution_shares",
     "collision_bound",
     "degree_of_polysemanticity",
     "feature_capacity",
@@ -24,6 +25,7 @@ __all__ = [
     "neuron_modality_shares",
     "neuron_overlap",
     "pca_dictionary",
+    "signal_noise_shares",
 ]
 
 LOOSE_FACTOR = 1.5
@@ -207,7 +209,62 @@ def neuron_modality_shares(
         read = block if covariance is None else block @ covariance.double()[start:end, start:end]
         parts.append((read * block).sum(1).clamp(min=0))
         start = end
-    shares = torch.stack(parts, 1)
+    return _normalised(torch.stack(parts, 1))
+
+
+def attribution_shares(
+    weight: Tensor, inputs: Tensor, squared_gradient: Tensor, blocks: Mapping[str, int] | Sequence[int]
+) -> Tensor:
+    """Modality shares of what neurons pass on, activation × gradient: ``[h, m]`` float64, rows summing to 1 (or all 0).
+
+    ``Σ_n g_nk² (w_ki·(x_ni − mean))²`` over its sum over modalities, with ``g_nk² = Σ_c (∂y_c/∂z_k)²`` at sample n given as
+    ``squared_gradient [N, h]``, ``weight [h, d]`` and ``inputs [N, d]`` of the layer. A neuron counts where it is active.
+    Companion of :func:`neuron_modality_shares`. Time ``O(N h d)``.
+    """
+    w = _weight("attribution_shares", weight)
+    widths = list(resolve_blocks(blocks, w.shape[1]).values())
+    if inputs.shape != (len(inputs), w.shape[1]) or squared_gradient.shape != (len(inputs), len(w)):
+        raise InputError(
+            f"attribution_shares: inputs {list(inputs.shape)} and squared_gradient {list(squared_gradient.shape)} for a weight "
+            f"{list(w.shape)}; give [N, d] and [N, h]"
+        )
+    x = inputs.double() - inputs.double().mean(0)
+    parts = zip(x.split(widths, 1), w.split(widths, 1), strict=True)
+    shares = torch.stack([(squared_gradient.double() * (xi @ wi.t()).square()).sum(0) for xi, wi in parts], 1)
+    return _normalised(shares)
+
+
+def signal_noise_shares(
+    weight: Tensor, inputs: Tensor, labels: Tensor, blocks: Mapping[str, int] | Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Where the variance of each neuron comes from: signal and noise of every modality, ``[h, m]`` each, float64.
+
+    The features of modality i are the mean of the sample's class (signal) plus the rest (noise); the shares are the variances
+    of ``w_ki·signal_i`` and of ``w_ki·noise_i``, divided by the sum of all 2 m of them. A neuron whose signal is of one modality
+    and whose noise is of another is what the collapse mechanism needs. Time ``O(N h d)``.
+    Limits: signal is what class means hold; what only nonlinear models see counts as noise here.
+    """
+    w = _weight("signal_noise_shares", weight)
+    widths = list(resolve_blocks(blocks, w.shape[1]).values())
+    if inputs.shape != (len(labels), w.shape[1]):
+        raise InputError(
+            f"signal_noise_shares: inputs {list(inputs.shape)} and {len(labels)} labels for a weight {list(w.shape)}; give "
+            "[N, d] and [N]"
+        )
+    x = inputs.double() - inputs.double().mean(0)
+    signal = torch.zeros_like(x)
+    for label in labels.unique():
+        rows = labels == label
+        signal[rows] = x[rows].mean(0)
+    found = []
+    for part in (signal, x - signal):
+        pairs = zip(part.split(widths, 1), w.split(widths, 1), strict=True)
+        found.append(torch.stack([(pi @ wi.t()).square().mean(0) for pi, wi in pairs], 1))
+    shares = _normalised(torch.cat(found, 1))
+    return shares[:, : len(widths)], shares[:, len(widths) :]
+
+
+def _normalised(shares: Tensor) -> Tensor:
     total = shares.sum(1, keepdim=True)
     return torch.where(total > 0, shares / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(shares))
 

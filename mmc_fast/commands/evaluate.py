@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..training import evaluate, load_run
 from ..training.parts import fingerprint
 
-__all__ = ["parse_rates", "run_evaluate"]
+__all__ = ["dataset_of", "parse_rates", "run_evaluate"]
 
 
 def run_evaluate(
@@ -19,7 +19,7 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Score the run. ``same_data`` says whether the data are those that it was trained on."""
     loaded = load_run(run)
-    dataset = _dataset(loaded.results, data, options)
+    dataset = dataset_of(loaded.results, data, options)
     known = loaded.results["data"]
     scores = evaluate(
         loaded.model,
@@ -49,7 +49,7 @@ def parse_rates(text: str | None) -> list[float] | None:
         raise InputError(f"--rates {text!r}: give missing rates separated by commas, such as 0.1,0.4") from None
 
 
-def _dataset(results: dict[str, Any], data: str | None, options: dict[str, Any]) -> MultimodalDataset:
+def dataset_of(results: dict[str, Any], data: str | None, options: dict[str, Any]) -> MultimodalDataset:
     """The named data, or those of the run, loaded as they were for the run unless an option says otherwise."""
     info = results["data"]["info"]
     before = info.get("loaded") or {

@@ -15,7 +15,7 @@ from rich.text import Text
 from ..analysis.report import Cell
 from ..training.demo import DemoRun
 
-__all__ = ["DemoDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
+__all__ = ["DemoDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
 
 
 def error_console() -> Console:
@@ -105,6 +105,21 @@ class RunDisplay(_Bars):
 
     def on_end(self, results: dict[str, Any]) -> None:
         pass
+
+
+class PassDisplay(_Bars):
+    """Progress of passes over data: one bar per phase."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        if phase not in self.tasks:
+            self.tasks[phase] = self.bars.add_task(phase, total=total)
+        self.bars.update(self.tasks[phase], completed=done, total=total)
 
 
 class DemoDisplay(_Bars):

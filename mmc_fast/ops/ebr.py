@@ -1,8 +1,8 @@
 """The registered op ``mmc_fast::ebr_step``: schema, fake, autograd; every backend lives behind this contract.
 
-The contract is registered twice. ``ebr_step`` is what native kernels implement (``csrc/ops/ebr.cpp`` on the CPU, with
-autograd in C++); ``ebr_step_torch`` always is the plain torch kernel of ``_ebr_kernel.py``, for devices and builds
-without a native one.
+The contract is registered three times. ``ebr_step`` is what native kernels implement (``csrc/ops/ebr.cpp`` on the CPU,
+with autograd in C++); ``ebr_step_triton`` is the Triton kernels of ``kernels/ebr.py``; ``ebr_step_torch`` always is the
+plain torch kernel of ``_ebr_kernel.py``, for devices and builds without another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-from . import library
+from . import _ebr_triton, library
 from ._ebr_kernel import Params, Saved, backward, forward, split_params
 from .backends import BACKENDS, record, register
 
@@ -24,7 +24,6 @@ __all__ = ["SCHEMA_VERSION", "ebr_step", "resolve_backend"]
 
 SCHEMA_VERSION = 1
 
-_NAMES = ("ebr_step", "ebr_step_torch")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INPUTS = "Tensor[] features, Tensor? present, Tensor? source, Tensor reversal, Tensor? normalizer, Tensor[] params"
 _FORWARD = (
@@ -145,13 +144,19 @@ def _refuse_double_backward(ctx: Any, *grads: Any):
     )
 
 
-for _name in _NAMES:
+_PLAIN = (_step, _step_fake, _step_backward)
+_IMPLEMENTATIONS = {
+    "ebr_step": _PLAIN,  # the native library adds its own for the CPU
+    "ebr_step_torch": _PLAIN,
+    "ebr_step_triton": (_ebr_triton.step, _ebr_triton.step_fake, _ebr_triton.step_backward),
+}
+for _name, (_forward, _fake, _backward) in _IMPLEMENTATIONS.items():
     _forward_name, _backward_name = f"mmc_fast::{_name}", f"mmc_fast::{_name}_backward"
     torch.library.define(_forward_name, _FORWARD)
     torch.library.define(_backward_name, _BACKWARD)
-    torch.library.impl(_forward_name, "CompositeExplicitAutograd", _step)
-    torch.library.impl(_backward_name, "CompositeExplicitAutograd", _step_backward)
-    torch.library.register_fake(_forward_name, _step_fake)
+    torch.library.impl(_forward_name, "CompositeExplicitAutograd", _forward)
+    torch.library.impl(_backward_name, "CompositeExplicitAutograd", _backward)
+    torch.library.register_fake(_forward_name, _fake)
     torch.library.register_fake(_backward_name, _step_backward_fake)
     torch.library.register_autograd(
         _forward_name, _autograd_of(getattr(torch.ops.mmc_fast, f"{_name}_backward")), setup_context=_setup_context
@@ -190,8 +195,14 @@ def _torch_check(*tensors: Tensor | None) -> str | None:
 
 # The portable tiles are there to be right everywhere; torch's own products are faster than they are.
 _prefers_native = library.current_isa() != "base" or env("MMC_CPU_ISA") is not None if _wrong_setting is None else False
-for _backend in ("cpp", "torch") if _prefers_native else ("torch", "cpp"):
-    register("ebr_step", _backend, {"cpp": _cpp_check, "torch": _torch_check}[_backend])
+for _backend in ("cpp", "triton", "torch") if _prefers_native else ("triton", "torch", "cpp"):
+    register("ebr_step", _backend, {"cpp": _cpp_check, "triton": _ebr_triton.check, "torch": _torch_check}[_backend])
+
+_OPS = {
+    "cpp": torch.ops.mmc_fast.ebr_step.default,
+    "triton": torch.ops.mmc_fast.ebr_step_triton.default,
+    "op": torch.ops.mmc_fast.ebr_step_torch.default,
+}
 
 
 def ebr_step(
@@ -204,23 +215,26 @@ def ebr_step(
     residual: bool,
     normalize: bool,
     recompute: bool,
-    native: bool = True,
+    which: str = "cpp",
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Call the registered op; ``params`` in the order of :class:`mmc_fast.ops._ebr_kernel.Params`, flattened."""
+    """Call the registered op; ``params`` in the order of :class:`mmc_fast.ops._ebr_kernel.Params`, flattened.
+
+    ``which`` is what :func:`resolve_backend` returned.
+    """
     recompute = recompute or not torch.is_grad_enabled()  # nothing will be asked for again, so nothing need be kept
-    op = torch.ops.mmc_fast.ebr_step.default if native else torch.ops.mmc_fast.ebr_step_torch.default
-    recovered, latents, discrimination, reconstruction, _ = op(
+    recovered, latents, discrimination, reconstruction, _ = _OPS[which](
         features, present, source, reversal, normalizer, params, residual, normalize, recompute
     )
     return recovered, latents, discrimination, reconstruction
 
 
-def resolve_backend(backend: str, like: Tensor) -> str:
-    """Return what runs for tensors like ``like``: "cpp", "op" (the plain kernel) or "torch" (the reference).
+def resolve_backend(backend: str, features: Sequence[Tensor], params: Sequence[Tensor]) -> str:
+    """Return what runs for a call: "cpp", "triton", "op" (the plain kernel) or "torch" (the reference).
 
     Raises ``RuntimeError`` with the reason where an explicit backend cannot run, :class:`InputError` for an unknown
     one.
     """
+    like = features[0]
     if backend == "torch" or (backend == "auto" and like.dtype == torch.float64):
         return "torch"
     if backend in ("auto", "cpp"):
@@ -230,10 +244,13 @@ def resolve_backend(backend: str, like: Tensor) -> str:
         if reason is None and (backend == "cpp" or _prefers_native):
             return "cpp"
         if backend == "auto":
-            return "op"
-        raise RuntimeError(f"ebr_step: backend='cpp' cannot run: {reason}; backend='auto' takes one that can")
-    if backend in BACKENDS:
-        raise RuntimeError(
-            f"ebr_step: backend='{backend}' has no kernel for this op in this build; use 'auto' or 'torch'"
-        )
-    raise InputError(f"ebr_step: backend='{backend}'; allowed are {', '.join(map(repr, BACKENDS))}")
+            return "triton" if like.is_cuda and _ebr_triton.check_call(features, params) is None else "op"
+    elif backend == "triton":
+        reason = _ebr_triton.check_call(features, params)
+        if reason is None:
+            return "triton"
+    elif backend in BACKENDS:
+        reason = "it has no kernel for this op"
+    else:
+        raise InputError(f"ebr_step: backend='{backend}'; allowed are {', '.join(map(repr, BACKENDS))}")
+    raise RuntimeError(f"ebr_step: backend='{backend}' cannot run: {reason}; backend='auto' takes one that can")

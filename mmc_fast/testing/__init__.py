@@ -1,5 +1,6 @@
-"""Public helpers for tests: the tolerance rule; shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
+"""Public helpers for tests: the tolerance rule; heads with a known diagnosis; shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
 
+from .planted import PlantedHead, planted_head
 from .tolerance import assert_as_accurate, relative_error
 
-__all__ = ["assert_as_accurate", "relative_error"]
+__all__ = ["PlantedHead", "assert_as_accurate", "planted_head", "relative_error"]

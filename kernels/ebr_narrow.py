@@ -1,0 +1,547 @@
+"""The EBR step of narrow heads (latent width at most 128): one launch forward, two or three backward, for all modalities.
+
+Formulas: docs/ebr.md. A program owns (modality, tile of rows); hidden activations stay in registers, in blocks of the
+hidden width, and are computed again in backward. In: features ``[B, d_i]`` of any strides, weights as ``nn.Linear``
+holds them, contiguous. Out: recovered ``[B, d_i]``, latents ``[M, B, K]``, in the dtype of the features. Products
+accumulate in float32; losses and their denominators are float32. Saved for backward: latents, recovered, the two
+denominators, and with ``normalize`` the reciprocal standard deviations. With a source, a program encodes every latent
+that its rows use, so no program waits for another.
+
+Not deterministic: with ATOMIC the sums of weight gradients over slices of rows meet in float32 atomics; without it every
+slice has a slab of its own and the last launch adds the slabs in order. Nothing else depends on the order of programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .ebr_tiles import (
+    NO_SOURCE,
+    any_row,
+    cross_entropy,
+    decoded_grad,
+    finish_losses,
+    load_bias,
+    load_weight,
+    load_weight_t,
+    mixed_latents,
+    pick,
+    pick_int,
+    pick_long,
+    present_rows,
+    relu,
+    source_weight,
+    valid_rows,
+)
+
+__all__ = ["ebr_narrow_bwd_kernel", "ebr_narrow_finish_kernel", "ebr_narrow_fwd_kernel"]
+
+
+@triton.jit
+def _feature(x, r, keep, d, D, stride_xb, stride_xd):
+    at = r[:, None] * stride_xb + d[None, :] * stride_xd
+    return tl.load(x + at, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _encoder_hidden(
+    x, w1, b1, r, keep, h, D, H, stride_xb, stride_xd, BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """float32 ``[BM, BH]``: ``relu(x W₁ᵀ + b₁)`` at hidden units h."""
+    z = tl.zeros((BM, BH), tl.float32)
+    for d0 in tl.range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        z = tl.dot(
+            _feature(x, r, keep, d, D, stride_xb, stride_xd), load_weight_t(w1, h, H, d, D), z, input_precision=PREC
+        )
+    return relu(z + load_bias(b1, h, H)[None, :])
+
+
+@triton.jit
+def _decoder_hidden(u, w1, b1, h, H, some, K: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr):
+    """float32 ``[BM, BH]``: ``relu(u W₃ᵀ + b₃)`` at hidden units h."""
+    z = tl.dot(u, load_weight_t(w1, h, H, tl.arange(0, KP), K, some), input_precision=PREC)
+    return relu(z + load_bias(b1, h, H)[None, :])
+
+
+@triton.jit
+def _encode(
+    x, w1, b1, w2, b2, r, keep, D, H, stride_xb, stride_xd, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """float32 ``[BM, KP]`` latents, zero in rows that keep leaves out, and their reciprocal standard deviation."""
+    k = tl.arange(0, KP)
+    g = tl.zeros((BM, KP), tl.float32)
+    for h0 in tl.range(0, tl.where(any_row(keep), H, 0), BH):
+        h = h0 + tl.arange(0, BH)
+        hidden = _encoder_hidden(x, w1, b1, r, keep, h, D, H, stride_xb, stride_xd, BM, BH, BD, PREC)
+        g = tl.dot(hidden.to(x.dtype.element_ty), load_weight_t(w2, k, K, h, H), g, input_precision=PREC)
+    g += load_bias(b2, k, K)[None, :]
+    rstd = tl.zeros((BM,), tl.float32)
+    if NORMALIZE:
+        mean = tl.sum(g, axis=1) / K  # columns past K are zero
+        centred = tl.where((k < K)[None, :], g - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + 1e-5)
+        g = centred * rstd[:, None]
+    return tl.where(keep[:, None], g, 0.0), rstd
+
+
+@triton.jit
+def _psi_layer(
+    a, w, b, some, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    o = tl.arange(0, OUTP)
+    z = tl.dot(a, load_weight_t(w, o, OUT, tl.arange(0, INP), IN, some), input_precision=PREC)
+    return z + load_bias(b, o, OUT)[None, :]
+
+
+@triton.jit
+def _psi_back(
+    d, a, w, some, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """Gradient of the pre-activation below a layer: ``d W`` where the activation ``a`` is positive."""
+    below = tl.dot(d, load_weight(w, tl.arange(0, OUTP), OUT, tl.arange(0, INP), IN, some), input_precision=PREC)
+    return tl.where(a > 0, below, 0.0).to(a.dtype)
+
+
+@triton.jit
+def _psi_logits(g, psi, some, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr):
+    """Activations of up to two hidden layers (g itself where there is none) and the logits."""
+    a1, a2 = g, g
+    if HIDDEN > 0:
+        a1 = relu(_psi_layer(g, psi[0], psi[1], some, DIMS[0], DIMS[1], PADS[0], PADS[1], PREC)).to(g.dtype)
+        a2 = a1
+    if HIDDEN > 1:
+        a2 = relu(_psi_layer(a1, psi[2], psi[3], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)).to(g.dtype)
+    logits = _psi_layer(
+        a2, psi[2 * HIDDEN], psi[2 * HIDDEN + 1], some,
+        DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
+    )  # fmt: skip
+    return a1, a2, logits
+
+
+@triton.jit
+def _psi_grads(
+    g, psi, keep, i, M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """Inputs and output gradients of every layer for the summed cross entropy: (a1, a2, d of layers 1, 2, last)."""
+    some = any_row(keep)
+    a1, a2, logits = _psi_logits(g, psi, some, DIMS, PADS, HIDDEN, PREC)
+    _, d = cross_entropy(logits, i, M, PADS[HIDDEN + 1])
+    d_last = tl.where(keep[:, None], d, 0.0).to(g.dtype)
+    d1, d2 = d_last, d_last
+    if HIDDEN > 0:
+        d2 = _psi_back(
+            d_last, a2, psi[2 * HIDDEN], some,
+            DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
+        )  # fmt: skip
+        d1 = d2
+    if HIDDEN > 1:
+        d1 = _psi_back(d2, a1, psi[2], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)
+    return a1, a2, d1, d2, d_last
+
+
+@triton.jit
+def ebr_narrow_fwd_kernel(
+    x, recovered, enc_w1, enc_b1, enc_w2, enc_b2, dec_w1, dec_b1, dec_w2, dec_b2, psi,
+    present, source, normalizer, latents, rstd_out, partials, counter, md_out, rec_out, counts,
+    dims, stride_xb, stride_xd, B, H, tiles, second,
+    stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
+    M: tl.constexpr, PSI_DIMS: tl.constexpr, PSI_PADS: tl.constexpr, HIDDEN: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    i = program // tiles  # programs of one modality are neighbours and share its weights in the cache
+    r = ((program % tiles) * BM + tl.arange(0, BM)).to(tl.int64)
+    inside = r < B
+    K: tl.constexpr = PSI_DIMS[0]
+    KP: tl.constexpr = PSI_PADS[0]
+    dtype = latents.dtype.element_ty
+    k = tl.arange(0, KP)
+    here = present_rows(present, r, inside, i, stride_pb, stride_pm, HAS_PRESENT)
+
+    if SOURCE == NO_SOURCE:
+        own, rstd = _encode(
+            pick(x, i, M), pick(enc_w1, i, M), pick(enc_b1, i, M), pick(enc_w2, i, M), pick(enc_b2, i, M), r, here,
+            pick_int(dims, i, M), H, pick_long(stride_xb, i, M), pick_long(stride_xd, i, M),
+            K, KP, BM, BH, BD, NORMALIZE, PREC,
+        )  # fmt: skip
+        g = own.to(dtype)
+        u, valid = g, here
+    else:
+        own = tl.zeros((BM, KP), tl.float32)
+        mixed = tl.zeros((BM, KP), tl.float32)
+        rstd = tl.zeros((BM,), tl.float32)
+        valid = inside & False
+        for j in tl.range(0, M):
+            w = source_weight(
+                source, present, r, inside, i, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                SOURCE, HAS_PRESENT, dtype,
+            )  # fmt: skip
+            used = w != 0
+            mine = here & (i == j)
+            other, other_rstd = _encode(
+                pick(x, j, M), pick(enc_w1, j, M), pick(enc_b1, j, M), pick(enc_w2, j, M), pick(enc_b2, j, M), r,
+                used | mine, pick_int(dims, j, M), H, pick_long(stride_xb, j, M), pick_long(stride_xd, j, M),
+                K, KP, BM, BH, BD, NORMALIZE, PREC,
+            )  # fmt: skip
+            rounded = other.to(dtype).to(tl.float32)
+            mixed += tl.where(used[:, None], w[:, None] * rounded, 0.0)
+            own = tl.where(mine[:, None], other, own)
+            rstd = tl.where(mine, other_rstd, rstd)
+            valid = valid | used
+        g = own.to(dtype)
+        u = mixed.to(dtype)
+    at = (tl.cast(i, tl.int64) * B + r)[:, None] * K + k[None, :]
+    tl.store(latents + at, g, mask=inside[:, None] & (k < K)[None, :])
+    if NORMALIZE:
+        tl.store(rstd_out + tl.cast(i, tl.int64) * B + r, rstd, mask=inside)
+
+    _, _, logits = _psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
+    ce, _ = cross_entropy(logits, i, M, PSI_PADS[HIDDEN + 1])
+
+    counted = here & valid
+    D = pick_int(dims, i, M)
+    xi, out = pick(x, i, M), pick(recovered, i, M)
+    w3, b3, w4, b4 = pick(dec_w1, i, M), pick(dec_b1, i, M), pick(dec_w2, i, M), pick(dec_b2, i, M)
+    s_xb, s_xd = pick_long(stride_xb, i, M), pick_long(stride_xd, i, M)
+    units = tl.where(any_row(valid), H, 0)
+    squared = tl.zeros((BM,), tl.float32)
+    for d0 in tl.range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        y = tl.zeros((BM, BD), tl.float32)
+        for h0 in tl.range(0, units, BH):
+            h = h0 + tl.arange(0, BH)
+            hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+            y = tl.dot(hidden.to(dtype), load_weight_t(w4, d, D, h, H), y, input_precision=PREC)
+        y = tl.where(valid[:, None], y + load_bias(b4, d, D)[None, :], 0.0)
+        feature = _feature(xi, r, here, d, D, s_xb, s_xd).to(tl.float32)
+        error = tl.where(counted[:, None] & (d < D)[None, :], y - feature, 0.0)
+        squared += tl.sum(error * error, axis=1)
+        if RESIDUAL:
+            y += feature
+        tl.store(out + r[:, None] * D + d[None, :], y.to(dtype), mask=inside[:, None] & (d < D)[None, :])
+
+    finish_losses(
+        partials, counter, normalizer, md_out, rec_out, counts, program, tiles * M, second,
+        tl.sum(tl.where(here, ce, 0.0), axis=0), tl.sum(squared, axis=0) / D,
+        tl.sum(here.to(tl.float32), axis=0), tl.sum(counted.to(tl.float32), axis=0), HAS_NORMALIZER, BLOCK=128,
+    )  # fmt: skip
+
+
+@triton.jit
+def _emit(out, rows, n_rows, columns, n_columns, value, ATOMIC: tl.constexpr):
+    """Add a tile of a weight gradient to the sums of all programs, or store it in this program's slab."""
+    mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    at = out + rows[:, None] * n_columns + columns[None, :]
+    if ATOMIC:
+        tl.atomic_add(at, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(at, value, mask=mask)
+
+
+@triton.jit
+def _emit_bias(out, at, n, value, ATOMIC: tl.constexpr):
+    if ATOMIC:
+        tl.atomic_add(out + at, value, mask=at < n, sem="relaxed")
+    else:
+        tl.store(out + at, value, mask=at < n)
+
+
+@triton.jit
+def _psi_weight_grad(
+    out, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm,
+    LAYER: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr,
+    M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, MD_LOSS: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one layer of the discriminator over a slice of modality j's rows: weight, then bias, at ``out``."""
+    k = tl.arange(0, PADS[0])
+    acc = tl.zeros((OUTP, INP), tl.float32)
+    acc_b = tl.zeros((OUTP,), tl.float32)
+    if MD_LOSS:
+        for r0 in tl.range(first, end, BM):
+            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            here = present_rows(present, r, r < end, j, stride_pb, stride_pm, HAS_PRESENT)
+            at = (tl.cast(j, tl.int64) * B + r)[:, None] * DIMS[0] + k[None, :]
+            g = tl.load(latents + at, mask=here[:, None] & (k < DIMS[0])[None, :], other=0.0)
+            a1, a2, d1, d2, d_last = _psi_grads(g, psi, here, j, M, DIMS, PADS, HIDDEN, PREC)
+            if LAYER == HIDDEN:
+                d_out, below = d_last, a2
+            elif LAYER == 0:
+                d_out, below = d1, g
+            else:
+                d_out, below = d2, a1
+            acc_b += tl.sum(d_out.to(tl.float32), axis=0)
+            acc = tl.dot(tl.trans(d_out), below, acc, input_precision=PREC)
+    o = tl.arange(0, OUTP)
+    _emit(out, o, OUT, tl.arange(0, INP), IN, acc * md_scale, ATOMIC)
+    _emit_bias(out + OUT * IN, o, OUT, acc_b * md_scale, ATOMIC)
+
+
+@triton.jit
+def ebr_narrow_bwd_kernel(
+    x, recovered, d_recovered, d_x, enc_w1, enc_b1, enc_w2, dec_w1, dec_b1, dec_w2, psi, has_grad,
+    present, source, latents, d_latents, rstd_in, counts, d_md, d_rec, reversal, d_source, d_z, slabs,
+    dims, stride_xb, stride_xd, stride_db, stride_dd, enc_at, dec_at, B, H, slices, slice_rows, heads_size, psi_at,
+    psi_size, stride_pb, stride_pm, stride_sb, stride_si, stride_sj, stride_lm, stride_lb, stride_lk,
+    M: tl.constexpr, PSI_DIMS: tl.constexpr, PSI_PADS: tl.constexpr, HIDDEN: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, MD_LOSS: tl.constexpr, REC_LOSS: tl.constexpr,
+    HAS_D_LATENTS: tl.constexpr, HAS_D_SOURCE: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """A program owns (modality j, slice of rows): gradients of its rows first, then those of j's weights over them."""
+    j = tl.program_id(0) // slices
+    piece = tl.program_id(0) % slices
+    K: tl.constexpr = PSI_DIMS[0]
+    KP: tl.constexpr = PSI_PADS[0]
+    dtype = latents.dtype.element_ty
+    k = tl.arange(0, KP)
+    first = tl.cast(piece, tl.int64) * slice_rows
+    end = tl.minimum(first + slice_rows, B)
+
+    D = pick_int(dims, j, M)
+    xj, rec_j, d_rec_j, d_xj = pick(x, j, M), pick(recovered, j, M), pick(d_recovered, j, M), pick(d_x, j, M)
+    s_xb, s_xd = pick_long(stride_xb, j, M), pick_long(stride_xd, j, M)
+    s_db, s_dd = pick_long(stride_db, j, M), pick_long(stride_dd, j, M)
+    grad_j = pick_int(has_grad, j, M) != 0
+    w1, b1, w2 = pick(enc_w1, j, M), pick(enc_b1, j, M), pick(enc_w2, j, M)
+    w3, b3, w4 = pick(dec_w1, j, M), pick(dec_b1, j, M), pick(dec_w2, j, M)
+    md_scale, strength, rec_scale = 0.0, 0.0, 0.0
+    if MD_LOSS:
+        md_scale = tl.load(d_md).to(tl.float32) / tl.load(counts)
+        strength = tl.load(reversal).to(tl.float32)
+    if REC_LOSS:
+        rec_scale = 2.0 * tl.load(d_rec).to(tl.float32) / tl.load(counts + 1)
+
+    # Rows: gradients of latents, then of features.
+    for r0 in tl.range(first, end, BM):
+        r = (r0 + tl.arange(0, BM)).to(tl.int64)
+        inside = r < end
+        here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+        d_g = tl.zeros((BM, KP), tl.float32)
+        g_at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+        g_mask = here[:, None] & (k < K)[None, :]
+        for slot in tl.range(j if SOURCE == NO_SOURCE else 0, j + 1 if SOURCE == NO_SOURCE else M):
+            w = source_weight(
+                source, present, r, inside, slot, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                SOURCE, HAS_PRESENT, dtype,
+            )  # fmt: skip
+            valid = valid_rows(
+                source, present, r, inside, slot, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                SOURCE, HAS_PRESENT, M, dtype,
+            )  # fmt: skip
+            wanted = w != 0
+            if HAS_D_SOURCE:
+                wanted = valid & here
+            units = tl.where(any_row(wanted), H, 0)
+            counted = valid & present_rows(present, r, inside, slot, stride_pb, stride_pm, HAS_PRESENT)
+            u = mixed_latents(
+                latents, source, present, r, valid, k, k < K, slot, B, K, stride_sb, stride_si, stride_sj,
+                stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
+            )  # fmt: skip
+            Ds = pick_int(dims, slot, M)
+            d_u = tl.zeros((BM, KP), tl.float32)
+            for h0 in tl.range(0, units, BH):
+                h = h0 + tl.arange(0, BH)
+                hidden = _decoder_hidden(u, pick(dec_w1, slot, M), pick(dec_b1, slot, M), h, H, units > 0, K, KP, PREC)
+                d_h = tl.zeros((BM, BH), tl.float32)
+                for d0 in tl.range(0, Ds, BD):
+                    d = d0 + tl.arange(0, BD)
+                    d_y = decoded_grad(
+                        pick(d_recovered, slot, M), pick(recovered, slot, M), pick(x, slot, M), r, d, d < Ds, valid,
+                        counted, pick_int(has_grad, slot, M) != 0, rec_scale / Ds, pick_long(stride_db, slot, M),
+                        pick_long(stride_dd, slot, M), pick_long(stride_xb, slot, M), pick_long(stride_xd, slot, M),
+                        Ds, RESIDUAL, REC_LOSS,
+                    )  # fmt: skip
+                    d_h = tl.dot(
+                        d_y.to(dtype), load_weight(pick(dec_w2, slot, M), d, Ds, h, H), d_h, input_precision=PREC
+                    )
+                d_h = tl.where(hidden > 0, d_h, 0.0).to(dtype)
+                d_u = tl.dot(d_h, load_weight(pick(dec_w1, slot, M), h, H, k, K), d_u, input_precision=PREC)
+            d_g += tl.where((w != 0)[:, None], w[:, None] * d_u, 0.0)
+            if HAS_D_SOURCE:
+                g = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
+                # a latent of weight zero contributes nothing, not even a NaN
+                usable = (w != 0) | (tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), axis=1) == 0)
+                d_w = tl.sum(tl.where(usable[:, None], d_u * g, 0.0), axis=1)
+                at = d_source + (r * M + slot) * M + j
+                tl.store(at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
+
+        if MD_LOSS and strength != 0:  # zero cuts the branch, so that 0 times infinity never becomes NaN
+            g = tl.load(latents + g_at, mask=g_mask, other=0.0)
+            _, _, d_first, _, _ = _psi_grads(g, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, PREC)
+            p = tl.arange(0, PSI_PADS[1])
+            reversed_grad = tl.dot(d_first, load_weight(psi[0], p, PSI_DIMS[1], k, K), input_precision=PREC)
+            d_g -= strength * md_scale * reversed_grad
+        if HAS_D_LATENTS:
+            at = j * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk
+            d_g += tl.load(d_latents + at, mask=g_mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            y = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_in + tl.cast(j, tl.int64) * B + r, mask=here, other=0.0)
+            d_g = tl.where((k < K)[None, :], d_g, 0.0)
+            along, mean = tl.sum(d_g * y, axis=1) / K, tl.sum(d_g, axis=1) / K
+            d_g = (d_g - mean[:, None] - y * along[:, None]) * rstd[:, None]
+        d_g = tl.where(g_mask, d_g, 0.0).to(dtype)
+        tl.store(d_z + g_at, d_g, mask=inside[:, None] & (k < K)[None, :])
+
+        units = tl.where(any_row(here), H, 0)
+        for d0 in tl.range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            acc = tl.zeros((BM, BD), tl.float32)
+            for h0 in tl.range(0, units, BH):
+                h = h0 + tl.arange(0, BH)
+                hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
+                d_h = tl.dot(d_g, load_weight(w2, k, K, h, H), input_precision=PREC)
+                d_h = tl.where(hidden > 0, d_h, 0.0).to(dtype)
+                acc = tl.dot(d_h, load_weight(w1, h, H, d, D), acc, input_precision=PREC)
+            mask = here[:, None] & (d < D)[None, :]
+            if RESIDUAL:
+                at = r[:, None] * s_db + d[None, :] * s_dd
+                acc += tl.load(d_rec_j + at, mask=mask & grad_j, other=0.0).to(tl.float32)
+            at = r[:, None] * D + d[None, :]
+            tl.store(d_xj + at, tl.where(mask, acc, 0.0).to(dtype), mask=inside[:, None] & (d < D)[None, :])
+    tl.debug_barrier()  # gradients of latents are read back by other threads
+
+    # Weights: sums over the rows of the slice, one block of hidden units at a time.
+    slab = slabs + tl.cast(piece, tl.int64) * (0 if ATOMIC else heads_size)
+    d_w1 = slab + pick_long(enc_at, j, M)
+    d_b1 = d_w1 + H * D
+    d_w2 = d_b1 + H
+    d_b2 = d_w2 + K * H
+    d_w3 = slab + pick_long(dec_at, j, M)
+    d_b3 = d_w3 + H * K
+    d_w4 = d_b3 + H
+    d_b4 = d_w4 + D * H
+    for h0 in tl.range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        acc_w3 = tl.zeros((BH, KP), tl.float32)
+        acc_b3 = tl.zeros((BH,), tl.float32)
+        for r0 in tl.range(first, end, BM):
+            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            inside = r < end
+            valid = valid_rows(
+                source, present, r, inside, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                SOURCE, HAS_PRESENT, M, dtype,
+            )  # fmt: skip
+            counted = valid & present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+            u = mixed_latents(
+                latents, source, present, r, valid, k, k < K, j, B, K, stride_sb, stride_si, stride_sj,
+                stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
+            )  # fmt: skip
+            hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+            d_h = tl.zeros((BM, BH), tl.float32)
+            for d0 in tl.range(0, D, BD):
+                d = d0 + tl.arange(0, BD)
+                d_y = decoded_grad(
+                    d_rec_j, rec_j, xj, r, d, d < D, valid, counted, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd,
+                    D, RESIDUAL, REC_LOSS,
+                )  # fmt: skip
+                d_h = tl.dot(d_y.to(dtype), load_weight(w4, d, D, h, H), d_h, input_precision=PREC)
+            d_h = tl.where(hidden > 0, d_h, 0.0)
+            acc_b3 += tl.sum(d_h, axis=0)
+            acc_w3 = tl.dot(tl.trans(d_h.to(dtype)), u, acc_w3, input_precision=PREC)
+        _emit(d_w3, h, H, k, K, acc_w3, ATOMIC)
+        _emit_bias(d_b3, h, H, acc_b3, ATOMIC)
+
+        for d0 in tl.range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            acc_w4 = tl.zeros((BD, BH), tl.float32)
+            acc_b4 = tl.zeros((BD,), tl.float32)
+            for r0 in tl.range(first, end, BM):
+                r = (r0 + tl.arange(0, BM)).to(tl.int64)
+                inside = r < end
+                valid = valid_rows(
+                    source, present, r, inside, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                    SOURCE, HAS_PRESENT, M, dtype,
+                )  # fmt: skip
+                counted = valid & present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+                u = mixed_latents(
+                    latents, source, present, r, valid, k, k < K, j, B, K, stride_sb, stride_si, stride_sj,
+                    stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
+                )  # fmt: skip
+                hidden = _decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+                d_y = decoded_grad(
+                    d_rec_j, rec_j, xj, r, d, d < D, valid, counted, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd,
+                    D, RESIDUAL, REC_LOSS,
+                )  # fmt: skip
+                acc_b4 += tl.sum(d_y, axis=0)
+                acc_w4 = tl.dot(tl.trans(d_y.to(dtype)), hidden.to(dtype), acc_w4, input_precision=PREC)
+            _emit(d_w4, d, D, h, H, acc_w4, ATOMIC)
+            if h0 == 0:
+                _emit_bias(d_b4, d, D, acc_b4, ATOMIC)
+
+        acc_w2 = tl.zeros((KP, BH), tl.float32)
+        acc_b2 = tl.zeros((KP,), tl.float32)
+        for r0 in tl.range(first, end, BM):
+            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            inside = r < end
+            here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+            hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
+            at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+            d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
+            acc_b2 += tl.sum(d_g.to(tl.float32), axis=0)
+            acc_w2 = tl.dot(tl.trans(d_g), hidden.to(dtype), acc_w2, input_precision=PREC)
+        _emit(d_w2, k, K, h, H, acc_w2, ATOMIC)
+        if h0 == 0:
+            _emit_bias(d_b2, k, K, acc_b2, ATOMIC)
+
+        for d0 in tl.range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            acc_w1 = tl.zeros((BH, BD), tl.float32)
+            acc_b1 = tl.zeros((BH,), tl.float32)
+            for r0 in tl.range(first, end, BM):
+                r = (r0 + tl.arange(0, BM)).to(tl.int64)
+                inside = r < end
+                here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+                hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
+                at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+                d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
+                d_h = tl.where(
+                    hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H, any_row(here)), input_precision=PREC), 0.0
+                )
+                acc_b1 += tl.sum(d_h, axis=0)
+                feature = _feature(xj, r, here, d, D, s_xb, s_xd)
+                acc_w1 = tl.dot(tl.trans(d_h.to(dtype)), feature, acc_w1, input_precision=PREC)
+            _emit(d_w1, h, H, d, D, acc_w1, ATOMIC)
+            if d0 == 0:
+                _emit_bias(d_b1, h, H, acc_b1, ATOMIC)
+
+    # The discriminator's own gradient keeps its sign; lambda does not reach it.
+    at_layer = slabs + psi_at + tl.cast(tl.program_id(0), tl.int64) * (0 if ATOMIC else psi_size)
+    for layer in tl.static_range(HIDDEN + 1):
+        _psi_weight_grad(
+            at_layer, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm, layer,
+            PSI_DIMS[layer], PSI_DIMS[layer + 1], PSI_PADS[layer], PSI_PADS[layer + 1],
+            M, PSI_DIMS, PSI_PADS, HIDDEN, BM, HAS_PRESENT, MD_LOSS, ATOMIC, PREC,
+        )  # fmt: skip
+        at_layer += PSI_DIMS[layer + 1] * PSI_DIMS[layer] + PSI_DIMS[layer + 1]
+
+
+@triton.jit
+def ebr_narrow_finish_kernel(
+    out, slabs, ends, sizes, first_at, heads_size, psi_at, psi_size, head_slabs, psi_slabs,
+    N_PARAMS: tl.constexpr, N_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the slabs of every parameter and write its gradient in its own dtype; ``ends``: last block of each, plus one."""
+    program = tl.program_id(0)
+    t = tl.cast(0, tl.int32)
+    begin = tl.cast(0, tl.int32)
+    for n in tl.static_range(N_PARAMS - 1):
+        passed = program >= ends[n]
+        t += passed.to(tl.int32)
+        begin = tl.where(passed, tl.cast(ends[n], tl.int32), begin)
+    head = t < N_HEADS
+    e = (program - begin) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < pick_int(sizes, t, N_PARAMS)
+    base = slabs + pick_long(first_at, t, N_PARAMS) + tl.where(head, 0, psi_at)
+    step = tl.where(head, heads_size, psi_size).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.range(0, tl.where(head, head_slabs, psi_slabs)):
+        total += tl.load(base + s * step + e, mask=mask, other=0.0)
+    target = pick(out, t, N_PARAMS)
+    tl.store(target + e, total.to(target.dtype.element_ty), mask=mask)

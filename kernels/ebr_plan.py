@@ -1,0 +1,150 @@
+"""What an EBR launch needs to know before it starts: sizes, options as kernel constants, dummies for what is absent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["Inputs", "Sizes", "float_precision", "padded", "unsupported"]
+
+NARROW_LATENT = 128  # widest latent of the narrow path
+NARROW_FEATURE = 512  # widest feature: a program computes hidden units again for each block of it
+NARROW_PSI = 128  # widest hidden layer of the discriminator there; at most two of them, of 64 where there are two
+LAST_PSI = 512  # widest last hidden layer of the discriminator: its row tile stays in registers
+MOST_MODALITIES = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def padded(width: int) -> int:
+    """The next power of two that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def float_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: TF32 only where torch's global setting allows it."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of one EBR head; ``psi`` starts with the latent width and ends with m."""
+
+    m: int
+    dims: tuple[int, ...]
+    hidden: int
+    psi: tuple[int, ...]
+
+    @staticmethod
+    def of(features: Sequence[Tensor], params: Sequence[Tensor]) -> Sizes:
+        m = len(features)
+        discriminator = params[8 * m :]
+        psi = (discriminator[0].shape[1], *(w.shape[0] for w in discriminator[0::2]))
+        return Sizes(m, tuple(f.shape[1] for f in features), params[0].shape[0], psi)
+
+    @property
+    def latent(self) -> int:
+        return self.psi[0]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether one program can hold a row tile of every width at once."""
+        hidden = self.psi[1:-1]
+        widest = NARROW_PSI if len(hidden) < 2 else NARROW_PSI // 2
+        return (
+            self.latent <= NARROW_LATENT
+            and max(self.dims) <= NARROW_FEATURE
+            and len(hidden) <= 2
+            and all(p <= widest for p in hidden)
+        )
+
+
+def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
+    """Say which size the kernels cannot run, None where they can."""
+    m, dtype = len(features), features[0].dtype
+    if dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 and float16 and features[0] is {dtype}"
+    if m > MOST_MODALITIES:
+        return f"the kernels take at most {MOST_MODALITIES} modalities and got {m}"
+    for i in range(2 * m):
+        if params[4 * i].shape[0] != params[0].shape[0]:
+            return "the kernels need one hidden width for all encoders and decoders"
+    sizes = Sizes.of(features, params)
+    if 0 in (*sizes.dims, *sizes.psi, sizes.hidden):
+        return "the kernels need widths of at least 1"
+    if len(sizes.psi) > 2 and sizes.psi[-2] > LAST_PSI:
+        return f"the last hidden layer of the discriminator may have {LAST_PSI} units at most and has {sizes.psi[-2]}"
+    if len(sizes.psi) == 2 and sizes.latent > LAST_PSI:
+        return f"a discriminator without hidden layers takes latents of at most {LAST_PSI} and got {sizes.latent}"
+    return None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a call as kernels take them, with strides, and the flags that say what is real."""
+
+    features: tuple[Tensor, ...]
+    params: tuple[Tensor, ...]
+    sizes: Sizes
+    present: Tensor | None
+    source: Tensor | None
+    normalizer: Tensor | None
+    residual: bool
+    normalize: bool
+
+    @staticmethod
+    def of(features, params, present, source, normalizer, residual: bool, normalize: bool) -> Inputs:
+        params = tuple(p.contiguous() for p in params)  # nn.Linear holds them so; a copy is only made of others
+        if present is not None:
+            present = present.view(torch.uint8)
+        return Inputs(
+            tuple(features), params, Sizes.of(features, params), present, source, normalizer, residual, normalize
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.features[0].shape[0]
+
+    def column(self, kind: int) -> tuple[Tensor, ...]:
+        """One tensor a modality: 0-3 encoder ``W₁ b₁ W₂ b₂``, 4-7 decoder."""
+        base, m = (kind // 4) * 4 * self.sizes.m, self.sizes.m
+        return tuple(self.params[base + 4 * i + kind % 4] for i in range(m))
+
+    @property
+    def psi(self) -> tuple[Tensor, ...]:
+        return self.params[8 * self.sizes.m :]
+
+    @property
+    def strides_x(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(f.stride(0) for f in self.features), tuple(f.stride(1) for f in self.features)
+
+    @property
+    def mask_arguments(self) -> dict[str, object]:
+        """``present`` and ``source`` with strides, stand-ins where they are None, and the constants that say so."""
+        like = self.features[0]
+        p, s = self.present, self.source
+        kind = 0 if s is None else (2 if s.is_floating_point() else 1)
+        return {
+            "present": like if p is None else p,
+            "stride_pb": 0 if p is None else p.stride(0),
+            "stride_pm": 0 if p is None else p.stride(1),
+            "HAS_PRESENT": p is not None,
+            "source": like if s is None else s,
+            "stride_sb": 0 if s is None else s.stride(0),
+            "stride_si": 0 if s is None else s.stride(1),
+            "stride_sj": s.stride(2) if s is not None and kind == 2 else 0,
+            "SOURCE": kind,
+        }
+
+    @property
+    def normalizer_arguments(self) -> dict[str, object]:
+        n = self.normalizer
+        return {
+            "normalizer": self.features[0] if n is None else n.reshape(-1),
+            "second": 0 if n is None else (n.numel() - 1) * n.reshape(-1).stride(0),
+            "HAS_NORMALIZER": n is not None,
+        }

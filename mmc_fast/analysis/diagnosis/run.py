@@ -1,0 +1,384 @@
+"""``diagnose``: from a model and data to a :class:`Diagnosis`, in two passes at constant memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...data import MultimodalDataset, Part
+from ...errors import InputError
+from ...training.model import MultimodalModel
+from ...training.runfolder import LoadedRun
+from .. import weights
+from ..polysemanticity import cross_modal_polysemanticity
+from ..reliance import MAX_MODALITIES, coalition_outputs
+from .adapter import Adapter, RunAdapter, labels_of, model_of
+from .collect import Collector, checked_features
+from .estimates import Estimator, affordable, interval, reliance_measures, resampled
+from .groups import draw_weights, stream
+from .layers import ChainSums, jacobian_rows
+from .predictions import CoalitionScores
+from .result import Diagnosis, Measure, plain
+from .sampled import fresh_measures, neuron_measures, probe_measures
+from .storage import read_state, write_state
+from .verdicts import THRESHOLDS, Thresholds, as_settings, judge_modality
+
+__all__ = ["diagnose"]
+
+STATE_VERSION = 1
+Progress = Callable[[str, int, int | None], None]
+
+
+def diagnose(
+    model: Adapter | MultimodalModel | LoadedRun,
+    loader: Iterable[Any] | MultimodalDataset | Part,
+    *,
+    metric: str | None = None,
+    groups: int = 16,
+    resamples: int = 100,
+    level: float = 0.95,
+    seed: int = 0,
+    reliance: bool = True,
+    probes: bool = True,
+    control: bool = False,
+    unimodal_weights: Mapping[str, Tensor] | None = None,
+    initial_weight: Tensor | None = None,
+    sample_rows: int = 4096,
+    tolerance: float = 1e-3,
+    tau: float = 0.5,
+    energy: float = 0.99,
+    ridge: float = 1e-6,
+    thresholds: Thresholds = THRESHOLDS,
+    state: str | Path | None = None,
+    save_every: float = 30.0,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Which modality a fused model uses, which it lost, and what its fusion neurons mix.
+
+    Args:
+        model: an adapter (:class:`~mmc_fast.analysis.diagnosis.Adapter`, ``mmc_fast.ModelAdapter``), or a model or run of
+            this project.
+        loader: batches for the adapter, in a fixed order; it is read twice. Or a data set (its test part) or a part.
+        metric: "accuracy", "auroc" (two classes), or None: auroc for two classes, else accuracy.
+        groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
+        seed: of groups, samples and probes.
+        reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
+        probes: train a small network on each modality's features alone, on ``sample_rows`` samples.
+        control: also train networks on the features without each modality.
+        unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
+        initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
+        tolerance, tau, energy, ridge: of the numerical rank, the degree of polysemanticity (two) and the VIF.
+        state: file that keeps unfinished sums; a diagnosis that was killed goes on there, with the same numbers.
+        save_every: seconds between two writes of it.
+        progress: called with a phase, the batches done and their number (None where unknown).
+
+    Returns a :class:`Diagnosis`. The model is not changed.
+
+    Raises:
+        InputError: a model in training mode, features or logits that are not finite or not of fixed width, one-shot
+            iterators, labels of the wrong kind. Without labels, with a single class or with more than 6 modalities the
+            scores are left out and a note says so.
+
+    Time for a head ``D → h → C`` on N samples: about ``N (2 D h + (D + h)² / 2)`` multiply-adds and ``N h² / 2`` bit operations,
+    and 2^m forwards; memory ``O(groups · (D + h)²)``.
+    """
+    adapter, unimodal_weights = _adapter(model, unimodal_weights)
+    model_of(adapter)
+    _check_options(groups, resamples, level, metric)
+    batches = _Batches(loader)
+    meaning = [groups, seed, sample_rows, metric]
+    stored = _Stored(state, save_every, meaning)
+    report = progress or (lambda phase, done, total: None)
+    with torch.inference_mode(False):
+        collector = _first_pass(adapter, batches, groups, seed, sample_rows, stored, report)
+        notes = list(collector.notes)
+        means = dict(zip(collector.widths, _means(collector).split(list(collector.widths.values())), strict=True))
+        scores = None
+        if reliance and _can_score(collector, notes):
+            chosen = metric or ("auroc" if collector.outputs <= 2 else "accuracy")
+            scores = _second_pass(adapter, batches, collector, chosen, means, stored, report)
+            if scores.single_class():
+                notes.append("The labels hold a single class, so nothing can be scored.")
+                scores = None
+    report("numbers", 0, None)
+    estimator = Estimator(collector, tolerance, tau, energy, ridge, initial_weight)
+    measures, arrays = _measures(estimator, scores, collector, resamples, level, seed)
+    if isinstance(collector.layers, ChainSums):
+        if initial_weight is None:
+            notes.append("No initial weights were given: the neural feature matrix is WᵀW, not that of W − W₀.")
+        _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal_weights, seed)
+    else:
+        arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
+    if scores is not None and probes:
+        probe_measures(measures, notes, collector, scores.metric, control, seed)
+    neuron_measures(measures, arrays, collector)
+    fresh_measures(measures, collector.reservoir, seed)
+    bound = weights.collision_bound(list(collector.widths.values()))
+    if bound.warning:
+        notes.append(f"Collision bound: {bound.warning}.")
+    verdicts = [_verdict(name, collector, measures, scores, thresholds) for name in collector.widths]
+    settings = {
+        "groups": groups, "resamples": resamples, "level": level, "seed": seed, "tolerance": tolerance, "tau": tau,
+        "energy": energy, "ridge": ridge, "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
+        "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": as_settings(thresholds),
+    }  # fmt: skip
+    stored.remove()
+    return Diagnosis(
+        dict(collector.widths), collector.samples, scores.metric if scores is not None else None, measures, plain(arrays),
+        verdicts, settings, notes,
+    )  # fmt: skip
+
+
+class _Batches:
+    """The loader as something that can be read twice."""
+
+    def __init__(self, loader: Any) -> None:
+        if isinstance(loader, MultimodalDataset):
+            loader = loader.part("test")
+        if isinstance(loader, Part):
+            part = loader
+            loader = [part.select(rows) for rows in torch.arange(len(part)).split(4096)]
+        if isinstance(loader, Iterator):
+            raise InputError(
+                "diagnose: the loader is an iterator, which can be read once; give a list of batches or a DataLoader"
+            )
+        if not hasattr(loader, "__iter__"):
+            raise TypeError(f"diagnose: loader is {type(loader).__name__}; give an iterable of batches")
+        self.loader = loader
+        self.total: int | None = len(loader) if hasattr(loader, "__len__") else None
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.loader)
+
+
+class _Stored:
+    """Unfinished sums on disk, if asked for."""
+
+    def __init__(self, path: str | Path | None, every: float, meaning: list[Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.every, self.meaning, self.last = every, meaning, time.monotonic()
+        self.found: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            self.found = read_state(self.path)
+            if self.found.get("version") != STATE_VERSION or self.found.get("meaning") != meaning:
+                raise InputError(
+                    f"{self.path} is the state of a diagnosis with other groups, seed, samples or metric, or of another "
+                    "version; use the same settings or delete it"
+                )
+
+    def due(self) -> bool:
+        return self.path is not None and time.monotonic() - self.last >= self.every
+
+    def write(self, parts: dict[str, Any]) -> None:
+        if self.path is not None:
+            write_state(self.path, {"version": STATE_VERSION, "meaning": self.meaning} | parts)
+            self.last = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter, Mapping[str, Tensor] | None]:
+    if isinstance(model, LoadedRun):
+        if unimodal is None and model.unimodal is not None:
+            unimodal = {name: m.classifier[0].weight for name, m in model.unimodal.models.items()}  # type: ignore[misc]
+        model = model.model
+    if isinstance(model, MultimodalModel):
+        return RunAdapter(model), unimodal
+    if isinstance(model, Adapter):
+        return model, unimodal
+    if isinstance(model, nn.Module):
+        raise InputError(
+            f"diagnose: {type(model).__name__} has no encode() and fuse(); wrap it: "
+            "mmc_fast.ModelAdapter(model, features={'image': 'encoders.image', ...}, head='classifier')"
+        )
+    raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
+
+
+def _check_options(groups: int, resamples: int, level: float, metric: str | None) -> None:
+    if not 1 <= groups <= 1024 or resamples < 0 or not 0 < level < 1:
+        raise InputError(
+            f"diagnose: groups {groups}, resamples {resamples}, level {level}; need 1 to 1024 groups, resamples >= 0 and a "
+            "level between 0 and 1"
+        )
+    if metric not in (None, "accuracy", "auroc"):
+        raise InputError(f"diagnose: unknown metric {metric!r}; known are accuracy, auroc")
+
+
+def _first_pass(
+    adapter: Adapter, batches: _Batches, groups: int, seed: int, rows: int, stored: _Stored, report: Progress
+) -> Collector:
+    collector = Collector(adapter, groups, seed, rows)
+    report("collect", 0, batches.total)
+    for index, batch in batches:
+        if index == 0:
+            collector.start(batch)
+            if "collector" in stored.found:
+                collector.load_state(stored.found["collector"])
+        if index < collector.batches:
+            continue
+        collector.add(batch)
+        report("collect", index + 1, batches.total)
+        if collector.settled and stored.due():
+            stored.write({"collector": collector.to_state()})
+    collector.flush()
+    if not collector.samples:
+        raise InputError("diagnose: the loader gave no sample; give at least one batch")
+    return collector
+
+
+def _means(collector: Collector) -> Tensor:
+    return collector.moments.combine(collector.active()).mean[: sum(collector.widths.values())]
+
+
+def _can_score(collector: Collector, notes: list[str]) -> bool:
+    if not collector.labelled:
+        notes.append("There are no labels, so nothing is scored: whether a modality helps is not said.")
+        return False
+    if len(collector.widths) > MAX_MODALITIES:
+        notes.append(
+            f"With more than {MAX_MODALITIES} modalities the 2^m coalitions are not scored; group some into one."
+        )
+        return False
+    return True
+
+
+@torch.no_grad()
+def _second_pass(
+    adapter: Adapter, batches: _Batches, collector: Collector, metric: str, means: Mapping[str, Tensor], stored: _Stored,
+    report: Progress,
+) -> CoalitionScores:  # fmt: skip
+    scores, done = CoalitionScores(metric, len(collector.widths), collector.groups), 0
+    found = stored.found.get("scores")
+    if found is not None:
+        scores.load_state(found)
+        done = stored.found["scored"]
+    report("score", done, batches.total)
+    for index, batch in batches:
+        if index < done:
+            continue
+        features = checked_features(adapter, batch, collector.widths, index)
+        labels = labels_of(adapter, batch)
+        if labels is None:
+            raise InputError(
+                f"diagnose: batch {index} had labels in the first pass and has none now; use a fixed order"
+            )
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= max(2, collector.outputs)):
+            raise InputError(
+                f"diagnose: batch {index} has labels {int(labels.min())} to {int(labels.max())} for {collector.outputs} "
+                "outputs; number the classes 0, 1, 2, ..."
+            )
+        if metric == "auroc" and collector.outputs > 2:
+            raise InputError(f"diagnose: metric 'auroc' is for 2 classes and there are {collector.outputs} outputs")
+        shaped = {name: means[name].reshape(1, *x.shape[1:]) for name, x in features.items()}
+        outputs = coalition_outputs(adapter.fuse, features, shaped)  # type: ignore[arg-type]
+        random = stream(collector.seed, "scores", index)
+        places = torch.randint(collector.groups, (len(labels),), generator=random)
+        scores.add(outputs, labels, places)
+        report("score", index + 1, batches.total)
+        if stored.due():
+            stored.write({"collector": collector.to_state(), "scores": scores.to_state(), "scored": index + 1})
+    return scores
+
+
+def _measures(
+    estimator: Estimator, scores: CoalitionScores | None, collector: Collector, resamples: int, level: float, seed: int
+) -> tuple[dict[str, Measure], dict[str, Any]]:
+    arrays: dict[str, Any] = {}
+    active = collector.active()
+    values = estimator.numbers(active, arrays)
+    groups = int(active.sum())
+    draws = np.zeros((resamples, len(active)))
+    if groups >= 3 and resamples:
+        draws[:, active > 0] = draw_weights(groups, resamples, seed)
+    enough = affordable(resamples, collector.columns)
+    spread = resampled(estimator.numbers, draws[:enough]) if groups >= 3 else {}
+    measures = {name: interval(value, spread.get(name), groups, level, _limits(name)) for name, value in values.items()}
+    measures |= {name: Measure(value) for name, value in estimator.fixed().items()}
+    if scores is not None:
+        names = list(collector.widths)
+        plain = scores.scores(np.ones((1, len(active))))
+        used = scores.rows > 0
+        weights_of = np.zeros((resamples, len(active)))
+        if used.sum() >= 3 and resamples:
+            weights_of[:, used] = draw_weights(int(used.sum()), resamples, seed)
+        drawn = reliance_measures(names, scores.scores(weights_of)) if used.sum() >= 3 and resamples else {}
+        for name, value in reliance_measures(names, plain).items():
+            measures[name] = interval(float(value[0]), drawn.get(name), int(used.sum()), level, _limits(name))
+        measures["score.chance"] = Measure(scores.chance())
+        arrays["coalition_scores"] = plain[:, 0].tolist()
+    return measures, arrays
+
+
+def _limits(name: str) -> tuple[float, float]:
+    """What a measure can be."""
+    if name.startswith("shapley") or name.endswith("nfm_cosine"):
+        return -1.0, 1.0
+    if name.endswith(("_rank", "_degree")):
+        return 0.0, math.inf
+    return (1.0, math.inf) if name == "fused.vif" else (0.0, 1.0)
+
+
+def _weight_classifier(
+    measures: dict[str, Measure], notes: list[str], weight: Tensor, widths: dict[str, int], unimodal: Any, seed: int
+) -> None:
+    found = cross_modal_polysemanticity(weight, widths, unimodal, seed=seed)
+    if found.not_applicable:
+        notes.append(f"Cross-modal polysemanticity by the weight classifier is not applicable: {found.not_applicable}.")
+        return
+    measures["weight_classifier.cross_entropy"] = Measure(found.cross_entropy)
+    measures["weight_classifier.entropy"] = Measure(found.entropy)
+    measures["weight_classifier.accuracy"] = Measure(found.accuracy)
+
+
+def _neurons_by_gradient(
+    adapter: Adapter, batches: _Batches, collector: Collector, estimator: Estimator
+) -> dict[str, Any]:
+    """Modality shares of up to 128 units of the fused representation: ``E[J_i Σ_ii J_iᵀ]`` on the first batch."""
+    represent = getattr(adapter, "represent", None)
+    if represent is None:
+        return {}
+    batch = next(iter(batches))[1]
+    features = checked_features(adapter, batch, collector.widths, 0)
+    count = collector.columns[1]
+    units = torch.linspace(0, count - 1, min(count, 128)).round().long().tolist()
+    sigma = collector.moments.combine(collector.active()).covariance[estimator.slices[0], estimator.slices[0]]
+    shares = []
+    for rows in jacobian_rows(lambda f: represent(f).flatten(1), features, units):
+        gram = rows.double().cpu()
+        parts, start = [], 0
+        for width in collector.widths.values():
+            block = gram[:, start : start + width]
+            parts.append(float(((block @ sigma[start : start + width, start : start + width]) * block).sum()))
+            start += width
+        total = sum(parts)
+        shares.append([max(p, 0.0) / total if total > 0 else 0.0 for p in parts])
+    return {"neuron_shares": shares}
+
+
+def _verdict(
+    name: str,
+    collector: Collector,
+    measures: dict[str, Measure],
+    scores: CoalitionScores | None,
+    thresholds: Thresholds,
+) -> Any:
+    share = measures[f"use_share.{name}"].value
+    known: dict[str, float] | None = None
+    if scores is not None and f"alone.{name}" in measures:
+        wanted = {
+            "alone": f"alone.{name}", "all": "score.all", "without": f"without.{name}", "only": f"only.{name}",
+            "chance": "score.chance", "retrained_without": f"retrained_without.{name}", "retrained_all": "retrained_all",
+        }  # fmt: skip
+        values = {key: measures[m].value for key, m in wanted.items() if m in measures}
+        if all(v is not None for v in values.values()):
+            known = {key: float(v) for key, v in values.items() if v is not None}
+    return judge_modality(name, share, len(collector.widths), known, thresholds)
