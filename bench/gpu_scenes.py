@@ -182,7 +182,7 @@ def record() -> list[dict[str, Any]]:
 
     found: dict[str, dict[str, Any]] = {}
     for scene, name, deterministic, run in small_scenes():
-        with precision(name, deterministic) as dtype, triton_guard.watch() as watch:
+        with precision(name, deterministic) as dtype, triton_guard.watch(sample=1) as watch:
             run(dtype)
         for launch in watch.launches:
             key = json.dumps(launch.specialisation, sort_keys=True)

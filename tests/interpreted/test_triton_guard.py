@@ -326,6 +326,22 @@ def test_rounding_to_bfloat16_is_to_nearest_even(generator):
     assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32)))).all()
 
 
+def test_a_sample_of_programs_shows_what_is_launched(generator):
+    x, y = torch.randn(100, generator=generator), torch.zeros(100)
+    with triton_guard.watch(sample=1) as watch:
+        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=0, LIMIT=0)
+    assert torch.equal(y, torch.cat([x[:32], torch.zeros(68)]))
+    launch = watch.launches[0]
+    assert launch.programs == 1
+    found = launch.specialisation
+    assert found["signature"] == {
+        "x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr", "SHIFT": "constexpr", "LIMIT": "constexpr"
+    }  # fmt: skip
+    assert found["constants"] == [[[3], 32], [[4], 0], [[5], 0]]
+    assert found["aligned"] == [[0], [1]]
+    assert (found["kernel"], found["num_warps"], found["num_stages"]) == ("_copy", 4, 3)
+
+
 def test_masks_made_of_several_conditions_hold():
     @triton.jit
     def some(y, n, BLOCK: tl.constexpr):
