@@ -378,6 +378,19 @@ def test_the_page_in_a_browser(found: Diagnosis, tmp_path) -> None:
     assert "ERR_NAME_NOT_RESOLVED" not in done.stderr, done.stderr
 
 
+def test_scores_of_unimodal_models_take_the_place_of_probes() -> None:
+    planted = planted_head(4, ignored=1)
+    lost = diagnose(planted, planted.batches(), resamples=0, probes=False, alone={"a": 0.9, "b": 0.8})
+    assert (lost.value("alone.a"), lost.value("alone.b")) == (0.9, 0.8)
+    assert [v.kind for v in lost.verdicts] == ["relied on", "collapsed"]
+    nothing = diagnose(planted, planted.batches(), resamples=0, alone={"b": lost.value("score.chance")})
+    assert nothing.verdicts[1].kind == "ignored"
+    assert nothing.value("alone.a") != 0.9
+    for bad in ({"c": 0.5}, {"a": 0.5}):
+        with pytest.raises(InputError, match="alone has scores"):
+            diagnose(planted, planted.batches(), resamples=0, probes=False, alone=bad)
+
+
 # What cannot be diagnosed, and what can only be in part
 
 

@@ -64,7 +64,9 @@ def test_a_run(finished: Path, own_file: Path, tmp_path: Path) -> None:
     out, _ = run("diagnose", "--run", finished, "--json", "--resamples", "20", "--html", tmp_path / "page.html")
     found = Diagnosis.from_json(out)
     loaded = load_run(finished)
-    assert found == diagnose(loaded, data.load(own_file), resamples=20)
+    alone = {name: found.value(f"alone.{name}") for name in found.modalities}
+    assert alone == {name: entry["alone"] for name, entry in loaded.results["scores"]["reliance"].items()}
+    assert found == diagnose(loaded, data.load(own_file), resamples=20, alone=alone)
     assert list(found.modalities) == ["a", "b"]
     assert found.settings["agop"].startswith("co-activation")
     assert ("fresh_discriminator.balanced_accuracy" in found.measures) == (finished.name == "ebr")

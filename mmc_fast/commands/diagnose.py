@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ..analysis.diagnosis import Diagnosis, diagnose
 from ..data import load
 from ..errors import InputError
-from ..training import load_run
+from ..training import evaluate, load_run
 from .evaluate import dataset_of
 from .terminal import PassDisplay, error_console, print_table
 
@@ -48,7 +48,12 @@ def run_diagnose(
         if weights is not None:
             raise InputError("diagnose: --weights belongs to --adapter; a run has its own")
         model = load_run(run)
-        loader = dataset_of(model.results, data, dict(options)).part(part)
+        dataset = dataset_of(model.results, data, dict(options))
+        loader = dataset.part(part)
+        if model.unimodal is not None:
+            scored = evaluate(model.model, dataset, part=part, rates=(), unimodal=model.unimodal)["reliance"]
+            known = {name: entry["alone"] for name, entry in scored.items() if entry["alone"] is not None}
+            settings = {"alone": known} | dict(settings)
         state = state or run / f"diagnose-{part}.state"
     else:
         if weights is None or data is None or adapter is None:

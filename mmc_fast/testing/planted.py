@@ -112,13 +112,12 @@ def planted_head(
     out = 4 * torch.linalg.solve(gram, centred.t() @ (target - target.mean(0))).t()
     changes = list(_changes(m, width, rotate, scales, random))
     change = torch.block_diag(*changes)
-    head = nn.Sequential(nn.Linear(m * width, neurons), nn.ReLU(), nn.Linear(neurons, num_classes)).requires_grad_(
-        False
-    )
-    head[0].weight.copy_(weight @ torch.linalg.inv(change))
-    head[0].bias.copy_(bias)
-    head[2].weight.copy_(out)
-    head[2].bias.copy_(target.mean(0) - out @ hidden.mean(0))
+    first, last = nn.Linear(m * width, neurons), nn.Linear(neurons, num_classes)
+    head = nn.Sequential(first, nn.ReLU(), last).requires_grad_(False)
+    first.weight.copy_(weight @ torch.linalg.inv(change))
+    first.bias.copy_(bias)
+    last.weight.copy_(out)
+    last.bias.copy_(target.mean(0) - out @ hidden.mean(0))
     features = {chr(ord("a") + i): (z @ c.t()).float() for i, (z, c) in enumerate(zip(draws, changes, strict=True))}
     # A neuron reads feature j through the row j of the inverse.
     directions = torch.linalg.inv(change).t()

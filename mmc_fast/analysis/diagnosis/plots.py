@@ -51,12 +51,14 @@ def _bars(ax: Axes, groups: Sequence[str], series: dict[str, list[Measure | None
             ax.errorbar(x, y, yerr=[low, high], fmt="none", ecolor=INK, elinewidth=1)
     ax.set_xticks(range(len(groups)), list(groups))
     ax.tick_params(axis="x", length=0)
-    if sum(map(len, groups)) > 34:
+    slanted = sum(map(len, groups)) > 34
+    if slanted:
         for label in ax.get_xticklabels():
             label.set_rotation(25)
             label.set_horizontalalignment("right")
     if len(series) > 1:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(4, len(series)))
+        below = -0.28 if slanted else -0.14
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=min(4, len(series)))
 
 
 def _measures(d: Diagnosis, prefix: str) -> list[Measure | None]:

@@ -48,6 +48,7 @@ def diagnose(
     reliance: bool = True,
     probes: bool = True,
     control: bool = False,
+    alone: Mapping[str, float] | None = None,
     unimodal_weights: Mapping[str, Tensor] | None = None,
     initial_weight: Tensor | None = None,
     sample_rows: int = 4096,
@@ -72,6 +73,8 @@ def diagnose(
         reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
         probes: train a small network on each modality's features alone, on ``sample_rows`` samples.
         control: also train networks on the features without each modality.
+        alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
+            probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak.
         unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
         initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
         tolerance, tau, energy, ridge: of the numerical rank, the degree of polysemanticity (two) and the VIF.
@@ -116,8 +119,9 @@ def diagnose(
         _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal_weights, seed)
     else:
         arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
-    if scores is not None and probes:
-        probe_measures(measures, notes, collector, scores.metric, control, seed)
+    if scores is not None and (probes or alone):
+        given = _given(alone, collector, probes)
+        probe_measures(measures, notes, collector, scores.metric, control, given, seed)
     neuron_measures(measures, arrays, collector)
     fresh_measures(measures, collector.reservoir, seed)
     bound = weights.collision_bound(list(collector.widths.values()))
@@ -362,6 +366,17 @@ def _neurons_by_gradient(
         total = sum(parts)
         shares.append([max(p, 0.0) / total if total > 0 else 0.0 for p in parts])
     return {"neuron_shares": shares}
+
+
+def _given(alone: Mapping[str, float] | None, collector: Collector, probes: bool) -> dict[str, float]:
+    given = dict(alone or {})
+    missing = [name for name in collector.widths if name not in given]
+    if set(given) - set(collector.widths) or (missing and not probes):
+        raise InputError(
+            f"diagnose: alone has scores for {sorted(given)} and the modalities are {list(collector.widths)}; give known names, "
+            "and all of them with probes=False"
+        )
+    return given
 
 
 def _verdict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,9 +31,16 @@ def features_of(collector: Collector) -> dict[str, Tensor]:
 
 
 def probe_measures(
-    measures: dict[str, Measure], notes: list[str], collector: Collector, metric: str, control: bool, seed: int
+    measures: dict[str, Measure],
+    notes: list[str],
+    collector: Collector,
+    metric: str,
+    control: bool,
+    given: Mapping[str, float],
+    seed: int,
 ) -> None:
-    """Scores of networks trained on single modalities and, as a control, without each."""
+    """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over."""
+    measures |= {f"alone.{name}": Measure(float(score)) for name, score in given.items()}
     features, labels = features_of(collector), collector.reservoir.columns["labels"]
     try:
         if control:
@@ -40,12 +48,13 @@ def probe_measures(
             alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
             named["retrained_all"] = found.all
         else:
-            alone = {name: train_afresh(features, labels, [name], metric=metric, seed=seed) for name in features}
+            wanted = [name for name in features if name not in given]
+            alone = {name: train_afresh(features, labels, [name], metric=metric, seed=seed) for name in wanted}
             named = {}
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return
-    named |= {f"alone.{name}": s for name, s in alone.items()}
+    named |= {f"alone.{name}": s for name, s in alone.items() if name not in given}
     for name, s in named.items():
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
         measures[name] = Measure(s.score, s.error, max(0.0, low), min(1.0, high))
@@ -94,8 +103,10 @@ def neuron_measures(measures: dict[str, Measure], arrays: dict[str, Any], collec
         with torch.no_grad():
             device = next(chain.modules[0].parameters()).device
             activation = chain.modules[1](chain.modules[0](x.to(device))).cpu()
-        # Neurons with some signal at all, by how much noise of others they carry.
-        score = torch.where(alive & (signal.amax(1) > 0.02), foreign, torch.full_like(foreign, math.nan))
+        # Neurons that answer and have some signal at all, by how much noise of others they carry.
+        spread = activation.std(0)
+        shown = alive & (signal.amax(1) > 0.02) & (spread > 0.05 * spread.max()) & (spread > 0)
+        score = torch.where(shown, foreign, torch.full_like(foreign, math.nan))
         if score.isfinite().any():
             most, least = int(score.nan_to_num(-1).argmax()), int(score.nan_to_num(2).argmin())
             arrays["responses"] = [
@@ -121,7 +132,9 @@ def _response(
         for label in labels.unique():
             mean[labels == label] = x[labels == label].mean(0)
         means[name] = (mean, x - mean)
-    predictive = means[own][0] @ parts[own][k].double()
+    # The direction between classes that the neuron reads, in the features themselves: class means alone are few values.
+    signal, reading = means[own][0], parts[own][k].double()
+    predictive = features[own].double() @ (signal.t() @ (signal @ reading))
     noisy = means[foreign][1] @ parts[foreign][k].double()
     found: NeuronResponse = neuron_response(activation.double(), predictive, noisy, bins=9)
     return {
