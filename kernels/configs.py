@@ -48,7 +48,7 @@ AGOP: dict[str, dict[str, Config]] = {
         "half": Config({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
     },
     "coactivation": {
-        "int8": Config({"BLOCK_H": 128, "BLOCK_N": 128}, 8, 3),
+        "int8": Config({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3),
     },
     "gram": {
         "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 16}, 8, 2),
