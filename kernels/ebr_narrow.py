@@ -27,6 +27,7 @@ from .ebr_tiles import (
     load_weight_t,
     mixed_latents,
     pick,
+    pick_as,
     pick_int,
     pick_long,
     present_rows,
@@ -151,11 +152,11 @@ def ebr_narrow_fwd_kernel(
     stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
     M: tl.constexpr, PSI_DIMS: tl.constexpr, PSI_PADS: tl.constexpr, HIDDEN: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     i = program // tiles  # programs of one modality are neighbours and share its weights in the cache
-    r = ((program % tiles) * BM + tl.arange(0, BM)).to(tl.int64)
+    r = ((program % tiles) * BM + tl.arange(0, BM)).to(INDEX)
     inside = r < B
     K: tl.constexpr = PSI_DIMS[0]
     KP: tl.constexpr = PSI_PADS[0]
@@ -166,7 +167,7 @@ def ebr_narrow_fwd_kernel(
     if SOURCE == NO_SOURCE:
         own, rstd = _encode(
             pick(x, i, M), pick(enc_w1, i, M), pick(enc_b1, i, M), pick(enc_w2, i, M), pick(enc_b2, i, M), r, here,
-            pick_int(dims, i, M), H, pick_long(stride_xb, i, M), pick_long(stride_xd, i, M),
+            pick_int(dims, i, M), H, pick_as(stride_xb, i, M, INDEX), pick_as(stride_xd, i, M, INDEX),
             K, KP, BM, BH, BD, NORMALIZE, PREC,
         )  # fmt: skip
         g = own.to(dtype)
@@ -185,7 +186,7 @@ def ebr_narrow_fwd_kernel(
             mine = here & (i == j)
             other, other_rstd = _encode(
                 pick(x, j, M), pick(enc_w1, j, M), pick(enc_b1, j, M), pick(enc_w2, j, M), pick(enc_b2, j, M), r,
-                used | mine, pick_int(dims, j, M), H, pick_long(stride_xb, j, M), pick_long(stride_xd, j, M),
+                used | mine, pick_int(dims, j, M), H, pick_as(stride_xb, j, M, INDEX), pick_as(stride_xd, j, M, INDEX),
                 K, KP, BM, BH, BD, NORMALIZE, PREC,
             )  # fmt: skip
             rounded = other.to(dtype).to(tl.float32)
@@ -195,10 +196,10 @@ def ebr_narrow_fwd_kernel(
             valid = valid | used
         g = own.to(dtype)
         u = mixed.to(dtype)
-    at = (tl.cast(i, tl.int64) * B + r)[:, None] * K + k[None, :]
+    at = (tl.cast(i, INDEX) * B + r)[:, None] * K + k[None, :]
     tl.store(latents + at, g, mask=inside[:, None] & (k < K)[None, :])
     if NORMALIZE:
-        tl.store(rstd_out + tl.cast(i, tl.int64) * B + r, rstd, mask=inside)
+        tl.store(rstd_out + tl.cast(i, INDEX) * B + r, rstd, mask=inside)
 
     _, _, logits = _psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
     ce, _ = cross_entropy(logits, i, M, PSI_PADS[HIDDEN + 1])
@@ -207,7 +208,7 @@ def ebr_narrow_fwd_kernel(
     D = pick_int(dims, i, M)
     xi, out = pick(x, i, M), pick(recovered, i, M)
     w3, b3, w4, b4 = pick(dec_w1, i, M), pick(dec_b1, i, M), pick(dec_w2, i, M), pick(dec_b2, i, M)
-    s_xb, s_xd = pick_long(stride_xb, i, M), pick_long(stride_xd, i, M)
+    s_xb, s_xd = pick_as(stride_xb, i, M, INDEX), pick_as(stride_xd, i, M, INDEX)
     units = tl.where(any_row(valid), H, 0)
     squared = tl.zeros((BM,), tl.float32)
     for d0 in tl.range(0, D, BD):
@@ -252,11 +253,35 @@ def _emit_bias(out, at, n, value, ATOMIC: tl.constexpr):
 
 
 @triton.jit
+def _latent_grad(
+    u, d_recovered, recovered, x, w3, b3, w4, r, valid, counted, has_grad, coefficient, stride_db, stride_dd,
+    stride_xb, stride_xd, D, H, some, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+    BD: tl.constexpr, RESIDUAL: tl.constexpr, REC_LOSS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """float32 ``[BM, KP]``: gradient of a decoder's input u from that of its output."""
+    d_u = tl.zeros((BM, KP), tl.float32)
+    for h0 in tl.range(0, tl.where(some, H, 0), BH):
+        h = h0 + tl.arange(0, BH)
+        hidden = _decoder_hidden(u, w3, b3, h, H, some, K, KP, PREC)
+        d_h = tl.zeros((BM, BH), tl.float32)
+        for d0 in tl.range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            d_y = decoded_grad(
+                d_recovered, recovered, x, r, d, d < D, valid, counted, has_grad, coefficient,
+                stride_db, stride_dd, stride_xb, stride_xd, D, RESIDUAL, REC_LOSS,
+            ).to(u.dtype)  # fmt: skip
+            d_h = tl.dot(d_y, load_weight(w4, d, D, h, H), d_h, input_precision=PREC)
+        d_h = tl.where(hidden > 0, d_h, 0.0).to(u.dtype)
+        d_u = tl.dot(d_h, load_weight(w3, h, H, tl.arange(0, KP), K), d_u, input_precision=PREC)
+    return d_u
+
+
+@triton.jit
 def _psi_weight_grad(
     out, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm,
     LAYER: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr,
     M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr,
-    HAS_PRESENT: tl.constexpr, MD_LOSS: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, MD_LOSS: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one layer of the discriminator over a slice of modality j's rows: weight, then bias, at ``out``."""
     k = tl.arange(0, PADS[0])
@@ -264,9 +289,9 @@ def _psi_weight_grad(
     acc_b = tl.zeros((OUTP,), tl.float32)
     if MD_LOSS:
         for r0 in tl.range(first, end, BM):
-            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            r = (r0 + tl.arange(0, BM)).to(INDEX)
             here = present_rows(present, r, r < end, j, stride_pb, stride_pm, HAS_PRESENT)
-            at = (tl.cast(j, tl.int64) * B + r)[:, None] * DIMS[0] + k[None, :]
+            at = (tl.cast(j, INDEX) * B + r)[:, None] * DIMS[0] + k[None, :]
             g = tl.load(latents + at, mask=here[:, None] & (k < DIMS[0])[None, :], other=0.0)
             a1, a2, d1, d2, d_last = _psi_grads(g, psi, here, j, M, DIMS, PADS, HIDDEN, PREC)
             if LAYER == HIDDEN:
@@ -292,6 +317,7 @@ def ebr_narrow_bwd_kernel(
     BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, MD_LOSS: tl.constexpr, REC_LOSS: tl.constexpr,
     HAS_D_LATENTS: tl.constexpr, HAS_D_SOURCE: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """A program owns (modality j, slice of rows): gradients of its rows first, then those of j's weights over them."""
     j = tl.program_id(0) // slices
@@ -300,13 +326,13 @@ def ebr_narrow_bwd_kernel(
     KP: tl.constexpr = PSI_PADS[0]
     dtype = latents.dtype.element_ty
     k = tl.arange(0, KP)
-    first = tl.cast(piece, tl.int64) * slice_rows
+    first = tl.cast(piece, INDEX) * slice_rows
     end = tl.minimum(first + slice_rows, B)
 
     D = pick_int(dims, j, M)
     xj, rec_j, d_rec_j, d_xj = pick(x, j, M), pick(recovered, j, M), pick(d_recovered, j, M), pick(d_x, j, M)
-    s_xb, s_xd = pick_long(stride_xb, j, M), pick_long(stride_xd, j, M)
-    s_db, s_dd = pick_long(stride_db, j, M), pick_long(stride_dd, j, M)
+    s_xb, s_xd = pick_as(stride_xb, j, M, INDEX), pick_as(stride_xd, j, M, INDEX)
+    s_db, s_dd = pick_as(stride_db, j, M, INDEX), pick_as(stride_dd, j, M, INDEX)
     grad_j = pick_int(has_grad, j, M) != 0
     w1, b1, w2 = pick(enc_w1, j, M), pick(enc_b1, j, M), pick(enc_w2, j, M)
     w3, b3, w4 = pick(dec_w1, j, M), pick(dec_b1, j, M), pick(dec_w2, j, M)
@@ -319,57 +345,52 @@ def ebr_narrow_bwd_kernel(
 
     # Rows: gradients of latents, then of features.
     for r0 in tl.range(first, end, BM):
-        r = (r0 + tl.arange(0, BM)).to(tl.int64)
+        r = (r0 + tl.arange(0, BM)).to(INDEX)
         inside = r < end
         here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
         d_g = tl.zeros((BM, KP), tl.float32)
-        g_at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+        g_at = (tl.cast(j, INDEX) * B + r)[:, None] * K + k[None, :]
         g_mask = here[:, None] & (k < K)[None, :]
-        for slot in tl.range(j if SOURCE == NO_SOURCE else 0, j + 1 if SOURCE == NO_SOURCE else M):
-            w = source_weight(
-                source, present, r, inside, slot, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
-                SOURCE, HAS_PRESENT, dtype,
+        if SOURCE == NO_SOURCE:
+            u = tl.load(latents + g_at, mask=g_mask, other=0.0)
+            d_g = _latent_grad(
+                u, d_rec_j, rec_j, xj, w3, b3, w4, r, here, here, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd, D, H,
+                any_row(here), K, KP, BM, BH, BD, RESIDUAL, REC_LOSS, PREC,
             )  # fmt: skip
-            valid = valid_rows(
-                source, present, r, inside, slot, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
-                SOURCE, HAS_PRESENT, M, dtype,
-            )  # fmt: skip
-            wanted = w != 0
-            if HAS_D_SOURCE:
-                wanted = valid & here
-            units = tl.where(any_row(wanted), H, 0)
-            counted = valid & present_rows(present, r, inside, slot, stride_pb, stride_pm, HAS_PRESENT)
-            u = mixed_latents(
-                latents, source, present, r, valid, k, k < K, slot, B, K, stride_sb, stride_si, stride_sj,
-                stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
-            )  # fmt: skip
-            Ds = pick_int(dims, slot, M)
-            d_u = tl.zeros((BM, KP), tl.float32)
-            for h0 in tl.range(0, units, BH):
-                h = h0 + tl.arange(0, BH)
-                hidden = _decoder_hidden(u, pick(dec_w1, slot, M), pick(dec_b1, slot, M), h, H, units > 0, K, KP, PREC)
-                d_h = tl.zeros((BM, BH), tl.float32)
-                for d0 in tl.range(0, Ds, BD):
-                    d = d0 + tl.arange(0, BD)
-                    d_y = decoded_grad(
-                        pick(d_recovered, slot, M), pick(recovered, slot, M), pick(x, slot, M), r, d, d < Ds, valid,
-                        counted, pick_int(has_grad, slot, M) != 0, rec_scale / Ds, pick_long(stride_db, slot, M),
-                        pick_long(stride_dd, slot, M), pick_long(stride_xb, slot, M), pick_long(stride_xd, slot, M),
-                        Ds, RESIDUAL, REC_LOSS,
-                    )  # fmt: skip
-                    d_h = tl.dot(
-                        d_y.to(dtype), load_weight(pick(dec_w2, slot, M), d, Ds, h, H), d_h, input_precision=PREC
-                    )
-                d_h = tl.where(hidden > 0, d_h, 0.0).to(dtype)
-                d_u = tl.dot(d_h, load_weight(pick(dec_w1, slot, M), h, H, k, K), d_u, input_precision=PREC)
-            d_g += tl.where((w != 0)[:, None], w[:, None] * d_u, 0.0)
-            if HAS_D_SOURCE:
-                g = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
-                # a latent of weight zero contributes nothing, not even a NaN
-                usable = (w != 0) | (tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), axis=1) == 0)
-                d_w = tl.sum(tl.where(usable[:, None], d_u * g, 0.0), axis=1)
-                at = d_source + (r * M + slot) * M + j
-                tl.store(at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
+        else:
+            for slot in tl.range(0, M):
+                w = source_weight(
+                    source, present, r, inside, slot, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                    SOURCE, HAS_PRESENT, dtype,
+                )  # fmt: skip
+                valid = valid_rows(
+                    source, present, r, inside, slot, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
+                    SOURCE, HAS_PRESENT, M, dtype,
+                )  # fmt: skip
+                wanted = w != 0
+                if HAS_D_SOURCE:
+                    wanted = valid & here
+                counted = valid & present_rows(present, r, inside, slot, stride_pb, stride_pm, HAS_PRESENT)
+                u = mixed_latents(
+                    latents, source, present, r, valid, k, k < K, slot, B, K, stride_sb, stride_si, stride_sj,
+                    stride_pb, stride_pm, SOURCE, HAS_PRESENT, M, BM, KP,
+                )  # fmt: skip
+                Ds = pick_int(dims, slot, M)
+                d_u = _latent_grad(
+                    u, pick(d_recovered, slot, M), pick(recovered, slot, M), pick(x, slot, M), pick(dec_w1, slot, M),
+                    pick(dec_b1, slot, M), pick(dec_w2, slot, M), r, valid, counted, pick_int(has_grad, slot, M) != 0,
+                    rec_scale / Ds, pick_as(stride_db, slot, M, INDEX), pick_as(stride_dd, slot, M, INDEX),
+                    pick_as(stride_xb, slot, M, INDEX), pick_as(stride_xd, slot, M, INDEX), Ds, H, any_row(wanted),
+                    K, KP, BM, BH, BD, RESIDUAL, REC_LOSS, PREC,
+                )  # fmt: skip
+                d_g += tl.where((w != 0)[:, None], w[:, None] * d_u, 0.0)
+                if HAS_D_SOURCE:
+                    g = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
+                    # a latent of weight zero contributes nothing, not even a NaN
+                    usable = (w != 0) | (tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), axis=1) == 0)
+                    d_w = tl.sum(tl.where(usable[:, None], d_u * g, 0.0), axis=1)
+                    at = d_source + (r * M + slot) * M + j
+                    tl.store(at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
 
         if MD_LOSS and strength != 0:  # zero cuts the branch, so that 0 times infinity never becomes NaN
             g = tl.load(latents + g_at, mask=g_mask, other=0.0)
@@ -382,7 +403,7 @@ def ebr_narrow_bwd_kernel(
             d_g += tl.load(d_latents + at, mask=g_mask, other=0.0).to(tl.float32)
         if NORMALIZE:
             y = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_in + tl.cast(j, tl.int64) * B + r, mask=here, other=0.0)
+            rstd = tl.load(rstd_in + tl.cast(j, INDEX) * B + r, mask=here, other=0.0)
             d_g = tl.where((k < K)[None, :], d_g, 0.0)
             along, mean = tl.sum(d_g * y, axis=1) / K, tl.sum(d_g, axis=1) / K
             d_g = (d_g - mean[:, None] - y * along[:, None]) * rstd[:, None]
@@ -422,7 +443,7 @@ def ebr_narrow_bwd_kernel(
         acc_w3 = tl.zeros((BH, KP), tl.float32)
         acc_b3 = tl.zeros((BH,), tl.float32)
         for r0 in tl.range(first, end, BM):
-            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            r = (r0 + tl.arange(0, BM)).to(INDEX)
             inside = r < end
             valid = valid_rows(
                 source, present, r, inside, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
@@ -453,7 +474,7 @@ def ebr_narrow_bwd_kernel(
             acc_w4 = tl.zeros((BD, BH), tl.float32)
             acc_b4 = tl.zeros((BD,), tl.float32)
             for r0 in tl.range(first, end, BM):
-                r = (r0 + tl.arange(0, BM)).to(tl.int64)
+                r = (r0 + tl.arange(0, BM)).to(INDEX)
                 inside = r < end
                 valid = valid_rows(
                     source, present, r, inside, j, stride_sb, stride_si, stride_sj, stride_pb, stride_pm,
@@ -478,11 +499,11 @@ def ebr_narrow_bwd_kernel(
         acc_w2 = tl.zeros((KP, BH), tl.float32)
         acc_b2 = tl.zeros((KP,), tl.float32)
         for r0 in tl.range(first, end, BM):
-            r = (r0 + tl.arange(0, BM)).to(tl.int64)
+            r = (r0 + tl.arange(0, BM)).to(INDEX)
             inside = r < end
             here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
             hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
-            at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+            at = (tl.cast(j, INDEX) * B + r)[:, None] * K + k[None, :]
             d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
             acc_b2 += tl.sum(d_g.to(tl.float32), axis=0)
             acc_w2 = tl.dot(tl.trans(d_g), hidden.to(dtype), acc_w2, input_precision=PREC)
@@ -495,11 +516,11 @@ def ebr_narrow_bwd_kernel(
             acc_w1 = tl.zeros((BH, BD), tl.float32)
             acc_b1 = tl.zeros((BH,), tl.float32)
             for r0 in tl.range(first, end, BM):
-                r = (r0 + tl.arange(0, BM)).to(tl.int64)
+                r = (r0 + tl.arange(0, BM)).to(INDEX)
                 inside = r < end
                 here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
                 hidden = _encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
-                at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + k[None, :]
+                at = (tl.cast(j, INDEX) * B + r)[:, None] * K + k[None, :]
                 d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
                 d_h = tl.where(
                     hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H, any_row(here)), input_precision=PREC), 0.0
@@ -517,7 +538,7 @@ def ebr_narrow_bwd_kernel(
         _psi_weight_grad(
             at_layer, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm, layer,
             PSI_DIMS[layer], PSI_DIMS[layer + 1], PSI_PADS[layer], PSI_PADS[layer + 1],
-            M, PSI_DIMS, PSI_PADS, HIDDEN, BM, HAS_PRESENT, MD_LOSS, ATOMIC, PREC,
+            M, PSI_DIMS, PSI_PADS, HIDDEN, BM, HAS_PRESENT, MD_LOSS, ATOMIC, PREC, INDEX,
         )  # fmt: skip
         at_layer += PSI_DIMS[layer + 1] * PSI_DIMS[layer] + PSI_DIMS[layer + 1]
 

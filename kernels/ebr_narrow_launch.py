@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ebr_counter
 from .configs import NarrowTile, ebr_narrow_tile
 from .ebr_narrow import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel, ebr_narrow_fwd_kernel
-from .ebr_plan import Inputs, float_precision, padded
+from .ebr_plan import Inputs, float_precision, index_type, padded
 
 __all__ = ["backward", "forward", "saved_shapes"]
 
@@ -56,13 +56,14 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[
 
     md, rec, counts, partials = scalars(), scalars(), scalars(2), scalars(sizes.m * tiles, 4)
     saved = [counts, scalars(sizes.m, batch)] if inputs.normalize else [counts]
+    index = index_type([*inputs.features, latents, *inputs.masks])
     stride_xb, stride_xd = inputs.strides_x
     ebr_narrow_fwd_kernel[(sizes.m * tiles,)](
         inputs.features, tuple(recovered), *(inputs.column(kind) for kind in range(8)), inputs.psi,
         latents=latents, rstd_out=saved[-1], partials=partials, counter=ebr_counter.take(like.device),
         md_out=md, rec_out=rec, counts=counts, dims=sizes.dims, stride_xb=stride_xb, stride_xd=stride_xd,
         B=batch, H=sizes.hidden, tiles=tiles,
-        **inputs.mask_arguments, **inputs.normalizer_arguments, **_constants(inputs, tile),
+        INDEX=index, **inputs.mask_arguments, **inputs.normalizer_arguments, **_constants(inputs, tile),
     )  # fmt: skip
     return recovered, latents, md, rec, saved
 
@@ -96,6 +97,8 @@ def backward(
     with_source = need_source and inputs.source is not None
     d_source = torch.empty(batch, m, m, dtype=inputs.source.dtype, device=like.device) if with_source else None
     given = [d if d is not None else f for d, f in zip(d_recovered, inputs.features, strict=True)]
+    gradients = [*given, latents if d_latents is None else d_latents]
+    index = index_type([*inputs.features, latents, *gradients, *inputs.masks])
     stride_xb, stride_xd = inputs.strides_x
     ebr_narrow_bwd_kernel[(m * slices,)](
         inputs.features, tuple(recovered), tuple(given), tuple(d_features),
@@ -113,7 +116,7 @@ def backward(
         stride_lb=0 if d_latents is None else d_latents.stride(1),
         stride_lk=0 if d_latents is None else d_latents.stride(2),
         MD_LOSS=d_md is not None and m > 1, REC_LOSS=d_rec is not None, HAS_D_LATENTS=d_latents is not None,
-        HAS_D_SOURCE=with_source, ATOMIC=atomic, **inputs.mask_arguments, **_constants(inputs, tile),
+        HAS_D_SOURCE=with_source, ATOMIC=atomic, INDEX=index, **inputs.mask_arguments, **_constants(inputs, tile),
     )  # fmt: skip
 
     blocks = [triton.cdiv(n, _FINISH_BLOCK) for n in numels]

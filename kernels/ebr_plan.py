@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Inputs", "Sizes", "float_precision", "padded", "unsupported"]
+__all__ = ["Inputs", "Sizes", "float_precision", "index_type", "padded", "unsupported"]
 
 NARROW_LATENT = 128  # widest latent of the narrow path
 NARROW_FEATURE = 512  # widest feature: a program computes hidden units again for each block of it
@@ -28,6 +29,15 @@ def float_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: TF32 only where torch's global setting allows it."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed else "ieee"
+
+
+def index_type(tensors: Sequence[Tensor]) -> tl.dtype:
+    """The integer type of offsets: 32 bits where every element of every tensor is in their reach, else 64.
+
+    Half the registers for addresses, which is what decides whether the backward of the narrow path spills.
+    """
+    reach = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    return tl.int32 if max(reach) < 2**31 - 2**24 else tl.int64
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ class Inputs:
     @property
     def strides_x(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(f.stride(0) for f in self.features), tuple(f.stride(1) for f in self.features)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """``present`` and ``source``, where given."""
+        return [t for t in (self.present, self.source) if t is not None]
 
     @property
     def mask_arguments(self) -> dict[str, object]:

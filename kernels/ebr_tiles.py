@@ -42,6 +42,15 @@ def pick_long(values, i, N: tl.constexpr):
 
 
 @triton.jit
+def pick_as(values, i, N: tl.constexpr, DTYPE: tl.constexpr):
+    """``values[i]`` in an integer type of choice."""
+    chosen = tl.cast(values[0], DTYPE)
+    for n in tl.static_range(1, N):
+        chosen = tl.where(i == n, tl.cast(values[n], DTYPE), chosen)
+    return chosen
+
+
+@triton.jit
 def relu(z):
     """Zero where z <= 0; NaN stays NaN, which ``tl.maximum`` would swallow."""
     return tl.where(z <= 0, 0.0, z)
@@ -141,7 +150,7 @@ def mixed_latents(
     """``[BM, BC]``: columns c of what slot i decodes, ``Σ_j w_ij g_j`` of stored latents ``[M, B, K]``."""
     dtype = latents.dtype.element_ty
     if SOURCE == NO_SOURCE:
-        at = (tl.cast(i, tl.int64) * B + r)[:, None] * K + c[None, :]
+        at = (tl.cast(i, r.dtype) * B + r)[:, None] * K + c[None, :]
         return tl.load(latents + at, mask=inside[:, None] & c_inside[None, :], other=0.0)
     else:
         u = tl.zeros((BM, BC), tl.float32)
@@ -151,7 +160,7 @@ def mixed_latents(
                 SOURCE, HAS_PRESENT, dtype,
             )  # fmt: skip
             used = (w != 0)[:, None]
-            at = (tl.cast(j, tl.int64) * B + r)[:, None] * K + c[None, :]
+            at = (tl.cast(j, r.dtype) * B + r)[:, None] * K + c[None, :]
             g = tl.load(latents + at, mask=used & c_inside[None, :], other=0.0).to(tl.float32)
             u += tl.where(used, w[:, None] * g, 0.0)
         return u.to(dtype)

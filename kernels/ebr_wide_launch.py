@@ -44,7 +44,7 @@ def _ends(counts: Sequence[int]) -> tuple[int, ...]:
 def _options(like: Tensor, tile: WideTile) -> dict[str, object]:
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PREC": float_precision(like.dtype),
-        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def forward(inputs: Inputs, train: bool) -> tuple[list[Tensor], Tensor, Tensor, 
         md_out=md, rec_out=rec, counts=saved[0], B=batch, IN=sizes.psi[-3] if hidden else top, P=top, tiles=tiles,
         n_squared=n_squared, M=m, PP=padded(top), MP=padded(m), BM=tile.loss_rows, BK=tile.loss_depth, HIDDEN=hidden,
         TRAIN=train, PREC=float_precision(like.dtype), num_warps=tile.loss_warps, num_stages=tile.stages,
-        enable_fp_fusion=True, **inputs.mask_arguments, **inputs.normalizer_arguments,
+        maxnreg=tile.registers, enable_fp_fusion=True, **inputs.mask_arguments, **inputs.normalizer_arguments,
     )  # fmt: skip
     return recovered, latents, md, rec, [*saved, h1, h3, *between, d_top, last_sums] if train else []
 

@@ -257,7 +257,7 @@ def bytes_at(monkeypatch, batch: int, counted: tuple[int, int], dims: list[int],
     rows = min(counted)
     narrow = configs.NarrowTile(rows, 256, 128, 4, 1)
     monkeypatch.setattr(ebr_narrow_launch, "ebr_narrow_tile", lambda *key: narrow)
-    wide_tile = configs.WideTile(rows, 512, 512, 4, 1, rows, 512, 4)
+    wide_tile = configs.WideTile(rows, 512, 512, 4, 1, rows, 512, 4, 255)
     monkeypatch.setattr(ebr_wide_launch, "ebr_wide_tile", lambda *key: wide_tile)
     watches = [step_under_watch(*figure_head(dims, *sizes, n, seed=0)) for n in counted]
     low, high = (watch.global_bytes for watch in watches)
