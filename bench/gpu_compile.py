@@ -113,9 +113,7 @@ def source_of(spec: dict[str, Any]) -> Any:
 
     def revived(value: Any) -> Any:
         if isinstance(value, dict):
-            return getattr(
-                tl, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}[value["dtype"]]
-            )
+            return tl.dtype(value["dtype"])
         return tuple(map(revived, value)) if isinstance(value, list) else value
 
     kernel = getattr(importlib.import_module(spec["module"]), spec["kernel"])
@@ -140,7 +138,7 @@ def compile_one(spec: dict[str, Any], arch: int) -> Row:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
-    warps, stages = spec["num_warps"], spec["num_stages"]
+    warps, stages = spec["options"]["num_warps"], spec["options"]["num_stages"]
     row = Row(spec["label"], arch, triton.__version__, blocks_of(spec), warps, stages)
     log, start = io.StringIO(), time.perf_counter()
     knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True  # the log is there on a real run alone
@@ -150,7 +148,7 @@ def compile_one(spec: dict[str, Any], arch: int) -> Row:
             compiled = triton.compile(
                 source_of(spec),
                 target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+                options={"enable_fp_fusion": True, **spec["options"]},
             )
     except Exception as error:  # whatever the compiler throws is this row's result
         row.problems.append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")

@@ -329,7 +329,7 @@ def test_rounding_to_bfloat16_is_to_nearest_even(generator):
 def test_a_sample_of_programs_shows_what_is_launched(generator):
     x, y = torch.randn(100, generator=generator), torch.zeros(100)
     with triton_guard.watch(sample=1) as watch:
-        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=0, LIMIT=0)
+        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=0, LIMIT=0, num_warps=8, maxnreg=64)
     assert torch.equal(y, torch.cat([x[:32], torch.zeros(68)]))
     launch = watch.launches[0]
     assert launch.programs == 1
@@ -339,7 +339,7 @@ def test_a_sample_of_programs_shows_what_is_launched(generator):
     }  # fmt: skip
     assert found["constants"] == [[[3], 32], [[4], 0], [[5], 0]]
     assert found["aligned"] == [[0], [1]]
-    assert (found["kernel"], found["num_warps"], found["num_stages"]) == ("_copy", 4, 3)
+    assert (found["kernel"], found["options"]) == ("_copy", {"num_warps": 8, "num_stages": 3, "maxnreg": 64})
 
 
 def test_masks_made_of_several_conditions_hold():

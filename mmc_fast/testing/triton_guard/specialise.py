@@ -12,17 +12,17 @@ from triton.runtime.jit import mangle_type
 
 __all__ = ["specialisation"]
 
-_OPTIONS = {"num_warps": 4, "num_stages": 3}  # Triton's defaults
+_OPTIONS = {"num_warps": 4, "num_stages": 3}  # Triton's defaults; others count where a launch names them
 
 
 def specialisation(function: Callable[..., Any], constexprs: list[str], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Module, name, ``signature`` (argument -> type), ``constants`` and ``aligned`` (paths of indices), warps, stages.
+    """Module, name, ``signature`` (argument -> type), ``constants``, ``aligned`` (paths of indices), ``options``.
 
     The rules are those of a launch on a GPU: an integer 1 and None become constants, addresses and integers that 16
     divides are marked. Paths go through tuples: ``[2, 0]`` is the first element of the third argument.
     """
     names = inspect.signature(function).parameters
-    options = {name: kwargs.get(name, default) for name, default in _OPTIONS.items()}
+    options = _OPTIONS | {name: value for name, value in kwargs.items() if name not in names}
     bound = inspect.signature(function).bind(*args, **{k: v for k, v in kwargs.items() if k in names})
     bound.apply_defaults()
     constants: list[list[Any]] = []
@@ -52,7 +52,7 @@ def specialisation(function: Callable[..., Any], constexprs: list[str], args: tu
         "signature": signature,
         "constants": constants,
         "aligned": aligned,
-        **options,
+        "options": options,
     }
 
 
