@@ -98,10 +98,10 @@ class NarrowTile(NamedTuple):
 EBR_NARROW = {
     ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 2),
+    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
-    ("ieee", "backward"): NarrowTile(16, 32, 16, 8, 1),
+    ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 
 
