@@ -1,7 +1,7 @@
 """Launches and global bytes of our kernels, counted in the guarded interpreter, against eager PyTorch, counted too.
 
 ``TRITON_INTERPRET=1 python bench/gpu_audit.py --json docs/gpu/audit.json --plot docs/img/gpu-audit.png [--only TEXT]``
-runs each case once on its full size (minutes; ``--quick`` takes small batches, for the launches alone). Our bytes count
+runs each case once on its full size (minutes; ``--quick`` runs one program of each launch, for their number alone). Our bytes count
 every element once each way per launch, as eager's count every operand once per operator; torch operators that a
 launcher calls (memsets, sums) count as launches of ours. Exit code 1 where a figure misses its limit.
 
@@ -71,11 +71,11 @@ def counted_eager(run: Callable[[], Any], kind: str) -> tuple[list[Work], Any]:
     return works, result
 
 
-def counted_ours(run: Callable[[], Any]) -> tuple[list[Work], Any]:
+def counted_ours(run: Callable[[], Any], quick: bool) -> tuple[list[Work], Any]:
     from mmc_fast.testing import triton_guard
 
     inside = contextlib.ExitStack()
-    with triton_guard.watch(1) as watch, OperatorCount() as count, inside:
+    with triton_guard.watch(1, sample=1 if quick else None) as watch, OperatorCount() as count, inside:
         if has_ebr():
             from mmc_fast.kernels import ebr
 
@@ -109,8 +109,9 @@ def ebr_ours(sizes: Ebr) -> Callable[[torch.dtype, bool], list[tuple[str, list[W
     def run(dtype: torch.dtype, quick: bool) -> list[tuple[str, list[Work]]]:
         batch = sizes._replace(batch=64) if quick else sizes
         forward, backward = ebr_step(batch, dtype, "cpu", "triton")
-        first, out = counted_ours(forward)
-        second, _ = counted_ours(lambda: backward(out))
+        counted_ours(forward, True)  # what a process does once is not part of a step
+        first, out = counted_ours(forward, quick)
+        second, _ = counted_ours(lambda: backward(out), quick)
         return [("forward", first), ("backward", second)]
 
     return run
@@ -135,7 +136,7 @@ def agop_ours(dtype: torch.dtype, quick: bool) -> list[tuple[str, list[Work]]]:
         dtype
     )
     x = torch.randn(512 if quick else SAMPLES, INPUTS, dtype=dtype)
-    works, _ = counted_ours(lambda: mmc_fast.agop(head, x, backend="triton"))
+    works, _ = counted_ours(lambda: mmc_fast.agop(head, x, backend="triton"), quick)
     return [("whole", works)]
 
 
@@ -178,11 +179,9 @@ def audit(case: Case, quick: bool) -> dict[str, Any]:
     ]
     if not quick and "bytes" in case.limits and row["byte_ratio"] > case.limits["bytes"]:
         row["problems"].append(f"{row['byte_ratio']:.3f} of eager's bytes, limit {case.limits['bytes']}")
-    print(
-        f"{case.name}: launches {row['ours']['launches']} against {row['eager']['launches']}, "
-        f"{total['ours'] / 1e6:.0f} MB against {total['eager'] / 1e6:.0f} MB"
-        f"{'' if quick else ' (' + format(row['byte_ratio'], '.3f') + ')'}, {time.perf_counter() - start:.0f} s", flush=True,
-    )  # fmt: skip
+    sizes = f"{total['ours'] / 1e6:.0f} MB against {total['eager'] / 1e6:.0f} MB ({row['byte_ratio']}), "
+    launches = f"launches {row['ours']['launches']} against {row['eager']['launches']}"
+    print(f"{case.name}: {launches}, {'' if quick else sizes}{time.perf_counter() - start:.0f} s", flush=True)
     return row
 
 
@@ -216,7 +215,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="small batches: launches alone")
+    parser.add_argument("--quick", action="store_true", help="one program a launch: their number alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

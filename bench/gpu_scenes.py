@@ -123,13 +123,12 @@ def ebr_step(
     ]
     upstream = [torch.randn(sizes.batch, sizes.features).to(device, dtype) for _ in range(sizes.modalities)]
     parameters = ebr_parameters(head)
-    reversal = torch.tensor(0.5, device=device)
+    reversal, one = torch.tensor(0.5, device=device), torch.ones((), device=device)
 
     def forward() -> Any:
         return functional.ebr_step(features, *parameters, reversal=reversal, backend=backend)
 
     def backward(out: Any) -> None:
-        one = torch.ones((), device=device)
         torch.autograd.backward(
             [*out.recovered, out.discrimination_loss, out.reconstruction_loss], [*upstream, one, one]
         )
