@@ -22,7 +22,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck clean FORCE
+.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -32,6 +32,8 @@ help:
 	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
 	@echo "make lint       ruff check and format check; make format rewrites"
 	@echo "make typecheck  mypy"
+	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
+	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (an hour)"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
 
@@ -73,6 +75,23 @@ format: setup
 
 typecheck: setup
 	@$(PY) -m mypy
+
+# Triton interprets, counts and compiles without a GPU. The newest one lies in a folder of its own, before the pinned one.
+NEWEST_TRITON := 3.9.0
+NEWEST := build/triton-$(NEWEST_TRITON)
+COMPILE := $(PY) bench/gpu_compile.py --jobs $(WORKERS)
+
+gpu-check: setup
+	@$(COMPILE) --arch 80,90,100 --check docs/gpu/compiled.json
+	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --quick
+
+gpu-report: setup
+	@mkdir -p docs/gpu
+	@test -d $(NEWEST)/triton || $(PIP) install -qq --no-deps --target $(NEWEST) triton==$(NEWEST_TRITON)
+	@$(COMPILE) --arch 80,86,89,90,100,120 --json docs/gpu/compiled.json
+	@PYTHONPATH=$(NEWEST) $(COMPILE) --arch 80,86,89,90,100,120 --json docs/gpu/compiled.json
+	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --json docs/gpu/audit.json --plot docs/img/gpu-audit.png
+	@$(PY) tools/render_gpu.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
             "MMC_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "MMC_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "MMC_VERSION": self.distribution.get_version(),
+            "MMC_WITH_CUDA": os.environ.get("MMC_WITH_CUDA") or "auto",
         }
         generator = []
         if ninja := shutil.which("ninja"):

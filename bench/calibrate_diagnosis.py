@@ -65,8 +65,7 @@ def look(dataset: MultimodalDataset, hidden: int, epochs: int, dropout: float, s
     for name in dataset.modalities:
         kept = dataset.keep([name])
         part = kept.part("test")
-        with torch.no_grad():
-            guess = Concat(kept, hidden, epochs, dropout, seed).fuse({name: part.features[0]}).argmax(1)
+        guess = Concat(kept, hidden, epochs, dropout, seed).fuse({name: part.features[0]}).argmax(1)
         alone[name] = float((guess == part.labels).double().mean())
     model = Concat(dataset, hidden, epochs, dropout, seed)
     return diagnose(model, dataset, resamples=0, metric="accuracy", alone=alone, probes=False, thresholds=THRESHOLDS)

@@ -35,3 +35,6 @@ set_target_properties(_C PROPERTIES PREFIX "" SUFFIX "${MMC_MODULE_SUFFIX}")
 # the core lies beside them in the package; torch is loaded before, and found by its name
 set_target_properties(mmc_ops mmc_ebr _C PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "$ORIGIN")
 install(TARGETS mmc_core mmc_ops mmc_ebr _C LIBRARY DESTINATION .)
+if(MMC_CUDA)
+  install(TARGETS mmc_cuda LIBRARY DESTINATION .)
+endif()

@@ -1,6 +1,7 @@
-"""Shipped tiles of the Triton kernels, one small table an op.
+"""Tile sizes, warps and stages of every kernel as shipped, and how products of float32 may be rounded.
 
-A key holds what changes the code of a kernel (data type, precision, direction), never the batch size.
+One table per op. A key holds what changes the best choice on one machine (the kind of product, a class of widths) and
+never the batch size: a batch of another size must not compile, nor tune, anew.
 """
 
 from __future__ import annotations
@@ -9,7 +10,78 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["EBR_NARROW", "EBR_WIDE", "NarrowTile", "WideTile", "ebr_narrow_tile", "ebr_wide_tile"]
+__all__ = [
+    "AGOP",
+    "EBR_NARROW",
+    "EBR_WIDE",
+    "Config",
+    "NarrowTile",
+    "WideTile",
+    "ebr_narrow_tile",
+    "ebr_wide_tile",
+    "input_precision",
+    "product_kind",
+    "splits",
+]
+
+PROGRAMS = 264  # about two per multiprocessor of an H100; fewer tiles than this are split along the samples
+
+
+class Config(NamedTuple):
+    """``blocks``: the constexpr tile sizes by name; then warps per program and stages of the software pipeline."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# kernel -> kind of product (see product_kind) -> config
+AGOP: dict[str, dict[str, Config]] = {
+    "hidden": {
+        "ieee": Config({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
+        "tf32": Config({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
+        "half": Config({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+    },
+    "coactivation": {
+        "int8": Config({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3),
+    },
+    "gram": {
+        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 16}, 8, 2),
+        "tf32": Config({"BLOCK_H": 64, "BLOCK_R": 32}, 8, 3),
+        "half": Config({"BLOCK_H": 64, "BLOCK_R": 64}, 8, 3),
+    },
+    "fold": {"all": Config({"BLOCK": 256}, 4, 2)},
+    "chain": {
+        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 32, "BLOCK_K": 16}, 8, 2),
+        "tf32": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
+        "half": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
+    },
+    "rows": {
+        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 4, 2),
+        "tf32": Config({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 3),
+        "half": Config({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 64}, 8, 3),
+    },
+}
+
+
+def input_precision() -> str:
+    """``"ieee"``, or ``"tf32"`` where ``torch.get_float32_matmul_precision()`` allows it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """Key of the tables: ``"half"`` for 16-bit operands, else the precision that float32 products may have."""
+    return input_precision() if dtype == torch.float32 else "half"
+
+
+def splits(tiles: int, rows: int, smallest: int) -> int:
+    """Into how many parts to cut ``rows``, so that ``tiles`` of each fill the machine; at least ``smallest`` rows each."""
+    return max(1, min(-(-PROGRAMS // max(1, tiles)), rows // smallest))
 
 
 class NarrowTile(NamedTuple):
@@ -26,10 +98,10 @@ class NarrowTile(NamedTuple):
 EBR_NARROW = {
     ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 2),
+    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
-    ("ieee", "backward"): NarrowTile(16, 32, 16, 8, 1),
+    ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 
 

@@ -23,6 +23,11 @@ VARIABLES: tuple[EnvVariable, ...] = (
     EnvVariable(
         "MMC_BUILD", None, "at installation: 0 leaves the native library out, 1 fails where it cannot be built"
     ),
+    EnvVariable(
+        "MMC_WITH_CUDA",
+        "auto",
+        "at installation: auto builds the CUDA library where nvcc is, 1 fails without, 0 leaves it",
+    ),
     EnvVariable("MMC_TORCH_DIR", None, "at installation: folder of the torch package to build against"),
 )
 

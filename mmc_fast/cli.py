@@ -269,11 +269,20 @@ def info(as_json: AsJson = False) -> None:
 
 @app.command()
 @_clean
-def selftest(as_json: AsJson = False) -> None:
+def selftest(
+    device: Annotated[str, typer.Option(help="cpu, or cuda (cuda:N) for the kernels of a GPU.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
     """Check every native kernel on every instruction set of this machine; exit code 1 where one is wrong."""
-    from mmc_fast.ops.selftest import selftest as run_checks
+    if device == "cpu":
+        from mmc_fast.ops.selftest import selftest as run_checks
 
-    checks = run_checks()
+        checks = run_checks()
+    else:
+        from mmc_fast.commands.device import gpu
+        from mmc_fast.commands.device_selftest import device_selftest
+
+        checks = device_selftest(gpu("selftest", device))
     if as_json:
         _print_json([{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks])
     else:
@@ -285,8 +294,17 @@ def selftest(as_json: AsJson = False) -> None:
 
 @app.command()
 @_clean
-def bench(as_json: AsJson = False) -> None:
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, or cuda (cuda:N) for both ops on a GPU, as JSON.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
     """Time the AGOP core on this machine against the forward product (CPU, one thread, a few seconds)."""
+    if device != "cpu":
+        from mmc_fast.commands.device import gpu
+        from mmc_fast.commands.device_bench import device_bench
+
+        _print_json(device_bench(gpu("bench", device)))
+        return
     from mmc_fast.ops.selftest import quick_bench
 
     speeds = quick_bench()

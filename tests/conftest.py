@@ -20,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="repeat the drawn tests with this seed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run by themselves where torch sees a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed drawn afresh for each test. pytest shows the printed line where the test fails."""

@@ -50,7 +50,9 @@ def sources(tmp_path):
 
 
 def run(command, cwd, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("MMC_BUILD", "MMC_CPU_ISA", "PYTHONPATH")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("MMC_BUILD", "MMC_CPU_ISA", "MMC_WITH_CUDA", "PYTHONPATH")
+    }
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

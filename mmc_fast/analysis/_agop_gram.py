@@ -68,13 +68,13 @@ def shifted_derivative_gram(
     total: Tensor,
     nonfinite: Tensor,
     chunk_rows: int = 0,
-    native: bool = False,
+    kernel: str | None = None,
 ) -> None:
     """Add ``AᵀA`` and ``Σ A`` of ``A = s'(x Wᵀ + b) − shift`` to ``gram`` (upper triangle) and ``total``, in place.
 
     ``x [N, d]``, ``weight [h, d]``, ``bias [h]`` or None and ``shift [h]`` or None share one floating dtype, in which
     each step is summed; ``gram [h, h]`` and ``total [h]`` are float64; ``nonfinite`` is int64 ``[1]``. A shift near the
-    mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation. ``native``: the Gram matrix by the native kernel.
+    mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation. ``kernel``: the backend of the Gram matrix.
     """
     width = weight.shape[0]
     for part in x.split(chunk_rows or _STEP_ROWS):
@@ -83,8 +83,8 @@ def shifted_derivative_gram(
         _, derivative = value_and_derivative(function, z)
         if shift is not None:
             derivative = derivative - shift
-        if native:
-            primitives.syrk_update(derivative, gram, backend="cpp")
+        if kernel is not None:
+            primitives.syrk_update(derivative, gram, backend=kernel)
         else:
             step = derivative.new_zeros(width, width)
             add_gram(derivative, step)

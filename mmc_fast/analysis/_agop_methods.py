@@ -180,7 +180,7 @@ class SmoothMethod(_Base):
                 sums,
                 nonfinite,
                 chunk_rows,
-                self._backend == "cpp",
+                _own_kernel(self._backend),
             )
             self.backend = self._backend
         if shift is not None:
@@ -215,12 +215,12 @@ class RowMethod(_Base):
         self._chain, self._rows, self._p = chain, rows, p
         self.name = "row chain" if probes is None else "probes"
         self.backend = choose("syrk_update", backend, p)
-        native = self.backend == "cpp"
+        kernel = _own_kernel(self.backend)
         self._sums: MomentState | ProbeSums
         if probes is None:
-            self._sums = MomentState(rows.rows, rows.width, center, p.device, native)
+            self._sums = MomentState(rows.rows, rows.width, center, p.device, kernel)
         else:
-            self._sums = ProbeSums(probes, rows.outputs, rows.width, center, p.device, seed, native)
+            self._sums = ProbeSums(probes, rows.outputs, rows.width, center, p.device, seed, kernel)
 
     def states(self) -> list[CountState | MomentState | ProbeSums]:
         return [self._sums]
@@ -237,6 +237,11 @@ class RowMethod(_Base):
             signs = self._sums.draw(len(u)).to(logits)
             rows = self._rows(logits, derivatives, signs)
             self._sums.add(rows.to(self._p.dtype), signs)
+            return
+        last = self._rows.last_step(logits, derivatives) if self.backend == "triton" else None
+        if last is not None and self._sums.mean is None:
+            primitives.chain_gram_update(*last, self._sums.gram, backend="triton")
+            self._sums.advance(len(u))
         else:
             rows = self._rows(logits, derivatives, None)
             self._sums.add(rows.to(self._p.dtype))
@@ -319,6 +324,11 @@ def choose_chain_method(
 def _refuse_backend(backend: str, what: str) -> None:
     if backend not in ("auto", "torch"):
         raise RuntimeError(f"agop: backend={backend!r} has no kernel for {what}; use backend='torch' or 'auto'")
+
+
+def _own_kernel(backend: str) -> str | None:
+    """The backend where its ``syrk_update`` sums in float64 by itself, None for plain PyTorch."""
+    return backend if backend in ("cpp", "triton") else None
 
 
 def _finishes_natively(backend: str, p: Tensor) -> bool:

@@ -32,12 +32,12 @@ class ProbeSums:
         center: bool,
         device: torch.device,
         seed: int,
-        native: bool = False,
+        kernel: str | None = None,
     ) -> None:
         self.probes, self.outputs, self.width, self.center = probes, outputs, width, center
         first = max(1, probes // 2)
         self.parts = [first] if probes == 1 else [first, probes - first]
-        self.second = [MomentState(1, width, False, device, native) for _ in self.parts]
+        self.second = [MomentState(1, width, False, device, kernel) for _ in self.parts]
         self.signed = [
             torch.zeros(outputs if center else 0, width, dtype=torch.float64, device=device) for _ in self.parts
         ]

@@ -135,6 +135,28 @@ class RowChain:
             rows = _scaled(rows, diagonals[-1])
         return rows
 
+    def last_step(
+        self, logits: Tensor, derivatives: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+        """The operands (left, inner, v, outer) of the last product of the rows, for a kernel that does not store them.
+
+        ``B_r = ((left_r ∘ inner) v) ∘ outer``; None where the cheapest order ends in another product.
+        """
+        last = len(self.factors) - 1
+        if last < 1:
+            return None
+        diagonals = [d.to(self.factors[0].dtype) for d in reversed(derivatives)]
+        left = self._leftmost(logits, None)
+        if left is None:
+            if self.order[0, last] != last - 1:
+                return None
+            left = self._product(0, last - 1, diagonals)
+        else:
+            for q in range(1, last):
+                left = fast_linear(_scaled(left, diagonals[q - 1]), self.transposed[q])
+        outer = None if self.ends_at_input else diagonals[-1]
+        return left, diagonals[last - 1], self.factors[last], outer
+
     def _leftmost(self, logits: Tensor, signs: Tensor | None) -> Tensor | None:
         """``L V_r``, ``[n, R, h_r]``; None for plain logits, where the products can go in any order."""
         factor = self.factors[0]

@@ -66,11 +66,11 @@ class MomentState:
     the rows sums some hundred of them, float64 sums these.
     """
 
-    def __init__(self, rows: int, width: int, center: bool, device: torch.device, native: bool = False) -> None:
+    def __init__(self, rows: int, width: int, center: bool, device: torch.device, kernel: str | None = None) -> None:
         self.n = 0
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)  # upper triangle
         self.mean = torch.zeros(rows, width, dtype=torch.float64, device=device) if center else None
-        self._native = native  # the native kernel adds to float64 by itself
+        self._kernel = kernel  # a backend whose kernel adds to float64 by itself
 
     def add(self, rows: Tensor, first: int = 0) -> None:
         """Add ``rows [n, R', h]``: rows ``first .. first + R'`` of n further samples; ``advance(n)`` ends the batch."""
@@ -85,8 +85,8 @@ class MomentState:
             self.gram.addmm_(delta.t(), delta, alpha=self.n * samples / (self.n + samples))
             mean += delta * (samples / (self.n + samples))
         flat = rows.reshape(samples * count, width)
-        if self._native:
-            primitives.syrk_update(flat, self.gram, backend="cpp")
+        if self._kernel is not None:
+            primitives.syrk_update(flat, self.gram, backend=self._kernel)
             return
         if flat.dtype == torch.float64 or width <= _NARROW:
             add_gram(flat.double(), self.gram)
@@ -117,7 +117,7 @@ class MomentState:
 
     def detach_copy(self) -> MomentState:
         copy = MomentState(0, 0, False, self.gram.device)
-        copy.n, copy.gram, copy._native = self.n, self.gram.clone(), self._native
+        copy.n, copy.gram, copy._kernel = self.n, self.gram.clone(), self._kernel
         copy.mean = None if self.mean is None else self.mean.clone()
         return copy
 

@@ -1,7 +1,8 @@
 """AGOP primitives: schemas, fake implementations, checks and the choice of backend.
 
 Every primitive has one contract, stated in ``reference/coactivation.py`` and ``reference/gram.py``, and these backends:
-``cpp`` (float32 on the CPU), ``triton`` (co-activation on a CUDA device) and ``torch`` (any dtype and device).
+``cpp`` (float32 on the CPU), ``cuda`` (co-activation alone) and ``triton`` (float32 and 16 bit on a CUDA device) and
+``torch`` (any dtype and device).
 Updates add to the upper triangle of an accumulator in place; nothing here records an autograd graph.
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "ACTIVATIONS",
     "SCHEMA_VERSION",
     "agop_finalise",
+    "chain_gram_update",
     "coactivation_counts",
     "derivative_gram_update",
     "pack_signs",
@@ -96,14 +98,24 @@ def _triton_check(*tensors: Tensor | None) -> str | None:
     return kernels.usable([t for t in tensors if t is not None])
 
 
+def _cuda_check(*tensors: Tensor | None) -> str | None:
+    from . import _cuda
+
+    return _cuda.unusable_reason([t for t in tensors if t is not None])
+
+
 def _always(*tensors: Tensor | None) -> str | None:
     return None
 
 
-for _name in _SCHEMAS:
-    register(_name, "cpp", _cpp_check)
-    if _name == "relu_coactivation_update":
+_TRITON = ("relu_coactivation_update", "derivative_gram_update", "syrk_update", "chain_gram_update")
+for _name in (*_SCHEMAS, "chain_gram_update"):
+    if _name in _SCHEMAS:
+        register(_name, "cpp", _cpp_check)
+    if _name in _TRITON:
         register(_name, "triton", _triton_check)
+    if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
+        register(_name, "cuda", _cuda_check)
     register(_name, "torch", _always)
 
 
@@ -142,6 +154,10 @@ def relu_coactivation_update(
         from mmc_fast.kernels import agop as kernels
 
         kernels.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
+    elif which == "cuda":
+        from . import _cuda
+
+        _cuda.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
     else:
         _counts_reference.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
     record(op, which)
@@ -188,7 +204,14 @@ def derivative_gram_update(
             x, weight, _contiguous(bias), ACTIVATIONS[activation], alpha, beta, gram, total, nonfinite, chunk_rows
         )
         return which
-    _gram_reference.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
+    if which == "triton":
+        from mmc_fast.kernels import agop as kernels
+
+        kernels.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
+    else:
+        _gram_reference.derivative_gram_update(
+            x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
+        )
     record(op, which)
     return which
 
@@ -206,8 +229,55 @@ def syrk_update(rows: Tensor, gram: Tensor, *, backend: str = "auto") -> str:
     if which == "cpp":
         torch.ops.mmc_fast.syrk_update(rows, gram)
         return which
-    _gram_reference.syrk_update(rows, gram)
+    if which == "triton":
+        from mmc_fast.kernels import agop as kernels
+
+        kernels.syrk_update(rows, gram)
+    else:
+        _gram_reference.syrk_update(rows, gram)
     record("syrk_update", which)
+    return which
+
+
+@torch.no_grad()
+def chain_gram_update(
+    left: Tensor, inner: Tensor, v: Tensor, outer: Tensor | None, gram: Tensor, *, backend: str = "auto"
+) -> str:
+    """Add ``Σ_n Σ_r b bᵀ``, ``b = ((left_r ∘ inner_n) v) ∘ outer_n``, to the upper triangle of ``gram``, in place.
+
+    Args:
+        left: ``[R, k]``, or ``[N, R, k]`` where every sample has its own. inner: ``[N, k]``. v: ``[k, h]``.
+        outer: ``[N, h]`` or None for ones. One floating dtype, any strides.
+        gram: float64 ``[h, h]``, contiguous; entries below the diagonal are left as they are.
+
+    The rows b are those of the Jacobian of a head with two activations and more. Returns the backend that ran; raises as
+    :func:`relu_coactivation_update`. Cost: ``N R k h + N R h² / 2`` multiply-adds.
+    """
+    op = "chain_gram_update"
+    if inner.dim() != 2 or v.dim() != 2 or left.dim() not in (2, 3) or not v.is_floating_point():
+        raise InputError(
+            f"{op}: left is {_describe(left)}, inner {_describe(inner)}, v {_describe(v)}; see its arguments"
+        )
+    samples, units = inner.shape[0], v.shape[1]
+    if left.shape[-1] != v.shape[0] or inner.shape[1] != v.shape[0] or (left.dim() == 3 and len(left) != samples):
+        raise InputError(
+            f"{op}: left {list(left.shape)}, inner {list(inner.shape)}, v {list(v.shape)} do not fit; pass "
+            "[R, k] or [N, R, k], [N, k] and [k, h]"
+        )
+    if outer is not None and outer.shape != (samples, units):
+        raise InputError(f"{op}: outer has shape {list(outer.shape)}; pass [{samples}, {units}] or None")
+    given = [t for t in (left, inner, v, outer) if t is not None]
+    if any(t.dtype != v.dtype or t.device != v.device for t in given):
+        raise InputError(f"{op}: left, inner, v and outer differ in dtype or device; convert them to one")
+    _check_accumulator(op, "gram", gram, units, torch.float64)
+    which = choose(op, backend, *given)
+    if which == "triton":
+        from mmc_fast.kernels import agop_chain as kernels
+
+        kernels.chain_gram_update(left, inner, v, outer, gram)
+    else:
+        _gram_reference.chain_gram_update(left, inner, v, outer, gram)
+    record(op, which)
     return which
 
 

@@ -1,7 +1,8 @@
 """Gram matrices of activation derivatives and the final product of the AGOP: the definition in plain PyTorch.
 
 ``a[n, i] = s'(z[n, i])`` with ``z = x Wᵀ + b``; an update adds ``Σ_n a[n, i] a[n, j]`` to the upper triangle of a
-float64 accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk.
+float64 accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk; their sums
+in float32 at least.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["activation_derivative", "agop_finalise", "derivative_gram_update", "mirror", "syrk_update"]
+__all__ = [
+    "activation_derivative",
+    "agop_finalise",
+    "chain_gram_update",
+    "derivative_gram_update",
+    "mirror",
+    "syrk_update",
+]
 
 _ROWS = 1024
 _SQRT_HALF = 0.7071067811865476
@@ -57,15 +65,31 @@ def derivative_gram_update(
         if z.numel() == 0:
             continue
         nonfinite += ~torch.isfinite(z).all()
-        a = activation_derivative(z, activation, alpha, beta)
+        a = _wide(activation_derivative(z, activation, alpha, beta))
         total += a.sum(0, dtype=torch.float64)
         gram += (a.t() @ a).to(torch.float64).triu_()
 
 
 def syrk_update(rows: Tensor, gram: Tensor) -> None:
     """Add ``Σ_r rows[r, i] rows[r, j]`` to the upper triangle of the float64 ``gram``, in place."""
-    for part in rows.split(_ROWS):
+    for part in _wide(rows).split(_ROWS):
         gram += (part.t() @ part).to(torch.float64).triu_()
+
+
+def chain_gram_update(left: Tensor, inner: Tensor, v: Tensor, outer: Tensor | None, gram: Tensor) -> None:
+    """Add ``Σ_n Σ_r b bᵀ``, ``b = ((left_r ∘ inner_n) v) ∘ outer_n``, to the upper triangle of ``gram``, in place."""
+    step = max(1, _ROWS // max(1, left.shape[-2]))
+    for start in range(0, inner.shape[0], step):
+        part = slice(start, start + step)
+        rows = ((left[part] if left.dim() == 3 else left) * inner[part, None, :]) @ v  # [n, R, h]
+        if outer is not None:
+            rows = rows * outer[part, None, :]
+        syrk_update(rows.flatten(0, 1), gram)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values in float32 at least: 16-bit sums overflow."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def mirror(upper: Tensor) -> Tensor:

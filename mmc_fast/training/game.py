@@ -49,7 +49,7 @@ def probe(model: MultimodalModel, part: Part, reversal: float, world: World | No
         normalizer = pairs.float()
     present = None if bool(part.present.all()) else part.present
     out = model.apply_head(model.encode(part.features, present), present, None, reversal, normalizer)
-    gradients = torch.autograd.grad(out.discrimination_loss, players, allow_unused=True)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, players, allow_unused=True)
     with torch.no_grad():
         guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
         truth = torch.arange(guess.shape[0], device=guess.device)[:, None]

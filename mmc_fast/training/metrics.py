@@ -9,7 +9,11 @@ from torch import Tensor
 from ..data.names import unknown
 from ..errors import InputError
 
-__all__ = ["score", "scores"]
+__all__ = ["NotFiniteError", "score", "scores"]
+
+
+class NotFiniteError(InputError):
+    """Predictions that are NaN or infinite have no score."""
 
 
 def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
@@ -21,7 +25,7 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
         raise InputError("score: no rows; a score needs at least one")
     bad = ~np.isfinite(probabilities).all(1)
     if bad.any():
-        raise InputError(
+        raise NotFiniteError(
             f"score: {int(bad.sum())} of {len(bad)} predictions are NaN or infinite (the first in row "
             f"{int(bad.argmax())}); features or weights are too large, so rescale the features"
         )

@@ -209,10 +209,10 @@ class Stepper:
         elif ebr.alignment == "distance":
             total = ebr.alignment_weight * distance_alignment(latents, here, None if share is None else share.aligned)
         if ebr.cross_recovery > 0:
+            foreign = None if share is None else share.foreign
+            counts = None if share is None else share.foreign_counts
             if share is None:
-                foreign, counts = foreign_source(here, latents.shape[1], latents.shape[0], self.random), None
-            else:
-                foreign, counts = share.foreign, share.foreign_counts
+                foreign = foreign_source(here, latents.shape[1], latents.shape[0], self.random)
             encoded = self.model.encode(features, present)
             out = self.model.apply_head(encoded, present, foreign, normalizer=counts)
             total = total + ebr.cross_recovery * out.reconstruction_loss

@@ -26,7 +26,7 @@ from .evaluate import masks_at, predict
 from .game import probe
 from .interrupt import InterruptGuard
 from .masks import epoch_order, presence_entropy, training_masks
-from .metrics import score
+from .metrics import NotFiniteError, score
 from .model import MultimodalModel
 from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, to_device
@@ -323,7 +323,11 @@ class Trainer:
         def judge(present: Tensor) -> float:
             mine = self.world.rows(len(labels))
             found = predict(self.model, [x[mine] for x in features], present[mine], on_empty="prior")
-            return score(self.world.gather_rows(found, len(labels)), labels, metric)
+            found = self.world.gather_rows(found, len(labels))
+            try:
+                return score(found, labels, metric)
+            except NotFiniteError as error:
+                self._diverged(f"{error} (validation after epoch {self.epoch})")
 
         record: dict[str, float | None] = {"val_score": judge(self.validation.present)}
         if masked:

@@ -24,7 +24,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .interrupt import InterruptGuard
 from .masks import epoch_order
-from .metrics import score
+from .metrics import NotFiniteError, score
 from .model import build_encoder
 from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, row_pieces, to_device
@@ -171,7 +171,12 @@ class _SideBySide:
             self.order, self.step, self.epoch = None, 0, self.epoch + 1
             for i, model in enumerate(self.models):
                 self._check_weights(model, names[i])
-                value = _validation_score(model, self.held_out, i, self.dataset.metric)
+                try:
+                    value = _validation_score(model, self.held_out, i, self.dataset.metric)
+                except NotFiniteError as error:
+                    raise TrainingDiverged(
+                        f"the unimodal model of {names[i]} in epoch {self.epoch}: {error}; or lower the learning rate"
+                    ) from error
                 if value > self.best_score[i]:
                     self.best_score[i] = value
                     self.best_state[i] = {k: v.clone() for k, v in model.state_dict().items()}

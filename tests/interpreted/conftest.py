@@ -27,9 +27,13 @@ class _Child(pytest.Item):
         seed = self.config.getoption("--seed")
         if seed is not None:
             command += ["--seed", str(seed)]
+        if self.config.getoption("maxfail"):
+            command.append(f"--maxfail={self.config.getoption('maxfail')}")
+        if self.config.getoption("markexpr"):
+            command += ["-m", self.config.getoption("markexpr")]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=environment, cwd=self.config.rootpath, capture_output=True, text=True)
-        if done.returncode != 0:
+        if done.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
             raise _ChildFailed(done.stdout[-12000:] + done.stderr[-2000:])
 
     def repr_failure(self, excinfo, style=None):

@@ -324,3 +324,32 @@ def test_rounding_to_bfloat16_is_to_nearest_even(generator):
     got = torch.from_numpy(from_bf16(to_bf16(values.numpy())))
     assert torch.equal(got.nan_to_num(7.0), values.bfloat16().float().nan_to_num(7.0))
     assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32)))).all()
+
+
+def test_a_sample_of_programs_shows_what_is_launched(generator):
+    x, y = torch.randn(100, generator=generator), torch.zeros(100)
+    with triton_guard.watch(sample=1) as watch:
+        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=0, LIMIT=0, num_warps=8, maxnreg=64)
+    assert torch.equal(y, torch.cat([x[:32], torch.zeros(68)]))
+    launch = watch.launches[0]
+    assert launch.programs == 1
+    found = launch.specialisation
+    assert found["signature"] == {
+        "x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr", "SHIFT": "constexpr", "LIMIT": "constexpr"
+    }  # fmt: skip
+    assert found["constants"] == [[[3], 32], [[4], 0], [[5], 0]]
+    assert found["aligned"] == [[0], [1]]
+    assert (found["kernel"], found["options"]) == ("_copy", {"num_warps": 8, "num_stages": 3, "maxnreg": 64})
+
+
+def test_masks_made_of_several_conditions_hold():
+    @triton.jit
+    def some(y, n, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, at, mask=(at < n) & (tl.program_id(0) == 0))
+
+    y = torch.full((10,), -1, dtype=torch.int32)
+    with triton_guard.watch() as watch:
+        some[(2,)](y, 7, BLOCK=16)
+    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
+    assert watch.launches[0].stored_bytes == 28

@@ -45,7 +45,9 @@ class GroupMoments:
     """Mean and centred sums of rows ``[n, width]`` for every group, float64."""
 
     def __init__(self, groups: int, width: int, native: bool) -> None:
-        self.states = [MomentState(1, width, True, torch.device("cpu"), native=native) for _ in range(groups)]
+        self.states = [
+            MomentState(1, width, True, torch.device("cpu"), "cpp" if native else None) for _ in range(groups)
+        ]
 
     def add(self, group: int, rows: Tensor) -> None:
         """Rows of one group."""

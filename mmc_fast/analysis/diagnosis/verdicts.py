@@ -19,9 +19,9 @@ class Thresholds:
     where the score without it falls by more than ``loss`` of that way (conventions, not calibrated).
     """
 
-    use: float = 0.2
-    kept: float = 0.5
-    entropy: float = 0.2
+    use: float = 0.3
+    kept: float = 0.8
+    entropy: float = 0.15
     signal: float = 0.25
     loss: float = 0.05
 

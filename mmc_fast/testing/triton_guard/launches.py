@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import numerics
 from .memory import GuardFault, Memory, Region
+from .specialise import specialisation
 
 __all__ = ["Launch", "Watch", "install", "watch"]
 
@@ -39,6 +40,7 @@ class Launch:
     atomics: int
     dot_flops: dict[str, int]
     arguments: dict[str, tuple[int, int]]  # name: (read, written) bytes
+    specialisation: dict[str, Any]  # what Triton would compile for it, see specialise.py
 
     @property
     def global_bytes(self) -> int:
@@ -49,11 +51,12 @@ class Launch:
 class Watch:
     """The launches of one :func:`watch` block."""
 
-    def __init__(self, seed: int, in_place: Iterable[Tensor], overflow: bool) -> None:
+    def __init__(self, seed: int, in_place: Iterable[Tensor], overflow: bool, sample: int | None) -> None:
         self.launches: list[Launch] = []
         self.random = np.random.default_rng(seed)
         self.in_place = list(in_place)
         self.overflow = overflow
+        self.sample = sample
 
     @property
     def global_bytes(self) -> int:
@@ -72,15 +75,18 @@ _order: np.ndarray | None = None
 
 
 @contextmanager
-def watch(seed: int = 0, *, in_place: Iterable[Tensor] = (), overflow: bool = False) -> Iterator[Watch]:
+def watch(
+    seed: int = 0, *, in_place: Iterable[Tensor] = (), overflow: bool = False, sample: int | None = None
+) -> Iterator[Watch]:
     """Check and count every launch inside the block; raises :class:`GuardFault` at the first wrong access.
 
     ``seed`` shuffles the programs. ``in_place`` names tensors that kernels reach through addresses in memory (pointer
     tables): they are checked where they lie, since a copy would have other addresses. ``overflow`` also checks that
-    32-bit integer sums and products do not wrap, at the price of speed.
+    32-bit integer sums and products do not wrap, at the price of speed. ``sample`` runs the first so many programs of a
+    launch alone: enough to see what is launched, the numbers are worthless.
     """
     global _watch
-    before, _watch = _watch, Watch(seed, in_place, overflow)
+    before, _watch = _watch, Watch(seed, in_place, overflow, sample)
     try:
         yield _watch
     finally:
@@ -158,6 +164,8 @@ def _guarded_call(original: Callable[..., Any]) -> Callable[..., Any]:
             memory = copies.memory()
             try:
                 _memory, _order = memory, None
+                if _watch.sample is not None and isinstance(self.grid, tuple):
+                    self.grid = (min(self.grid[0], _watch.sample),)
                 if _watch.overflow:
                     builder.options = interpreter.InterpreterOptions(debug=True)
                 original(self, *taken, **named)
@@ -183,6 +191,7 @@ def _guarded_call(original: Callable[..., Any]) -> Callable[..., Any]:
                 atomics=memory.atomics,
                 dot_flops=dict(numerics.dot_flops),
                 arguments={region.name: (region.read_bytes, region.written_bytes) for region in regions},
+                specialisation=specialisation(self.fn, self.constexprs, args, kwargs),
             )
         )
         return None
@@ -205,15 +214,21 @@ def _shuffled(original: Callable[..., None]) -> Callable[..., None]:
     return set_grid_idx
 
 
+def _mask(handle: Any) -> Any:
+    """The mask as booleans: the interpreter makes integers of products of masks, and Triton 3.9 then refuses them."""
+    return handle if handle.data.dtype == np.bool_ else TensorHandle(handle.data.astype(bool), tl.int1)
+
+
 def _check(kind: str, pointers: Any, mask: Any) -> None:
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, active = np.broadcast_arrays(pointers.data, mask.data.astype(bool))  # splats of bool are integers
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
         _memory.access(kind, addresses, active, size)
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        mask = _mask(mask)
         _check("load", pointers, mask)
         if other is None and not mask.data.all():  # what a GPU leaves undefined
             element = pointers.get_element_ty()
@@ -232,6 +247,7 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _store(original: Callable[..., Any]) -> Callable[..., Any]:
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        mask = _mask(mask)
         _check("store", pointers, mask)
         return original(self, pointers, value, mask, *rest, **options)
 
@@ -242,6 +258,7 @@ def _atomic(original: Callable[..., Any]) -> Callable[..., Any]:
     def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, order: Any, *rest: Any) -> Any:
         if pointers.get_element_ty() == tl.bfloat16:
             raise GuardFault("an atomic on bfloat16: accumulate in float32")
+        mask = _mask(mask)
         _check("atomic", pointers, mask)
         if _memory is not None and pointers.data.size == 1 and order == ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
             _memory.synchronise(int(np.ravel(pointers.data)[0]))

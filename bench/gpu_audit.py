@@ -1,0 +1,237 @@
+"""Launches and global bytes of our kernels, counted in the guarded interpreter, against eager PyTorch, counted too.
+
+``TRITON_INTERPRET=1 python bench/gpu_audit.py --json docs/gpu/audit.json --plot docs/img/gpu-audit.png [--only TEXT]``
+runs each case once on its full size (minutes; ``--quick`` runs one program of each launch, for their number alone). Our bytes count
+every element once each way per launch, as eager's count every operand once per operator; torch operators that a
+launcher calls (memsets, sums) count as launches of ours. Exit code 1 where a figure misses its limit.
+
+The projection takes the longest of arithmetic, memory and a launch of 3 µs for every launch and adds them up: a bound
+from below for A100 and H100, from data sheets. No number of it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from gpu_counts import OperatorCount  # noqa: E402
+from gpu_scenes import NARROW, Ebr, ebr_head, ebr_step, has_ebr, paper, precision  # noqa: E402
+
+# data sheets: bytes/s, flop/s of float32, TF32, 16 bit and int8 without sparsity
+GPUS = {
+    "A100 80GB SXM": (2.039e12, {"none": 19.5e12, "tf32": 156e12, "half": 312e12, "int8": 624e12}),
+    "H100 SXM": (3.35e12, {"none": 66.9e12, "tf32": 494e12, "half": 989e12, "int8": 1979e12}),
+}
+LAUNCH_SECONDS = 3e-6
+_KINDS = {"int8": "int8", "fp32:tf32": "tf32", "fp32:ieee": "none", "bf16": "half", "fp16": "half"}
+
+
+@dataclass
+class Work:
+    """One launch: bytes, and flops by kind of matrix unit."""
+
+    name: str
+    bytes: int
+    flops: dict[str, int]
+
+    def seconds(self, gpu: str) -> float:
+        bandwidth, peaks = GPUS[gpu]
+        arithmetic = sum(flops / peaks[kind] for kind, flops in self.flops.items())
+        return max(arithmetic, self.bytes / bandwidth, LAUNCH_SECONDS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison: what it runs, the limits it has to keep, and the precision of ours."""
+
+    name: str
+    precision: str
+    ours: Callable[[torch.dtype, bool], list[tuple[str, list[Work]]]]
+    eager: Callable[[], list[tuple[str, list[Work]]]]
+    limits: dict[str, float]  # "forward", "backward": launches; "bytes": share of eager's
+
+
+def counted_eager(run: Callable[[], Any], kind: str) -> tuple[list[Work], Any]:
+    with OperatorCount() as count:
+        result = run()
+    works = [Work(o.name, o.bytes, {"int8" if o.dtype == "torch.int8" else kind: o.flops}) for o in count.operators]
+    return works, result
+
+
+def counted_ours(run: Callable[[], Any], quick: bool) -> tuple[list[Work], Any]:
+    from mmc_fast.testing import triton_guard
+
+    inside = contextlib.ExitStack()
+    with triton_guard.watch(1, sample=1 if quick else None) as watch, OperatorCount() as count, inside:
+        if has_ebr():
+            from mmc_fast.kernels import ebr
+
+            inside.enter_context(count.inside(ebr, "forward", "backward"))
+        result = run()
+    works = [Work(o.name, o.bytes, {}) for o in count.operators]
+    for launch in watch.launches:
+        flops: dict[str, int] = {}
+        for kind, number in launch.dot_flops.items():
+            flops[_KINDS[kind]] = flops.get(_KINDS[kind], 0) + number
+        works.append(Work(launch.name, launch.global_bytes, flops))
+    return works, result
+
+
+def ebr_eager(sizes: Ebr) -> list[tuple[str, list[Work]]]:
+    from ebr_baselines import eager
+
+    with torch.device("meta"):
+        head = ebr_head(sizes, torch.float32, "meta")
+        features = [torch.empty(sizes.batch, sizes.features, requires_grad=True) for _ in range(sizes.modalities)]
+        upstream = [torch.empty(sizes.batch, sizes.features) for _ in range(sizes.modalities)]
+        one = torch.empty(())
+        forward, (recovered, first, second) = counted_eager(lambda: eager(head)(features), "none")
+        backward, _ = counted_eager(
+            lambda: torch.autograd.backward([*recovered, first, second], [*upstream, one, one]), "none"
+        )
+    return [("forward", forward), ("backward", backward)]
+
+
+def ebr_ours(sizes: Ebr) -> Callable[[torch.dtype, bool], list[tuple[str, list[Work]]]]:
+    def run(dtype: torch.dtype, quick: bool) -> list[tuple[str, list[Work]]]:
+        batch = sizes._replace(batch=64) if quick else sizes
+        forward, backward = ebr_step(batch, dtype, "cpu", "triton")
+        counted_ours(forward, True)  # what a process does once is not part of a step
+        first, out = counted_ours(forward, quick)
+        second, _ = counted_ours(lambda: backward(out), quick)
+        return [("forward", first), ("backward", second)]
+
+    return run
+
+
+SAMPLES, INPUTS, UNITS, OUTPUTS = 65536, 256, 512, 10
+
+
+def agop_eager() -> list[tuple[str, list[Work]]]:
+    from agop_baselines import sum_trick
+
+    with torch.device("meta"):
+        head = torch.nn.Sequential(torch.nn.Linear(INPUTS, UNITS), torch.nn.ReLU(), torch.nn.Linear(UNITS, OUTPUTS))
+        works, _ = counted_eager(lambda: sum_trick(head)(torch.empty(SAMPLES, INPUTS)), "none")
+    return [("whole", works)]
+
+
+def agop_ours(dtype: torch.dtype, quick: bool) -> list[tuple[str, list[Work]]]:
+    import mmc_fast
+
+    head = torch.nn.Sequential(torch.nn.Linear(INPUTS, UNITS), torch.nn.ReLU(), torch.nn.Linear(UNITS, OUTPUTS)).to(
+        dtype
+    )
+    x = torch.randn(512 if quick else SAMPLES, INPUTS, dtype=dtype)
+    works, _ = counted_ours(lambda: mmc_fast.agop(head, x, backend="triton"), quick)
+    return [("whole", works)]
+
+
+def cases() -> list[Case]:
+    found = [Case("AGOP 1 hidden, N 65536 d 256 h 512 C 10", "tf32", agop_ours, agop_eager, {"bytes": 0.05})]
+    if has_ebr():
+        narrow = {"forward": 1, "backward": 3, "bytes": 0.12}
+        found.append(
+            Case("EBR narrow, m 5 d 128 h 256 k 64 B 4096", "fp32", ebr_ours(NARROW), lambda: ebr_eager(NARROW), narrow)
+        )
+        for m in (2, 4, 8):
+            limits = {"forward": 7, "backward": 14} | ({"bytes": 0.5} if m == 4 else {})
+            name = f"EBR paper's widths, m {m} B 512"
+            found.append(Case(name, "tf32", ebr_ours(paper(m)), lambda m=m: ebr_eager(paper(m)), limits))
+    return found
+
+
+def audit(case: Case, quick: bool) -> dict[str, Any]:
+    """Counts of both sides, their ratio, the projection and what misses a limit."""
+    start = time.perf_counter()
+    with precision(case.precision) as dtype:
+        ours = case.ours(dtype, quick)
+    eager = case.eager()
+    row: dict[str, Any] = {"case": case.name, "precision": case.precision, "quick": quick, "limits": case.limits}
+    for side, phases in (("ours", ours), ("eager", eager)):
+        works = [work for _, part in phases for work in part]
+        row[side] = {
+            "launches": {phase: len(part) for phase, part in phases},
+            "bytes": {phase: sum(work.bytes for work in part) for phase, part in phases},
+            "flops": sum(sum(work.flops.values()) for work in works),
+            "names": [work.name for work in works] if side == "ours" else None,
+            "projected_us": {gpu: round(1e6 * sum(w.seconds(gpu) for w in works), 1) for gpu in GPUS},
+        }
+    total = {side: sum(row[side]["bytes"].values()) for side in ("ours", "eager")}
+    row["byte_ratio"] = None if quick else round(total["ours"] / total["eager"], 4)
+    row["problems"] = [
+        f"{phase}: {row['ours']['launches'][phase]} launches, limit {limit:.0f}"
+        for phase, limit in case.limits.items()
+        if phase != "bytes" and row["ours"]["launches"][phase] > limit
+    ]
+    if not quick and "bytes" in case.limits and row["byte_ratio"] > case.limits["bytes"]:
+        row["problems"].append(f"{row['byte_ratio']:.3f} of eager's bytes, limit {case.limits['bytes']}")
+    sizes = f"{total['ours'] / 1e6:.0f} MB against {total['eager'] / 1e6:.0f} MB ({row['byte_ratio']}), "
+    launches = f"launches {row['ours']['launches']} against {row['eager']['launches']}"
+    print(f"{case.name}: {launches}, {'' if quick else sizes}{time.perf_counter() - start:.0f} s", flush=True)
+    return row
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Launches and bytes of both sides, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.7 * len(rows) + 1.4), sharey=True)
+    for axis, key, title, scale in ((axes[0], "launches", "launches", 1), (axes[1], "bytes", "global memory, MB", 1e6)):
+        for offset, side, colour in ((-0.2, "eager", "#b0b0b0"), (0.2, "ours", "#2f6f9f")):
+            values = [sum(row[side][key].values()) / scale for row in rows]
+            bars = axis.barh([i + offset for i in range(len(rows))], values, 0.38, color=colour, label=side)
+            axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.suptitle("Counted on a CPU: eager PyTorch against the Triton kernels", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="one program a launch: their number alone")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [audit(case, options.quick) for case in cases() if options.only in case.name]
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        fresh = options.json.with_suffix(".new")
+        fresh.write_text(json.dumps(rows, indent=1) + "\n")
+        os.replace(fresh, options.json)
+    if options.plot:
+        plot(rows, options.plot)
+    problems = [f"{row['case']}: {problem}" for row in rows for problem in row["problems"]]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
