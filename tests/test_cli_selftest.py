@@ -122,7 +122,7 @@ def test_explain_agop_judges_the_head():
 
 def test_explain_is_public_and_names_what_auto_takes():
     rows = mmc_fast.explain("relu_coactivation_update", torch.ones(2, 2), torch.ones(3, 2))
-    assert [row.backend for row in rows] == ["cpp", "triton", "torch"]
+    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "torch"]
     assert rows[0].usable == bool(ISAS)
     assert rows[-1].usable
     counts, flag = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)

@@ -318,7 +318,7 @@ def test_what_ran_is_counted_where_it_ran(generator):
 
 def test_explicit_backends_never_fall_back(generator):
     x, weight, bias = layer(8, 3, 5, generator)
-    for backend, message in (("cuda", "no cuda backend"), ("fpga", "allowed are auto")):
+    for backend, message in (("cuda", "backend='cuda' cannot run"), ("fpga", "allowed are auto")):
         with pytest.raises((RuntimeError, InputError), match=message):
             counts_of(x, weight, bias, backend)
     if ISAS:
@@ -329,7 +329,7 @@ def test_explicit_backends_never_fall_back(generator):
 def test_explain_gives_every_backend_with_a_reason(generator):
     x, weight, _ = layer(8, 3, 5, generator)
     rows = {row.backend: row for row in backends.explain("relu_coactivation_update", x.double(), weight.double())}
-    assert list(rows) == ["cpp", "triton", "torch"]
+    assert list(rows) == ["cpp", "triton", "cuda", "torch"]
     assert rows["torch"].usable
     assert not rows["cpp"].usable
     assert all(row.reason for row in rows.values())
