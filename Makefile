@@ -53,8 +53,8 @@ defects: setup
 
 # The core and its tests alone; a failed check ends the run.
 define CORE_TESTS
-	@$(VENV)/bin/cmake -S . -B build/$(1) -DCMAKE_BUILD_TYPE=Release $(2) > /dev/null
-	@$(VENV)/bin/cmake --build build/$(1) --target mmc_core_test --parallel $(WORKERS) > /dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH"; cmake -S . -B build/$(1) -DCMAKE_BUILD_TYPE=Release $(2) > /dev/null && \
+	  cmake --build build/$(1) --target mmc_core_test --parallel $(WORKERS) > /dev/null
 endef
 
 sanitize: setup
