@@ -191,18 +191,22 @@ def run(job: dict) -> dict:
 
     torch.set_num_threads(1)
     from mmc_fast.training import TrainConfig, train
+    from mmc_fast.training.progress import TrainingDiverged
 
     config = TrainConfig.from_dict(job["config"])
     folder = None
     if job["part"] == "test":
         folder = PREDICTIONS / key_of(job)
         folder.mkdir(parents=True, exist_ok=True)
-    result = train(dataset(job["set"]), config, seed=job["seed"], evaluate_on=(job["part"],))
+    line = {k: job[k] for k in ("stage", "name", "set", "seed", "part", "config")} | {"key": key_of(job)}
+    line["config"] = config.to_dict()  # every setting, so that a later change of a default cannot change the line
+    try:
+        result = train(dataset(job["set"]), config, seed=job["seed"], evaluate_on=(job["part"],))
+    except TrainingDiverged as error:
+        return line | {"diverged": str(error), "mean_missing": None, "complete": None, "missing": None, "seconds": None}
     if folder is not None:
         torch.save([vars(p) for p in result.predictions], folder / "predictions.pt")
     scores, game = result.results["scores"], result.results["game"]
-    line = {k: job[k] for k in ("stage", "name", "set", "seed", "part", "config")} | {"key": key_of(job)}
-    line["config"] = config.to_dict()  # every setting, so that a later change of a default cannot change the line
     line["complete"] = scores["complete"]
     line["missing"] = [row["score"] for row in scores["missing"]]
     line["mean_missing"] = scores["mean_missing"]
@@ -268,8 +272,8 @@ def main() -> int:
             line = future.result()
             with open(LOG, "a") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            print(f"{n}/{len(todo)} {line['set']:16} {line['name']:45} {line['mean_missing']:.4f} "
-                  f"{line['complete']:.4f} {line['seconds']} s", flush=True)  # fmt: skip
+            score = line.get("diverged") or f"{line['mean_missing']:.4f} {line['complete']:.4f} {line['seconds']} s"
+            print(f"{n}/{len(todo)} {line['set']:16} {line['name']:45} {score}", flush=True)
     return 0
 
 

@@ -61,7 +61,9 @@ def validation_table(stage: str, rows: list[dict]) -> str:
     for name, by_set in cells.items():
         entry, all_means, fresh = [], [], []
         for s in sets:
-            if by_set[s]:
+            if any("diverged" in r for r in by_set[s]):
+                entry.append(f"diverged ({len(by_set[s])})")
+            elif by_set[s]:
                 masked, complete = (np.mean([r[k] for r in by_set[s]]) for k in ("mean_missing", "complete"))
                 entry.append(f"{masked:.3f} / {complete:.3f} ({len(by_set[s])})")
                 all_means.append((masked + complete) / 2)

@@ -55,6 +55,8 @@ def test_test_parts_were_opened_for_frozen_settings_only():
 def test_every_line_knows_what_it_ran():
     for row in ROWS:
         assert row["part"] == ("test" if row["stage"] == "test" else "validation")
+        if "diverged" in row:
+            continue
         assert 0 <= row["mean_missing"] <= 1
         assert row["mean_missing"] == pytest.approx(sum(row["missing"]) / len(row["missing"]))
 
