@@ -87,8 +87,9 @@ class Process:
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            stage, epoch = line.split()
-            self.epochs.append((stage, int(epoch)))
+            if line.endswith("\n"):  # a kill may cut the last one
+                stage, epoch = line.split()
+                self.epochs.append((stage, int(epoch)))
 
     def _read_errors(self) -> None:
         self.errors += self.process.stderr.readlines()

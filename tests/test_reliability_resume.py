@@ -73,6 +73,28 @@ def test_killed_after_any_save_and_resumed_is_bitwise_equal(kind, seed, tmp_path
         assert any("train-distillation" in name for name in saves)
 
 
+def test_killed_in_the_first_epoch_of_distillation_draws_the_later_ones_as_before(seed, tmp_path, monkeypatch):
+    dataset, config = tiny(seed, absent=0.2), config_of("kd")
+    config = replace(config, kd=replace(config.kd, epochs=3))
+    whole = train(dataset, config, seed=seed)
+    real = CheckpointStore.save
+
+    def save(self, *args):
+        path = real(self, *args)
+        if self.folder.name == "train-distillation":
+            raise Killed
+        return path
+
+    with monkeypatch.context() as m:
+        m.setattr(CheckpointStore, "save", save)
+        with pytest.raises(Killed):
+            train(dataset, config, seed=seed, run_dir=tmp_path / "run")
+    resumed = train(dataset, config, seed=seed, run_dir=tmp_path / "run", resume=True)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same_numbers(whole.results, resumed.results)
+
+
 def test_interrupted_after_the_last_step_of_an_epoch_keeps_lambda(seed, tmp_path, monkeypatch):
     """The figures of that epoch are taken after the resume, when no step sets the strength of the game again."""
     from mmc_fast.training.steps import Stepper
