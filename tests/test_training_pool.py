@@ -52,7 +52,7 @@ def test_no_worker_is_refused():
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from mmc_fast.training.interrupt import InterruptGuard
     from mmc_fast.training.pool import run_jobs
@@ -68,6 +68,7 @@ SCRIPT = """
                 time.sleep(0.05)
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
         try:
             run_jobs([1, 2, 3], patient, workers=2, on_event=lambda event: print(event, flush=True))
         except Interrupted as error:

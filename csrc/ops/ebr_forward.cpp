@@ -100,9 +100,13 @@ double finish_slot(const Step<T>& step, int64_t i, const T* decoded, T* recovere
     }
     float part[8] = {};
     int64_t c = 0;
-    if (x.col == 1)
+    if (x.col == 1) {
       for (; c + 8 <= d; c += 8)
         for (int64_t l = 0; l < 8; ++l) part[l] += finish_element(y[c + l], in[c + l], step.residual, out[c + l]);
+    } else {  // the same order of sums: a layout changes no bit
+      for (; c + 8 <= d; c += 8)
+        for (int64_t l = 0; l < 8; ++l) part[l] += finish_element(y[c + l], in[(c + l) * x.col], step.residual, out[c + l]);
+    }
     for (; c < d; ++c) part[0] += finish_element(y[c], in[c * x.col], step.residual, out[c]);
     errors[b] = ((part[0] + part[1]) + (part[2] + part[3]) + ((part[4] + part[5]) + (part[6] + part[7]))) / static_cast<float>(d);
   });
