@@ -170,7 +170,8 @@ def test_losses_speak_of_the_latest_forward_only(generator):
     fresh = copy.deepcopy(model)
     fresh(**other)
     torch.testing.assert_close(second, find_handles(fresh)[0].losses())
-    assert not torch.equal(first.discrimination, second.discrimination)
+    # every unit of a small discriminator may be dead for both inputs: then only the other loss can tell
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     handle.reset()
     with pytest.raises(RuntimeError, match="no site has run"):
         handle.losses()
