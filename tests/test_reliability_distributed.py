@@ -56,6 +56,7 @@ def test_two_processes_equal_one(seed, tmp_path):
 def test_a_process_that_dies_ends_the_job_with_one_line_and_a_usable_checkpoint(seed, tmp_path):
     done = launch("die", tmp_path, seed, 1)
     assert done.returncode != 0
+    assert (tmp_path / "lost-0").is_file(), done.stderr[-3000:]
     line = (tmp_path / "lost-0").read_text()
     assert line.startswith("process 0 of 2: another process of this run died or does not answer (")
     assert str(tmp_path / "run") in line

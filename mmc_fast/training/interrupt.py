@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from .progress import Interrupted
+from .progress import Interrupted, ProcessLost
 
 __all__ = ["InterruptGuard"]
 
@@ -19,6 +19,9 @@ class InterruptGuard:
 
     The handlers are installed in the main thread only (elsewhere Python delivers no signals) and put back on exit. A
     second signal raises KeyboardInterrupt at once. Without ``with`` it is a plain flag that nobody sets.
+
+    After a ProcessLost SIGTERM stays ignored: the launcher that saw the death sends it to the processes that are left,
+    and it must not cut off the line that they print (a launcher kills what has not ended after its grace time).
     """
 
     def __init__(self) -> None:
@@ -32,8 +35,9 @@ class InterruptGuard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        lost = kind is not None and issubclass(kind, ProcessLost)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if lost and number == signal.SIGTERM else handler)
         self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
