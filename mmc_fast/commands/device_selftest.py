@@ -133,7 +133,7 @@ def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | 
 
     truth = run(torch.float64, torch.device("cpu"), "torch")
     for index, (got, expected) in enumerate(zip(run(dtype, device, backend), truth, strict=True)):
-        limits = _LIMITS if index <= len(dims) else _GRADIENT_LIMITS  # the latents' reconstructions and the loss come first
+        limits = _LIMITS if index <= len(dims) else _GRADIENT_LIMITS  # what is recovered and the loss come first
         if problem := _far(got, expected, dtype, limits):
             return f"output {index}: {problem}"
     return None
