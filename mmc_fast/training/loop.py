@@ -319,7 +319,8 @@ class _Run:
             total += config.epochs - (0 if checkpoint is None else int(checkpoint.meta["epoch"]))
             if checkpoint is None and config.kd is not None:
                 m = len(self.dataset.modalities)
-                pairs = m - 1 if config.kd.teachers == "strongest" else m * (m - 1) // 2
+                once = config.kd.teachers == "strongest" or config.kd.order == "simultaneous"
+                pairs = m - 1 if once else m * (m - 1) // 2
                 total += pairs * config.kd.epochs - _epochs_taught(taught[stage], config.kd.epochs)
         return total
 
