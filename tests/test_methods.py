@@ -90,11 +90,13 @@ def test_overfits_64_samples(name):
         x.normal_(generator=generator)
         x[64:128] = x[:64]  # judged on what it was trained on
     dataset.labels[64:128] = dataset.labels[:64]
+    grape = name.startswith("grape")  # three rounds of means learn slowly
     budget = TrainConfig.from_dict(
-        BUDGET.to_dict() | {"epochs": 100, "batch_size": 64, "selection": "complete", "fusion_hidden": [32],
-                            "encoder_width": 32, "encoder_dim": 32, "fusion_dim": 32, "fusion_heads": 4}
+        BUDGET.to_dict() | {"epochs": 200 if grape else 80, "batch_size": 64 if grape else 32, "selection": "complete",
+                            "fusion_hidden": [64 if grape else 32], "encoder_width": 32, "encoder_dim": 32,
+                            "fusion_dim": 32, "fusion_heads": 4}
     )  # fmt: skip
-    changes = {"lr": 1e-2, "weight_decay": 0.0, "modality_dropout": 0.0, "consistency": 0.0, "unimodal_share": 1.0}
+    changes = {"lr": 5e-3, "weight_decay": 0.0, "modality_dropout": 0.0, "consistency": 0.0, "unimodal_share": 1.0}
     fitted = get(name).fit(dataset, settings(name, **changes), 0, budget=budget)
     part = dataset.part("train")
     accuracy = float((fitted.predict(part.features, part.present).argmax(1) == part.labels).float().mean())
