@@ -331,3 +331,32 @@ def test_choices_are_stored_as_tables_that_read_back(tmp_path, seed, monkeypatch
     assert row.chosen == {"other": {"lr": 0.1}, "mine": settings["shaspec", "mine"]}
     again = Grid([row], [source(tmp_path, seed)], [0])
     assert run_grid(again, tmp_path / "out", jobs=1, on_event=silent)[1] == cells
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('title = "no method"', "give the name of a method"),
+        ('method = "muse"\ntitle = 3', "give a text"),
+        ('method = "muse"\nsetings = 3', "Did you mean 'settings'"),
+        ('method = "muse"\n[settings]\nepoch = 3', "Did you mean 'epochs'"),
+        ('method = "muse"\n[chosen]\nmine = 3', "give a table"),
+        ('method = "muse"\n[chosen.mine.options]\nlayers = 3', "option 'layers' does not exist"),
+    ],
+)
+def test_a_row_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "row.toml").write_text(text + "\n")
+    done = command("--methods", tmp_path / "row.toml", "--data", "mfeat", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    check_one_line(InputError(done.output.strip()))
+
+
+def test_without_rates_there_is_complete_data_only(tmp_path, seed):
+    data, out = own_data(tmp_path, seed), tmp_path / "out"
+    done = command("--methods", "vanilla,late", "--data", data, "--seeds", 1, "--tune", "never", "--rates", "none",
+                   "--out", out, "--jobs", 1, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)[0]
+    assert found["comparisons"]["auroc"]["conditions"] == ["complete"]
+    assert {t["condition"] for t in found["tests"]} == {"complete"}
