@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import mmc_fast
-from mmc_fast.analysis.diagnosis import diagnose
+from mmc_fast.analysis.diagnosis import Diagnosis, diagnose
 from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
 
@@ -35,13 +35,21 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
     one = diagnose(toy, [(a, b, torch.zeros_like(y)) for a, b, y in loader], resamples=20)
     assert "single class" in one.summary()
     assert "score.all" not in one.measures
-    constant = diagnose(toy, [(a, torch.full_like(b, 2.5), y) for a, b, y in loader], resamples=20)
+    constant = diagnose(toy, [(a, torch.full_like(b, 0.1), y) for a, b, y in loader], resamples=20)
+    assert "audio is constant" in constant.summary()
+    assert "constant" not in d.summary()
     assert constant.value("use_share.audio") == pytest.approx(0, abs=1e-9)
     assert constant["cka.audio"].value is None
     assert json.loads(constant.to_json())["measures"]["cka.audio"]["value"] is None
-    few = diagnose(toy, [tuple(t[:5] for t in loader[0])], resamples=20)
-    assert few.samples == 5
-    assert "No network was trained" in few.summary() or "alone.image" in few.measures
+    for rows in (2, 3, 4, 5, 17):
+        few = diagnose(toy, [tuple(t[:rows] for t in loader[0])], resamples=20)
+        assert few.samples == rows
+        assert (
+            "No network was trained" in few.summary()
+            or "alone.image" in few.measures
+            or "single class" in few.summary()
+        )
+        assert Diagnosis.from_json(few.to_json()).measures == few.measures
 
 
 def once(loader: list[Any]) -> Iterator[Any]:
@@ -59,6 +67,7 @@ def once(loader: list[Any]) -> Iterator[Any]:
         (lambda l: [(a, b, y + 7) for a, b, y in l], "number the classes"),
         (lambda l: [], "no sample"),
         (lambda l: [(a[:0], b[:0], y[:0]) for a, b, y in l], "no rows"),
+        (lambda l: [(a[:1], b[:1], y[:1]) for a, b, y in l[:1]], "one sample; give at least two"),
         (lambda l: [*l[:-1], (l[-1][0], l[-1][1], None)], "all or none"),
         (once, "iterator"),
     ],
@@ -115,6 +124,11 @@ def test_bad_models(generator: torch.Generator) -> None:
         diagnose(Toy(norm), loader, groups=0)
     with pytest.raises(InputError, match="metric"):
         diagnose(Toy(norm), loader, metric="f1")
+    with pytest.raises(InputError, match="sample_rows is 0"):
+        diagnose(Toy(norm), loader, sample_rows=0)
+    for score in (93.0, -0.1, math.nan):
+        with pytest.raises(InputError, match="not in percent"):
+            diagnose(Toy(norm), loader, alone={"image": score})
 
 
 def test_seven_modalities_are_not_scored(generator: torch.Generator) -> None:
@@ -122,6 +136,13 @@ def test_seven_modalities_are_not_scored(generator: torch.Generator) -> None:
     d = diagnose(planted, planted.batches(), resamples=0)
     assert "more than 6" in d.summary()
     assert len(d.verdicts) == 7
+
+
+def test_outputs_that_no_label_names_are_told(generator: torch.Generator) -> None:
+    """As where the named head is no head but a layer of it."""
+    head, loader = chain(generator), batches(generator, classes=2)
+    d = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+    assert "The labels hold 2 classes and there are 3 outputs." in d.notes
 
 
 def test_empty_batches_and_one_logit(generator: torch.Generator) -> None:

@@ -68,6 +68,10 @@ def test_json_round_trip(found: Diagnosis, tmp_path) -> None:
         ("{", "cannot be read"),
         (text.replace('"schema_version": 1', '"schema_version": 99'), "reads 1"),
         (tmp_path / "absent.json", "cannot be read"),
+        ('{"kind": "diagnosis"}', "schema version None"),
+        ('{"kind": "diagnosis", "schema_version": 1}', "no whole diagnosis"),
+        ('{"kind": "diagnosis", "schema_version": 1, "measures": 3, "verdicts": []}', "no whole diagnosis"),
+        (text.replace('"modalities"', '"modality"'), "no whole diagnosis"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             Diagnosis.from_json(bad)
@@ -89,6 +93,8 @@ def test_comparison(found: Diagnosis) -> None:
     three = planted_head(4, modalities=3)
     with pytest.raises(InputError, match="same modalities"):
         found.compare(diagnose(three, three.batches(), resamples=0, probes=False))
+    with pytest.raises(TypeError, match="give another Diagnosis"):
+        found.compare(found.to_json())  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="use_share"):
         found["nonsense"]
 

@@ -105,8 +105,9 @@ def first_pass(
         if collector.settled and stored.due():
             stored.write({"collector": collector.to_state()})
     collector.flush()
-    if not collector.samples:
-        raise InputError("diagnose: the loader gave no sample; give at least one batch")
+    if collector.samples < 2:
+        got = "no sample" if not collector.samples else "one sample"
+        raise InputError(f"diagnose: the loader gave {got}; give at least two, better some hundred")
     return collector
 
 

@@ -77,8 +77,9 @@ class CoalitionScores:
             return math.sqrt((counts.sum() + 1) / (12 * counts[0] * counts[1]))
         return math.sqrt(self.chance() * (1 - self.chance()) / counts.sum())
 
-    def single_class(self) -> bool:
-        return int((self.classes.sum(0) > 0).sum()) < 2
+    def seen_classes(self) -> int:
+        """How many classes the labels hold."""
+        return int((self.classes.sum(0) > 0).sum())
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
         """``[2^m, R]`` for group weights ``[R, K]``; NaN where a draw lacks a class."""

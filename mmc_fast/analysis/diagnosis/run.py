@@ -98,7 +98,7 @@ def diagnose(
     if probe_data is None and isinstance(loader, MultimodalDataset) and len(loader.part("train")):
         probe_data = loader.part("train")
     training = None if probe_data is None else Batches(probe_data)
-    _check_options(groups, resamples, level, metric)
+    _check_options(groups, resamples, level, metric, sample_rows, alone)
     batches = Batches(loader)
     meaning = [groups, seed, sample_rows, metric]
     stored = Stored(state, save_every, meaning)
@@ -111,9 +111,13 @@ def diagnose(
         if reliance and _can_score(collector, notes):
             chosen = metric or ("auroc" if collector.outputs <= 2 else "accuracy")
             scores = second_pass(adapter, batches, collector, chosen, means, stored, report)
-            if scores.single_class():
+            seen = scores.seen_classes()
+            if 1 < seen < collector.outputs:
+                notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
+            if seen < 2:
                 notes.append("The labels hold a single class, so nothing can be scored.")
                 scores = None
+    notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
     report("numbers", 0, None)
     estimator = Estimator(collector, tolerance, tau, energy, ridge, initial_weight)
     measures, arrays, draws = _measures(estimator, scores, collector, resamples, level, seed)
@@ -139,6 +143,7 @@ def diagnose(
         "groups": groups, "resamples": resamples, "level": level, "seed": seed, "tolerance": tolerance, "tau": tau,
         "energy": energy, "ridge": ridge, "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
         "probe_data": training is not None,
+        "dictionary": "principal directions of each modality with 90 % of its variance",
         "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": as_settings(thresholds),
     }  # fmt: skip
     stored.remove()
@@ -165,7 +170,9 @@ def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter
     raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
 
 
-def _check_options(groups: int, resamples: int, level: float, metric: str | None) -> None:
+def _check_options(
+    groups: int, resamples: int, level: float, metric: str | None, rows: int, alone: Mapping[str, float] | None
+) -> None:
     if not 1 <= groups <= 1024 or resamples < 0 or not 0 < level < 1:
         raise InputError(
             f"diagnose: groups {groups}, resamples {resamples}, level {level}; need 1 to 1024 groups, resamples >= 0 and a "
@@ -173,10 +180,23 @@ def _check_options(groups: int, resamples: int, level: float, metric: str | None
         )
     if metric not in (None, "accuracy", "auroc"):
         raise InputError(f"diagnose: unknown metric {metric!r}; known are accuracy, auroc")
+    if rows < 1:
+        raise InputError(f"diagnose: sample_rows is {rows}; give the number of rows to keep for probes, such as 4096")
+    for name, score in (alone or {}).items():
+        if not 0 <= score <= 1:
+            raise InputError(f"diagnose: alone[{name!r}] is {score}; give a score between 0 and 1, not in percent")
 
 
 def _means(collector: Collector) -> Tensor:
     return collector.moments.combine(collector.active()).mean[: sum(collector.widths.values())]
+
+
+def _constant(collector: Collector) -> list[str]:
+    """Modalities without any variance."""
+    moments, edge = collector.moments.combine(collector.active()), sum(collector.widths.values())
+    moving = moments.covariance.diagonal()[:edge] > 1e-12 * moments.mean[:edge].square()
+    parts = moving.split(list(collector.widths.values()))
+    return [name for name, part in zip(collector.widths, parts, strict=True) if not bool(part.any())]
 
 
 def _can_score(collector: Collector, notes: list[str]) -> bool:
