@@ -193,9 +193,8 @@ def _means(collector: Collector) -> Tensor:
 
 def _constant(collector: Collector) -> list[str]:
     """Modalities without any variance."""
-    moments, edge = collector.moments.combine(collector.active()), sum(collector.widths.values())
-    moving = moments.covariance.diagonal()[:edge] > 1e-12 * moments.mean[:edge].square()
-    parts = moving.split(list(collector.widths.values()))
+    variances = collector.moments.combine(collector.active()).covariance.diagonal()
+    parts = variances[: sum(collector.widths.values())].split(list(collector.widths.values()))
     return [name for name, part in zip(collector.widths, parts, strict=True) if not bool(part.any())]
 
 
