@@ -13,6 +13,9 @@ PY     := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 
+# A torch for GPUs brings its own Triton; beside one for CPUs stands the one that torch 2.13 pins.
+PINNED_TRITON := 3.7.1
+
 # The package is editable, so only what changes its metadata or its compiled part asks for a new installation.
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py mmc_build.py CMakeLists.txt Makefile) \
                 $(shell find csrc cmake -type f 2>/dev/null)
@@ -22,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate clean FORCE
+.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate compare-smoke clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -36,6 +39,7 @@ help:
 	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (an hour)"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above its gate"
 	@echo "make setup      only the environment in $(VENV)"
+	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
 
 setup: $(STAMPS)/package
@@ -76,6 +80,14 @@ format: setup
 
 typecheck: setup
 	@$(PY) -m mypy
+
+# Searches, trains, tests, resumes and writes everything; the folder is made anew.
+SMOKE := build/compare-smoke
+compare-smoke: setup
+	@rm -rf $(SMOKE)
+	@$(PY) -m mmc_fast compare --methods vanilla,shaspec --data mfeat --seeds 2 --epochs 1 --tune always --out $(SMOKE)
+	@$(PY) -m mmc_fast compare --methods vanilla,consistency,ebr-robust,shaspec,muse,smil --data mfeat,support2 --seeds 2 \
+	  --epochs 1 --tune never --out $(SMOKE) --json > /dev/null
 
 # Triton interprets, counts and compiles without a GPU. The newest one lies in a folder of its own, before the pinned one.
 NEWEST_TRITON := 3.9.0
@@ -131,4 +143,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-spec
 $(STAMPS)/package: $(STAMPS)/torch $(BUILD_INPUTS)
 	@echo "installing mmc-fast and its development tools"
 	@$(PIP) install -qq --constraint $(STAMPS)/constraints.txt --editable '.[test,lint]'
+	@if [ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ] && ! $(PY) -c 'import triton' 2>/dev/null; then \
+	  $(PIP) install -qq triton==$(PINNED_TRITON); \
+	fi
 	@touch $@
