@@ -101,6 +101,14 @@ def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
     seen = [torch.where(filled[:, i, None], z + 1, z) for i, z in enumerate(slots)]
     assert not torch.allclose(model.fuse(seen, filled), model.fuse(slots, filled))
 
+    t = model.transformer  # row 0 has a and c: as if b had no token at all
+    tokens = [t.class_token] + [t.projections[i](slots[i][0]) + t.modality[i] for i in (0, 2)]
+    tokens = torch.stack(tokens)[None]
+    alone = torch.eye(3, dtype=torch.bool)[None, None]
+    for n, block in enumerate(t.blocks):
+        tokens = block(tokens, alone if n < 1 else None)
+    torch.testing.assert_close(model.fuse(slots, filled)[0], t.classifier(t.norm(tokens[0, 0])))
+
     expected = []
     for chosen in subsets(3, batch.random):
         here = batch.natural & chosen
@@ -173,7 +181,10 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
     lonely[:, 0] = True
     lonely[1] = torch.tensor([False, True, False])
     slots, filled, _ = model.slots(batch.features, lonely)
-    assert not bool(model.gather(slots, filled)[1][1].any())
+    found = model.gather(slots, filled)[1]
+    assert not bool(found[1].any())
+    assert not bool(found[:, 1:].any()), "nobody else has b or c"
+    assert bool(found[torch.arange(len(found)) != 1, 0].all())
 
 
 def test_m3care_threshold_cuts_what_is_less_similar(seed):
