@@ -228,8 +228,7 @@ def ebr_narrow_fwd_kernel(
 
     finish_losses(
         partials, counter, normalizer, md_out, rec_out, counts, program, tiles * M, second,
-        tl.sum(tl.where(here, ce, 0.0), axis=0), tl.sum(squared, axis=0) / D,
-        tl.sum(here.to(tl.float32), axis=0), tl.sum(counted.to(tl.float32), axis=0), HAS_NORMALIZER, BLOCK=128,
+        tl.where(here, ce, 0.0), squared / D, here, counted, HAS_NORMALIZER, BLOCK=128,
     )  # fmt: skip
 
 

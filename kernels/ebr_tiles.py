@@ -197,25 +197,27 @@ def denominators(normalizer, present_total, rows_total, second, HAS_NORMALIZER: 
 
 @triton.jit
 def finish_losses(
-    partials, counter, normalizer, md_out, rec_out, counts, program, programs, second, ce, squared, n_present, n_rows,
+    partials, counter, normalizer, md_out, rec_out, counts, program, programs, second, ce, squared, here, counted,
     HAS_NORMALIZER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Publish this program's sums; the last program to arrive adds all of them in order and writes the losses.
 
-    ``counts`` float32 ``[2]``: the denominators of the two losses. The counter is left at zero.
+    ``ce, squared`` float32 ``[BM]`` and ``here, counted`` bool ``[BM]`` of the program's rows. ``counts`` float32
+    ``[2]``: the denominators of the two losses. The counter is left at zero.
     """
-    at = partials + program * 4
-    tl.store(at, ce)
-    tl.store(at + 1, squared)
-    tl.store(at + 2, n_present)
-    tl.store(at + 3, n_rows)
+    which = tl.arange(0, 4)
+    column = which[None, :]
+    # one sum over rows of four columns: four sums of vectors are four exchanges between warps, and where a vector is
+    # itself a sum over a product's columns, Triton 3.7 does not compile them for sm_100
+    numbers = tl.where(column < 2, tl.where(column == 0, ce[:, None], squared[:, None]), 0.0)
+    rows = tl.where(column == 2, here[:, None], counted[:, None] & (column == 3))
+    tl.store(partials + program * 4 + which, tl.sum(numbers + rows.to(tl.float32), axis=0))
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived == programs - 1:
         tl.debug_barrier()
         n = tl.arange(0, BLOCK)
         sums = tl.zeros((BLOCK, 4), tl.float32)
-        which = tl.arange(0, 4)
         for p0 in tl.range(0, programs, BLOCK):
             mask = (p0 + n < programs)[:, None] & (which < 4)[None, :]
             # past the first-level cache: other programs wrote these
