@@ -2,18 +2,21 @@
 
 ``python bench/bench_ebr.py --gate``             every row: correctness, then ratios; exit code 1 above 1.1 x a target
 ``python bench/bench_ebr.py --gate --row NAME``  one row; ``--list`` names them
-``python bench/bench_ebr.py --grid``             never slower than the best of eager, compiled and stacked
+``python bench/bench_ebr.py --grid``             never slower than the best of eager, compiled and stacked; float32, then
+                                                 bfloat16 autocast
 ``pytest bench/bench_ebr.py --benchmark-only``   the same rows through pytest-benchmark
 
 A step is the forward pass and all gradients (features and parameters), λ = 1, reconstruction on. Candidates of a row
 run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike. ``floor`` is the
-step's multiplications by ``torch.mm(out=)`` and nothing else. ``--no-compile`` leaves out ``compiled``.
+step's multiplications by ``torch.mm(out=)`` and nothing else. ``--no-compile`` leaves out ``compiled``. The peak of a
+candidate is what one step adds to the resident memory of the process at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import json
 import sys
 import time
@@ -80,10 +83,16 @@ ROWS = (
     Row("train", 4, 128, 256, 64, (64, 32), 64, ("train_ours", "train_eager"), (("train_ours", "train_eager", 1.0),)),
 )  # fmt: skip
 
+SIDES = {
+    "float32": ("ours", "eager", "compiled", "stacked"),
+    "bfloat16": ("ours_autocast", "autocast", "compiled_autocast", "stacked_autocast"),
+}
 GRID = tuple(
-    Row(f"grid_{d}_{h}_{k}_m{m}_B{batch}", m, d, h, k, (k, max(1, k // 2)), batch, ("ours", "eager", "compiled", "stacked"))
-    for (d, h, k), m, batch in product(((32, 64, 16), (128, 256, 64), (128, 1024, 512)), (1, 2, 5, 8), (1, 32, 512, 4096))
-)  # fmt: skip
+    Row(f"grid_{dtype}_{d}_{h}_{k}_m{m}_B{batch}", m, d, h, k, (k, max(1, k // 2)), batch, sides)
+    for (dtype, sides), (d, h, k), m, batch in product(
+        SIDES.items(), ((32, 64, 16), (128, 256, 64), (128, 1024, 512)), (1, 2, 5, 8), (1, 32, 512, 4096)
+    )
+)
 
 
 class Job:
@@ -103,8 +112,9 @@ class Job:
 
     def step(self, name: str) -> Step:
         if not name.startswith("ours"):
-            make = BASELINES["eager" if name in ("compiled", "autocast") else name](self.head)
-            return torch.compile(make) if name == "compiled" else make
+            base = name.removesuffix("autocast").rstrip("_") or "eager"
+            make = BASELINES["eager" if base == "compiled" else base](self.head)
+            return torch.compile(make) if base == "compiled" else make
         present = self.half if name == "ours_half" else None
 
         def ours(features):
@@ -141,6 +151,18 @@ class Job:
         run.leaves = leaves  # type: ignore[attr-defined]
         return run
 
+    def peak_bytes(self, name: str) -> int:
+        """What one step adds to the resident memory at its highest."""
+        run = self.candidate(name)
+        run()
+        for leaf in run.leaves:  # type: ignore[attr-defined]
+            leaf.grad = None
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+        before = resident("VmRSS")
+        run()
+        return max(0, resident("VmHWM") - before)
+
     def saved_bytes(self, name: str) -> int:
         """Bytes that the forward pass keeps for backward, parameters left out."""
         parameters = {p.data_ptr() for p in self.head.parameters()}
@@ -150,10 +172,17 @@ class Job:
             seen[t.data_ptr()] = max(seen.get(t.data_ptr(), 0), t.numel() * t.element_size())
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=name.endswith("autocast"))
+        with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             kept = self.step(name)(self.x)
         del kept
         return sum(size for pointer, size in seen.items() if pointer not in parameters)
+
+
+def resident(mark: str) -> int:
+    """Bytes of resident memory of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(mark))
 
 
 def training_step(row: Row, eager: bool) -> Candidate:
@@ -237,7 +266,9 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
     values = {name: 1e3 * times[name, row.threads] for name in runs}
     if row.threads > 1:
         values |= {f"{name}_scaling": times[name, 1] / times[name, row.threads] for name in runs}
-    saved = {name: job.saved_bytes(name) for name in ("ours", "ours_recompute", "eager") if name in runs}
+    sides = [name for name in runs if not name.startswith(("floor", "train"))]
+    saved = {name: job.saved_bytes(name) for name in sides if "compiled" not in name and name != "ours_bf16"}
+    peak = {name: job.peak_bytes(name) for name in sides}
     numbers = {**values, **{f"bytes_{name}": size for name, size in saved.items()}}
     ratios = [
         {"ratio": f"{a} / {b}", "value": numbers[a] / numbers[b], "target": limit, "met": numbers[a] / numbers[b] <= limit}
@@ -246,22 +277,29 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
     ]  # fmt: skip
     shape = {key: getattr(row, key) for key in ("m", "d", "h", "k", "psi", "batch", "threads")}
     return {"row": row.name, **shape, "rounds": done, "isa": library.current_isa(), "ran": ran,
-            "milliseconds": values, "saved_bytes": saved, "ratios": ratios}  # fmt: skip
+            "milliseconds": values, "saved_bytes": saved, "peak_bytes": peak, "ratios": ratios}  # fmt: skip
 
 
 def grid(options: argparse.Namespace) -> list[dict]:
     """Every point of the grid against the fastest of the others."""
     out = []
     for row in GRID:
-        names = tuple(n for n in row.candidates if n != "compiled" or not options.no_compile)
+        if options.dtype and f"_{options.dtype}_" not in row.name:
+            continue
+        names = tuple(n for n in row.candidates if "compiled" not in n or not options.no_compile)
         result = measure(replace(row, candidates=names), options.rounds, options.seconds)
         times = result["milliseconds"]
-        best = min(times[n] for n in names if n != "ours")
-        value = times["ours"] / best
-        result["ratios"] = [{"ratio": "ours / best of the others", "value": value, "target": 1.0, "met": value <= 1.0}]
+        value = times[names[0]] / min(times[n] for n in names[1:])
+        result["ratios"] = [
+            {"ratio": f"{names[0]} / best of the others", "value": value, "target": 1.0, "met": value <= 1.0}
+        ]
         out.append(result)
         show(result)
     return out
+
+
+def megabytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
 
 
 def show(result: dict) -> None:
@@ -269,7 +307,9 @@ def show(result: dict) -> None:
     times = ", ".join(f"{k} {v:.3f}" + ("x" if "scaling" in k else " ms") for k, v in result["milliseconds"].items())
     print(f"{result['row']} ({shape}, {result['threads']} thread(s), {result['isa']}): {times}", flush=True)
     if result["saved_bytes"]:
-        print("    saved for backward: " + ", ".join(f"{k} {v / 1e6:.2f} MB" for k, v in result["saved_bytes"].items()))
+        print("    saved for backward: " + megabytes(result["saved_bytes"]))
+    if result["peak_bytes"]:
+        print("    peak: " + megabytes(result["peak_bytes"]))
     for ratio in result["ratios"]:
         state = "met" if ratio["met"] else "NOT MET"
         print(f"    {ratio['ratio']} = {ratio['value']:.3f}, target {ratio['target']:.3f}: {state}", flush=True)
@@ -283,10 +323,17 @@ def export(results: list[dict], json_path: Path | None, csv_path: Path | None) -
         keys = ["row", "m", "d", "h", "k", "batch", "threads", "isa"]
         with csv_path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*keys, "candidate", "milliseconds", "saved_bytes"])
+            writer.writerow([*keys, "candidate", "milliseconds", "saved_bytes", "peak_bytes"])
             for r in results:
                 for name, value in r["milliseconds"].items():
-                    writer.writerow([*(r[key] for key in keys), name, value, r["saved_bytes"].get(name)])
+                    writer.writerow(
+                        [
+                            *(r[key] for key in keys),
+                            name,
+                            value,
+                            *(r[b].get(name) for b in ("saved_bytes", "peak_bytes")),
+                        ]
+                    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--row", action="append", choices=[row.name for row in ROWS], help="may be repeated")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--grid", action="store_true", help="48 shapes against the best of eager, compiled, stacked")
+    parser.add_argument("--dtype", choices=tuple(SIDES), help="of the grid; both where left out")
     parser.add_argument("--no-compile", action="store_true", help="without the baseline under torch.compile")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="measure short steps at least that long")
@@ -318,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.row and row.name not in options.row:
                 continue
             if options.no_compile:
-                row = replace(row, candidates=tuple(n for n in row.candidates if n != "compiled"))
+                row = replace(row, candidates=tuple(n for n in row.candidates if "compiled" not in n))
             results.append(measure(row, options.rounds, options.seconds))
             show(results[-1])
     export(results, options.json, options.csv)
