@@ -82,7 +82,7 @@ NEWEST := build/triton-$(NEWEST_TRITON)
 COMPILE := $(PY) bench/gpu_compile.py --jobs $(WORKERS)
 
 gpu-check: setup
-	@$(COMPILE) --arch 80,90,100 --check docs/gpu/compiled.json
+	@$(COMPILE) --main --arch 80,90,100 --check docs/gpu/compiled.json
 	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --quick
 
 gpu-report: setup

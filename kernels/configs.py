@@ -92,6 +92,7 @@ class NarrowTile(NamedTuple):
     features: int
     warps: int
     stages: int
+    registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
 
 
 # (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles

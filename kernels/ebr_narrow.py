@@ -388,8 +388,8 @@ def ebr_narrow_bwd_kernel(
                     # a latent of weight zero contributes nothing, not even a NaN
                     usable = (w != 0) | (tl.sum(tl.where(tl.abs(g) < float("inf"), 0, 1), axis=1) == 0)
                     d_w = tl.sum(tl.where(usable[:, None], d_u * g, 0.0), axis=1)
-                    at = d_source + (r * M + slot) * M + j
-                    tl.store(at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
+                    d_source_at = d_source + (r * M + slot) * M + j
+                    tl.store(d_source_at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
 
         if MD_LOSS and strength != 0:  # zero cuts the branch, so that 0 times infinity never becomes NaN
             g = tl.load(latents + g_at, mask=g_mask, other=0.0)
@@ -398,8 +398,8 @@ def ebr_narrow_bwd_kernel(
             reversed_grad = tl.dot(d_first, load_weight(psi[0], p, PSI_DIMS[1], k, K), input_precision=PREC)
             d_g -= strength * md_scale * reversed_grad
         if HAS_D_LATENTS:
-            at = j * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk
-            d_g += tl.load(d_latents + at, mask=g_mask, other=0.0).to(tl.float32)
+            d_latents_at = tl.cast(j, INDEX) * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk
+            d_g += tl.load(d_latents + d_latents_at, mask=g_mask, other=0.0).to(tl.float32)
         if NORMALIZE:
             y = tl.load(latents + g_at, mask=g_mask, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_in + tl.cast(j, INDEX) * B + r, mask=here, other=0.0)
@@ -421,10 +421,10 @@ def ebr_narrow_bwd_kernel(
                 acc = tl.dot(d_h, load_weight(w1, h, H, d, D), acc, input_precision=PREC)
             mask = here[:, None] & (d < D)[None, :]
             if RESIDUAL:
-                at = r[:, None] * s_db + d[None, :] * s_dd
-                acc += tl.load(d_rec_j + at, mask=mask & grad_j, other=0.0).to(tl.float32)
-            at = r[:, None] * D + d[None, :]
-            tl.store(d_xj + at, tl.where(mask, acc, 0.0).to(dtype), mask=inside[:, None] & (d < D)[None, :])
+                d_rec_at = r[:, None] * s_db + d[None, :] * s_dd
+                acc += tl.load(d_rec_j + d_rec_at, mask=mask & grad_j, other=0.0).to(tl.float32)
+            d_x_at = r[:, None] * D + d[None, :]
+            tl.store(d_xj + d_x_at, tl.where(mask, acc, 0.0).to(dtype), mask=inside[:, None] & (d < D)[None, :])
     tl.debug_barrier()  # gradients of latents are read back by other threads
 
     # Weights: sums over the rows of the slice, one block of hidden units at a time.

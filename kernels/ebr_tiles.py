@@ -101,7 +101,7 @@ def cross_entropy(logits, i, M: tl.constexpr, MP: tl.constexpr):
 def present_rows(present, r, inside, i, stride_pb, stride_pm, HAS_PRESENT: tl.constexpr):
     """bool ``[BM]``: rows of the batch in which modality i is present."""
     if HAS_PRESENT:
-        return tl.load(present + r * stride_pb + i * stride_pm, mask=inside, other=0) != 0
+        return tl.load(present + r * stride_pb + tl.cast(i, r.dtype) * stride_pm, mask=inside, other=0) != 0
     else:
         return inside
 
@@ -113,10 +113,16 @@ def source_weight(
 ):  # fmt: skip
     """float32 ``[BM]``: weight of latent j in slot i; zero where j is absent. A float weight is rounded to DTYPE."""
     if SOURCE == WEIGHT_SOURCE:
-        w = tl.load(source + r * stride_sb + i * stride_si + j * stride_sj, mask=inside, other=0.0)
+        w = tl.load(
+            source + r * stride_sb + tl.cast(i, r.dtype) * stride_si + tl.cast(j, r.dtype) * stride_sj,
+            mask=inside,
+            other=0.0,
+        )
         w = w.to(DTYPE).to(tl.float32)
     elif SOURCE == INDEX_SOURCE:
-        w = (tl.load(source + r * stride_sb + i * stride_si, mask=inside, other=-1) == j).to(tl.float32)
+        w = (tl.load(source + r * stride_sb + tl.cast(i, r.dtype) * stride_si, mask=inside, other=-1) == j).to(
+            tl.float32
+        )
     else:
         w = tl.where(inside & (i == j), 1.0, 0.0)
     return tl.where(present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT), w, 0.0)

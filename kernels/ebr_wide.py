@@ -396,7 +396,7 @@ def ebr_wide_bwd_kernel(
                             back = tl.dot(left, right, back, input_precision=PREC)
                     acc -= strength * md_scale * back
             if HAS_D_LATENTS:
-                at = i * stride_lm + r[:, None] * stride_lb + f[None, :] * stride_lk
+                at = tl.cast(i, tl.int64) * stride_lm + r[:, None] * stride_lb + f[None, :] * stride_lk
                 acc += tl.load(d_latents + at, mask=kept, other=0.0).to(tl.float32)
         if STAGE == "decoded" or STAGE == "hidden":
             gate = tl.load(pick(s, n, GROUPS) + r[:, None] * NS + f[None, :], mask=kept, other=0.0)

@@ -85,7 +85,7 @@ def test_resident_blocks(arch, registers, threads, shared, blocks):
 
 
 def test_what_got_worse_is_named():
-    row = {"kernel": "k", "arch": 80, "triton": "1", "spill_bytes": 0, "blocks_per_sm": 3}
+    row = {"kernel": "k", "arch": 80, "triton": "1", "main": False, "spill_bytes": 0, "blocks_per_sm": 3}
     assert gpu_compile.regressions([row], [row]) == []
     assert "spills 8" in gpu_compile.regressions([row | {"spill_bytes": 8}], [row])[0]
     assert "2 blocks per SM, recorded 3" in gpu_compile.regressions([row | {"blocks_per_sm": 2}], [row])[0]
@@ -93,6 +93,9 @@ def test_what_got_worse_is_named():
     assert gpu_compile.regressions([row, row | {"kernel": "new"}], [row]) == []
     assert gpu_compile.unrecorded([row, row | {"kernel": "new"}], [row]) == ["new"]
     assert gpu_compile.regressions([row | {"arch": 90}], [row]) == []
+    other = row | {"kernel": "other"}
+    assert gpu_compile.regressions([other], [row], main=True) == []
+    assert "not compiled" in gpu_compile.regressions([other], [row | {"main": True}], main=True)[0]
 
 
 def test_the_record_keeps_its_promises():
