@@ -22,7 +22,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report clean FORCE
+.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -34,6 +34,7 @@ help:
 	@echo "make typecheck  mypy"
 	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
 	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (an hour)"
+	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above its gate"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
 
@@ -92,6 +93,11 @@ gpu-report: setup
 	@PYTHONPATH=$(NEWEST) $(COMPILE) --arch 80,86,89,90,100,120 --json docs/gpu/compiled.json
 	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --json docs/gpu/audit.json --plot docs/img/gpu-audit.png
 	@$(PY) tools/render_gpu.py
+
+# Ratios of CPU time of one thread; a ratio above its gate is measured again before it counts.
+bench-gate: setup
+	@$(PY) bench/bench_agop.py --gate --one-thread --no-compile
+	@$(PY) bench/bench_ebr.py --gate --one-thread --no-compile
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

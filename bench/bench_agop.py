@@ -1,6 +1,6 @@
 """Speed of the AGOP against what an expert would write, and against the forward product.
 
-``python bench/bench_agop.py --gate``            every row: correctness, then ratios; exit code 1 above 1.1 x a target
+``python bench/bench_agop.py --gate``            every row: correctness, then ratios; exit code 1 above a gate
 ``python bench/bench_agop.py --gate --row NAME`` one row; ``--list`` names them
 ``python bench/bench_agop.py --scan --plots DIR`` cost against N, C, h and d
 ``python bench/bench_agop.py --grid``            how often backend="auto" takes native code; exit code 1 below 90 %
@@ -13,12 +13,6 @@ those out. ``--memory`` adds the peak memory of each candidate, measured in a pr
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,18 +20,17 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import gate
 import torch
 from agop_baselines import BASELINES, sum_trick
 from agop_memory import peak_of
 from agop_plots import plot
 from torch import Tensor, nn
 
-import mmc_fast
 from mmc_fast.analysis.agop import agop
 from mmc_fast.ops import agop as primitives
 from mmc_fast.ops import backends, library
 
-SLACK = 1.1  # the gate of a shared machine; the exact figures stand in docs/performance.md
 INEXACT = ("forward", "onednn_forward", "ours_probe", "torch_probe")  # not a G, or one with noise
 Candidate = Callable[[], object]
 
@@ -52,7 +45,7 @@ class Row:
     h: int
     outputs: int
     candidates: tuple[str, ...]
-    targets: tuple[tuple[str, str, float], ...]
+    targets: tuple[gate.Target, ...]
     activation: type[nn.Module] = nn.ReLU
     depth: int = 1
     threads: int = 1
@@ -206,10 +199,7 @@ def measure(row: Row, rounds: int) -> dict:
         values["kernel_rate"] = 1e3 / library.native().coactivation_kernel_rate(row.h, row.n // 64)
     if row.threads > 1:
         values["ours_scaling"], values["gemm_scaling"] = (single[k] / times[k] for k in ("ours", "forward"))
-    ratios = [
-        {"ratio": f"{a} / {b}", "value": values[a] / values[b], "target": limit, "met": values[a] / values[b] <= limit}
-        for a, b, limit in row.targets
-    ]
+    ratios = gate.judged(row.targets, values)
     return {"row": row.name, "N": row.n, "d": row.d, "h": row.h, "C": row.outputs, "threads": row.threads,
             "isa": library.current_isa(), "ran": ran, "milliseconds": values, "ratios": ratios}  # fmt: skip
 
@@ -273,86 +263,33 @@ def show_grid() -> int:
     return 0 if share >= 0.9 else 1
 
 
-def environment() -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "processors": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mmc_fast": mmc_fast.__version__,
-        "library": library.describe(),
-    }
-
-
-def export(results: list[dict], json_path: Path | None, csv_path: Path | None) -> None:
-    if json_path:
-        json_path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1, default=str))
-    if csv_path:
-        with csv_path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "N", "d", "h", "C", "threads", "isa", "candidate", "milliseconds", "peak_mib"])
-            for r in results:
-                for name, value in r["milliseconds"].items():
-                    peak = r.get("peak_mib", {}).get(name)
-                    writer.writerow(
-                        [r["row"], r["N"], r["d"], r["h"], r["C"], r["threads"], r["isa"], name, value, peak]
-                    )
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gate", action="store_true", help="exit code 1 where a ratio exceeds 1.1 x its target")
-    parser.add_argument(
-        "--row", action="append", choices=[row.name for row in ROWS], help="only this row; may be repeated"
-    )
-    parser.add_argument("--list", action="store_true")
+    parser = gate.parser(__doc__, [row.name for row in ROWS], rounds=15)
     parser.add_argument("--scan", action="store_true", help="cost against N, C, h and d instead of the table")
     parser.add_argument("--grid", action="store_true", help='how often backend="auto" takes native code')
-    parser.add_argument("--no-compile", action="store_true", help="without the baselines under torch.compile")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each candidate of the table")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--csv", type=Path)
     parser.add_argument("--plots", type=Path, help="folder for the figures of --scan")
-    options = parser.parse_args(argv)
-    if options.list:
-        print("\n".join(row.name for row in ROWS))
-        return 0
-    if library.unavailable_reason():
-        print(f"no native library, nothing to gate: {library.unavailable_reason()}", file=sys.stderr)
-        return 2
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: pass 1 or more")
-    torch.set_num_threads(1)
+    options = gate.begin(parser, argv, library.unavailable_reason())
     if options.grid:
         return show_grid()
+    results = []
     if options.scan:
         results = scan(options.rounds)
         if options.plots:
             plot(results, options.plots)
-    else:
-        results = []
-        for row in ROWS:
-            if options.row and row.name not in options.row:
-                continue
-            if row.isa and row.isa not in library.supported_isas():
-                print(f"{row.name}: skipped, this processor has no {row.isa}")
-                continue
-            result = measured(replace(row, compiled=()) if options.no_compile else row, options.rounds)
-            if options.memory and row.d:
-                result["peak_mib"] = {
-                    name: peak_of(row.name, name) for name in row.names if name in result["milliseconds"]
-                }
-            results.append(result)
-            show(results[-1])
-    export(results, options.json, options.csv)
-    failed = [(r["row"], q["ratio"]) for r in results for q in r["ratios"] if q["value"] > SLACK * q["target"]]
-    for name, ratio in failed:
-        print(f"above {SLACK} x target: {name}: {ratio}", file=sys.stderr)
-    return 1 if options.gate and failed else 0
+    for row in () if options.scan else ROWS:
+        if (options.row and row.name not in options.row) or (options.one_thread and row.threads > 1):
+            continue
+        if row.isa and row.isa not in library.supported_isas():
+            print(f"{row.name}: skipped, this processor has no {row.isa}")
+            continue
+        chosen = replace(row, compiled=()) if options.no_compile else row
+        result = gate.tried(partial(measured, chosen, options.rounds), options.gate)
+        if options.memory and row.d:
+            result["peak_mib"] = {name: peak_of(row.name, name) for name in row.names if name in result["milliseconds"]}
+        results.append(result)
+        show(results[-1])
+    return gate.finish(results, options, ("N", "d", "h", "C", "threads", "isa"), ("peak_mib",))
 
 
 def pytest_generate_tests(metafunc) -> None:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, CASES, INTERVAL = "mfeat", ("everything", "robust", "interleave", "kd"), 2.0
-WARM_UP = 0.3  # share of a process after which its memory has to be flat
-SHORTEST = 60.0  # seconds that a process must live to be judged
+WARM_UP = 0.3  # share of a stage after which its memory has to be flat
+SHORTEST = 30.0  # seconds that a stage must last to be judged
 FLAT = 1.05
 
 
@@ -61,9 +61,14 @@ def child(case: str, epochs: int, seed: int, folder: Path) -> None:
     class Report(Silent):
         def on_epoch(self, record):
             print(record["stage"], record["epoch"], flush=True)
+            last = "control" if ebr else "train"
+            if record["stage"] == last and record["epoch"] == epochs:
+                print("end", 0, flush=True)  # the evaluation follows
 
+    config = config_of(case, epochs)
+    ebr = config.ebr is not None and config.control
     try:
-        train(load(DATA), config_of(case, epochs), seed=seed, run_dir=folder, resume="auto", progress=Report())
+        train(load(DATA), config, seed=seed, run_dir=folder, resume="auto", progress=Report())
     except Interrupted:
         sys.exit(130)
 
@@ -80,7 +85,7 @@ class Process:
         )
         self.epochs: list[tuple[str, int]] = []
         self.errors: list[str] = []
-        self.memory: list[tuple[float, int]] = []
+        self.memory: dict[str, list[tuple[float, int]]] = {}  # of each stage: seconds since the start, KiB
         self.threads = [threading.Thread(target=self._read), threading.Thread(target=self._read_errors)]
         for thread in self.threads:
             thread.start()
@@ -109,7 +114,8 @@ class Process:
             return
         for line in status.splitlines():
             if line.startswith("RssAnon:"):
-                self.memory.append((time.monotonic() - self.started, int(line.split()[1])))
+                stage = self.epochs[-1][0] if self.epochs else "start"
+                self.memory.setdefault(stage, []).append((time.monotonic() - self.started, int(line.split()[1])))
 
     def end(self) -> int:
         code = self.process.wait()
@@ -118,14 +124,22 @@ class Process:
         return code
 
 
-def growth(memory: list[tuple[float, int]]) -> float:
-    """Largest anonymous memory in the last third over that between warm-up and the last third; 1 is flat."""
-    if not memory or memory[-1][0] < SHORTEST:
-        return 1.0
-    last = memory[-1][0]
-    early = [kb for t, kb in memory if WARM_UP * last <= t < 0.66 * last]
-    late = [kb for t, kb in memory if t >= 0.66 * last]
-    return max(late) / max(early) if early and late else 1.0
+def growth(memory: dict[str, list[tuple[float, int]]]) -> float:
+    """Largest anonymous memory in the last third of a stage over that between its warm-up and the last third.
+
+    Stages are judged one by one, because they hold different things; the worst one counts, and 1 is flat. What follows
+    the last epoch (the evaluation) belongs to no stage of training and is left out.
+    """
+    worst = 1.0
+    for stage, samples in memory.items():
+        begin, length = samples[0][0], samples[-1][0] - samples[0][0]
+        if stage in ("start", "end") or length < SHORTEST:
+            continue
+        early = [kb for t, kb in samples if begin + WARM_UP * length <= t < begin + 0.66 * length]
+        late = [kb for t, kb in samples if t >= begin + 0.66 * length]
+        if early and late:
+            worst = max(worst, max(late) / max(early))
+    return worst
 
 
 def content(folder: Path) -> dict[str, object]:
@@ -198,7 +212,10 @@ def one_round(number: int, seed: int, budget: float, folder: Path) -> dict:
     if whole.end() != 0:
         raise RuntimeError("".join(whole.errors)[-2000:])
     line |= {"epochs": epochs, "whole_seconds": round(time.monotonic() - started, 1)}
-    line |= {"memory_mb": round(max(kb for _, kb in whole.memory) / 1024), "whole_growth": growth(whole.memory)}
+    line |= {
+        "memory_mb": round(max(kb for stage in whole.memory.values() for _, kb in stage) / 1024),
+        "whole_growth": growth(whole.memory),
+    }
     started = time.monotonic()
     line |= killed_run(arguments("killed", epochs), draw, mean=max(5.0, budget / 8))
     line["killed_seconds"] = round(time.monotonic() - started, 1)

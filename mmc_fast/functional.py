@@ -15,6 +15,8 @@ from .reference.grad_reverse import grad_reverse
 
 __all__ = ["EBROutput", "ebr_step", "grad_reverse"]
 
+_NARROW = 64  # widest layer that autocast computes in float32 (docs/performance.md)
+
 
 class EBROutput(NamedTuple):
     """Result of an EBR step; add the two losses to yours and call backward once."""
@@ -76,6 +78,9 @@ def ebr_step(
         TypeError, ValueError: wrong dtypes, shapes or an integer source out of range (on CPU).
         RuntimeError: an explicit backend cannot run here.
 
+    Autocast: computes and returns autocast's dtype, losses in float32; on a CPU layers of at most 64 units are computed
+    in float32 and only what is returned is rounded.
+
     Cost: ``2 B (sum_i 2 h (d_i + k) ... + m * psi)`` multiply-adds forward, about twice that backward.
     Source: Chaudhuri et al., ICML 2025, section 3.3 and appendix; L_rec from the authors' slides.
     """
@@ -85,9 +90,13 @@ def ebr_step(
     device = filled[0].device
     if torch.is_autocast_enabled(device.type) and filled[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-        filled, params = [f.to(dtype) for f in filled], [p.to(dtype) for p in params]
+        # so narrow layers take longer in bfloat16 on a CPU than in float32, and are less exact
+        narrow = device.type == "cpu" and backend != "torch" and max(max(p.shape) for p in params) <= _NARROW
+        inside = torch.float32 if narrow else dtype
+        filled, params = [f.to(inside) for f in filled], [p.to(inside) for p in params]
         with torch.autocast(device.type, enabled=False):
-            return _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
+            out = _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
+        return EBROutput([r.to(dtype) for r in out.recovered], out.latents.to(dtype), *out[2:]) if narrow else out
     return _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
 
 

@@ -294,6 +294,22 @@ def test_autocast_returns_gradients_in_the_dtype_of_the_parameters(which):
     torch.testing.assert_close(out.recovered[0].double(), truth.recovered[0], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("hidden", "rounded_once"), [(64, True), (65, False)])
+def test_autocast_on_a_cpu_computes_narrow_layers_in_float32(hidden, rounded_once):
+    head = EBRHead([6, 64], 8, hidden, (64,))
+    x = [torch.randn(40, d, requires_grad=True) for d in head.dims]
+    plain = head([f.detach() for f in x])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = head(x)
+    same = [torch.equal(a.bfloat16(), b) for a, b in zip(plain.recovered, out.recovered, strict=True)]
+    assert all(same) == rounded_once
+    assert torch.equal(plain.latents.bfloat16(), out.latents) == rounded_once
+    assert torch.equal(plain.discrimination_loss, out.discrimination_loss) == rounded_once
+    assert {r.dtype for r in (*out.recovered, out.latents)} == {torch.bfloat16}
+    (sum(r.float().square().sum() for r in out.recovered) + out.discrimination_loss).backward()
+    assert {t.grad.dtype for t in (*x, *head.parameters())} == {torch.float32}
+
+
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_batch(dtype):

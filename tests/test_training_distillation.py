@@ -12,10 +12,11 @@ from training_data import small, tiny
 
 from mmc_fast.data import MultimodalDataset
 from mmc_fast.errors import InputError
-from mmc_fast.training import KDConfig, UnimodalModels
+from mmc_fast.training import KDConfig, TrainConfig, UnimodalModels
 from mmc_fast.training.distillation import distil, info_nce, teaching_plan
 from mmc_fast.training.model import MultimodalModel
 from mmc_fast.training.parts import fingerprint
+from mmc_fast.training.seeds import seeded_init
 from mmc_fast.training.unimodal import train_unimodal
 
 KD = KDConfig(epochs=4, batch_size=16, embedding_dim=4)
@@ -97,3 +98,60 @@ def test_refusals(seed):
     model, unimodal = prepared(seed, apart)
     with pytest.raises(InputError, match="0 train row"):
         distil(model, apart, unimodal, KD, seed=seed)
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "kl", "mse"])
+def test_every_loss_brings_the_student_to_a_frozen_teacher(loss, seed):
+    dataset = tiny(seed)
+    model, unimodal = prepared(seed, dataset)
+    before = {n: [p.clone() for p in m.parameters()] for n, m in unimodal.models.items()}
+    kd = replace(KD, epochs=30, lr=1e-2, loss=loss, teachers="stronger")
+    done = distil(model, dataset, unimodal, kd, seed=seed)
+    assert len(done) == 3
+    assert all(pair["loss"][-1] < pair["loss"][0] for pair in done), [pair["loss"] for pair in done]
+    for name, m in unimodal.models.items():
+        assert all(torch.equal(a, b) for a, b in zip(before[name], m.parameters(), strict=True)), (
+            f"teacher {name} moved"
+        )
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "kl", "mse"])
+def test_simultaneous_teachers_are_the_mean_of_their_lessons_on_the_rows_that_have_them(loss, seed):
+    dataset = tiny(seed, absent=0.4)
+    model, unimodal = prepared(seed, dataset)
+    kd = replace(KD, epochs=1, batch_size=500, loss=loss, teachers="stronger", order="simultaneous")
+    weakest, *stronger = unimodal.weakest_first()
+    column = {n: i for i, n in enumerate(dataset.modalities)}
+    train = dataset.part("train")
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    done = distil(model, dataset, unimodal, kd, seed=seed)
+    assert [(d["teacher"], d["student"]) for d in done] == [(" + ".join(stronger), weakest), (stronger[1], stronger[0])]
+
+    model.load_state_dict(start)
+    lessons = []
+    for teacher in stronger:
+        both = train.present[:, column[teacher]] & train.present[:, column[weakest]]
+        x, y = train.features[column[weakest]][both], train.features[column[teacher]][both]
+        z, source = model.encoders[column[weakest]](x), unimodal.models[teacher]
+        with seeded_init(seed, "kd", "init", teacher, weakest):
+            out = {"info_nce": kd.embedding_dim, "kl": 3, "mse": source.encoder.out_dim}[loss]
+            student = torch.nn.Linear(model.widths[column[weakest]], out)
+            reader = torch.nn.Linear(source.encoder.out_dim, out)
+        if loss == "info_nce":
+            a, b = F.normalize(student(z), dim=1), F.normalize(reader(source.encoder(y)), dim=1)
+            order = torch.arange(len(a))
+            logits = a @ b.t() / kd.temperature
+            lessons.append((F.cross_entropy(logits, order) + F.cross_entropy(logits.t(), order)) / 2)
+        elif loss == "mse":
+            lessons.append((student(z) - source.encoder(y)).square().mean())
+        else:
+            p, q = torch.softmax(source(y) / 4, 1), torch.softmax(student(z) / 4, 1)
+            lessons.append(16 * (p * (p / q).log()).sum(1).mean())
+    assert done[0]["loss"][0] == pytest.approx(float(torch.stack(lessons).mean().detach()), rel=1e-4)
+
+
+def test_settings_of_distillation_that_came_later_are_recorded_only_where_they_differ():
+    assert set(TrainConfig.preset("kd").to_dict()["kd"]).isdisjoint({"loss", "kl_temperature"})
+    changed = TrainConfig.preset("kd", kd=KDConfig(loss="kl", kl_temperature=2.0))
+    assert changed.to_dict()["kd"]["loss"] == "kl"
+    assert TrainConfig.from_dict(changed.to_dict()) == changed

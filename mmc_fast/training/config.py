@@ -17,6 +17,7 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
 _LATER = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")  # came after runs had been recorded
+_LATER_KD = ("loss", "kl_temperature")
 
 
 def _at_least(where: str, values: Mapping[str, float], low: float) -> None:
@@ -39,7 +40,11 @@ class KDConfig:
         epochs: epochs for each (teacher, student) pair. batch_size: in-batch negatives + 1. lr: of Adam.
         temperature: T of the symmetric InfoNCE loss. embedding_dim: width of the L2-normalised projections.
         teachers: "strongest" (one teacher for all) or "stronger" (every stronger modality teaches in turn).
-        order: in which the teachers of one student take turns; matters only with ``teachers="stronger"``.
+        order: in which the teachers of one student take turns, or "simultaneous": all in the same steps, the mean of
+            their losses. Matters only with ``teachers="stronger"``.
+        loss: "info_nce", "kl" (of the teacher's class probabilities from those of a linear classifier on the student,
+            both softened by ``kl_temperature``, times its square; Hinton et al. 2015) or "mse" (of the teacher's
+            features from a linear map of the student's).
     """
 
     epochs: int = 20
@@ -48,13 +53,15 @@ class KDConfig:
     temperature: float = 0.07
     embedding_dim: int = 128
     teachers: Literal["strongest", "stronger"] = "strongest"
-    order: Literal["weakest_first", "strongest_first", "random"] = "weakest_first"
+    order: Literal["weakest_first", "strongest_first", "random", "simultaneous"] = "weakest_first"
+    loss: Literal["info_nce", "kl", "mse"] = "info_nce"
+    kl_temperature: float = 4.0
 
     def __post_init__(self) -> None:
         check_choices("kd", self)
         _at_least("kd", {"epochs": self.epochs, "embedding_dim": self.embedding_dim}, 1)
         _at_least("kd", {"batch_size": self.batch_size}, 2)
-        _positive("kd", {"lr": self.lr, "temperature": self.temperature})
+        _positive("kd", {"lr": self.lr, "temperature": self.temperature, "kl_temperature": self.kl_temperature})
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,9 @@ class TrainConfig:
         """
         values = asdict(self)
         unchanged = [f.name for f in fields(self) if f.name in _LATER and values[f.name] == f.default]
+        if values["kd"] is not None:
+            plain = KDConfig()
+            values["kd"] = {k: v for k, v in values["kd"].items() if k not in _LATER_KD or v != getattr(plain, k)}
         return {"method": self.method} | _plain({k: v for k, v in values.items() if k not in unchanged})
 
 

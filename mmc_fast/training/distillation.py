@@ -77,9 +77,9 @@ def distil(
 ) -> list[dict[str, Any]]:
     """Pretrain the encoders of the weaker modalities of ``model`` in place; returns what was done, pair by pair.
 
-    Only train rows that have both modalities are used. The teacher (a unimodal encoder) is frozen; its features, the
-    student's encoder and two linear projections to ``embedding_dim`` meet in :func:`info_nce`. The projections are
-    dropped afterwards. ``nonfinite``: "stop" or "skip" a batch whose loss is NaN or infinite. ``store``, ``guard`` and
+    Only train rows that have both modalities are used. The teacher (a unimodal model) is frozen; it meets the student's
+    encoder in ``kd.loss``, for :func:`info_nce` behind two linear projections to ``embedding_dim``. All maps between
+    the two are dropped afterwards. ``nonfinite``: "stop" or "skip" a batch whose loss is NaN or infinite. ``store``, ``guard`` and
     ``checkpoint``: where the stage (called ``stage``) saves itself every ``checkpoint_seconds``, what may interrupt it,
     and the state that it continues from.
 
@@ -113,7 +113,7 @@ class _Distillation:
         self.names = dataset.modalities
         self.device = model.class_prior.device
         self.train = to_device(dataset.part("train"), self.device)
-        self.plan = teaching_plan(unimodal, kd, seed)
+        self.rounds = _rounds(teaching_plan(unimodal, kd, seed), kd)
         self.done: list[dict[str, Any]] = []
         self.pair: _Pair | None = None
 
@@ -134,17 +134,17 @@ class _Distillation:
                 self.pair.restore(checkpoint.tensors, checkpoint.meta["pair"])
 
     def _pair(self) -> _Pair:
-        teacher, student = self.plan[len(self.done)]
-        t, s = self.names.index(teacher), self.names.index(student)
-        both = self.train.present[:, t] & self.train.present[:, s]
+        teachers, student = self.rounds[len(self.done)]
+        t, s = [self.names.index(teacher) for teacher in teachers], self.names.index(student)
+        both = self.train.present[:, t].any(1) & self.train.present[:, s]
         if int(both.sum()) < 2:
             raise InputError(
-                f"kd: {int(both.sum())} train row(s) have both {teacher} and {student}; 2 or more are needed"
+                f"kd: {int(both.sum())} train row(s) have both {_joined(teachers)} and {student}; 2 or more are needed"
             )
-        return _Pair(self, teacher, student, t, s, both)
+        return _Pair(self, teachers, student, t, s, both)
 
     def run(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
-        while len(self.done) < len(self.plan):
+        while len(self.done) < len(self.rounds):
             self.pair = self.pair or self._pair()
             pair = self.pair
             while pair.epoch < self.kd.epochs:
@@ -158,31 +158,52 @@ class _Distillation:
             self.pair = None
 
 
-class _Pair:
-    """One teacher, one student, the two projections between them, and their optimiser."""
+def _rounds(plan: list[tuple[str, str]], kd: KDConfig) -> list[tuple[list[str], str]]:
+    """Teachers and student of every round: one teacher, or all of a student's with ``order="simultaneous"``."""
+    if kd.order != "simultaneous":
+        return [([teacher], student) for teacher, student in plan]
+    return [([t for t, s in plan if s == student], student) for student in dict.fromkeys(s for _, s in plan)]
 
-    def __init__(self, work: _Distillation, teacher: str, student: str, t: int, s: int, both: Tensor) -> None:
-        self.work, self.teacher, self.student = work, teacher, student
+
+def _joined(teachers: list[str]) -> str:
+    return " + ".join(teachers)
+
+
+class _Pair:
+    """The teachers of a round (one, unless simultaneous), one student, what maps between them, and the optimiser."""
+
+    def __init__(
+        self, work: _Distillation, teachers: list[str], student: str, t: list[int], s: int, both: Tensor
+    ) -> None:
+        self.work, self.teacher, self.student = work, _joined(teachers), student
         kd, model, train = work.kd, work.model, work.train
         self.encoder = model.encoders[s]
-        self.teaching = work.unimodal.models[teacher].encoder.to(work.device)
+        models = [work.unimodal.models[name].to(work.device) for name in teachers]
+        self.teaching: list[nn.Module] = [m if kd.loss == "kl" else m.encoder for m in models]
+        self.there = [train.present[both, column] for column in t]
         if train.streamed:
             self.rows = both.nonzero().flatten()
-            self.taught, self.seen = train.features[t], train.features[s]
-            width = self.teaching.out_dim
+            self.taught, self.seen = [train.features[column] for column in t], train.features[s]
         else:
             with torch.no_grad():
-                self.target = self.teaching(train.features[t][both])
+                pairs = zip(self.teaching, t, strict=True)
+                self.targets = [teaching(train.features[column][both]) for teaching, column in pairs]
             self.x = train.features[s][both]
-            width = self.target.shape[1]
         self.count = int(both.sum())
-        with seeded_init(work.seed, "kd", "init", teacher, student):
-            self.project_student = nn.Linear(model.widths[s], kd.embedding_dim).to(work.device)
-            self.project_teacher = nn.Linear(width, kd.embedding_dim).to(work.device)
-        self.projections = nn.ModuleList([self.project_student, self.project_teacher])
+        self.students: list[nn.Module] = []
+        self.readers: list[nn.Module] = []
+        for name, teacher in zip(teachers, models, strict=True):
+            width = int(teacher.encoder.out_dim)
+            given = {"info_nce": kd.embedding_dim, "mse": width, "kl": model.num_classes}[kd.loss]
+            with seeded_init(work.seed, "kd", "init", name, student):
+                self.students.append(nn.Linear(model.widths[s], given).to(work.device))
+                if kd.loss == "info_nce":
+                    self.readers.append(nn.Linear(width, given).to(work.device))
+        both_sides = zip(self.students, self.readers, strict=True) if self.readers else zip(self.students, strict=True)
+        self.projections = nn.ModuleList(module for side in both_sides for module in side)
         moving = [*self.encoder.parameters(), *self.projections.parameters()]
         self.optimizer = torch.optim.Adam(moving, lr=kd.lr, fused=True)
-        self.order_of = generator(work.seed, "kd", "order", teacher, student)
+        self.order_of = generator(work.seed, "kd", "order", self.teacher, student)
         self.order: Tensor | None = None  # row order of the epoch that runs
         self.losses: list[float] = []  # one per epoch done
         self.epoch = self.step = 0
@@ -223,17 +244,37 @@ class _Pair:
         self.order, self.step, self.epoch = None, 0, self.epoch + 1
         self.total, self.counted = 0.0, 0
 
-    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        there = [t[rows] for t in self.there]
         if not self.work.train.streamed:
-            return self.x[rows], self.target[rows]
+            return self.x[rows], [target[rows] for target in self.targets], there
         chosen = self.rows[rows]
         with torch.no_grad():
-            return self.seen[chosen], self.teaching(self.taught[chosen])
+            pairs = zip(self.teaching, self.taught, strict=True)
+            return self.seen[chosen], [teaching(x[chosen]) for teaching, x in pairs], there
 
-    def _train_step(self, x: Tensor, target: Tensor) -> None:
-        a = F.normalize(self.project_student(self.encoder(x)), dim=-1)
-        b = F.normalize(self.project_teacher(target), dim=-1)
-        loss = info_nce(a, b, self.work.kd.temperature)
+    def _lesson(self, n: int, z: Tensor, target: Tensor) -> Tensor:
+        """Loss of the student's features ``z`` against what teacher ``n`` says on the same rows."""
+        kd, found = self.work.kd, self.students[n](z)
+        if kd.loss == "mse":
+            return F.mse_loss(found, target)
+        if kd.loss == "kl":
+            t = kd.kl_temperature
+            soft = [(v / t).log_softmax(-1) for v in (found, target)]
+            return t * t * F.kl_div(soft[0], soft[1], reduction="batchmean", log_target=True)
+        return info_nce(F.normalize(found, dim=-1), F.normalize(self.readers[n](target), dim=-1), kd.temperature)
+
+    def _train_step(self, x: Tensor, targets: list[Tensor], there: list[Tensor]) -> None:
+        z = self.encoder(x)
+        lessons = []
+        for n, (target, here) in enumerate(zip(targets, there, strict=True)):
+            if bool(here.all()):
+                lessons.append(self._lesson(n, z, target))
+            elif int(here.sum()) >= 2:
+                lessons.append(self._lesson(n, z[here], target[here]))
+        if not lessons:
+            return
+        loss = torch.stack(lessons).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
             if self.work.skip:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import MultimodalDataset, Part, mcar
+from ..data.dataset import PARTS
 from ..data.names import unknown
 from ..errors import InputError
 from .metrics import scores
@@ -23,7 +24,6 @@ from .unimodal import UnimodalModels
 __all__ = ["RATES", "Predictions", "check_fits", "evaluate", "masks_at", "measure", "predict"]
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
-_PARTS = ("train", "validation", "test")
 _BATCH = 4096  # rows at a time, fewer where they are wider than 1024
 _VALUES = _BATCH * 1024
 
@@ -135,8 +135,8 @@ def measure(
     on_empty: str,
 ) -> tuple[dict[str, Any], Predictions]:
     """:func:`evaluate` together with the predictions behind its scores."""
-    if part not in _PARTS:
-        raise unknown("part", part, _PARTS)
+    if part not in PARTS:
+        raise unknown("part", part, PARTS)
     check_fits(model, dataset)
     rows = dataset.part(part)
     metric = dataset.metric

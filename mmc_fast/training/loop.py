@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,32 +12,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..data import MultimodalDataset
+from ..data.dataset import PARTS
 from ..data.names import unknown
 from ..errors import InputError
 from ..ops.backends import ran
 from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
 from .config import TrainConfig
-from .distillation import distil, teaching_plan
-from .environment import environment
+from .device import check_device, device_of
+from .distillation import distil
 from .evaluate import Predictions, measure
-from .game import fresh_discriminator, parameter_distance
 from .interrupt import InterruptGuard
 from .model import MultimodalModel, select_modalities
-from .parts import fingerprint, to_device
+from .parts import fingerprint
 from .progress import ProcessesDiffer, Progress, Silent
+from .record import SCHEMA_VERSION, game_figures, results_of
 from .runfolder import RunFolder, load_run
 from .seeds import check_seed, seeded_init
-from .substitution import describe
 from .trainer import Trainer
 from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
 from .world import World, join_world
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
-
-SCHEMA_VERSION = 1
-_PARTS = ("train", "validation", "test")
 
 
 @dataclass
@@ -94,7 +89,7 @@ def train(
         SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
         ProcessLost: another process of a distributed run died.
     """
-    world = join_world(_check_device(device), distributed)
+    world = join_world(check_device(device), distributed)
     run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device, world)
     return run.execute(run_dir, resume, unimodal)
 
@@ -111,8 +106,8 @@ class _Run:
         world: World,
     ) -> None:
         for part in evaluate_on:
-            if part not in _PARTS:
-                raise unknown("part", part, _PARTS)
+            if part not in PARTS:
+                raise unknown("part", part, PARTS)
         if config.kd is not None and len(dataset.modalities) < 2:
             raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
         self.heads = 0
@@ -120,7 +115,7 @@ class _Run:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
         self.progress, self.evaluate_on = progress if world.first else Silent(), evaluate_on
-        self.device = _device_of(_check_device(device), world)
+        self.device = device_of(check_device(device), world)
         self.world = world
         self.guard = InterruptGuard()
         self.guard.agreed = None if world.size == 1 else False
@@ -212,12 +207,17 @@ class _Run:
         if self.config.control and not self.trivial and self.config.ebr is not None:
             twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
             twin = self._fit("control", twin_config, control, taught["control"])
-        game = self._timed("game", lambda: self._game(run, twin))
+        game = self._timed("game", lambda: game_figures(run, twin, self.trivial))
         self._check_guard("the evaluation")
         scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
         self._check_guard("the evaluation")
         self.timing["total_seconds"] = time.perf_counter() - started
-        results = self.world.agree(lambda: self._results(run, game, scores))
+        results = self.world.agree(
+            lambda: results_of(
+                run, game=game, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
+                data=self.identity()["data"], ran_before=self.ran_before, timing=self.timing,
+            )
+        )  # fmt: skip
         if self.folder is not None:
             self.folder.save_model(run.model)
             self.folder.save_predictions(predictions)
@@ -319,7 +319,8 @@ class _Run:
             total += config.epochs - (0 if checkpoint is None else int(checkpoint.meta["epoch"]))
             if checkpoint is None and config.kd is not None:
                 m = len(self.dataset.modalities)
-                pairs = m - 1 if config.kd.teachers == "strongest" else m * (m - 1) // 2
+                once = config.kd.teachers == "strongest" or config.kd.order == "simultaneous"
+                pairs = m - 1 if once else m * (m - 1) // 2
                 total += pairs * config.kd.epochs - _epochs_taught(taught[stage], config.kd.epochs)
         return total
 
@@ -379,43 +380,6 @@ class _Run:
             checkpoint=taught,
         )
 
-    def _game(self, run: Trainer, twin: Trainer | None) -> dict[str, Any] | None:
-        """The figures that say whether the game was played and what it changed; None without EBR."""
-        if self.config.ebr is None:
-            return None
-        parts = [to_device(self.dataset.part(name), self.device) for name in ("train", "validation")]
-
-        def judge(model: MultimodalModel) -> dict[str, Any] | None:
-            return fresh_discriminator(model, parts[0], parts[1], self.seed)
-
-        distance: float | None = 0.0 if self.trivial else None
-        control = None
-        if twin is not None:
-            names = [n for n, _ in run.model.named_parameters() if not n.startswith("head.discriminator.")]
-            distance = parameter_distance(run.last_weights, twin.last_weights, names)
-            control = {
-                "fresh_discriminator": judge(twin.model),
-                "best_epoch": twin.best_epoch,
-                "best_val_score": twin.best_score,
-            }
-        return {
-            "lambda": self.config.ebr.reversal,
-            "fresh_discriminator": judge(run.model),
-            "distance_to_lambda0": distance,
-            "first_active_epoch": run.first_pull,
-            "adversarial_stopped_after": run.stop.stopped_after,
-            "control": control,
-        }
-
-    def _label(self, run: Trainer, game: dict[str, Any] | None) -> str:
-        """The method's name, or "inactive" for an EBR run that lambda did not change."""
-        if game is None:
-            return self.config.method
-        # Selected before the first reversed gradient, the model is that of the control run, whatever came later.
-        played = run.first_pull is not None and run.best_epoch >= run.first_pull
-        active = played and not self.trivial and game["distance_to_lambda0"] != 0.0
-        return self.config.method if active else "inactive"
-
     def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
         scores, predictions = [], []
         for part in self.evaluate_on:
@@ -433,69 +397,9 @@ class _Run:
             predictions.append(found)
         return scores, predictions
 
-    def _results(self, run: Trainer, game: dict[str, Any] | None, scores: list[dict[str, Any]]) -> dict[str, Any]:
-        """The content of results.json; docs/training.md describes every key."""
-        d = self.dataset
-        sizes = {name: int((d.split == code).sum()) for code, name in enumerate(_PARTS)}
-        distillation = None
-        if self.config.kd is not None and self.unimodal is not None:
-            plan = teaching_plan(self.unimodal, self.config.kd, self.seed)
-            distillation = {"plan": [list(pair) for pair in plan], "pairs": run.about.get("distilled")}
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "mmc_fast_version": __version__,
-            "method": self.config.method,
-            "label": self._label(run, game),
-            "data": self.identity()["data"] | {"sizes": sizes, "modalities": d.modalities, "info": _jsonable(d.info)},
-            "config": self.config.to_dict(),
-            "seed": self.seed,
-            "environment": environment(run.model, self.ran_before) | {"processes": self.world.size},
-            "history": run.history,
-            "selected_epoch": run.best_epoch,
-            "selected_val_score": run.history[run.best_epoch - 1]["val_score"],
-            "game": game,
-            "ranking": describe(run.model, self.reference),
-            "unimodal": None if self.unimodal is None else self.unimodal.scores,
-            "distillation": distillation,
-            "scores": scores[0] if scores else None,
-            "other_scores": {s["part"]: s for s in scores[1:]},
-            "timing": self.timing,
-        }
-
 
 def _epochs_taught(checkpoint: Checkpoint | None, epochs: int) -> int:
     if checkpoint is None:
         return 0
     pair = checkpoint.meta["pair"]
     return len(checkpoint.meta["done"]) * epochs + (0 if pair is None else int(pair["epoch"]))
-
-
-def _check_device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are visible; use cpu")
-    return found
-
-
-def _device_of(device: torch.device, world: World) -> torch.device:
-    """The device of this process: with several of them "cuda" is that of the local rank."""
-    if device.type != "cuda" or device.index is not None or world.size == 1:
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", world.rank % torch.cuda.device_count())))
-
-
-def _jsonable(value: Any) -> Any:
-    """Plain JSON values; what JSON does not know becomes text."""
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, Tensor):
-        return _jsonable(value.tolist())
-    finite = not isinstance(value, float) or (value == value and abs(value) != float("inf"))
-    return value if isinstance(value, (str, int, float, bool, type(None))) and finite else str(value)

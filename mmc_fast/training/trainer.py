@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ from .world import World
 __all__ = ["Trainer"]
 
 _PROBE_ROWS = 512
+
+
+class _Step(NamedTuple):
+    """One step of an epoch: its number, what plays, and the rows' presence, substitutes and presence in the data."""
+
+    number: int
+    phase: Phase
+    present: Tensor | None
+    source: Tensor | None
+    natural: Tensor | None
+    last: bool
 
 
 class Trainer:
@@ -156,8 +167,8 @@ class Trainer:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if present is None else present[n]
             source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
-            step = self._step if self.split is None else self._split_step
-            stop = step(phase, batches, n, here, source, None if natural is None else natural[n], n + 1 == steps)
+            at = _Step(n, phase, here, source, None if natural is None else natural[n], n + 1 == steps)
+            stop = self._whole_step(at, batches) if self.split is None else self._split_step(self.split, at, batches)
             self.ranking_current = False
             self.step += 1
             if stop:
@@ -166,67 +177,46 @@ class Trainer:
             elif self.store is not None and time.monotonic() - self.saved >= config.checkpoint_seconds:
                 self._save_within(started)
 
-    def _step(
-        self,
-        phase: Phase,
-        batches: Batches,
-        n: int,
-        here: Tensor | None,
-        source: Tensor | None,
-        natural: Tensor | None,
-        last: bool,
-    ) -> bool:
-        """Step ``n`` of the epoch on all rows of the batch at once; True where a signal asks to stop."""
+    def _whole_step(self, at: _Step, batches: Batches) -> bool:
+        """A step on all rows of the batch at once; True where a signal asks to stop."""
         skip, known = self.config.nonfinite == "skip", self.stepper.loss_md
-        _, inputs, labels = batches[n]
+        _, inputs, labels = batches[at.number]
         if self.noisy is not None:
             inputs[self.noisy] = self._with_noise(inputs[self.noisy])
-        total, parts, latents = self.stepper.losses(phase, inputs, here, labels, source, natural)
+        total, parts, latents = self.stepper.losses(at.phase, inputs, at.present, labels, at.source, at.natural)
         # On a device a look at the loss costs a synchronisation.
-        looked = self.device.type == "cpu" or last or skip
+        looked = self.device.type == "cpu" or at.last or skip
         refused = looked and not bool(torch.isfinite(total))
         if refused and not skip:
             self._loss_diverged(total)
-        refused = refused or self.stepper.update(phase, total, latents, here)
-        if refused:
-            self._skip(len(labels))
-            self.stepper.loss_md = known
-        else:
-            self.sums += parts.double() * len(labels)
+        self._count(refused or self.stepper.update(at.phase, total, latents, at.present), parts, len(labels), known)
         return self.guard.requested
 
-    def _split_step(
-        self,
-        phase: Phase,
-        batches: Batches,
-        n: int,
-        here: Tensor | None,
-        source: Tensor | None,
-        natural: Tensor | None,
-        last: bool,
-    ) -> bool:
+    def _split_step(self, split: SplitStep, at: _Step, batches: Batches) -> bool:
         """The same on the rows of this process, piece by piece; True where all processes have agreed to stop."""
-        if self.split is None:
-            raise RuntimeError("this run takes its steps whole")
-        known, labels = self.stepper.loss_md, batches.labels[n]
+        known, labels = self.stepper.loss_md, batches.labels[at.number]
         noise = None if self.noisy is None else self._draw_noise(len(labels))
 
         def load(rows: slice) -> list[Tensor]:
-            inputs = batches.features(n, rows)
+            inputs = batches.features(at.number, rows)
             if self.noisy is not None and noise is not None:
                 inputs[self.noisy] = self._with_noise(inputs[self.noisy], noise[rows])
             return inputs
 
-        found = self.split.backward(phase, labels, load, here, source, natural, self.guard.requested)
+        found = split.backward(at.phase, labels, load, at.present, at.source, at.natural, self.guard.requested)
         refused = not bool(torch.isfinite(found.total))
         if refused and self.config.nonfinite == "stop":
             self._loss_diverged(found.total)
-        if refused or self.split.finish(phase):
-            self._skip(len(labels))
+        self._count(refused or split.finish(at.phase), found.parts, len(labels), known)
+        return found.stop
+
+    def _count(self, refused: bool, parts: Tensor, rows: int, known: Tensor) -> None:
+        """Add the losses of a step that was taken; one that was refused leaves all as it was."""
+        if refused:
+            self._skip(rows)
             self.stepper.loss_md = known
         else:
-            self.sums += found.parts.double() * len(labels)
-        return found.stop
+            self.sums += parts.double() * rows
 
     def _skip(self, rows: int) -> None:
         """Count a batch whose step was not taken; an error where the configuration does not skip."""
