@@ -186,8 +186,9 @@ EBR_SIZES = {
     "narrow": Ebr(5, 64, 64, 64, (64,), 64),
     "wide": Ebr(4, 64, 64, 144, (64, 256), 64),
     "narrow, no hidden layer": Ebr(2, 16, 16, 16, (), 64),
-    "narrow, latent 128": Ebr(2, 64, 64, 128, (128,), 64),
-    "narrow, two hidden layers": Ebr(2, 64, 64, 128, (64, 64), 64),
+    "narrow, latent 128": Ebr(2, 64, 64, 128, (64,), 64),
+    "narrow, discriminator 128": Ebr(2, 64, 64, 64, (128,), 64),
+    "narrow, two hidden layers": Ebr(2, 64, 64, 64, (64, 64), 64),
     "wide, no hidden layer": Ebr(2, 64, 64, 512, (), 64),
     "wide, three hidden layers": Ebr(2, 64, 64, 144, (64, 64, 512), 64),
 }
@@ -219,12 +220,12 @@ def _train(sizes: Ebr, kind: str, dtype: torch.dtype) -> None:
     backward(forward())
 
 
-def record() -> list[dict[str, Any]]:
+def record(only: str = "") -> list[dict[str, Any]]:
     """One entry per distinct specialisation, named after the first scene that launches it."""
     from mmc_fast.testing import triton_guard
 
     found: dict[str, dict[str, Any]] = {}
-    for scene in small_scenes():
+    for scene in filter(lambda scene: only in scene.name, small_scenes()):
         with precision(scene.precision, scene.deterministic) as dtype, triton_guard.watch(sample=1) as watch:
             scene.run(dtype)
         for launch in watch.launches:
@@ -247,10 +248,11 @@ def _matrix(kind: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, required=True, help="file to write")
+    parser.add_argument("--only", default="", help="scenes whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    entries = record()
+    entries = record(options.only)
     fresh = options.record.with_suffix(".new")
     fresh.write_text(json.dumps(entries))
     os.replace(fresh, options.record)

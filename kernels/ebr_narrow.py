@@ -395,7 +395,8 @@ def ebr_narrow_bwd_kernel(
             g = tl.load(latents + g_at, mask=g_mask, other=0.0)
             _, _, d_first, _, _ = _psi_grads(g, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, PREC)
             p = tl.arange(0, PSI_PADS[1])
-            reversed_grad = tl.dot(d_first, load_weight(psi[0], p, PSI_DIMS[1], k, K), input_precision=PREC)
+            w_psi = load_weight(psi[0], p, PSI_DIMS[1], k, K, any_row(here))
+            reversed_grad = tl.dot(d_first, w_psi, input_precision=PREC)
             d_g -= strength * md_scale * reversed_grad
         if HAS_D_LATENTS:
             d_latents_at = tl.cast(j, INDEX) * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk
