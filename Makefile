@@ -22,7 +22,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate clean FORCE
+.PHONY: help setup demo test test-all defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate compare-smoke clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -36,6 +36,7 @@ help:
 	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (an hour)"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above its gate"
 	@echo "make setup      only the environment in $(VENV)"
+	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
 
 setup: $(STAMPS)/package
@@ -76,6 +77,14 @@ format: setup
 
 typecheck: setup
 	@$(PY) -m mypy
+
+# Searches, trains, tests, resumes and writes everything; the folder is made anew.
+SMOKE := build/compare-smoke
+compare-smoke: setup
+	@rm -rf $(SMOKE)
+	@$(PY) -m mmc_fast compare --methods vanilla,shaspec --data mfeat --seeds 2 --epochs 1 --tune always --out $(SMOKE)
+	@$(PY) -m mmc_fast compare --methods vanilla,consistency,ebr-robust,shaspec,muse,smil --data mfeat,support2 --seeds 2 \
+	  --epochs 1 --tune never --out $(SMOKE) --json > /dev/null
 
 # Triton interprets, counts and compiles without a GPU. The newest one lies in a folder of its own, before the pinned one.
 NEWEST_TRITON := 3.9.0

@@ -81,8 +81,9 @@ def main() -> None:
         packages=[
             *find_namespace_packages(include=["mmc_fast", "mmc_fast.*"], exclude=["*.__pycache__"]),
             "mmc_fast.kernels",
+            "mmc_fast.configs",
         ],
-        package_dir={"mmc_fast.kernels": "kernels"},
+        package_dir={"mmc_fast.kernels": "kernels", "mmc_fast.configs": "configs"},
         ext_modules=[Extension("mmc_fast._C", sources=[])] if native else [],
         cmdclass={"build_ext": CMakeBuild},
     )

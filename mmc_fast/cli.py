@@ -255,6 +255,65 @@ def diagnose(
 
 @app.command()
 @_clean
+def compare(
+    methods: Annotated[str, typer.Option(help="Rows, separated by commas: methods, or TOML files of your own.")] = (
+        "vanilla,unimodal,consistency,late,transformer,kd,ebr-paper,ebr-robust,shaspec,muse"
+    ),
+    data: Annotated[
+        str, typer.Option(help="Data, separated by commas: data sets, npz files, or TOML files with a budget.")
+    ] = "mfeat,support2,avmnist-hard",
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 5,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Missing rates, such as 0.1,0.4; none for complete data only. [default: .1,.2,.3,.4,.7]"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget of every method. [default: that of the data]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the grid; a grid there is continued.")] = Path("runs/compare"),
+    jobs: Annotated[int, typer.Option(help="Processes with one thread each.")] = 2,
+    tune: Annotated[
+        str, typer.Option(help="Settings: auto (stored choice, else a search), always (search), never (no search).")
+    ] = "auto",
+    reference: Annotated[
+        str | None, typer.Option(help="Row that the others are tested against. [default: vanilla, else the first]")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Only compute this finished cell again and compare; exit code 1 if different.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods with equal budgets and searches: a resumable grid of trainings, tables, tests, a page."""
+    from mmc_fast.commands.compare import check_cell, print_comparison, run_compare
+    from mmc_fast.commands.evaluate import parse_rates
+    from mmc_fast.commands.terminal import output_console
+
+    if check is not None:
+        different = check_cell(check)
+        typer.echo(f"different: {', '.join(different)}" if different else "the same numbers")
+        if different:
+            raise typer.Exit(1)
+        return
+    if tune not in ("auto", "always", "never"):
+        raise InputError(f"--tune is {tune!r}; allowed are auto, always and never")
+    wanted = () if rates is not None and rates.strip() == "none" else parse_rates(rates)
+    findings = run_compare(
+        methods.split(","),
+        data.split(","),
+        out,
+        seeds=seeds,
+        rates=None if wanted is None else tuple(wanted),
+        epochs=epochs,
+        jobs=jobs,
+        tune=tune,  # type: ignore[arg-type]
+        reference=reference,
+    )
+    if as_json:
+        _print_json([f.to_dict() for f in findings])
+    else:
+        print_comparison(output_console(), findings, out)
+
+
+@app.command()
+@_clean
 def info(as_json: AsJson = False) -> None:
     """Show versions, hardware, the native library, data sets and environment variables."""
     from mmc_fast.commands.info import collect_info, print_info

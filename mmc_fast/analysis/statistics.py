@@ -22,6 +22,7 @@ __all__ = [
     "Interval",
     "ResampledScores",
     "average",
+    "holm",
     "mean_sd",
     "resample_counts",
     "resampled_scores",
@@ -39,7 +40,8 @@ class Interval:
     """A two-sided confidence interval of a score or of a difference of scores.
 
     ``sd_seeds`` and ``sd_samples`` are the standard errors of its two parts; ``sd_seeds`` is None with one seed, and
-    the interval then speaks of this one training run only.
+    the interval then speaks of this one training run only. ``p_zero`` is the two-sided p-value of the value 0 under the
+    same t distribution.
     """
 
     estimate: float
@@ -49,6 +51,12 @@ class Interval:
     seeds: int
     sd_seeds: float | None
     sd_samples: float
+    p_zero: float = math.nan
+
+    @property
+    def se(self) -> float:
+        """Standard error of both parts together."""
+        return math.hypot(self.sd_seeds or 0.0, self.sd_samples)
 
     def excludes(self, value: float) -> bool:
         """Whether ``value`` lies outside the interval."""
@@ -160,6 +168,10 @@ class ResampledScores:
             freedom = variance**2 * (seeds - 1) / seeds_variance**2
         estimate = float(self.plain.mean())
         half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+        if variance > 0:
+            p_zero = 2 * float(stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
+        else:
+            p_zero = float(estimate == 0)
         return Interval(
             estimate,
             estimate - half,
@@ -168,6 +180,7 @@ class ResampledScores:
             seeds,
             math.sqrt(seeds_variance) if seeds > 1 else None,
             math.sqrt(samples_variance),
+            p_zero,
         )
 
 
@@ -187,6 +200,18 @@ def resampled_scores(
         raise InputError(f"{metric} is undefined here: the labels hold a single class")
     weights = np.asfortranarray(counts, dtype=np.float64)
     return ResampledScores(plain, np.stack([weighted_scores(metric, labels, p, weights) for p in predictions]))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests, in the order given: ``max_{j <= i} min(1, (n - j) p_(j))``, j from 0.
+
+    Source: Holm, Scandinavian Journal of Statistics 1979.
+    """
+    n, adjusted, highest = len(p_values), [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (n - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def average(scores: Sequence[ResampledScores]) -> ResampledScores:

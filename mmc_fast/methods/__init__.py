@@ -15,6 +15,7 @@ from .m3care import M3CARE
 from .mt import MT
 from .muse import MUSE
 from .shaspec import SHASPEC
+from .sklearn_baselines import BOOSTING, LOGISTIC
 from .smil import SMIL
 from .transformer import TRANSFORMER
 from .unimodal import UNIMODAL
@@ -23,7 +24,7 @@ from .vanilla import VANILLA
 __all__ = ["BATCH_ROWS", "CANDIDATES", "METHODS", "Fitted", "Method", "Task", "get"]
 
 _PEERS = (SHASPEC, MUSE, SMIL, CM_AE, MT, GRAPE, M3CARE)
-_ALONE = (VANILLA, UNIMODAL, ZEROS, MEAN, DROPOUT, CONSISTENCY, LATE, TRANSFORMER)
+_ALONE = (VANILLA, UNIMODAL, ZEROS, MEAN, DROPOUT, CONSISTENCY, LATE, TRANSFORMER, LOGISTIC, BOOSTING)
 _EXTENDED = (GRAPE, M3CARE, MUSE, SMIL, SHASPEC)  # tables 2 and 4 of the paper put KD and EBR under these
 
 

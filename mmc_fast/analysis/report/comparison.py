@@ -21,18 +21,25 @@ AVERAGE = "mean missing"
 
 @dataclass(frozen=True)
 class Score:
-    """A method's score under one condition. ``best``: its paired intervals against all other methods lie above 0."""
+    """A method's score under one condition. ``best``: its paired intervals against all other methods lie above 0.
+
+    ``se``: standard error over seeds and test samples; None in records that were written before it existed.
+    """
 
     mean: float
     sd: float | None
     low: float
     high: float
     best: bool
+    se: float | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference ``first − second`` under one condition, with its interval."""
+    """Paired difference ``first − second`` under one condition, with its interval and the p-value of no difference.
+
+    ``p`` is None in records that were written before it existed.
+    """
 
     first: str
     second: str
@@ -40,6 +47,7 @@ class Difference:
     estimate: float
     low: float
     high: float
+    p: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -149,12 +157,12 @@ def _condition(rate: float) -> str:
 def _score(scores: ResampledScores, level: float, best: bool) -> Score:
     mean, sd = mean_sd(scores.plain.tolist())
     interval = scores.interval(level)
-    return Score(mean, sd, interval.low, interval.high, best)
+    return Score(mean, sd, interval.low, interval.high, best, interval.se)
 
 
 def _difference(first: str, second: str, condition: str, scores: ResampledScores, level: float) -> Difference:
     interval = scores.interval(level)
-    return Difference(first, second, condition, interval.estimate, interval.low, interval.high)
+    return Difference(first, second, condition, interval.estimate, interval.low, interval.high, interval.p_zero)
 
 
 def _cell(score: Score) -> Cell:
