@@ -93,7 +93,7 @@ COMPILE := $(PY) bench/gpu_compile.py --jobs $(WORKERS)
 
 gpu-check: setup
 	@$(COMPILE) --main --arch 80,90,100 --check docs/gpu/compiled.json
-	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --quick
+	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --check docs/gpu/audit.json
 
 gpu-report: setup
 	@mkdir -p docs/gpu

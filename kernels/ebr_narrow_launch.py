@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import ebr_counter
 from .configs import NarrowTile, ebr_narrow_tile
-from .ebr_narrow import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel, ebr_narrow_fwd_kernel
+from .ebr_narrow_bwd import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel
+from .ebr_narrow_fwd import ebr_narrow_fwd_kernel
 from .ebr_plan import Inputs, float_precision, index_type, padded
 
 __all__ = ["backward", "forward", "saved_shapes"]
