@@ -25,6 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_SPILLS = (80, 90)  # architectures where a spill is an error
+# What the compiler gets wrong, named in docs/gpu.md: printed and recorded, no error. (kernel [scene], architecture)
+KNOWN = {("ebr_narrow_bwd [ebr narrow weights fp32]", 100)}
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,11 @@ def main() -> int:
     problems = []
     for row in rows:
         print(line(row))
-        problems += [f"{row['kernel']} on sm_{row['arch']}: {problem}" for problem in row["problems"]]
+        found = [f"{row['kernel']} on sm_{row['arch']}: {problem}" for problem in row["problems"]]
+        if (row["kernel"], row["arch"]) in KNOWN:
+            print(f"known: {'; '.join(found) or row['kernel'] + ' is well again; take it out of the list'}")
+        else:
+            problems += found
     if options.check:
         recorded = json.loads(options.check.read_text())
         problems += regressions(rows, recorded, options.main)

@@ -101,7 +101,7 @@ EBR_NARROW = {
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
+    ("ieee", "forward"): NarrowTile(16, 32, 32, 8, 1),
     ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 

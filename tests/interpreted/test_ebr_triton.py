@@ -298,7 +298,7 @@ def test_functional_takes_a_modality_that_is_absent(seed):
     torch.testing.assert_close(results[0].discrimination_loss, results[1].discrimination_loss)
 
 
-@pytest.mark.parametrize("source", [None, "integers", "weights"])
+@pytest.mark.parametrize("source", ["own", "integers", "weights"])
 def test_no_number_of_a_step_is_read_by_the_host(seed, path, source, monkeypatch):
     """What a CUDA graph needs: sizes come from shapes; λ and the denominators stay tensors."""
     case = random_case(seed, NARROW_PSI, m=2, batch=17, mask="some", source=source, reversal=1.0)
