@@ -13,6 +13,9 @@ PY     := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 
+# A torch for GPUs brings its own Triton; beside one for CPUs stands the one that torch 2.13 pins.
+PINNED_TRITON := 3.7.1
+
 # The package is editable, so only what changes its metadata or its compiled part asks for a new installation.
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py mmc_build.py CMakeLists.txt Makefile) \
                 $(shell find csrc cmake -type f 2>/dev/null)
@@ -139,4 +142,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-spec
 $(STAMPS)/package: $(STAMPS)/torch $(BUILD_INPUTS)
 	@echo "installing mmc-fast and its development tools"
 	@$(PIP) install -qq --constraint $(STAMPS)/constraints.txt --editable '.[test,lint]'
+	@if [ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ] && ! $(PY) -c 'import triton' 2>/dev/null; then \
+	  $(PIP) install -qq triton==$(PINNED_TRITON); \
+	fi
 	@touch $@

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
 import typer
 
@@ -38,7 +39,9 @@ def _clean(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(*args, **kwargs)
         except InputError as error:
             _stop(str(error), BAD_INPUT)
         except OSError as error:
@@ -53,8 +56,23 @@ def _clean(command: Command) -> Command:
     return wrapped  # type: ignore[return-value]
 
 
-def _stop(message: str, code: int) -> None:
+def _say(message: str) -> None:
     typer.echo(f"mmc-fast: {' '.join(message.split())}", err=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _say(f"warning: {message}")
+
+
+def _stop(message: str, code: int) -> None:
+    _say(message)
     raise typer.Exit(code)
 
 

@@ -178,8 +178,9 @@ def test_inputs_of_any_layout(generator):
     result = agop(head, tracked)
     assert not result.requires_grad
     assert tracked.grad is None
+    truth = jacrev_agop(head, x[:, :6])  # not in inference mode, where some versions of torch give zeros
     with torch.inference_mode():
-        assert relative_error(agop(head, x[:, :6].clone()), jacrev_agop(head, x[:, :6])) < 2e-6
+        assert relative_error(agop(head, x[:, :6].clone()), truth) < 2e-6
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(agop(head, x[:, :6]), agop(head, x[:, :6].clone()))
         assert relative_error(agop(head, x[:, :6]), jacrev_agop(head, x[:, :6])) < 2e-6

@@ -41,7 +41,7 @@ def sources(tmp_path):
     """A copy of the source tree as version control would give it, without anything that was built."""
     copy = tmp_path / "sources"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for folder in ("mmc_fast", "csrc", "cmake", "kernels"):
+    for folder in ("mmc_fast", "csrc", "cmake", "kernels", "configs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for pattern in ("*.py", "*.toml", "*.in", "*.md", "*.cff", "LICENSE", "CMakeLists.txt"):
         for file in ROOT.glob(pattern):
@@ -94,7 +94,13 @@ def test_pure_python_wheel_works_and_says_what_is_missing(sources, tmp_path):
     wheel, folder = pip_wheel(sources, tmp_path / "out", "--no-build-isolation", MMC_BUILD="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert natives(folder) == []
-    for part in ("py.typed", "kernels/agop.py", "data/embedded/mfeat.npz", "analysis/report/template/style.css"):
+    for part in (
+        "py.typed",
+        "kernels/agop.py",
+        "data/embedded/mfeat.npz",
+        "analysis/report/template/style.css",
+        "configs/rows/muse.toml",
+    ):
         assert (folder / "mmc_fast" / part).is_file(), part
     assert not (folder / "kernels").exists()
     got, _ = use(folder, tmp_path)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from mmc_fast import __version__
 from mmc_fast._env import VARIABLES
-from mmc_fast.cli import app
+from mmc_fast.cli import _clean, app
 from mmc_fast.commands.settings import build_config, parse_assignments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,15 @@ def test_version_by_option_and_as_a_module():
     command = [sys.executable, "-m", "mmc_fast", "--version"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert output.strip() == f"mmc-fast {__version__}"
+
+
+def test_a_warning_is_one_line_without_source_code(capsys):
+    @_clean
+    def command() -> None:
+        warnings.warn("checkpoint 3 is damaged\n(no such file)", UserWarning, stacklevel=1)
+
+    command()
+    assert capsys.readouterr().err == "mmc-fast: warning: checkpoint 3 is damaged (no such file)\n"
 
 
 def test_train_prints_what_it_stores(own_file: Path, tmp_path: Path):

@@ -97,7 +97,13 @@ def test_overfits_64_samples(name):
                             "fusion_hidden": [64 if grape else 32], "encoder_width": 32, "encoder_dim": 32,
                             "fusion_dim": 32, "fusion_heads": 4}
     )  # fmt: skip
-    changes = {"lr": 5e-3, "weight_decay": 0.0, "modality_dropout": 0.0, "consistency": 0.0, "unimodal_share": 1.0}
+    changes: dict = {
+        "lr": 5e-3,
+        "weight_decay": 0.0,
+        "modality_dropout": 0.0,
+        "consistency": 0.0,
+        "unimodal_share": 1.0,
+    }
     if name == "boosting":
         changes["options"] = {"learning_rate": 0.1, "max_leaf_nodes": 31, "min_samples_leaf": 1}
     fitted = get(name).fit(dataset, settings(name, **changes), 0, budget=budget)
@@ -119,3 +125,14 @@ def test_unknown_names_and_options_are_refused_in_one_line():
         get("shaspec").resolve({"options": {"alignmnt": 1}})
     with pytest.raises(InputError, match="Did you mean 'epochs'"):
         get("vanilla").resolve({"epoch": 1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"modality_dropout": 0.5, "consistency": 1.0}, {"clip_grad_norm": 1.0}, {"ebr": {"cross_recovery": 0.1}},
+     {"ebr": {"schedule": "interleave"}}, {"nonfinite": "skip"}],
+)  # fmt: skip
+def test_settings_that_the_loop_of_peers_lacks_are_refused(changes):
+    name = "shaspec+ebr" if "ebr" in changes else "shaspec"
+    with pytest.raises(InputError, match="which re-implemented methods do not have; leave it at"):
+        get(name).fit(tiny(0), changes, 0, budget=BUDGET)

@@ -27,6 +27,7 @@ from ..training.atomic import save_errors, write_npz
 from ..training.evaluate import masks_at
 from ..training.lock import FolderLock
 from ..training.metrics import scores
+from ..training.parts import fingerprint
 from .rows import load_source
 
 __all__ = ["SCHEMA_VERSION", "Cell", "claimed", "compute", "read_cell", "recompute", "write_cell"]
@@ -128,8 +129,6 @@ def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def recompute(path: Path) -> list[str]:
     """Repeat a finished cell from its stored settings; the names of what is different (empty: the same numbers)."""
-    from ..training.parts import fingerprint
-
     meta, stored = read_cell(path)
     cell = Cell(**meta["cell"])
     dataset = load_source(cell.source)

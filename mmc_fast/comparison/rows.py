@@ -13,6 +13,7 @@ from ..data import MultimodalDataset, load
 from ..data.names import unknown
 from ..errors import InputError
 from ..methods import Method, get
+from ..methods.base import merged
 from ..training import TrainConfig
 
 __all__ = ["BUDGET", "Row", "Source", "configs_folder", "load_source"]
@@ -68,8 +69,6 @@ class Row:
 
     def resolve(self, settings: Mapping[str, Any], budget: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
         """Configuration and options: budget, the method's own, the candidate's, the row's."""
-        from ..methods.base import merged
-
         return self.plugin.resolve(merged(settings, self.settings), budget)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data import MultimodalDataset, Part
+from ..errors import InputError
+from ..nn import EBRConfig
 from ..training import TrainConfig, TrainingDiverged, UnimodalModels
 from ..training.distillation import distil
 from ..training.evaluate import masks_at
@@ -103,10 +105,28 @@ def fit_peer(build: Build) -> Callable[[Task], Fitted]:
     return lambda task: _Fit(build, task).run()
 
 
+_REFUSED = ("consistency", "noise_rate", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
+_REFUSED_HEADS = ("schedule", "psi_steps", "patience", "bounded", "alignment", "cross_recovery")
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """Refuse settings of the standard loop that this one would pass over in silence."""
+    pairs = [("", config, TrainConfig(), _REFUSED)]
+    pairs += [("ebr.", config.ebr, EBRConfig(), _REFUSED_HEADS)] if config.ebr is not None else []
+    for prefix, found, default, names in pairs:
+        for name in names:
+            if getattr(found, name) != getattr(default, name):
+                raise InputError(
+                    f"config: {prefix}{name} is {getattr(found, name)!r}, which re-implemented methods do not have; "
+                    f"leave it at {getattr(default, name)!r}"
+                )
+
+
 class _Fit:
     """Order, masks, optimiser, judging and selection as in the standard loop; model and loss of the method."""
 
     def __init__(self, build: Build, task: Task) -> None:
+        _check_settings(task.config)
         self.task, self.config, self.dataset = task, task.config, task.dataset
         self.progress = task.progress or Silent()
         self.guard = InterruptGuard()
