@@ -111,6 +111,17 @@ def test_the_record_keeps_its_promises():
             assert jitted <= kernels, f"{path.name}: every kernel is in the record; make gpu-report"
 
 
+def test_the_stored_counts_keep_their_limits():
+    rows = json.loads(RECORD.with_name("audit.json").read_text())
+    assert {row["case"].split(",")[0].split(" 1 ")[0] for row in rows} == {"AGOP", "EBR narrow", "EBR paper's widths"}
+    for row in rows:
+        assert row["problems"] == []
+        for phase, limit in row["limits"].items():
+            assert (row["byte_ratio"] if phase == "bytes" else row["ours"]["launches"][phase]) <= limit, row["case"]
+        shares = [sum(row[side]["bytes"].values()) for side in ("ours", "eager")]
+        assert row["byte_ratio"] == pytest.approx(shares[0] / shares[1], abs=1e-4)
+
+
 def test_every_product_names_its_precision():
     for path in (ROOT / "kernels").glob("*.py"):
         text = path.read_text()
