@@ -1,8 +1,9 @@
 """A diagnosis at scale: processor time by phase and peak memory for a head ``D → h → C`` on N streamed samples.
 
-Run: ``python bench/bench_diagnose.py [--samples 1000000] [--width 512] [--hidden 1024] [--classes 100] [--threads 2]``. Batches are cut
-from one drawn block, shifted by an offset of their own, so that neither a disk nor a random generator is measured. Before
-it times, it checks the use shares of a small part against PyTorch's own Jacobians in float64.
+Run: ``python bench/bench_diagnose.py [--samples 1000000] [--width 512] [--hidden 1024] [--classes 100] [--threads 2]``. Every batch is
+drawn from a seed of its own each time it is read, so that all samples differ and none is kept; the time of drawing is reported
+apart and is part of no phase. Before it times, it checks the use shares of a small part against PyTorch's own Jacobians in
+float64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,21 +42,25 @@ class Model:
 
 
 class Stream:
-    """N samples in batches, made from one block in memory."""
+    """N samples in batches, drawn when they are read: two modalities of different scale, labels that both know of."""
 
     def __init__(self, samples: int, width: int, classes: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.samples = samples
-        self.block = torch.randn(BATCH, width, generator=generator)
-        self.labels = torch.randint(classes, (BATCH,), generator=generator)
+        self.samples, self.width, self.classes = samples, width, classes
+        self.centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(1))
+        self.centres[:, width // 2 :] *= 0.5
+        self.drawing = 0.0
 
     def __len__(self) -> int:
         return -(-self.samples // BATCH)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(len(self)):
-            rows = min(BATCH, self.samples - index * BATCH)
-            yield self.block[:rows] + 0.01 * (index % 7), self.labels[:rows]
+            started = time.process_time()
+            rows, generator = min(BATCH, self.samples - index * BATCH), torch.Generator().manual_seed(index)
+            labels = torch.randint(self.classes, (rows,), generator=generator)
+            x = torch.randn(rows, self.width, generator=generator).add_(self.centres[labels], alpha=0.2)
+            self.drawing += time.process_time() - started
+            yield x, labels
 
 
 def check(model: Model) -> None:
@@ -90,16 +96,16 @@ def main() -> None:
     check(model)
     stream = Stream(arguments.samples, arguments.width, arguments.classes)
     phases: dict[str, float] = {}
-    memory: list[int] = []
-    last: list[Any] = ["start", time.process_time()]
+    memory: dict[str, int] = {}
+    last: list[Any] = ["start", time.process_time(), 0.0]
 
     def progress(phase: str, done: int, total: int | None) -> None:
         if phase != last[0]:
             now = time.process_time()
-            phases[last[0]] = now - last[1]
-            last[:] = [phase, now]
-        if done % 16 == 0:
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            phases[last[0]] = now - last[1] - (stream.drawing - last[2])
+            last[:] = [phase, now, stream.drawing]
+        if done in (8, total):
+            memory[f"{phase} {done}"] = resident()
 
     started, worked = time.perf_counter(), time.process_time()
     options: dict[str, Any] = {"groups": arguments.groups, "resamples": arguments.resamples}
@@ -112,15 +118,24 @@ def main() -> None:
             | {
                 "seconds": round(time.perf_counter() - started, 1),
                 "processor seconds": round(time.process_time() - worked, 1),
+                "of them drawing": round(stream.drawing, 1),
                 "by phase": {name: round(seconds, 1) for name, seconds in phases.items()},
                 "samples seen": found.samples,
                 "agop": found.settings["agop"],
-                "peak MiB early, late": [memory[min(2, len(memory) - 1)], memory[-1]],
+                "resident MiB after batch": memory,
+                "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "use shares": [str(found[f"use_share.{name}"]) for name in found.modalities],
                 "torch": torch.__version__,
                 "cpu": torch.backends.cpu.get_cpu_capability(),
             }
         )
     )
+
+
+def resident() -> int:
+    """MiB of this process in memory now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
 """How the thresholds of the diagnosis were set, and how often its verdicts are wrong on seeds that set nothing.
 
-Run: ``python bench/calibrate_diagnosis.py [--healthy 60] [--collapsed 20] [--unmixed 100] [--json out.json]``. Even seeds set the
-thresholds, odd seeds count false alarms and hits. Three kinds of known truth:
+Run: ``python bench/calibrate_diagnosis.py [--set 60] [--judge 100] [--rows rows.jsonl] [--json out.json]``. Seeds below 10,000 set the
+thresholds, seeds from 10,000 on judge them; ``--rows`` keeps what is done, so that a stopped run goes on. Known truth:
 
 - healthy: networks trained on modalities that all carry signal of one kind, of drawn strengths and sizes (two or three of
   them); no verdict "collapsed" or "ignored" is right.
-- collapsed: networks trained on ``data.planted_collapse``, whose "hard" modality a plain network does not learn to use;
-  the kinds of verdict on it are listed.
+- noise: the same with one modality that carries nothing; "collapsed" and "relied on" are wrong for it.
+- shuffled: the same, but one modality had its rows shuffled in training, so that the network could learn nothing from it
+  though it carries signal; "collapsed" is right.
+- hard: networks trained on ``data.planted_collapse``, whose "hard" modality a plain network learns to use by three quarters at
+  most; a quarter of these as many. "Collapsed" is right.
 - unmixed: ``testing.planted_head`` without shared neurons and with drawn jitter; "mixing" is wrong. And with a quarter of
   the neurons shared; there it is right.
+
+Every network is judged twice: with the scores of unimodal networks of the same shape as ``alone``, and with the probes of the
+diagnosis itself, trained on the training part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from mmc_fast import data
@@ -27,13 +35,22 @@ from mmc_fast.analysis.diagnosis import THRESHOLDS, Diagnosis, diagnose
 from mmc_fast.data import MultimodalDataset, Part, SyntheticModality
 from mmc_fast.testing import planted_head
 
-BAD = ("collapsed", "ignored")
+JUDGING = 10_000
+"""The first seed that sets nothing."""
 
 
 class Concat:
     """A network on the modalities side by side, as an adapter for parts of a data set."""
 
-    def __init__(self, dataset: MultimodalDataset, hidden: int, epochs: int, dropout: float, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: MultimodalDataset,
+        hidden: int,
+        epochs: int,
+        dropout: float,
+        seed: int,
+        shuffled: int | None = None,
+    ) -> None:
         self.names = dataset.modalities
         part, random = dataset.part("train"), torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
@@ -41,8 +58,11 @@ class Concat:
             d, c = sum(dataset.dims.values()), dataset.num_classes
             self.head = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, c))
             optimizer = torch.optim.Adam(self.head.parameters(), lr=3e-3)
-            x = torch.cat(part.features, 1)
             for _ in range(epochs):
+                views = list(part.features)
+                if shuffled is not None:
+                    views[shuffled] = views[shuffled][torch.randperm(len(part), generator=random)]
+                x = torch.cat(views, 1)
                 for rows in torch.randperm(len(x), generator=random).split(64):
                     optimizer.zero_grad()
                     nn.functional.cross_entropy(self.head(x[rows]), part.labels[rows]).backward()
@@ -59,20 +79,23 @@ class Concat:
         return batch.labels
 
 
-def look(dataset: MultimodalDataset, hidden: int, epochs: int, dropout: float, seed: int) -> Diagnosis:
-    """Train on all modalities and on each alone, in the same way; diagnose the first on the test part."""
+def look(dataset: MultimodalDataset, shape: tuple[int, int, float], seed: int, shuffled: int | None = None) -> Any:
+    """Train on all modalities and on each alone, in the same way; diagnose the first on the test part, twice."""
     alone = {}
     for name in dataset.modalities:
         kept = dataset.keep([name])
         part = kept.part("test")
-        guess = Concat(kept, hidden, epochs, dropout, seed).fuse({name: part.features[0]}).argmax(1)
+        guess = Concat(kept, *shape, seed).fuse({name: part.features[0]}).argmax(1)
         alone[name] = float((guess == part.labels).double().mean())
-    model = Concat(dataset, hidden, epochs, dropout, seed)
-    return diagnose(model, dataset, resamples=0, metric="accuracy", alone=alone, probes=False, thresholds=THRESHOLDS)
+    model = Concat(dataset, *shape, seed, shuffled)
+    given = diagnose(model, dataset, resamples=0, metric="accuracy", alone=alone, probes=False)
+    probed = diagnose(model, dataset, resamples=0, metric="accuracy")
+    planted = None if shuffled is None else dataset.modalities[shuffled]
+    return {"planted": planted, "alone": numbers(given), "probes": numbers(probed)}
 
 
-def healthy(seed: int) -> Diagnosis:
-    """Signal of the same kind in all modalities, equally easy to learn, stronger or weaker."""
+def networks(kind: str, seed: int) -> Any:
+    """Signal of the same kind in all modalities, equally easy to learn, stronger or weaker; in one none, or shuffled."""
     random = np.random.default_rng([seed, 1])
     count, classes = int(random.integers(2, 4)), int(random.integers(2, 6))
     modalities = {
@@ -81,12 +104,26 @@ def healthy(seed: int) -> Diagnosis:
         )
         for i in range(count)
     }
+    shape = (int(random.integers(24, 97)), int(random.integers(6, 20)), 0.0)
+    chosen = int(random.integers(count))
+    name = list(modalities)[chosen]
+    if kind == "noise":
+        modalities[name] = SyntheticModality(dim=modalities[name].dim, predictive=0)
     dataset = data.synthetic(2000, modalities=modalities, num_classes=classes, seed=seed)
-    return look(dataset, int(random.integers(24, 97)), int(random.integers(6, 20)), 0.0, seed)
+    found = look(dataset, shape, seed, chosen if kind == "shuffled" else None)
+    return found | {"planted": None if kind == "healthy" else name}
 
 
-def collapsed(seed: int) -> Diagnosis:
-    return look(data.planted_collapse(seed), 64, 25, 0.5, seed)
+def hard(seed: int) -> Any:
+    return look(data.planted_collapse(seed), (64, 25, 0.5), seed) | {"planted": "hard"}
+
+
+def entropy(sharing: float, seed: int) -> float | None:
+    """Mean neuron entropy of a planted head."""
+    random = np.random.default_rng([seed, 2])
+    jitter, m = float(random.uniform(0, 0.05)), int(random.integers(2, 4))
+    planted = planted_head(seed, sharing=sharing, jitter=jitter, modalities=m, num_samples=1000, rotate=True)
+    return diagnose(planted, planted.batches(), resamples=0, reliance=False).value("neuron_entropy")
 
 
 def numbers(d: Diagnosis) -> list[dict[str, Any]]:
@@ -98,60 +135,103 @@ def numbers(d: Diagnosis) -> list[dict[str, Any]]:
     ]
 
 
+MAKERS: dict[str, Callable[[int], Any]] = {
+    "healthy": lambda seed: networks("healthy", seed),
+    "noise": lambda seed: networks("noise", seed),
+    "shuffled": lambda seed: networks("shuffled", seed),
+    "hard": hard,
+    "unmixed": lambda seed: entropy(0.0, seed),
+    "quarter": lambda seed: entropy(0.25, seed),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--healthy", type=int, default=60)
-    parser.add_argument("--collapsed", type=int, default=20)
-    parser.add_argument("--unmixed", type=int, default=100)
+    parser.add_argument("--set", type=int, default=60, help="seeds of each kind that set thresholds")
+    parser.add_argument("--judge", type=int, default=100, help="seeds of each kind that judge them")
+    parser.add_argument("--rows", type=Path, help="file that keeps what is done")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[str, list[Any]] = {"healthy": [], "collapsed": [], "unmixed": [], "quarter": []}
-    for kind, make, count in (("healthy", healthy, arguments.healthy), ("collapsed", collapsed, arguments.collapsed)):
-        for seed in range(count):
-            rows[kind].append(numbers(make(seed)))
-            print(kind, seed, rows[kind][-1], flush=True)
-    for seed in range(arguments.unmixed):
-        random = np.random.default_rng([seed, 2])
-        jitter, m = float(random.uniform(0, 0.05)), int(random.integers(2, 4))
-        for kind, sharing in (("unmixed", 0.0), ("quarter", 0.25)):
-            planted = planted_head(seed, sharing=sharing, jitter=jitter, modalities=m, num_samples=1000, rotate=True)
-            d = diagnose(planted, planted.batches(), resamples=0, reliance=False)
-            rows[kind].append(d.value("neuron_entropy"))
-    summary = judge(rows)
+    done: dict[tuple[str, int], Any] = {}
+    if arguments.rows and arguments.rows.exists():
+        for line in arguments.rows.read_text("utf-8").splitlines():
+            kind, seed, row = json.loads(line)
+            done[kind, seed] = row
+    for kind, make in MAKERS.items():
+        part = 4 if kind == "hard" else 1
+        seeds = [*range(arguments.set // part), *range(JUDGING, JUDGING + arguments.judge // part)]
+        for seed in seeds:
+            if (kind, seed) not in done:
+                done[kind, seed] = make(seed)
+                if arguments.rows:
+                    with arguments.rows.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([kind, seed, done[kind, seed]]) + "\n")
+    summary = judge(done)
     print(json.dumps(summary, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def judge(rows: dict[str, list[Any]]) -> dict[str, Any]:
-    """Quantiles over even seeds, error rates of the thresholds in force over odd seeds."""
-    even = [v for model in rows["healthy"][::2] for v in model]
-    odd = rows["healthy"][1::2]
-    lowest = [min(v["use"] for v in model) for model in rows["healthy"][::2]]
-    candidates = [v["kept"] for v in even if v.get("loss", 1.0) <= THRESHOLDS.loss and v["signal"] >= THRESHOLDS.signal]
-    hard = [next(v for v in model if v["modality"] == "hard") for model in rows["collapsed"]]
-    return {
-        "in force": vars(THRESHOLDS),
-        "set on even seeds": {
-            "5 % of lowest use share times m, healthy": _quantile(lowest, 0.05),
-            "5 % of kept where nothing is lost without, healthy": _quantile(candidates, 0.05),
-            "such modalities": len(candidates),
-            "95 % of mean neuron entropy, unmixed": _quantile(rows["unmixed"][::2], 0.95),
-        },
-        "on odd seeds": {
-            "healthy models": len(odd),
-            "false alarms (a modality called collapsed or ignored)": sum(any(v["kind"] in BAD for v in m) for m in odd),
-            "hard modality, planted collapse": [v["kind"] for v in hard[1::2]],
-            "unmixed heads": len(rows["unmixed"][1::2]),
-            "unmixed heads called mixing": sum(e > THRESHOLDS.entropy for e in rows["unmixed"][1::2]),
-            "heads with a quarter shared called mixing": sum(e > THRESHOLDS.entropy for e in rows["quarter"][1::2]),
-        },
-    }
+def judge(done: dict[tuple[str, int], Any]) -> dict[str, Any]:
+    """Quantiles over the setting seeds, error rates of the thresholds in force over the judging ones."""
+    setting = {kind: [row for (k, seed), row in done.items() if k == kind and seed < JUDGING] for kind in MAKERS}
+    judging = {kind: [row for (k, seed), row in done.items() if k == kind and seed >= JUDGING] for kind in MAKERS}
+    found: dict[str, Any] = {"in force": vars(THRESHOLDS), "set": {}, "judged": {}}
+    for source in ("alone", "probes"):
+        unmissed = [
+            v["kept"]
+            for row in setting["healthy"]
+            for v in row[source]
+            if v["loss"] <= THRESHOLDS.loss and v["signal"] >= THRESHOLDS.signal
+        ]
+        found["set"][source] = {
+            "5 % of lowest use share times m": _quantile(
+                [min(v["use"] for v in r[source]) for r in setting["healthy"]], 0.05
+            ),
+            "5 % of kept where nothing is lost without": _quantile(unmissed, 0.05),
+            "such modalities": len(unmissed),
+            "median, 95 % of kept, shuffled": [
+                _quantile(_planted(setting["shuffled"], source, "kept"), q) for q in (0.5, 0.95)
+            ],
+            "median, 95 % of kept, hard": [
+                _quantile(_planted(setting["hard"], source, "kept"), q) for q in (0.5, 0.95)
+            ],
+        }
+        bad = [any(v["kind"] in ("collapsed", "ignored") for v in row[source]) for row in judging["healthy"]]
+        found["judged"][source] = {
+            "healthy: a modality called collapsed or ignored": rate(bad),
+            "noise called collapsed or relied on": rate(
+                [k in ("collapsed", "relied on") for k in _planted(judging["noise"], source, "kind")]
+            ),
+            "shuffled not called collapsed": rate(
+                [k != "collapsed" for k in _planted(judging["shuffled"], source, "kind")]
+            ),
+            "hard not called collapsed": rate([k != "collapsed" for k in _planted(judging["hard"], source, "kind")]),
+        }
+    found["set"]["95 % of mean neuron entropy, unmixed"] = _quantile(setting["unmixed"], 0.95)
+    found["judged"]["unmixed heads called mixing"] = rate([e > THRESHOLDS.entropy for e in judging["unmixed"]])
+    found["judged"]["heads with a quarter shared not called mixing"] = rate(
+        [e <= THRESHOLDS.entropy for e in judging["quarter"]]
+    )
+    return found
+
+
+def rate(wrong: list[bool]) -> str:
+    """How many of how many, and the exact 95 % interval of the rate (Clopper and Pearson)."""
+    if not wrong:
+        return "none judged"
+    low, high = stats.binomtest(sum(wrong), len(wrong)).proportion_ci()
+    return f"{sum(wrong)} of {len(wrong)}, {low:.1%} to {high:.1%}"
+
+
+def _planted(rows: list[Any], source: str, key: str) -> list[Any]:
+    """A number of the planted modality in every row."""
+    return [v[key] for row in rows for v in row[source] if v["modality"] == row["planted"] and key in v]
 
 
 def _quantile(values: list[float], q: float) -> float | None:
-    return float(np.quantile(values, q)) if values else None
+    return round(float(np.quantile(values, q)), 3) if values else None
 
 
 if __name__ == "__main__":

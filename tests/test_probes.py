@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -194,6 +196,24 @@ def test_retrained_control(generator: torch.Generator) -> None:
     assert nothing.score < 0.5
     binary = reliance.train_afresh({"good": informative}, (y == 0).long(), ["good"], metric="auroc")
     assert binary.score > 0.95
+
+
+def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
+    x, y = classes(1200, generator)
+    train, judged = {"x": x[:900]}, {"x": x[900:]}
+    found = reliance.train_afresh(train, y[:900], ["x"], judged=(judged, y[900:]), seed=3)
+    scaler = StandardScaler().fit(x[:900].double())
+    chances = []
+    for start in (3, 4, 5):
+        network = MLPClassifier((64,), alpha=1.0, early_stopping=True, max_iter=60, random_state=start)
+        network.fit(scaler.transform(x[:900].double()), y[:900])
+        chances.append(network.predict_proba(scaler.transform(x[900:].double())))
+    guess = np.mean(chances, 0).argmax(1)
+    assert found.score == pytest.approx(accuracy_score(y[900:], guess))
+    control = reliance.retrained_without(train, y[:900], judged=(judged, y[900:]), seed=3)
+    assert control.all == control.alone["x"] == found
+    frequent = float((y[900:] == y[:900].bincount().argmax()).double().mean())
+    assert control.without["x"].score == pytest.approx(frequent)
 
 
 def test_bad_input() -> None:

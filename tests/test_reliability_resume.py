@@ -73,15 +73,17 @@ def test_killed_after_any_save_and_resumed_is_bitwise_equal(kind, seed, tmp_path
         assert any("train-distillation" in name for name in saves)
 
 
-def test_killed_in_the_first_epoch_of_distillation_draws_the_later_ones_as_before(seed, tmp_path, monkeypatch):
-    dataset, config = tiny(seed, absent=0.2), config_of("kd")
-    config = replace(config, kd=replace(config.kd, epochs=3))
+@pytest.mark.parametrize("stage", ["unimodal", "train-distillation", "train", "control"])
+def test_killed_in_the_first_epoch_of_a_stage_draws_the_later_ones_as_before(stage, seed, tmp_path, monkeypatch):
+    """Drawn kills may all fall where nothing is drawn any more; here every stage loses its first epoch's process."""
+    dataset, config = tiny(seed, absent=0.2), config_of("everything" if stage == "control" else "kd")
+    config = config if config.kd is None else replace(config, kd=replace(config.kd, epochs=3))
     whole = train(dataset, config, seed=seed)
     real = CheckpointStore.save
 
     def save(self, *args):
         path = real(self, *args)
-        if self.folder.name == "train-distillation":
+        if self.folder.name == stage:
             raise Killed
         return path
 
@@ -92,6 +94,9 @@ def test_killed_in_the_first_epoch_of_distillation_draws_the_later_ones_as_befor
     resumed = train(dataset, config, seed=seed, run_dir=tmp_path / "run", resume=True)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
+    for name, model in whole.unimodal.models.items():
+        other = resumed.unimodal.models[name].state_dict()
+        assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
     assert same_numbers(whole.results, resumed.results)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -28,6 +27,9 @@ __all__ = [
     "train_afresh",
 ]
 
+Rows = tuple[Mapping[str, Tensor], Tensor]
+
+_NETWORKS = 3
 MAX_MODALITIES = 6
 """Exact Shapley values need a score for each of the 2^m coalitions."""
 
@@ -103,21 +105,26 @@ class RetrainedControl:
 
 
 def retrained_without(
-    features: Mapping[str, Tensor], labels: Tensor, *, metric: str = "accuracy", hidden: int = 64, seed: int = 0
+    features: Mapping[str, Tensor],
+    labels: Tensor,
+    *,
+    metric: str = "accuracy",
+    hidden: int = 64,
+    seed: int = 0,
+    judged: Rows | None = None,
 ) -> RetrainedControl:
     """The fair control for "without": a network that never saw the modality, trained on the same frozen features.
 
     If it loses nothing without a modality that the fused model also does without, the modality is redundant rather than
-    lost. Trains 2 m + 1 networks (:func:`train_afresh`).
+    lost. Trains 2 m + 1 networks (:func:`train_afresh`, which says what ``judged`` is).
     """
+
+    def fresh(names: list[str]) -> Afresh:
+        return train_afresh(features, labels, names, metric=metric, hidden=hidden, seed=seed, judged=judged)
+
     names = list(features)
-    without = {
-        name: train_afresh(features, labels, [n for n in names if n != name], metric=metric, hidden=hidden, seed=seed)
-        for name in names
-    }
-    alone = {name: train_afresh(features, labels, [name], metric=metric, hidden=hidden, seed=seed) for name in names}
-    everything = train_afresh(features, labels, names, metric=metric, hidden=hidden, seed=seed)
-    return RetrainedControl(everything, without, alone)
+    without = {name: fresh([n for n in names if n != name]) for name in names}
+    return RetrainedControl(fresh(names), without, {name: fresh([name]) for name in names})
 
 
 def train_afresh(
@@ -130,29 +137,43 @@ def train_afresh(
     held_out: float = 0.3,
     max_iter: int = 60,
     seed: int = 0,
+    judged: Rows | None = None,
 ) -> Afresh:
     """Held-out score of one hidden ReLU layer on the named features ``[N, ...]``, or of the class shares for no name.
 
-    Adam with early stopping on a tenth of the training rows (scikit-learn), on standardised features; ``held_out`` of the
-    rows judge. ``metric``: "accuracy", or "auroc" for labels 0 and 1. Raises InputError for a single class.
+    The mean probability of three networks: Adam, L2 penalty 1, early stopping on a tenth of the training rows (scikit-learn),
+    on standardised features. ``held_out`` of the rows judge, or all the ``judged`` (features, labels) where given, and then every row here trains. ``metric``:
+    "accuracy", or "auroc" for labels 0 and 1. Raises InputError for a single class.
     """
     y = labels.cpu().numpy()
+    rows = len(y)
     if len(np.unique(y)) < 2:
         raise InputError("train_afresh: the labels hold a single class; a network needs at least 2")
-    order = np.random.default_rng(seed).permutation(len(y))
-    cut = round(len(y) * (1 - held_out))
-    train, test = order[:cut], order[cut:]
+    if judged is None:
+        order = np.random.default_rng(seed).permutation(rows)
+        cut = round(rows * (1 - held_out))
+        train, test = order[:cut], order[cut:]
+    else:
+        y = np.concatenate([y, judged[1].cpu().numpy()])
+        features = {name: torch.cat([features[name].flatten(1), judged[0][name].flatten(1)]) for name in names}
+        train, test = np.arange(rows), np.arange(rows, len(y))
     if len(np.unique(y[train])) < 2 or (metric == "auroc" and len(np.unique(y[test])) < 2):
-        raise InputError(f"train_afresh: {len(y)} rows leave a single class in a part; give more samples")
+        raise InputError(f"train_afresh: {rows} rows leave a single class in a part; give more samples")
     classes, counts = np.unique(y[train], return_counts=True)
     if names:
         x = np.concatenate([features[name].detach().flatten(1).double().cpu().numpy() for name in names], 1)
         # The stopping rows are drawn by class, which needs enough of each.
-        network = MLPClassifier((hidden,), early_stopping=counts.min() >= 20, max_iter=max_iter, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model = make_pipeline(StandardScaler(), network).fit(x[train], y[train])
-        probability = model.predict_proba(x[test])
+        stop = bool(counts.min() >= 20)
+        scaler = StandardScaler().fit(x[train])
+        x = scaler.transform(x)
+        probability = np.zeros((len(test), len(classes)))
+        for start in range(_NETWORKS):
+            network = MLPClassifier(
+                (hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                probability += network.fit(x[train], y[train]).predict_proba(x[test])
     else:
         probability = np.tile(counts / counts.sum(), (len(test), 1))
     predicted = probability[:, 1] if metric == "auroc" else classes[probability.argmax(1)]

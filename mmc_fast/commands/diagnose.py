@@ -50,6 +50,7 @@ def run_diagnose(
         model = load_run(run)
         dataset = dataset_of(model.results, data, dict(options))
         loader = dataset.part(part)
+        training = dataset.part("train") if part != "train" else None
         if model.unimodal is not None:
             scored = evaluate(model.model, dataset, part=part, rates=(), unimodal=model.unimodal)["reliance"]
             known = {name: entry["alone"] for name, entry in scored.items() if entry["alone"] is not None}
@@ -59,14 +60,17 @@ def run_diagnose(
         if weights is None or data is None or adapter is None:
             raise InputError("diagnose: --adapter needs --weights and --data too")
         model = _make(adapter, weights)
+        training = None
         if hasattr(model, "load"):
             loader = model.load(data)
         else:
             given = {key: value for key, value in options.items() if value is not None}
-            loader = load(data, **given).part(part)
+            dataset = load(data, **given)
+            loader = dataset.part(part)
+            training = dataset.part("train") if part != "train" else None
         state = state or weights.with_name(weights.name + ".diagnose.state")
     with PassDisplay(error_console()) as display:
-        return diagnose(model, loader, state=state, progress=display, **settings)
+        return diagnose(model, loader, probe_data=training, state=state, progress=display, **settings)
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:

@@ -169,6 +169,7 @@ def affordable(resamples: int, columns: list[int]) -> int:
 
 
 def resampled(numbers: Callable[[np.ndarray], Mapping[str, float]], draws: np.ndarray) -> dict[str, np.ndarray]:
-    """``numbers`` for every row of group weights: name -> ``[R]``."""
+    """``numbers`` for every row of group weights: name -> ``[R]``, NaN where a draw has no such number."""
     rows = [numbers(weights) for weights in draws]
-    return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}

@@ -18,6 +18,9 @@ from .._agop_state import MomentState
 
 __all__ = ["GroupMoments", "Moments", "draw_weights", "stream"]
 
+STILL = 1e-12
+"""Variance over squared mean below which a column of float32 numbers is constant: the rest is rounding."""
+
 
 def stream(seed: int, *names: object) -> torch.Generator:
     """A generator for the stream called ``names``."""
@@ -55,7 +58,7 @@ class GroupMoments:
         self.states[group].advance(len(rows))
 
     def combine(self, weights: np.ndarray) -> Moments:
-        """The moments of all samples, those of group k counted ``weights[k]`` times."""
+        """The moments of all samples, those of group k counted ``weights[k]`` times; a constant column has no covariance."""
         counts = np.array([s.n for s in self.states]) * weights
         n = float(counts.sum())
         means = torch.stack([s.mean[0] for s in self.states if s.mean is not None])
@@ -68,7 +71,11 @@ class GroupMoments:
         covariance = covariance.triu()
         covariance = covariance + covariance.triu(1).t()
         apart = (means - mean) * share.sqrt()[:, None]
-        return Moments(n, mean, covariance + apart.t() @ apart)
+        covariance += apart.t() @ apart
+        still = covariance.diagonal() <= STILL * mean.square()
+        covariance[still] = 0
+        covariance[:, still] = 0
+        return Moments(n, mean, covariance)
 
     def to_state(self) -> list[dict[str, Tensor]]:
         return [s.to_tensors() for s in self.states]

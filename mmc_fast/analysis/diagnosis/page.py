@@ -138,7 +138,8 @@ def _neurons(d: Diagnosis) -> Section:
         ["weight classifier, entropy", str(d.measures.get("weight_classifier.entropy", Measure(None)))],
     ]
     caption = (
-        f"γ counts principal directions of each modality with at least {d.settings['tau']:g} of their length in the weights, over "
+        f"γ counts the principal directions with 90 % of each modality's variance that have at least {d.settings['tau']:g} of their "
+        "length in the weights, over "
         f"the dimensions that hold {d.settings['energy']:.0%} of the weights' energy. The collision numbers follow from widths alone."
     )
     blocks.append(Table(["measure", "value"], rows, caption))

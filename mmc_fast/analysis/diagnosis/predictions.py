@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,16 @@ class CoalitionScores:
         counts = self.classes.sum(0)
         return 0.5 if self.metric == "auroc" else float(counts.max() / counts.sum())
 
-    def single_class(self) -> bool:
-        return int((self.classes.sum(0) > 0).sum()) < 2
+    def chance_error(self) -> float:
+        """Standard error of the score of such a model on as many samples, from the binomial or the rank sum."""
+        counts = self.classes.sum(0)
+        if self.metric == "auroc":
+            return math.sqrt((counts.sum() + 1) / (12 * counts[0] * counts[1]))
+        return math.sqrt(self.chance() * (1 - self.chance()) / counts.sum())
+
+    def seen_classes(self) -> int:
+        """How many classes the labels hold."""
+        return int((self.classes.sum(0) > 0).sum())
 
     def scores(self, weights: np.ndarray) -> np.ndarray:
         """``[2^m, R]`` for group weights ``[R, K]``; NaN where a draw lacks a class."""

@@ -107,20 +107,29 @@ class Diagnosis:
             raise InputError(f"{str(source)[:80]!r} cannot be read as a diagnosis: {reason}") from None
         if not isinstance(values, dict) or values.get("kind") != "diagnosis":
             raise InputError(f"{str(source)[:80]!r} is no diagnosis; give what Diagnosis.to_json() wrote")
-        if values["schema_version"] != SCHEMA_VERSION:
+        if values.get("schema_version") != SCHEMA_VERSION:
             raise InputError(
-                f"the diagnosis has schema version {values['schema_version']}; this release reads {SCHEMA_VERSION}"
+                f"the diagnosis has schema version {values.get('schema_version')}; this release reads {SCHEMA_VERSION}"
             )
         values = {key: value for key, value in values.items() if key not in ("schema_version", "kind")}
-        measures = {name: Measure(**m) for name, m in values["measures"].items()}
-        verdicts = [ModalityVerdict(**v) for v in values["verdicts"]]
-        return cls(**(values | {"measures": measures, "verdicts": verdicts}))
+        try:
+            measures = {name: Measure(**m) for name, m in values["measures"].items()}
+            verdicts = [ModalityVerdict(**v) for v in values["verdicts"]]
+            return cls(**(values | {"measures": measures, "verdicts": verdicts}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{str(source)[:80]!r} is no whole diagnosis ({type(error).__name__}: {error}); write it anew by to_json()"
+            ) from None
 
     def compare(self, other: Diagnosis) -> DiagnosisComparison:
         """This diagnosis minus ``other``, measure by measure (other model or other data, same modality names).
 
-        Raises InputError where the modalities have other names.
+        Raises InputError where the modalities have other names, TypeError where ``other`` is no diagnosis.
         """
+        if not isinstance(other, Diagnosis):
+            raise TypeError(
+                f"compare: got {type(other).__name__}; give another Diagnosis, such as Diagnosis.from_json(path)"
+            )
         if list(self.modalities) != list(other.modalities):
             raise InputError(
                 f"compare: the diagnoses are of modalities {list(self.modalities)} and {list(other.modalities)}; "

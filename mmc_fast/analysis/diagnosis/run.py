@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,19 @@ from ...training.model import MultimodalModel
 from ...training.runfolder import LoadedRun
 from .. import weights
 from ..polysemanticity import cross_modal_polysemanticity
-from ..reliance import MAX_MODALITIES, coalition_outputs
-from .adapter import Adapter, RunAdapter, labels_of, model_of
+from ..reliance import MAX_MODALITIES
+from .adapter import Adapter, RunAdapter, model_of
 from .collect import Collector, checked_features
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
-from .groups import draw_weights, stream
+from .groups import draw_weights
 from .layers import ChainSums, jacobian_rows
+from .passes import Batches, Progress, Stored, first_pass, second_pass, training_rows
 from .predictions import CoalitionScores
 from .result import Diagnosis, Measure, plain
 from .sampled import fresh_measures, neuron_measures, probe_measures
-from .storage import read_state, write_state
-from .verdicts import THRESHOLDS, Thresholds, as_settings, judge_modality
+from .verdicts import THRESHOLDS, ModalityVerdict, Thresholds, agreement, as_settings, judge_modality
 
 __all__ = ["diagnose"]
-
-STATE_VERSION = 1
-Progress = Callable[[str, int, int | None], None]
 
 
 def diagnose(
@@ -51,6 +47,7 @@ def diagnose(
     alone: Mapping[str, float] | None = None,
     unimodal_weights: Mapping[str, Tensor] | None = None,
     initial_weight: Tensor | None = None,
+    probe_data: Iterable[Any] | MultimodalDataset | Part | None = None,
     sample_rows: int = 4096,
     tolerance: float = 1e-3,
     tau: float = 0.5,
@@ -66,7 +63,8 @@ def diagnose(
     Args:
         model: an adapter (:class:`~mmc_fast.analysis.diagnosis.Adapter`, ``mmc_fast.ModelAdapter``), or a model or run of
             this project.
-        loader: batches for the adapter, in a fixed order; it is read twice. Or a data set (its test part) or a part.
+        loader: batches for the adapter, in a fixed order; it is read twice. Or a data set (its test part, and its training
+            part as ``probe_data``) or a part.
         metric: "accuracy", "auroc" (two classes), or None: auroc for two classes, else accuracy.
         groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
         seed: of groups, samples and probes.
@@ -75,6 +73,9 @@ def diagnose(
         control: also train networks on the features without each modality.
         alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
             probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak.
+        probe_data: labelled batches that the model was trained on, or others apart from ``loader``: the networks of ``probes``
+            and ``control`` train on ``sample_rows`` of them and are judged on the diagnosed samples. Without it they train on
+            seven tenths of those, which may be too few to find what a modality knows.
         unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
         initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
         tolerance, tau, energy, ridge: of the numerical rank, the degree of polysemanticity (two) and the VIF.
@@ -94,25 +95,32 @@ def diagnose(
     """
     adapter, unimodal_weights = _adapter(model, unimodal_weights)
     model_of(adapter)
-    _check_options(groups, resamples, level, metric)
-    batches = _Batches(loader)
+    if probe_data is None and isinstance(loader, MultimodalDataset) and len(loader.part("train")):
+        probe_data = loader.part("train")
+    training = None if probe_data is None else Batches(probe_data)
+    _check_options(groups, resamples, level, metric, sample_rows, alone)
+    batches = Batches(loader)
     meaning = [groups, seed, sample_rows, metric]
-    stored = _Stored(state, save_every, meaning)
+    stored = Stored(state, save_every, meaning)
     report = progress or (lambda phase, done, total: None)
     with torch.inference_mode(False):
-        collector = _first_pass(adapter, batches, groups, seed, sample_rows, stored, report)
+        collector = first_pass(adapter, batches, groups, seed, sample_rows, stored, report)
         notes = list(collector.notes)
         means = dict(zip(collector.widths, _means(collector).split(list(collector.widths.values())), strict=True))
         scores = None
         if reliance and _can_score(collector, notes):
             chosen = metric or ("auroc" if collector.outputs <= 2 else "accuracy")
-            scores = _second_pass(adapter, batches, collector, chosen, means, stored, report)
-            if scores.single_class():
+            scores = second_pass(adapter, batches, collector, chosen, means, stored, report)
+            seen = scores.seen_classes()
+            if 1 < seen < collector.outputs:
+                notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
+            if seen < 2:
                 notes.append("The labels hold a single class, so nothing can be scored.")
                 scores = None
+    notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
     report("numbers", 0, None)
     estimator = Estimator(collector, tolerance, tau, energy, ridge, initial_weight)
-    measures, arrays = _measures(estimator, scores, collector, resamples, level, seed)
+    measures, arrays, draws = _measures(estimator, scores, collector, resamples, level, seed)
     if isinstance(collector.layers, ChainSums):
         if initial_weight is None:
             notes.append("No initial weights were given: the neural feature matrix is WᵀW, not that of W − W₀.")
@@ -121,16 +129,21 @@ def diagnose(
         arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
     if scores is not None and (probes or alone):
         given = _given(alone, collector, probes)
-        probe_measures(measures, notes, collector, scores.metric, control, given, seed)
+        rows = None
+        if training is not None and (control or len(given) < len(collector.widths)):
+            rows = training_rows(adapter, training, collector, report)
+        probe_measures(measures, notes, collector, scores.metric, control, given, seed, rows)
     neuron_measures(measures, arrays, collector)
     fresh_measures(measures, collector.reservoir, seed)
     bound = weights.collision_bound(list(collector.widths.values()))
     if bound.warning:
         notes.append(f"Collision bound: {bound.warning}.")
-    verdicts = [_verdict(name, collector, measures, scores, thresholds) for name in collector.widths]
+    verdicts = [_verdict(name, collector, measures, draws, scores, thresholds, seed) for name in collector.widths]
     settings = {
         "groups": groups, "resamples": resamples, "level": level, "seed": seed, "tolerance": tolerance, "tau": tau,
         "energy": energy, "ridge": ridge, "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
+        "probe_data": training is not None,
+        "dictionary": "principal directions of each modality with 90 % of its variance",
         "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": as_settings(thresholds),
     }  # fmt: skip
     stored.remove()
@@ -138,56 +151,6 @@ def diagnose(
         dict(collector.widths), collector.samples, scores.metric if scores is not None else None, measures, plain(arrays),
         verdicts, settings, notes,
     )  # fmt: skip
-
-
-class _Batches:
-    """The loader as something that can be read twice."""
-
-    def __init__(self, loader: Any) -> None:
-        if isinstance(loader, MultimodalDataset):
-            loader = loader.part("test")
-        if isinstance(loader, Part):
-            part = loader
-            loader = [part.select(rows) for rows in torch.arange(len(part)).split(4096)]
-        if isinstance(loader, Iterator):
-            raise InputError(
-                "diagnose: the loader is an iterator, which can be read once; give a list of batches or a DataLoader"
-            )
-        if not hasattr(loader, "__iter__"):
-            raise TypeError(f"diagnose: loader is {type(loader).__name__}; give an iterable of batches")
-        self.loader = loader
-        self.total: int | None = len(loader) if hasattr(loader, "__len__") else None
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return enumerate(self.loader)
-
-
-class _Stored:
-    """Unfinished sums on disk, if asked for."""
-
-    def __init__(self, path: str | Path | None, every: float, meaning: list[Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.every, self.meaning, self.last = every, meaning, time.monotonic()
-        self.found: dict[str, Any] = {}
-        if self.path is not None and self.path.is_file():
-            self.found = read_state(self.path)
-            if self.found.get("version") != STATE_VERSION or self.found.get("meaning") != meaning:
-                raise InputError(
-                    f"{self.path} is the state of a diagnosis with other groups, seed, samples or metric, or of another "
-                    "version; use the same settings or delete it"
-                )
-
-    def due(self) -> bool:
-        return self.path is not None and time.monotonic() - self.last >= self.every
-
-    def write(self, parts: dict[str, Any]) -> None:
-        if self.path is not None:
-            write_state(self.path, {"version": STATE_VERSION, "meaning": self.meaning} | parts)
-            self.last = time.monotonic()
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter, Mapping[str, Tensor] | None]:
@@ -207,7 +170,9 @@ def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter
     raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
 
 
-def _check_options(groups: int, resamples: int, level: float, metric: str | None) -> None:
+def _check_options(
+    groups: int, resamples: int, level: float, metric: str | None, rows: int, alone: Mapping[str, float] | None
+) -> None:
     if not 1 <= groups <= 1024 or resamples < 0 or not 0 < level < 1:
         raise InputError(
             f"diagnose: groups {groups}, resamples {resamples}, level {level}; need 1 to 1024 groups, resamples >= 0 and a "
@@ -215,32 +180,22 @@ def _check_options(groups: int, resamples: int, level: float, metric: str | None
         )
     if metric not in (None, "accuracy", "auroc"):
         raise InputError(f"diagnose: unknown metric {metric!r}; known are accuracy, auroc")
-
-
-def _first_pass(
-    adapter: Adapter, batches: _Batches, groups: int, seed: int, rows: int, stored: _Stored, report: Progress
-) -> Collector:
-    collector = Collector(adapter, groups, seed, rows)
-    report("collect", 0, batches.total)
-    for index, batch in batches:
-        if index == 0:
-            collector.start(batch)
-            if "collector" in stored.found:
-                collector.load_state(stored.found["collector"])
-        if index < collector.batches:
-            continue
-        collector.add(batch)
-        report("collect", index + 1, batches.total)
-        if collector.settled and stored.due():
-            stored.write({"collector": collector.to_state()})
-    collector.flush()
-    if not collector.samples:
-        raise InputError("diagnose: the loader gave no sample; give at least one batch")
-    return collector
+    if rows < 1:
+        raise InputError(f"diagnose: sample_rows is {rows}; give the number of rows to keep for probes, such as 4096")
+    for name, score in (alone or {}).items():
+        if not 0 <= score <= 1:
+            raise InputError(f"diagnose: alone[{name!r}] is {score}; give a score between 0 and 1, not in percent")
 
 
 def _means(collector: Collector) -> Tensor:
     return collector.moments.combine(collector.active()).mean[: sum(collector.widths.values())]
+
+
+def _constant(collector: Collector) -> list[str]:
+    """Modalities without any variance."""
+    variances = collector.moments.combine(collector.active()).covariance.diagonal()
+    parts = variances[: sum(collector.widths.values())].split(list(collector.widths.values()))
+    return [name for name, part in zip(collector.widths, parts, strict=True) if not bool(part.any())]
 
 
 def _can_score(collector: Collector, notes: list[str]) -> bool:
@@ -255,47 +210,10 @@ def _can_score(collector: Collector, notes: list[str]) -> bool:
     return True
 
 
-@torch.no_grad()
-def _second_pass(
-    adapter: Adapter, batches: _Batches, collector: Collector, metric: str, means: Mapping[str, Tensor], stored: _Stored,
-    report: Progress,
-) -> CoalitionScores:  # fmt: skip
-    scores, done = CoalitionScores(metric, len(collector.widths), collector.groups), 0
-    found = stored.found.get("scores")
-    if found is not None:
-        scores.load_state(found)
-        done = stored.found["scored"]
-    report("score", done, batches.total)
-    for index, batch in batches:
-        if index < done:
-            continue
-        features = checked_features(adapter, batch, collector.widths, index)
-        labels = labels_of(adapter, batch)
-        if labels is None:
-            raise InputError(
-                f"diagnose: batch {index} had labels in the first pass and has none now; use a fixed order"
-            )
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= max(2, collector.outputs)):
-            raise InputError(
-                f"diagnose: batch {index} has labels {int(labels.min())} to {int(labels.max())} for {collector.outputs} "
-                "outputs; number the classes 0, 1, 2, ..."
-            )
-        if metric == "auroc" and collector.outputs > 2:
-            raise InputError(f"diagnose: metric 'auroc' is for 2 classes and there are {collector.outputs} outputs")
-        shaped = {name: means[name].reshape(1, *x.shape[1:]) for name, x in features.items()}
-        outputs = coalition_outputs(adapter.fuse, features, shaped)  # type: ignore[arg-type]
-        random = stream(collector.seed, "scores", index)
-        places = torch.randint(collector.groups, (len(labels),), generator=random)
-        scores.add(outputs, labels, places)
-        report("score", index + 1, batches.total)
-        if stored.due():
-            stored.write({"collector": collector.to_state(), "scores": scores.to_state(), "scored": index + 1})
-    return scores
-
-
 def _measures(
     estimator: Estimator, scores: CoalitionScores | None, collector: Collector, resamples: int, level: float, seed: int
-) -> tuple[dict[str, Measure], dict[str, Any]]:
+) -> tuple[dict[str, Measure], dict[str, Any], dict[str, np.ndarray]]:
+    """Measures of sums and coalitions, what is no single number, and both in the resamples."""
     arrays: dict[str, Any] = {}
     active = collector.active()
     values = estimator.numbers(active, arrays)
@@ -314,12 +232,13 @@ def _measures(
         weights_of = np.zeros((resamples, len(active)))
         if used.sum() >= 3 and resamples:
             weights_of[:, used] = draw_weights(int(used.sum()), resamples, seed)
-        drawn = reliance_measures(names, scores.scores(weights_of)) if used.sum() >= 3 and resamples else {}
+        if used.sum() >= 3 and resamples:
+            spread |= reliance_measures(names, scores.scores(weights_of))
         for name, value in reliance_measures(names, plain).items():
-            measures[name] = interval(float(value[0]), drawn.get(name), int(used.sum()), level, _limits(name))
+            measures[name] = interval(float(value[0]), spread.get(name), int(used.sum()), level, _limits(name))
         measures["score.chance"] = Measure(scores.chance())
         arrays["coalition_scores"] = plain[:, 0].tolist()
-    return measures, arrays
+    return measures, arrays, spread
 
 
 def _limits(name: str) -> tuple[float, float]:
@@ -344,7 +263,7 @@ def _weight_classifier(
 
 
 def _neurons_by_gradient(
-    adapter: Adapter, batches: _Batches, collector: Collector, estimator: Estimator
+    adapter: Adapter, batches: Batches, collector: Collector, estimator: Estimator
 ) -> dict[str, Any]:
     """Modality shares of up to 128 units of the fused representation: ``E[J_i Σ_ii J_iᵀ]`` on the first batch."""
     represent = getattr(adapter, "represent", None)
@@ -383,17 +302,33 @@ def _verdict(
     name: str,
     collector: Collector,
     measures: dict[str, Measure],
+    draws: Mapping[str, np.ndarray],
     scores: CoalitionScores | None,
     thresholds: Thresholds,
-) -> Any:
-    share = measures[f"use_share.{name}"].value
+    seed: int,
+) -> ModalityVerdict:
+    m, use = len(collector.widths), f"use_share.{name}"
+    wanted = {
+        "alone": f"alone.{name}", "all": "score.all", "without": f"without.{name}", "only": f"only.{name}",
+        "chance": "score.chance", "retrained_without": f"retrained_without.{name}", "retrained_all": "retrained_all",
+    }  # fmt: skip
     known: dict[str, float] | None = None
-    if scores is not None and f"alone.{name}" in measures:
-        wanted = {
-            "alone": f"alone.{name}", "all": "score.all", "without": f"without.{name}", "only": f"only.{name}",
-            "chance": "score.chance", "retrained_without": f"retrained_without.{name}", "retrained_all": "retrained_all",
-        }  # fmt: skip
-        values = {key: measures[m].value for key, m in wanted.items() if m in measures}
-        if all(v is not None for v in values.values()):
-            known = {key: float(v) for key, v in values.items() if v is not None}
-    return judge_modality(name, share, len(collector.widths), known, thresholds)
+    if scores is not None:
+        found = {key: measures[where].value for key, where in wanted.items() if where in measures}
+        known = {key: value for key, value in found.items() if value is not None}
+        known["chance_error"] = scores.chance_error()
+    verdict = judge_modality(name, measures[use].value, m, known, thresholds)
+    if use not in draws:
+        return verdict
+    rows: list[Mapping[str, float] | None] = [None] * len(draws[use])
+    if known is not None:
+        alone = measures.get(wanted["alone"], Measure(None))
+        random = np.random.default_rng([seed, 11])
+        rows = [
+            known
+            | {key: float(draws[wanted[key]][r]) for key in ("all", "without", "only")}
+            | ({} if alone.value is None else {"alone": alone.value + (alone.error or 0.0) * random.standard_normal()})
+            for r in range(len(draws["score.all"]))
+        ]
+    verdict.evidence["agreement"] = agreement(verdict.kind, name, m, draws[use].tolist(), rows, thresholds)
+    return verdict

@@ -23,11 +23,10 @@ __all__ = ["fresh_measures", "neuron_measures", "probe_measures"]
 _GRADIENT_ROWS = 512
 
 
-def features_of(collector: Collector) -> dict[str, Tensor]:
+def features_of(collector: Collector, reservoir: Reservoir | None = None) -> dict[str, Tensor]:
     """The kept rows by modality."""
-    return dict(
-        zip(collector.widths, collector.reservoir.columns["x"].split(list(collector.widths.values()), 1), strict=True)
-    )
+    kept = collector.reservoir if reservoir is None else reservoir
+    return dict(zip(collector.widths, kept.columns["x"].split(list(collector.widths.values()), 1), strict=True))
 
 
 def probe_measures(
@@ -38,18 +37,28 @@ def probe_measures(
     control: bool,
     given: Mapping[str, float],
     seed: int,
+    training: Reservoir | None,
 ) -> None:
-    """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over."""
+    """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over.
+
+    They train on the rows of ``training``, where there are such, and the diagnosed ones judge; else these do both.
+    """
     measures |= {f"alone.{name}": Measure(float(score)) for name, score in given.items()}
     features, labels = features_of(collector), collector.reservoir.columns["labels"]
+    judged = None
+    if training is not None:
+        judged = (features, labels)
+        features, labels = features_of(collector, training), training.columns["labels"]
     try:
         if control:
-            found = retrained_without(features, labels, metric=metric, seed=seed)
+            found = retrained_without(features, labels, metric=metric, seed=seed, judged=judged)
             alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
             named["retrained_all"] = found.all
         else:
             wanted = [name for name in features if name not in given]
-            alone = {name: train_afresh(features, labels, [name], metric=metric, seed=seed) for name in wanted}
+            alone = {
+                name: train_afresh(features, labels, [name], metric=metric, seed=seed, judged=judged) for name in wanted
+            }
             named = {}
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
