@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from training_data import check_one_line, tiny
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
+from mmc_fast.commands.settings import read_toml
 from mmc_fast.comparison import grid as grid_module
 from mmc_fast.comparison.cells import claimed, read_cell, recompute
 from mmc_fast.comparison.grid import SEARCH_SEED, Grid, run_grid
@@ -25,6 +27,7 @@ from mmc_fast.comparison.rows import Row, Source, configs_folder, load_source
 from mmc_fast.errors import InputError
 from mmc_fast.methods import METHODS
 
+ROOT = Path(__file__).resolve().parents[1]
 BUDGET = {
     "epochs": 1,
     "batch_size": 16,
@@ -194,7 +197,7 @@ def test_killed_at_random_and_resumed_by_two_processes_gives_the_numbers_of_an_u
             "--jobs",
             str(jobs),
         ]
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(ROOT)
         env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(code, env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -309,3 +312,51 @@ def test_a_foreign_folder_and_a_broken_cell_are_refused(tmp_path, seed):
     done = command(*arguments)
     assert done.exit_code == 2
     assert "remove it and repeat" in done.output
+
+
+def test_choices_are_stored_as_tables_that_read_back(tmp_path, seed, monkeypatch):
+    spec = importlib.util.spec_from_file_location("store_choices", ROOT / "tools" / "store_choices.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "shaspec.toml").write_text('method = "shaspec"\n[chosen.other]\nlr = 0.1\n')
+    monkeypatch.setattr(tool, "ROWS", rows)
+    grid = Grid([Row.parse("shaspec", {"method": "shaspec"})], [source(tmp_path, seed)], [0])
+    settings, cells = run_grid(grid, tmp_path / "out", jobs=1, on_event=silent)
+    assert tool.main(tmp_path / "out") == 0
+    row = Row.parse("shaspec", read_toml(rows / "shaspec.toml"))
+    assert row.chosen == {"other": {"lr": 0.1}, "mine": settings["shaspec", "mine"]}
+    again = Grid([row], [source(tmp_path, seed)], [0])
+    assert run_grid(again, tmp_path / "out", jobs=1, on_event=silent)[1] == cells
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('title = "no method"', "give the name of a method"),
+        ('method = "muse"\ntitle = 3', "give a text"),
+        ('method = "muse"\nsetings = 3', "Did you mean 'settings'"),
+        ('method = "muse"\n[settings]\nepoch = 3', "Did you mean 'epochs'"),
+        ('method = "muse"\n[chosen]\nmine = 3', "give a table"),
+        ('method = "muse"\n[chosen.mine.options]\nlayers = 3', "option 'layers' does not exist"),
+    ],
+)
+def test_a_row_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "row.toml").write_text(text + "\n")
+    done = command("--methods", tmp_path / "row.toml", "--data", "mfeat", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    check_one_line(InputError(done.output.strip()))
+
+
+def test_without_rates_there_is_complete_data_only(tmp_path, seed):
+    data, out = own_data(tmp_path, seed), tmp_path / "out"
+    done = command("--methods", "vanilla,late", "--data", data, "--seeds", 1, "--tune", "never", "--rates", "none",
+                   "--out", out, "--jobs", 1, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)[0]
+    assert found["comparisons"]["auroc"]["conditions"] == ["complete"]
+    assert {t["condition"] for t in found["tests"]} == {"complete"}

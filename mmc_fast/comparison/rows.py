@@ -56,6 +56,8 @@ class Row:
         if not isinstance(values.get("method"), str):
             raise InputError(f"row {name}: 'method' is {values.get('method')!r}; give the name of a method")
         plugin = get(values["method"])
+        if not isinstance(values.get("title", ""), str):
+            raise InputError(f"row {name}: 'title' is {values['title']!r}; give a text")
         tables: dict[str, Mapping[str, Any]] = {key: values.get(key, {}) for key in ("settings", "chosen")}
         for key, table in tables.items():
             if not isinstance(table, Mapping) or (
