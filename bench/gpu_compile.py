@@ -1,7 +1,7 @@
 """Compile the shipped Triton kernels for GPUs that are not here, and read what the binaries say about themselves.
 
-``python bench/gpu_compile.py --arch 80,90,100 --json out.json [--only TEXT] [--jobs N]`` compiles what the
-scenes of ``gpu_scenes.py`` launch. Exit code 1 where one does not compile, spills on sm_80 or sm_90, needs more shared memory than
+``python bench/gpu_compile.py --arch 80,90,100 --json out.json [--main] [--only TEXT] [--jobs N]`` compiles what the
+scenes of ``gpu_scenes.py`` launch, with ``--main`` what its main scenes do. Exit code 1 where one does not compile, spills on sm_80 or sm_90, needs more shared memory than
 the chip has, or runs its products on other instructions than it says. Needs Triton (with its own ptxas), no GPU.
 """
 
@@ -25,6 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_SPILLS = (80, 90)  # architectures where a spill is an error
+# What the compiler gets wrong, named in docs/gpu.md: printed and recorded, no error. (kernel [scene], architecture)
+KNOWN = {
+    ("ebr_narrow_bwd [ebr narrow weights fp32]", 100),
+    ("ebr_wide_bwd [ebr wide weights fp32] 5", 100),
+    ("ebr_narrow_bwd [ebr narrow weights tf32]", 80),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Row:
     blocks: dict[str, int]
     warps: int
     stages: int
+    main: bool = False  # launched by a main scene: make gpu-check compiles it
     registers: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
@@ -94,7 +101,7 @@ def blocks_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
     return min(chip.warps // warps, chip.blocks, by_registers, by_shared)
 
 
-def specs(only: str = "") -> list[dict[str, Any]]:
+def specs(only: str = "", main: bool = False) -> list[dict[str, Any]]:
     """What the scenes of ``gpu_scenes.py`` launch, recorded by the guarded interpreter in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "specs.json"
@@ -103,7 +110,7 @@ def specs(only: str = "") -> list[dict[str, Any]]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"recording the launches failed: {done.stderr[-2000:]}")
-        return [entry for entry in json.loads(path.read_text()) if only in entry["label"]]
+        return [e for e in json.loads(path.read_text()) if only in e["label"] and (e["main"] or not main)]
 
 
 def source_of(spec: dict[str, Any]) -> Any:
@@ -139,7 +146,7 @@ def compile_one(spec: dict[str, Any], arch: int) -> Row:
     from triton.backends.compiler import GPUTarget
 
     warps, stages = spec["options"]["num_warps"], spec["options"]["num_stages"]
-    row = Row(spec["label"], arch, triton.__version__, blocks_of(spec), warps, stages)
+    row = Row(spec["label"], arch, triton.__version__, blocks_of(spec), warps, stages, spec["main"])
     log, start = io.StringIO(), time.perf_counter()
     knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True  # the log is there on a real run alone
     try:
@@ -180,8 +187,11 @@ def _problems(row: Row, matrix: set[str]) -> list[str]:
     return problems
 
 
-def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
-    """What got worse against a record of the same Triton: new spills, fewer resident blocks, rows that are gone."""
+def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]], main: bool = False) -> list[str]:
+    """What got worse against a record of the same Triton: new spills, fewer resident blocks, rows that are gone.
+
+    ``main``: the rows are those of the main scenes, so no others of the record are missed.
+    """
     now = {(row["kernel"], row["arch"], row["triton"]): row for row in rows}
     arches = {(row["arch"], row["triton"]) for row in rows}
     found = []
@@ -190,6 +200,8 @@ def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> l
         if (old["arch"], old["triton"]) not in arches:
             continue
         name = f"{old['kernel']} on sm_{old['arch']}"
+        if key not in now and main and not old["main"]:
+            continue
         if key not in now:
             found.append(f"{name}: in the record but not compiled; run make gpu-report")
         elif now[key]["spill_bytes"] > old["spill_bytes"]:
@@ -220,7 +232,7 @@ def _in_parallel(options: argparse.Namespace) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "specs.json"
-        path.write_text(json.dumps(specs(options.only)))
+        path.write_text(json.dumps(specs(options.only, options.main)))
         base = [sys.executable, __file__, "--arch", options.arch, "--raw", str(path)]
         jobs = [
             subprocess.Popen(
@@ -239,7 +251,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities without the point")
     parser.add_argument("--only", default="", help="specifications whose label contains this")
-    parser.add_argument("--json", type=Path, help="write the rows here; rows of another Triton that stand there stay")
+    parser.add_argument("--main", action="store_true", help="the main scenes alone")
+    parser.add_argument("--json", type=Path, help="write the rows here; rows there that this run does not cover stay")
     parser.add_argument("--check", type=Path, help="record to compare with: what got worse is an error")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
@@ -256,16 +269,22 @@ def main() -> int:
     problems = []
     for row in rows:
         print(line(row))
-        problems += [f"{row['kernel']} on sm_{row['arch']}: {problem}" for problem in row["problems"]]
+        found = [f"{row['kernel']} on sm_{row['arch']}: {problem}" for problem in row["problems"]]
+        if (row["kernel"], row["arch"]) in KNOWN:
+            print(f"known: {'; '.join(found) or row['kernel'] + ' is well again; take it out of the list'}")
+        else:
+            problems += found
     if options.check:
         recorded = json.loads(options.check.read_text())
-        problems += regressions(rows, recorded)
+        problems += regressions(rows, recorded, options.main)
         for name in unrecorded(rows, recorded):
             print(f"note: {name} is not in the record yet; make gpu-report enters it")
     if options.json:
         other = json.loads(options.json.read_text()) if options.json.exists() else []
-        mine = {(row["triton"], row["arch"]) for row in rows}
-        kept = [row for row in other if (row["triton"], row["arch"]) not in mine]
+        targets = {(row["triton"], row["arch"]) for row in rows}
+        mine = {row["kernel"] for row in rows}
+        whole = not (options.only or options.main)
+        kept = [r for r in other if (r["triton"], r["arch"]) not in targets or (not whole and r["kernel"] not in mine)]
         for row in rows:
             row.pop("seconds")  # a record should change with the code alone
         ordered = sorted(kept + rows, key=lambda row: (row["triton"], row["arch"], row["kernel"]))

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ PRECISIONS = {  # name: dtype, torch.set_float32_matmul_precision
     "fp32": (torch.float32, "highest"),
     "tf32": (torch.float32, "high"),
     "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
 }
 
 
@@ -112,9 +114,12 @@ def ebr_parameters(head: Any) -> tuple[list, list, list]:
 
 
 def ebr_step(
-    sizes: Ebr, dtype: torch.dtype, device: str, backend: str
+    sizes: Ebr, dtype: torch.dtype, device: str, backend: str, kind: str = "plain"
 ) -> tuple[Callable[[], Tensor], Callable[..., Any]]:
-    """(forward to a scalar, backward of it) of one step with a reconstruction loss, every gradient wanted."""
+    """(forward to its outputs, backward of them) of one step with a reconstruction loss, every gradient wanted.
+
+    ``kind``: one of ``EBR_KINDS``.
+    """
     from mmc_fast import functional
 
     head = ebr_head(sizes, dtype, device)
@@ -123,70 +128,111 @@ def ebr_step(
     ]
     upstream = [torch.randn(sizes.batch, sizes.features).to(device, dtype) for _ in range(sizes.modalities)]
     parameters = ebr_parameters(head)
-    reversal, one = torch.tensor(0.5, device=device), torch.ones((), device=device)
+    one, options = torch.ones((), device=device), _ebr_options(kind, sizes, dtype, device)
+    latents_wanted = kind == "weights"
 
     def forward() -> Any:
-        return functional.ebr_step(features, *parameters, reversal=reversal, backend=backend)
+        return functional.ebr_step(features, *parameters, backend=backend, **options)
 
     def backward(out: Any) -> None:
-        torch.autograd.backward(
-            [*out.recovered, out.discrimination_loss, out.reconstruction_loss], [*upstream, one, one]
-        )
+        outputs, gradients = [*out.recovered, out.discrimination_loss], [*upstream, one]
+        if kind != "task":
+            outputs, gradients = [*outputs, out.reconstruction_loss], [*gradients, one]
+        if latents_wanted:
+            outputs, gradients = [*outputs, out.latents], [*gradients, torch.ones_like(out.latents)]
+        torch.autograd.backward(outputs, gradients)
 
     return forward, backward
 
 
-def small_scenes() -> Iterator[tuple[str, str, bool, Callable[[torch.dtype], None]]]:
-    """(name, precision, deterministic, run): together they launch every shipped specialisation."""
+EBR_KINDS = {
+    "plain": "no mask, no source",
+    "parts": "the same, deterministic",
+    "task": "no reconstruction loss, a mask, residual",
+    "masked": "a mask, residual, normalised latents, given denominators",
+    "index": "a mask, whole-number source, residual",
+    "weights": "a mask, float source with a gradient, residual, normalised latents that take a gradient",
+}
+
+
+def _ebr_options(kind: str, sizes: Ebr, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    m, batch = sizes.modalities, sizes.batch
+    options: dict[str, Any] = {"reversal": torch.tensor(0.5, device=device)}
+    if kind not in ("plain", "parts"):
+        options |= {"present": torch.ones(batch, m, dtype=torch.bool, device=device), "residual": True}
+    if kind in ("masked", "weights"):
+        options |= {"normalize": True}
+    if kind == "masked":
+        options |= {"normalizer": torch.ones(2, device=device)}
+    if kind == "index":
+        options |= {"source": torch.arange(m, device=device).repeat(batch, 1)}
+    if kind == "weights":
+        options |= {"source": torch.eye(m, dtype=dtype, device=device).repeat(batch, 1, 1).requires_grad_()}
+    return options
+
+
+class Scene(NamedTuple):
+    """A call on a small batch; ``main``: what ``make gpu-check`` compiles, the rest is for ``make gpu-report``."""
+
+    name: str
+    precision: str
+    deterministic: bool
+    main: bool
+    run: Callable[[torch.dtype], None]
+
+
+# What a kernel is compiled for depends on latent, discriminator and number of modalities; other widths arrive at run time.
+EBR_SIZES = {
+    "narrow": Ebr(5, 64, 64, 64, (64,), 64),
+    "wide": Ebr(4, 64, 64, 144, (64, 256), 64),
+    "narrow, no hidden layer": Ebr(2, 16, 16, 16, (), 64),
+    "narrow, latent 128": Ebr(2, 64, 64, 128, (64,), 64),
+    "narrow, discriminator 128": Ebr(2, 64, 64, 64, (128,), 64),
+    "narrow, two hidden layers": Ebr(2, 64, 64, 64, (64, 64), 64),
+    "wide, no hidden layer": Ebr(2, 64, 64, 512, (), 64),
+    "wide, three hidden layers": Ebr(2, 64, 64, 144, (64, 64, 512), 64),
+}
+
+
+def small_scenes() -> Iterator[Scene]:
+    """Together they launch every shipped specialisation."""
     for name in PRECISIONS:
-        yield f"agop relu {name}", name, False, lambda dtype: relu_agop(128, 64, 144, dtype, "cpu", "triton")()
+        main = name != "fp16"
+        yield Scene(f"agop relu {name}", name, False, main, partial(_agop, relu_agop, (128, 64, 144)))
         for deterministic in (False, True):
             mode = f"{name} {'parts' if deterministic else 'atomic'}"
-            yield (
-                f"agop gelu {mode}",
-                name,
-                deterministic,
-                lambda dtype: gelu_agop(128, 64, 80, dtype, "cpu", "triton")(),
-            )
-            yield (
-                f"agop chain {mode}", name, deterministic,
-                lambda dtype: chain_agop(64, 10, 64, 64, dtype, "cpu", "triton")(),
-            )  # fmt: skip
-        yield (
-            f"agop wide chain {name}",
-            name,
-            False,
-            lambda dtype: chain_agop(16, 10, 64, 144, dtype, "cpu", "triton")(),
-        )
-        if has_ebr():
-            yield f"ebr narrow {name}", name, False, lambda dtype: _train(NARROW._replace(batch=64), dtype)
-            yield f"ebr wide {name}", name, False, lambda dtype: _train(paper(2, 64), dtype)
+            yield Scene(f"agop gelu {mode}", name, deterministic, main, partial(_agop, gelu_agop, (128, 64, 80)))
+            yield Scene(f"agop chain {mode}", name, deterministic, main, partial(_agop, chain_agop, (64, 10, 64, 64)))
+        yield Scene(f"agop wide chain {name}", name, False, main, partial(_agop, chain_agop, (16, 10, 64, 144)))
+        for path, sizes in EBR_SIZES.items():
+            usual = path in ("narrow", "wide")
+            for kind in EBR_KINDS if usual else ("plain", "weights"):
+                checked = main and usual and kind in ("plain", "weights")
+                yield Scene(f"ebr {path} {kind} {name}", name, kind == "parts", checked, partial(_train, sizes, kind))
 
 
-def _train(sizes: Ebr, dtype: torch.dtype) -> None:
-    forward, backward = ebr_step(sizes, dtype, "cpu", "triton")
+def _agop(scene: Callable[..., Callable[[], Any]], sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    scene(*sizes, dtype, "cpu", "triton")()
+
+
+def _train(sizes: Ebr, kind: str, dtype: torch.dtype) -> None:
+    forward, backward = ebr_step(sizes, dtype, "cpu", "triton", kind)
     backward(forward())
 
 
-def has_ebr() -> bool:
-    """Whether this tree has Triton kernels of the EBR step."""
-    import importlib.util
-
-    return importlib.util.find_spec("mmc_fast.kernels.ebr") is not None
-
-
-def record() -> list[dict[str, Any]]:
+def record(only: str = "") -> list[dict[str, Any]]:
     """One entry per distinct specialisation, named after the first scene that launches it."""
     from mmc_fast.testing import triton_guard
 
     found: dict[str, dict[str, Any]] = {}
-    for scene, name, deterministic, run in small_scenes():
-        with precision(name, deterministic) as dtype, triton_guard.watch(sample=1) as watch:
-            run(dtype)
+    for scene in filter(lambda scene: only in scene.name, small_scenes()):
+        with precision(scene.precision, scene.deterministic) as dtype, triton_guard.watch(sample=1) as watch:
+            scene.run(dtype)
         for launch in watch.launches:
             key = json.dumps(launch.specialisation, sort_keys=True)
             matrix = sorted({_matrix(kind) for kind in launch.dot_flops} - {"none"})
-            found.setdefault(key, {"scene": scene, "matrix": matrix, **launch.specialisation})
+            entry = {"scene": scene.name, "main": False, "matrix": matrix, **launch.specialisation}
+            found.setdefault(key, entry)["main"] |= scene.main
     labels: dict[str, int] = {}
     for entry in found.values():
         label = f"{entry['kernel'].strip('_').removesuffix('_kernel')} [{entry['scene']}]"
@@ -202,10 +248,11 @@ def _matrix(kind: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, required=True, help="file to write")
+    parser.add_argument("--only", default="", help="scenes whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    entries = record()
+    entries = record(options.only)
     fresh = options.record.with_suffix(".new")
     fresh.write_text(json.dumps(entries))
     os.replace(fresh, options.record)

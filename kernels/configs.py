@@ -92,6 +92,7 @@ class NarrowTile(NamedTuple):
     features: int
     warps: int
     stages: int
+    registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
 
 
 # (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles
@@ -100,7 +101,7 @@ EBR_NARROW = {
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
     ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("ieee", "forward"): NarrowTile(32, 32, 32, 8, 1),
+    ("ieee", "forward"): NarrowTile(16, 32, 32, 8, 1),
     ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import ebr_counter
 from .configs import NarrowTile, ebr_narrow_tile
-from .ebr_narrow import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel, ebr_narrow_fwd_kernel
+from .ebr_narrow_bwd import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel
+from .ebr_narrow_fwd import ebr_narrow_fwd_kernel
 from .ebr_plan import Inputs, float_precision, index_type, padded
 
 __all__ = ["backward", "forward", "saved_shapes"]
@@ -34,6 +35,7 @@ def _constants(inputs: Inputs, tile: NarrowTile) -> dict[str, object]:
         "PREC": float_precision(dtype),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
         "enable_fp_fusion": True,
     }
 
@@ -56,7 +58,7 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[
 
     md, rec, counts, partials = scalars(), scalars(), scalars(2), scalars(sizes.m * tiles, 4)
     saved = [counts, scalars(sizes.m, batch)] if inputs.normalize else [counts]
-    index = index_type([*inputs.features, latents, *inputs.masks])
+    index = index_type([*inputs.features, *recovered, latents, *inputs.masks])
     stride_xb, stride_xd = inputs.strides_x
     ebr_narrow_fwd_kernel[(sizes.m * tiles,)](
         inputs.features, tuple(recovered), *(inputs.column(kind) for kind in range(8)), inputs.psi,
@@ -98,7 +100,8 @@ def backward(
     d_source = torch.empty(batch, m, m, dtype=inputs.source.dtype, device=like.device) if with_source else None
     given = [d if d is not None else f for d, f in zip(d_recovered, inputs.features, strict=True)]
     gradients = [*given, latents if d_latents is None else d_latents]
-    index = index_type([*inputs.features, latents, *gradients, *inputs.masks])
+    written = [] if d_source is None else [d_source]
+    index = index_type([*inputs.features, *recovered, latents, *gradients, *inputs.masks, *written])
     stride_xb, stride_xd = inputs.strides_x
     ebr_narrow_bwd_kernel[(m * slices,)](
         inputs.features, tuple(recovered), tuple(given), tuple(d_features),

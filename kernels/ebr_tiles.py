@@ -101,7 +101,7 @@ def cross_entropy(logits, i, M: tl.constexpr, MP: tl.constexpr):
 def present_rows(present, r, inside, i, stride_pb, stride_pm, HAS_PRESENT: tl.constexpr):
     """bool ``[BM]``: rows of the batch in which modality i is present."""
     if HAS_PRESENT:
-        return tl.load(present + r * stride_pb + i * stride_pm, mask=inside, other=0) != 0
+        return tl.load(present + r * stride_pb + tl.cast(i, r.dtype) * stride_pm, mask=inside, other=0) != 0
     else:
         return inside
 
@@ -113,10 +113,16 @@ def source_weight(
 ):  # fmt: skip
     """float32 ``[BM]``: weight of latent j in slot i; zero where j is absent. A float weight is rounded to DTYPE."""
     if SOURCE == WEIGHT_SOURCE:
-        w = tl.load(source + r * stride_sb + i * stride_si + j * stride_sj, mask=inside, other=0.0)
+        w = tl.load(
+            source + r * stride_sb + tl.cast(i, r.dtype) * stride_si + tl.cast(j, r.dtype) * stride_sj,
+            mask=inside,
+            other=0.0,
+        )
         w = w.to(DTYPE).to(tl.float32)
     elif SOURCE == INDEX_SOURCE:
-        w = (tl.load(source + r * stride_sb + i * stride_si, mask=inside, other=-1) == j).to(tl.float32)
+        w = (tl.load(source + r * stride_sb + tl.cast(i, r.dtype) * stride_si, mask=inside, other=-1) == j).to(
+            tl.float32
+        )
     else:
         w = tl.where(inside & (i == j), 1.0, 0.0)
     return tl.where(present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT), w, 0.0)
@@ -197,25 +203,27 @@ def denominators(normalizer, present_total, rows_total, second, HAS_NORMALIZER: 
 
 @triton.jit
 def finish_losses(
-    partials, counter, normalizer, md_out, rec_out, counts, program, programs, second, ce, squared, n_present, n_rows,
+    partials, counter, normalizer, md_out, rec_out, counts, program, programs, second, ce, squared, here, counted,
     HAS_NORMALIZER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Publish this program's sums; the last program to arrive adds all of them in order and writes the losses.
 
-    ``counts`` float32 ``[2]``: the denominators of the two losses. The counter is left at zero.
+    ``ce, squared`` float32 ``[BM]`` and ``here, counted`` bool ``[BM]`` of the program's rows. ``counts`` float32
+    ``[2]``: the denominators of the two losses. The counter is left at zero.
     """
-    at = partials + program * 4
-    tl.store(at, ce)
-    tl.store(at + 1, squared)
-    tl.store(at + 2, n_present)
-    tl.store(at + 3, n_rows)
+    which = tl.arange(0, 4)
+    column = which[None, :]
+    # one sum over rows of four columns: four sums of vectors are four exchanges between warps, and where a vector is
+    # itself a sum over a product's columns, Triton 3.7 does not compile them for sm_100
+    numbers = tl.where(column < 2, tl.where(column == 0, ce[:, None], squared[:, None]), 0.0)
+    rows = tl.where(column == 2, here[:, None], counted[:, None] & (column == 3))
+    tl.store(partials + program * 4 + which, tl.sum(numbers + rows.to(tl.float32), axis=0))
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived == programs - 1:
         tl.debug_barrier()
         n = tl.arange(0, BLOCK)
         sums = tl.zeros((BLOCK, 4), tl.float32)
-        which = tl.arange(0, 4)
         for p0 in tl.range(0, programs, BLOCK):
             mask = (p0 + n < programs)[:, None] & (which < 4)[None, :]
             # past the first-level cache: other programs wrote these

@@ -121,7 +121,8 @@ def ebr_wide_fwd_kernel(
         x_at = r[:, None] * pick_long(stride_xb, i, M) + o[None, :] * pick_long(stride_xd, i, M)
         feature = tl.load(pick(x, i, M) + x_at, mask=mask & here[:, None], other=0.0).to(tl.float32)
         error = tl.where(mask & (here & keep)[:, None], y - feature, 0.0)
-        tl.store(squared + program, tl.sum(tl.sum(error * error, axis=1), axis=0) / OUT)
+        rows = program * BM + tl.arange(0, BM)
+        tl.store(squared + rows, tl.sum(error * error, axis=1) / OUT)
         if RESIDUAL:
             y += feature
         tl.store(at, y.to(dtype), mask=mask)
@@ -218,15 +219,14 @@ def ebr_wide_loss_kernel(
 
     programs = tiles * M
     per_program = tl.cdiv(n_squared, programs)
-    s = tl.arange(0, 128)
-    error = tl.zeros((128,), tl.float32)
-    for s0 in tl.range(0, per_program, 128):
+    s = tl.arange(0, BM)
+    error = tl.zeros((BM,), tl.float32)
+    for s0 in tl.range(0, per_program, BM):
         at = program * per_program + s0 + s
         error += tl.load(squared + at, mask=(s0 + s < per_program) & (at < n_squared), other=0.0)
     finish_losses(
         partials, counter, normalizer, md_out, rec_out, counts, program, programs, second,
-        tl.sum(tl.where(here, ce, 0.0), axis=0), tl.sum(error, axis=0), tl.sum(here.to(tl.float32), axis=0),
-        tl.sum((here & valid).to(tl.float32), axis=0), HAS_NORMALIZER, BLOCK=128,
+        tl.where(here, ce, 0.0), error, here, here & valid, HAS_NORMALIZER, BLOCK=128,
     )  # fmt: skip
 
 
@@ -396,7 +396,7 @@ def ebr_wide_bwd_kernel(
                             back = tl.dot(left, right, back, input_precision=PREC)
                     acc -= strength * md_scale * back
             if HAS_D_LATENTS:
-                at = i * stride_lm + r[:, None] * stride_lb + f[None, :] * stride_lk
+                at = tl.cast(i, tl.int64) * stride_lm + r[:, None] * stride_lb + f[None, :] * stride_lk
                 acc += tl.load(d_latents + at, mask=kept, other=0.0).to(tl.float32)
         if STAGE == "decoded" or STAGE == "hidden":
             gate = tl.load(pick(s, n, GROUPS) + r[:, None] * NS + f[None, :], mask=kept, other=0.0)

@@ -98,7 +98,8 @@ def forward(inputs: Inputs, train: bool) -> tuple[list[Tensor], Tensor, Tensor, 
 
     latents, h1, h3 = activations(sizes.latent), activations(sizes.hidden), activations(sizes.hidden)
     recovered = [torch.empty(batch, d, dtype=like.dtype, device=device) for d in sizes.dims]
-    n_squared = sum(triton.cdiv(batch, tile.rows) * triton.cdiv(d, tile.columns) for d in sizes.dims)
+    decode_tiles = sum(triton.cdiv(batch, tile.rows) * triton.cdiv(d, tile.columns) for d in sizes.dims)
+    n_squared = decode_tiles * tile.rows
     squared = floats(max(1, n_squared))
     heads = range(m)
     column = [inputs.column(kind) for kind in range(8)]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mmc_fast.analysis import _agop_finish
 from mmc_fast.analysis.agop import AGOPAccumulator, agop
 from mmc_fast.ops import library
 from mmc_fast.reference.agop import agop as reference_agop
@@ -295,6 +296,22 @@ def test_memory_budget_and_chunk_size_change_rounding_only(generator):
     truth = jacrev_agop(head, x, output="probs")
     for options in ({"memory_budget": 1}, {"memory_budget": 200_000}, {"chunk_size": 1}, {"chunk_size": 5000}):
         assert relative_error(agop(head, x, output="probs", **options), truth) < 3e-6
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_panels_of_the_final_product_change_rounding_only(center, generator, monkeypatch):
+    """Several panels, the last one partial: every entry of the symmetric matrix is taken once."""
+    accumulator = AGOPAccumulator(chain([5, 150, 3], "relu", generator), center=center, backend="torch")
+    accumulator.update(torch.randn(200, 5, generator=generator))
+
+    def parts() -> tuple[torch.Tensor, ...]:
+        result = accumulator.compute()
+        return result.matrix, result.diagonal(), result.eigh(2)[0]
+
+    whole = parts()
+    monkeypatch.setattr(_agop_finish, "_PANEL", 16)
+    for some, all_at_once in zip(parts(), whole, strict=True):
+        torch.testing.assert_close(some, all_at_once, rtol=1e-5, atol=1e-6)
 
 
 def test_wide_and_narrow_shapes_choose_other_contractions(generator):

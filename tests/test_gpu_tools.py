@@ -85,7 +85,7 @@ def test_resident_blocks(arch, registers, threads, shared, blocks):
 
 
 def test_what_got_worse_is_named():
-    row = {"kernel": "k", "arch": 80, "triton": "1", "spill_bytes": 0, "blocks_per_sm": 3}
+    row = {"kernel": "k", "arch": 80, "triton": "1", "main": False, "spill_bytes": 0, "blocks_per_sm": 3}
     assert gpu_compile.regressions([row], [row]) == []
     assert "spills 8" in gpu_compile.regressions([row | {"spill_bytes": 8}], [row])[0]
     assert "2 blocks per SM, recorded 3" in gpu_compile.regressions([row | {"blocks_per_sm": 2}], [row])[0]
@@ -93,19 +93,34 @@ def test_what_got_worse_is_named():
     assert gpu_compile.regressions([row, row | {"kernel": "new"}], [row]) == []
     assert gpu_compile.unrecorded([row, row | {"kernel": "new"}], [row]) == ["new"]
     assert gpu_compile.regressions([row | {"arch": 90}], [row]) == []
+    other = row | {"kernel": "other"}
+    assert gpu_compile.regressions([other], [row], main=True) == []
+    assert "not compiled" in gpu_compile.regressions([other], [row | {"main": True}], main=True)[0]
 
 
 def test_the_record_keeps_its_promises():
     rows = json.loads(RECORD.read_text())
     assert {80, 90, 100} <= {row["arch"] for row in rows}
-    assert [row for row in rows if row["problems"]] == []
-    assert [row for row in rows if row["arch"] in (80, 90) and row["spill_bytes"]] == []
+    assert {(row["kernel"], row["arch"]) for row in rows if row["problems"]} <= gpu_compile.KNOWN
+    spilled = {(row["kernel"], row["arch"]) for row in rows if row["arch"] in (80, 90) and row["spill_bytes"]}
+    assert spilled <= gpu_compile.KNOWN
     assert len({row["triton"] for row in rows}) == 2
     kernels = {row["kernel"].split(" [")[0] for row in rows}
     for path in (ROOT / "kernels").glob("*.py"):
         jitted = set(re.findall(r"^def _?(\w+)_kernel\(", path.read_text(), re.MULTILINE))
         if path.name.startswith("agop") or jitted & kernels:
             assert jitted <= kernels, f"{path.name}: every kernel is in the record; make gpu-report"
+
+
+def test_the_stored_counts_keep_their_limits():
+    rows = json.loads(RECORD.with_name("audit.json").read_text())
+    assert {row["case"].split(",")[0].split(" 1 ")[0] for row in rows} == {"AGOP", "EBR narrow", "EBR paper's widths"}
+    for row in rows:
+        assert row["problems"] == []
+        for phase, limit in row["limits"].items():
+            assert (row["byte_ratio"] if phase == "bytes" else row["ours"]["launches"][phase]) <= limit, row["case"]
+        shares = [sum(row[side]["bytes"].values()) for side in ("ours", "eager")]
+        assert row["byte_ratio"] == pytest.approx(shares[0] / shares[1], abs=1e-4)
 
 
 def test_every_product_names_its_precision():

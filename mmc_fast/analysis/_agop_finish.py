@@ -26,6 +26,7 @@ def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_PANEL = 512  # rows of S at least: below, eight panels would be eight times the launches for little arithmetic
 # entries [start:stop, start:] of a symmetric matrix, float64 or the int64 of counts
 Panel = Callable[[int, int], Tensor]
 
@@ -99,7 +100,7 @@ class Factored:
         return multiply
 
     def _panels(self) -> list[tuple[int, int]]:
-        step = max(64, -(-self.width // 8))
+        step = max(_PANEL, -(-self.width // 8))
         return [(start, min(start + step, self.width)) for start in range(0, self.width, step)]
 
     def _upper_half(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,11 @@ from ebr_oracle import Case, actual, draw_case, grouped, in_float64, sensitivity
 from mmc_fast.testing import triton_guard
 
 pytest.importorskip("triton")
-from mmc_fast.kernels import configs, ebr_narrow_launch, ebr_plan, ebr_wide_launch
+from mmc_fast.kernels import configs, ebr, ebr_narrow_launch, ebr_plan, ebr_wide_launch
 
 from mmc_fast import functional
 from mmc_fast.nn import EBRHead
-from mmc_fast.ops import backends
+from mmc_fast.ops import _ebr_triton, backends
 
 EDGES = (1, 15, 16, 17, 63, 65)
 NARROW_PSI = ((), (15,), (65,), (16, 17))
@@ -295,3 +296,81 @@ def test_functional_takes_a_modality_that_is_absent(seed):
     torch.testing.assert_close(results[0].latents, results[1].latents, rtol=1e-4, atol=1e-5)
     assert results[0].latents[1].abs().sum() == 0
     torch.testing.assert_close(results[0].discrimination_loss, results[1].discrimination_loss)
+
+
+@pytest.mark.parametrize("source", ["own", "integers", "weights"])
+def test_no_number_of_a_step_is_read_by_the_host(seed, path, source, monkeypatch):
+    """What a CUDA graph needs: sizes come from shapes; λ and the denominators stay tensors."""
+    case = random_case(seed, NARROW_PSI, m=2, batch=17, mask="some", source=source, reversal=1.0)
+    monkeypatch.setattr(_ebr_triton, "check_source_range", lambda *args: None)  # on the CPU alone
+
+    def refuse(self, *args):
+        raise AssertionError("the host reads a tensor of the step")
+
+    originals = {name: getattr(torch.Tensor, name) for name in HOST_READS}
+    launch = {name: getattr(ebr, name) for name in ("forward", "backward")}
+
+    def watched(function):
+        def call(*args, **kwargs):
+            for name in HOST_READS:
+                setattr(torch.Tensor, name, refuse)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for name, original in originals.items():
+                    setattr(torch.Tensor, name, original)
+
+        return call
+
+    for module in (ebr_narrow_launch, ebr_wide_launch):
+        for name in ("ebr_narrow_fwd_kernel", "ebr_narrow_bwd_kernel", "ebr_narrow_finish_kernel", *WIDE_KERNELS):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, _Nothing())
+    for name, function in launch.items():
+        monkeypatch.setattr(ebr, name, watched(function))
+    actual(case, "triton")
+
+
+HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+WIDE_KERNELS = tuple(name for name in vars(ebr_wide_launch) if name.startswith("ebr_wide") and name.endswith("_kernel"))
+
+
+class _Nothing:
+    """A kernel whose launch does nothing: its interpreter would read tensors, which a GPU's launch does not."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("what", ["present", "features"])
+def test_offsets_past_32_bits(seed, path, what, monkeypatch):
+    """A row of the mask, or of the features, lies more than 2³¹ elements past the first. The gap is never touched."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setattr(
+        GridExecutor, "_restore_args_dev", lambda *args: None
+    )  # it copies whole storages onto themselves
+    head, features = small_call(seed)
+    head.half()
+    rows = [f.detach()[:2].half() for f in features]
+    present = torch.tensor([[True, False], [True, True]])
+    try:
+        if what == "present":
+            space = torch.from_numpy(np.zeros(2**31 + 64, np.bool_))
+            far = space.as_strided((2, 2), (2**31 + 32, 1))
+            present = far.copy_(present)
+        else:
+            space = torch.from_numpy(np.zeros(2**31 + 64, np.float16))
+            rows[0] = space.as_strided(rows[0].shape, (2**31 + 16, 1)).copy_(rows[0])
+    except MemoryError:
+        pytest.skip("4 GiB of address space are not to be had")
+    wanted = [r.contiguous().requires_grad_() for r in rows]
+    given = [r.requires_grad_() for r in rows]
+    truth = head(wanted, present=present.clone())
+    got = head(given, present=present)
+    torch.testing.assert_close(got.latents, truth.latents)
+    for one, two in zip(got.recovered, truth.recovered, strict=True):
+        torch.testing.assert_close(one, two)
+    sums = [sum(r.float().sum() for r in out.recovered) + out.discrimination_loss for out in (truth, got)]
+    for one, two in zip(torch.autograd.grad(sums[0], wanted), torch.autograd.grad(sums[1], given), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)
