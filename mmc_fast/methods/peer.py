@@ -111,7 +111,7 @@ _REFUSED_HEADS = ("schedule", "psi_steps", "patience", "bounded", "alignment", "
 
 def _check_settings(config: TrainConfig) -> None:
     """Refuse settings of the standard loop that this one would pass over in silence."""
-    pairs = [("", config, TrainConfig(), _REFUSED)]
+    pairs: list[tuple[str, Any, Any, tuple[str, ...]]] = [("", config, TrainConfig(), _REFUSED)]
     pairs += [("ebr.", config.ebr, EBRConfig(), _REFUSED_HEADS)] if config.ebr is not None else []
     for prefix, found, default, names in pairs:
         for name in names:
