@@ -209,6 +209,8 @@ def _fold_kernel(part_ptr, g_ptr, count, H, stride_ps, stride_pi, stride_gi, UPP
 
 def usable(tensors: Sequence[Tensor]) -> str | None:
     """Say why the kernels cannot run on these tensors, None where they can."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # older ones were never compiled or interpreted
+        return f"Triton {triton.__version__} is installed and the kernels need 3.7 or newer"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     devices = {tensor.device.type for tensor in tensors}
     if interpreted:

@@ -7,6 +7,7 @@ one test that runs the file in a process of its own. With ``TRITON_INTERPRET=1``
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -23,6 +24,9 @@ class _Child(pytest.Item):
     def runtest(self) -> None:
         if importlib.util.find_spec("triton") is None:
             pytest.skip("Triton is not installed: pip install 'mmc-fast[triton]'")
+        version = importlib.metadata.version("triton")
+        if tuple(map(int, version.split(".")[:2])) < (3, 7):
+            pytest.skip(f"Triton {version} is installed and the kernels need 3.7 or newer")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(self.path)]
         seed = self.config.getoption("--seed")
         if seed is not None:
