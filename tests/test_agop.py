@@ -311,7 +311,8 @@ def test_panels_of_the_final_product_change_rounding_only(center, generator, mon
     whole = parts()
     monkeypatch.setattr(_agop_finish, "_PANEL", 16)
     for some, all_at_once in zip(parts(), whole, strict=True):
-        torch.testing.assert_close(some, all_at_once, rtol=1e-5, atol=1e-6)
+        # in the norm: a small entry is a sum that nearly cancels
+        assert relative_error(some, all_at_once.double()) < 2e-6
 
 
 def test_wide_and_narrow_shapes_choose_other_contractions(generator):
