@@ -109,7 +109,7 @@ def test_activation_checkpointing(generator, early_stop):
 
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-    reason="torch 2.10 traces the losses before the hooks that fill them; 2.11 and 2.12 were not tried",
+    reason="compiled by torch 2.10 the step finds no losses of the sites, why is not known; 2.11 and 2.12 were not tried",
 )
 def test_compile_without_graph_breaks(generator):
     model, x = draw_towers(generator, m=2)
