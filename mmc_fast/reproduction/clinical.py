@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..analysis.report.comparison import COMPLETE
 from ..analysis.report.drawings import metric_name
