@@ -32,7 +32,8 @@ NO_SPILLS = (80, 90)  # architectures where a spill is an error
 KNOWN = {
     ("ebr_narrow_bwd [ebr narrow weights fp32]", 100),
     ("ebr_wide_bwd [ebr wide weights fp32] 5", 100),
-    ("ebr_narrow_bwd [ebr narrow weights tf32]", 80),
+    ("ebr_narrow_bwd [ebr narrow weights fp32]", 80),
+    ("ebr_narrow_bwd [ebr narrow masked tf32]", 90),
 }
 
 
