@@ -41,11 +41,15 @@ class RowFacts:
     seconds: float
 
     @property
-    def label(self) -> str:
+    def notes(self) -> list[str]:
+        """What a reader of the row's numbers has to know."""
         notes = [self.gate] if self.gate in (GATE, "not judged") else []
         notes += [f"batch of {self.batch_rows}"] if self.batch_rows else []
-        notes += [f"diverged with {len(self.diverged)} seed(s)"] if self.diverged else []
-        return self.title + (f" ({'; '.join(notes)})" if notes else "")
+        return notes + ([f"diverged with {len(self.diverged)} seed(s)"] if self.diverged else [])
+
+    @property
+    def label(self) -> str:
+        return self.title + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..data.names import unknown
 from .base import Direction, Estimate, Experiment, Outcome, Plan, ResultTable, Value, paired
-from .clinical import TABLE_5
+from .clinical import TABLE_1, TABLE_2, TABLE_5
+from .digits import TABLE_3, TABLE_4
 
 __all__ = [
     "EXPERIMENTS",
@@ -19,7 +20,9 @@ __all__ = [
     "paired",
 ]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (TABLE_5,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5)
+}
 
 
 def get(name: str) -> Experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..analysis.report.comparison import AVERAGE, COMPLETE
 from ..analysis.report.drawings import metric_name
 from ..comparison.cells import Cell
 from ..comparison.grid import Grid, run_grid
-from ..comparison.rows import Row, Source
+from ..comparison.rows import Row, Source, load_rows
 from ..comparison.table import GATE, Findings, find
 from .base import Direction, Estimate, Plan, Value
 
-__all__ = ["Scored", "machine_facts", "score_rows", "task_of"]
+__all__ = ["Scored", "machine_facts", "rows_on_bases", "score_rows", "task_of"]
 
 _RESAMPLES = 400
 
@@ -30,41 +32,38 @@ class Scored:
     cells: Sequence[Cell]
 
     def labels(self, rows: Sequence[str]) -> list[str]:
-        """Label of each row: title, and what every data set says about it (gate, divergence, batch)."""
+        """Label of each row: title and notes (gate, divergence, batch), with the number of data sets that a note is for."""
         result = []
         for name in rows:
-            facts = {data: f.rows[name] for data, f in self.findings.items()}
-            found = {data: f.label.removeprefix(f.title).strip(" ()") for data, f in facts.items()}
-            title = next(iter(facts.values())).title
-            if len(set(found.values())) == 1:
-                notes = [note for note in {*found.values()} if note]
-            else:
-                notes = [f"{data}: {note}" for data, note in found.items() if note]
+            about = Counter(note for f in self.findings.values() for note in f.rows[name].notes)
+            n = len(self.findings)
+            notes = [note if k == n else f"{note} on {k} of {n} sets" for note, k in about.items()]
+            title = next(iter(self.findings.values())).rows[name].title
             result.append(title + (f" ({'; '.join(notes)})" if notes else ""))
         return result
 
-    def value(self, data: str, metric: str, row: str, condition: str, paper: float | None) -> Value:
-        """Mean ± s.d. over the seeds; not measured where the row diverged or the data have another metric."""
-        comparison = self.findings[data].comparisons.get(metric)
-        if comparison is None or row not in comparison.scores:
+    def value(self, data: str, metric: str, row: str, condition: str, paper: float | None, unit: float = 1.0) -> Value:
+        """Mean ± s.d. over the seeds; not measured where the row diverged. ``unit``: ours are multiplied by it."""
+        scores = self.findings[data].comparisons[metric].scores
+        if row not in scores:
             return Value(paper=paper)
-        score = comparison.scores[row][condition]
-        return Value(score.mean, score.sd, paper)
+        found = scores[row][condition]
+        return Value(found.mean * unit, None if found.sd is None else found.sd * unit, paper)
 
     def direction(
-        self, data: str, metric: str, first: str, second: str, condition: str, paper: float, claim: str = ""
+        self, data: str, metric: str, pair: tuple[str, str], condition: str, paper: float, *, unit: float = 1.0
     ) -> Direction:
-        """The claim that ``first`` is above (paper > 0) or below (paper < 0) ``second``."""
-        f = self.findings[data]
-        words = f"{f.rows[first].title} {'above' if paper > 0 else 'below'} {f.rows[second].title}"
+        """That the first row of the pair is above (paper > 0) or below (paper < 0) the second."""
+        f, (first, second) = self.findings[data], pair
+        claim = f"{f.rows[first].title} {'above' if paper > 0 else 'below'} {f.rows[second].title}, {data}"
+        claim += f", {metric_name(metric)}" + ("" if condition in (COMPLETE, AVERAGE) else f", {condition}")
         comparison = f.comparisons[metric]
-        measured = first in comparison.scores and second in comparison.scores
-        ours = None
-        if measured:
-            ours = Estimate.of(comparison.difference(first, second, condition))
-            if len(comparison.seeds) == 1:  # one training of each says nothing about the methods
-                ours = replace(ours, low=-math.inf, high=math.inf)
-        return Direction(f"{claim or words}, {data}, {metric_name(metric)}", paper, ours)
+        if not {first, second} <= set(comparison.scores):
+            return Direction(claim, paper, None)
+        found = comparison.difference(first, second, condition)
+        if len(comparison.seeds) == 1:  # one training of each says nothing about the methods
+            return Direction(claim, paper, Estimate(found.estimate * unit, -math.inf, math.inf))
+        return Direction(claim, paper, Estimate(found.estimate * unit, found.low * unit, found.high * unit))
 
     def record(self) -> dict[str, Any]:
         """Plain JSON values: the findings and the cells with every setting."""
@@ -92,7 +91,7 @@ class Scored:
         }
         if not failed:
             return None
-        return f"{GATE[0].upper()}{GATE[1:]} (below vanilla by more than one standard error on complete data): " + (
+        return f"{GATE[0].upper()}{GATE[1:]} (below vanilla by more than one standard error with nothing removed): " + (
             f"{', '.join(sorted(failed))}. Such a number says little about the method."
         )
 
@@ -104,6 +103,13 @@ def score_rows(plan: Plan, rows: Sequence[Row], sources: Sequence[Source], chang
     settings, cells = run_grid(grid, plan.grid, jobs=plan.jobs, on_event=plan.on_event)
     found = find(cells, plan.grid, grid.rows, settings, resamples=_RESAMPLES)
     return Scored({f.data: f for f in found}, cells)
+
+
+def rows_on_bases(names: Sequence[str]) -> list[Row]:
+    """Rows by name; one such as "muse+ebr" takes the stored choices of "muse" where it has none of its own."""
+    rows = load_rows(names)
+    bases = {row.name: row for row in load_rows(sorted({name.partition("+")[0] for name in names}))}
+    return [replace(row, chosen={**bases[row.name.partition("+")[0]].chosen, **row.chosen}) for row in rows]
 
 
 def task_of(source: Source) -> str:

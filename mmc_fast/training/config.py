@@ -16,7 +16,13 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
-_LATER = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")  # came after runs had been recorded
+_LATER = (
+    "checkpoint_seconds",
+    "accumulate",
+    "clip_grad_norm",
+    "nonfinite",
+    "rates_modality",
+)  # came after runs had been recorded
 _LATER_KD = ("loss", "kl_temperature")
 
 
@@ -89,6 +95,7 @@ class TrainConfig:
         unimodal_share: epochs of the unimodal models as a share of ``epochs``; 0 trains none.
         control: also train the twin with λ = 0 (EBR only; doubles the cost) to measure what the game changed.
         rates: MCAR missing rates at which the finished model is scored.
+        rates_modality: the one modality that ``rates`` hide; None: each, independently.
         checkpoint_every, keep_checkpoints: epochs between checkpoints, and how many are kept.
         checkpoint_seconds: a checkpoint is also written when so much time has passed since the last one, in the middle
             of an epoch too: what a killed run loses at most.
@@ -134,6 +141,7 @@ class TrainConfig:
     accumulate: int = 1
     clip_grad_norm: float | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
+    rates_modality: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion_hidden", tuple(self.fusion_hidden))
