@@ -38,12 +38,12 @@ def clinical_table(
     """``rows``: row -> its key among the paper's numbers, None for a row that the paper lacks."""
     columns = [(s, metric) for s in sources for metric in scored.findings[s.name].comparisons]
     lines = []
-    for name, label in zip(rows, scored.labels(list(rows)), strict=True):
-        key = rows[name]
+    for name, key in rows.items():
         paper = None if key is None else numbers[key]
         values = [scored.value(s.name, m, name, condition, paper_number(paper, s, m)) for s, m in columns]
-        lines.append((label, values))
-    return ResultTable(title, [f"{s.name} {metric_name(m)}" for s, m in columns], lines)
+        lines.append((scored.title(name), values))
+    headings = [f"{s.name} {metric_name(m)}" for s, m in columns]
+    return ResultTable(title, headings, lines, footnote=scored.footnote)
 
 
 def paper_differences(
@@ -75,9 +75,7 @@ def _finished(
     notes: Sequence[str] = (),
     drawings: Mapping[str, Drawing] | None = None,
 ) -> Outcome:
-    gate = scored.gate_note()
-    every = [*notes, *([gate] if gate else [])]
-    return Outcome([table], directions, drawings or {}, every, scored.facts(), scored.record())
+    return Outcome([table], directions, drawings or {}, notes, scored.facts(), scored.record())
 
 
 def _table1(plan: Plan) -> Outcome:

@@ -51,17 +51,16 @@ def _table(
     absent: Rows,
 ) -> ResultTable:
     lines = []
-    for label, name in zip(scored.labels(list(rows)), rows, strict=True):
-        key = rows[name]
+    for name, key in rows.items():
         values = [
             scored.value(data, "accuracy", name, condition, None if key is None else numbers[key][i], _PERCENT)
             for i, (data, condition) in enumerate(places)
         ]
-        lines.append((label, values))
+        lines.append((scored.title(name), values))
     for label, key in absent.items():
         if key is not None:
             lines.append((f"{label} (not implemented)", [Value(paper=number) for number in numbers[key]]))
-    return ResultTable(title, [f"{_PERCENT * share:g} %" for share in _SHARES], lines, digits=2, paper_digits=2)
+    return ResultTable(title, [f"{_PERCENT * share:g} %" for share in _SHARES], lines, 2, 2, scored.footnote)
 
 
 def _draw(title: str, table: ResultTable) -> list[Drawing]:
@@ -106,7 +105,6 @@ def _outcome(
     drawings: dict[str, Drawing] = {}
     facts: dict[str, str] = {}
     record = {}
-    every = list(notes)
     for reading in readings:
         scored, places = _one_reading(plan, reading, names)
         title = f"Table {number}, {_READINGS[reading]}: accuracy in percent"
@@ -120,13 +118,11 @@ def _outcome(
                     directions.append(found)
         for n, drawing in enumerate(_draw(f"Table {number}, missing in {reading}", table), start=1):
             drawings[f"{reading}-{n}"] = drawing
-        gate = scored.gate_note()
-        every += [f"Missing in {reading}. {gate}"] if gate else []
         for name, value in scored.facts().items():
             same = name not in facts or facts[name] == value
             facts[name if same else f"{name} (missing in {reading})"] = value
         record[reading] = scored.record()
-    return Outcome(tables, directions, drawings, every, facts, record)
+    return Outcome(tables, directions, drawings, notes, facts, record)
 
 
 _PEERS = ("grape", "smil", "shaspec", "muse")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,24 +30,27 @@ class Scored:
     findings: Mapping[str, Findings]
     cells: Sequence[Cell]
 
-    def labels(self, rows: Sequence[str]) -> list[str]:
-        """Label of each row: title and notes (gate, divergence, batch), with the number of data sets that a note is for."""
-        result = []
-        for name in rows:
-            about = Counter(note for f in self.findings.values() for note in f.rows[name].notes)
-            n = len(self.findings)
-            notes = [note if k == n else f"{note} on {k} of {n} sets" for note, k in about.items()]
-            title = next(iter(self.findings.values())).rows[name].title
-            result.append(title + (f" ({'; '.join(notes)})" if notes else ""))
-        return result
+    def title(self, row: str) -> str:
+        """How a row is called."""
+        return next(iter(self.findings.values())).rows[row].title
+
+    @property
+    def footnote(self) -> str:
+        """What the marks of the values mean; empty where there is none."""
+        found = {
+            (mark, note) for f in self.findings.values() for r in f.rows.values() for mark, note in r.notes.items()
+        }
+        explained = {GATE: f"{GATE}, below vanilla by more than one standard error with nothing removed"}
+        return "; ".join(f"{mark} {explained.get(note, note)}" for mark, note in sorted(found))
 
     def value(self, data: str, metric: str, row: str, condition: str, paper: float | None, unit: float = 1.0) -> Value:
         """Mean ± s.d. over the seeds; not measured where the row diverged. ``unit``: ours are multiplied by it."""
-        scores = self.findings[data].comparisons[metric].scores
+        f = self.findings[data]
+        scores, mark = f.comparisons[metric].scores, "".join(f.rows[row].notes)
         if row not in scores:
-            return Value(paper=paper)
+            return Value(paper=paper, mark=mark)
         found = scores[row][condition]
-        return Value(found.mean * unit, None if found.sd is None else found.sd * unit, paper)
+        return Value(found.mean * unit, None if found.sd is None else found.sd * unit, paper, mark)
 
     def direction(
         self, data: str, metric: str, pair: tuple[str, str], condition: str, paper: float, *, unit: float = 1.0
@@ -83,17 +85,6 @@ class Scored:
             "budget": "; ".join(f"{data}: {b}" for data, b in budget.items()),
             "time of all test cells": f"{seconds:.0f} s on one thread",
         }
-
-    def gate_note(self) -> str | None:
-        """A sentence on the re-implementations below the gate, None where there is none."""
-        failed = {
-            f"{r.title} on {data}" for data, f in self.findings.items() for r in f.rows.values() if r.gate == GATE
-        }
-        if not failed:
-            return None
-        return f"{GATE[0].upper()}{GATE[1:]} (below vanilla by more than one standard error with nothing removed): " + (
-            f"{', '.join(sorted(failed))}. Such a number says little about the method."
-        )
 
 
 def score_rows(plan: Plan, rows: Sequence[Row], sources: Sequence[Source], changes: Mapping[str, Any]) -> Scored:
