@@ -129,5 +129,5 @@ def test_an_unknown_modality_and_a_loop_without_the_option_are_refused():
         build(config, tiny(0), 0)
     peer = get("shaspec")
     budget = replace(config, emphasis_modality="a")
-    with pytest.raises(InputError, match="emphasis is 1.0, which re-implemented methods do not have"):
+    with pytest.raises(InputError, match=r"emphasis is 1\.0, which re-implemented methods do not have"):
         peer.fitter(Task(tiny(0), budget, {}, 0))
