@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,8 +149,15 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is not None and b is not None and np.array_equal(a, b)
 
 
+class Filed(Protocol):
+    """Something with a place of its own within a grid's folder, such as a cell."""
+
+    @property
+    def path(self) -> str: ...
+
+
 @contextmanager
-def claimed(folder: Path, cell: Cell) -> Iterator[bool]:
+def claimed(folder: Path, cell: Filed) -> Iterator[bool]:
     """Whether this process may compute the cell now; the claim ends with the block, or with the process.
 
     The lock is the system's (``flock``): one that a dead process left behind is free.
