@@ -332,6 +332,40 @@ def compare(
 
 @app.command()
 @_clean
+def reproduce(
+    name: Annotated[str, typer.Argument(help="Which experiment, such as table5; `docs/reproduce.md` lists them.")],
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Budget of every training. [default: that of the data]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data, separated by commas, as in compare. [default: the experiment's own]")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes with one thread each.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder of all experiments; what is finished there is taken over.")] = Path(
+        "runs/reproduce"
+    ),
+    tune: Annotated[
+        str, typer.Option(help="Settings: never (stored choice, else the default), auto (else a search), always.")
+    ] = "never",
+    reading: Annotated[
+        str, typer.Option(help="Tables 3 and 4: audio is missing in training (train), in the test (test), or both.")
+    ] = "both",
+    as_json: AsJson = False,
+) -> None:
+    """Repeat an experiment of the paper on open data; print our numbers beside the paper's and which directions agree."""
+    from mmc_fast.commands.reproduce import print_outcome, run_reproduce
+    from mmc_fast.commands.terminal import output_console
+
+    experiment, outcome, values = run_reproduce(
+        name, out, seeds=seeds, epochs=epochs, data=data, jobs=jobs, tune=tune, reading=reading
+    )
+    if as_json:
+        _print_json(values)
+    else:
+        print_outcome(output_console(), experiment, outcome, out / name)
+
+
+@app.command()
+@_clean
 def info(as_json: AsJson = False) -> None:
     """Show versions, hardware, the native library, data sets and environment variables."""
     from mmc_fast.commands.info import collect_info, print_info

@@ -19,13 +19,13 @@ from training_data import check_one_line, tiny
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
-from mmc_fast.commands.settings import read_toml
 from mmc_fast.comparison import grid as grid_module
 from mmc_fast.comparison.cells import claimed, read_cell, recompute
 from mmc_fast.comparison.grid import SEARCH_SEED, Grid, run_grid
 from mmc_fast.comparison.rows import Row, Source, configs_folder, load_source
 from mmc_fast.errors import InputError
 from mmc_fast.methods import METHODS
+from mmc_fast.training.parse import read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = {
@@ -141,10 +141,10 @@ def test_a_finished_cell_is_never_recomputed_and_a_claimed_one_is_left_alone(tmp
     (out / cells[1].path).unlink()
     with claimed(out, cells[1]) as mine:
         assert mine
-        grid_module._work(grid_module._Job(cells[1], out), silent)
+        grid_module._work(grid_module.Job(cells[1], out), silent)
         assert not (out / cells[1].path).exists()
     with pytest.raises(AssertionError, match="computed again"):
-        grid_module._work(grid_module._Job(cells[1], out), silent)
+        grid_module._work(grid_module.Job(cells[1], out), silent)
 
 
 def test_another_seed_setting_or_data_is_another_cell(tmp_path, seed):
@@ -257,10 +257,10 @@ def test_a_row_that_diverges_is_a_result(tmp_path, seed):
 
 
 def test_every_stored_row_and_data_file_can_be_read():
-    from mmc_fast.commands.compare import load_rows, load_sources
+    from mmc_fast.comparison.rows import load_rows, load_sources
 
     names = sorted(p.stem for p in (configs_folder() / "rows").glob("*.toml"))
-    assert set(names) == set(METHODS)
+    assert set(names) >= set(METHODS)
     for row in load_rows(names):
         assert row.title
         for chosen in row.chosen.values():

@@ -101,10 +101,11 @@ RANKS = {
     "reference": 1, "kernels": 1, "_C": 1,
     "ops": 2, "functional": 3, "nn": 4,
     "training": 5, "methods": 5, "analysis": 5,
-    "integrations": 6, "testing": 6, "bench": 6, "comparison": 6, "commands": 7, "cli": 8, "__main__": 9, "": 10,
+    "integrations": 6, "testing": 6, "bench": 6, "comparison": 6, "reproduction": 6, "commands": 7, "cli": 8, "__main__": 9, "": 10,
 }  # fmt: skip
 """A room imports rooms of a lower rank, itself, and rooms beside it where they are listed in PEERS."""
-PEERS = {("methods", "training"), ("analysis", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env")}
+PEERS = {("methods", "training"), ("analysis", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env"),
+         ("reproduction", "comparison")}  # fmt: skip
 """(importing, imported) of equal rank."""
 
 

@@ -9,57 +9,21 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from .. import __version__
-from ..comparison.cells import Cell, recompute
+from ..comparison.cells import recompute
+from ..comparison.folder import own_folder
 from ..comparison.grid import Grid, run_grid
 from ..comparison.output import TEST_COLUMNS, score_rows, tested_rows, write_outputs
-from ..comparison.rows import Row, Source, configs_folder
+from ..comparison.rows import load_rows, load_sources
 from ..comparison.table import Findings, find
-from ..data.names import unknown
 from ..errors import InputError
-from ..methods import METHODS
-from ..training.atomic import write_json
 from ..training.pool import check_workers
-from .settings import read_toml
-from .terminal import Countdown, _Bars, describe_epoch, error_console, print_table
+from .terminal import GridDisplay, error_console, print_table
 
 __all__ = ["check_cell", "print_comparison", "run_compare"]
 
 SCHEMA_VERSION = 1
-
-
-def load_rows(names: Sequence[str]) -> list[Row]:
-    """Rows by name (of a method, or of a file in configs/rows) or by path of a TOML file."""
-    return [_row(name.strip()) for name in names]
-
-
-def _row(name: str) -> Row:
-    path = Path(name)
-    if name.endswith(".toml"):
-        return Row.parse(path.stem, read_toml(path))
-    stored = configs_folder() / "rows" / f"{name}.toml"
-    if stored.is_file():
-        return Row.parse(name, read_toml(stored))
-    if name in METHODS:
-        return Row.parse(name, {"method": name})
-    raise unknown("method", name, tuple(METHODS))
-
-
-def load_sources(names: Sequence[str]) -> list[Source]:
-    """Data by name (a file in configs/data, or a data set), or by path of a TOML or npz file."""
-    return [_source(name.strip()) for name in names]
-
-
-def _source(name: str) -> Source:
-    path = Path(name)
-    if name.endswith(".toml"):
-        return Source.parse(path.stem, read_toml(path), path.parent)
-    stored = configs_folder() / "data" / f"{name}.toml"
-    if stored.is_file():
-        return Source.parse(name, read_toml(stored))
-    return Source.parse(path.stem if name.endswith(".npz") else name, {"data": name})
 
 
 def run_compare(
@@ -87,7 +51,7 @@ def run_compare(
     names = [row.name for row in grid.rows]
     if reference is not None and reference not in names:
         raise InputError(f"compare: the reference {reference!r} is none of the rows {', '.join(names)}")
-    _prepare(out)
+    own_folder(out, "comparison")
     started = time.monotonic()
     with GridDisplay(error_console()) as display:
         settings, cells = run_grid(grid, out, jobs=jobs, on_event=display.on_event)
@@ -106,18 +70,6 @@ def run_compare(
     return findings
 
 
-def _prepare(out: Path) -> None:
-    """Refuse a folder that is something else."""
-    mark = out / "comparison.json"
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
-        raise InputError(f"{out} exists and holds no comparison; choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    if not mark.is_file():
-        write_json(mark, {"kind": "comparison", "schema_version": SCHEMA_VERSION})
-
-
 def check_cell(path: Path) -> list[str]:
     """Names of what differs when a cell is computed again from its stored settings."""
     return recompute(path)
@@ -134,35 +86,3 @@ def print_comparison(console: Console, findings: Sequence[Findings], out: Path) 
             title = f"{f.data}: against the reference, Holm over {f.tests[0].family} tests"
             print_table(console, title, TEST_COLUMNS, tested_rows(f.tests, titles))
     console.print(f"Tables, figures and report: {out}", markup=False)
-
-
-class GridDisplay(_Bars):
-    """Progress of a grid: cells of the stage, the time left, the cell that spoke last."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.task: TaskID | None = None
-        self.clock, self.done, self.total = Countdown(), 0, 0
-
-    def on_event(self, event: tuple[str, Cell, Any]) -> None:
-        kind, cell, value = event
-        if kind == "plan":
-            self.clock, self.done, self.total = Countdown(), 0, value
-            label = "test cells" if cell.part == "test" else "search"
-            self.task = self.bars.add_task(label, total=value, note="", left="")
-        elif self.task is not None:
-            name = f"{cell.data} · {cell.row} · seed {cell.seed}"
-            if kind == "done":
-                self.done += 1
-                left = self.clock.left(self.done / max(1, self.total))
-                self.bars.update(self.task, completed=self.done, note=name, left=left)
-            elif kind == "epoch":
-                self.bars.update(self.task, note=f"{name}  {describe_epoch(value)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..training import TrainConfig
+from ..training.parse import read_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,15 +30,6 @@ def build_config(path: Path | None, method: str | None, epochs: int | None, assi
     if "method" not in values and values.get("ebr") is None and values.get("kd") is None:
         values["method"] = "dropout" if values.get("modality_dropout") else "ebr"
     return TrainConfig.from_dict(values)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ``InputError`` where it cannot be read or parsed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"config {path} cannot be read: {_one_line(reason)}; give a TOML file") from error
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -66,7 +58,3 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
             merge(base[key], value)
         else:
             base[key] = value
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "unknown reason").split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,7 +15,10 @@ from rich.text import Text
 from ..analysis.report import Cell
 from ..training.demo import DemoRun
 
-__all__ = ["DemoDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
+if TYPE_CHECKING:
+    from ..comparison.cells import Unit
+
+__all__ = ["DemoDisplay", "GridDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
 
 
 def error_console() -> Console:
@@ -76,8 +79,8 @@ class _Bars:
         self.bars.stop()
 
 
-class RunDisplay(_Bars):
-    """Progress of one run: epochs of all stages, losses, validation score, remaining time."""
+class _Steps(_Bars):
+    """One bar over counted steps, with the time left and a note."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -90,21 +93,46 @@ class RunDisplay(_Bars):
             TextColumn("{task.fields[note]}"),
         )
         self.task: TaskID | None = None
-        self.clock = Countdown()
+        self.clock, self.done, self.total = Countdown(), 0, 1
+
+    def begin(self, label: str, total: int) -> None:
+        """A new bar; the clock starts again."""
+        self.clock, self.done, self.total = Countdown(), 0, max(1, total)
+        self.task = self.bars.add_task(label, total=total, note="", left="")
+
+    def step(self, note: str) -> None:
+        self.done += 1
+        self.note(note, completed=self.done, left=self.clock.left(self.done / self.total))
+
+    def note(self, note: str, **values: Any) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, note=note, **values)
+
+
+class RunDisplay(_Steps):
+    """Progress of one run: epochs of all stages, losses, validation score, remaining time."""
 
     def on_start(self, total_epochs: int, label: str) -> None:
-        self.clock = Countdown()
-        self.total, self.done = max(1, total_epochs), 0
-        self.task = self.bars.add_task(label, total=total_epochs, note="", left="")
+        self.begin(label, total_epochs)
 
     def on_epoch(self, record: dict[str, Any]) -> None:
-        self.done += 1
-        left = self.clock.left(self.done / self.total)
-        if self.task is not None:
-            self.bars.update(self.task, advance=1, note=describe_epoch(record), left=left)
+        self.step(describe_epoch(record))
 
     def on_end(self, results: dict[str, Any]) -> None:
         pass
+
+
+class GridDisplay(_Steps):
+    """Progress of a grid: cells of the stage, the time left, the cell that spoke last."""
+
+    def on_event(self, event: tuple[str, Unit, Any]) -> None:
+        kind, unit, value = event
+        if kind == "plan":
+            self.begin(unit.stage, value)
+        elif kind == "done":
+            self.step(unit.label)
+        elif kind == "epoch":
+            self.note(f"{unit.label}  {describe_epoch(value)}")
 
 
 class PassDisplay(_Bars):

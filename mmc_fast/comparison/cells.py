@@ -30,9 +30,22 @@ from ..training.metrics import scores
 from ..training.parts import fingerprint
 from .rows import load_source
 
-__all__ = ["SCHEMA_VERSION", "Cell", "claimed", "compute", "read_cell", "recompute", "write_cell"]
+__all__ = ["SCHEMA_VERSION", "Cell", "Unit", "claimed", "compute", "plain_name", "read_cell", "recompute", "write_cell"]
 
 SCHEMA_VERSION = 1
+
+
+class Unit(Protocol):
+    """A piece of work whose result is one file: ``path`` within the folder, ``label`` and ``stage`` for the display."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def stage(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,19 @@ class Cell:
     def path(self) -> str:
         """File of the cell within a grid's folder."""
         folder = "cells" if self.part == "test" else "search"
-        return f"{folder}/{_plain(self.data)}/{_plain(self.row)}-{self.seed}-{self.key}.npz"
+        return f"{folder}/{plain_name(self.data)}/{plain_name(self.row)}-{self.seed}-{self.key}.npz"
+
+    @property
+    def label(self) -> str:
+        return f"{self.data} · {self.row} · seed {self.seed}"
+
+    @property
+    def stage(self) -> str:
+        return "test cells" if self.part == "test" else "search"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name as part of a file's name."""
     return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
 
 
@@ -149,16 +171,9 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is not None and b is not None and np.array_equal(a, b)
 
 
-class Filed(Protocol):
-    """Something with a place of its own within a grid's folder, such as a cell."""
-
-    @property
-    def path(self) -> str: ...
-
-
 @contextmanager
-def claimed(folder: Path, cell: Filed) -> Iterator[bool]:
-    """Whether this process may compute the cell now; the claim ends with the block, or with the process.
+def claimed(folder: Path, cell: Unit) -> Iterator[bool]:
+    """Whether this process may compute the unit now; the claim ends with the block, or with the process.
 
     The lock is the system's (``flock``): one that a dead process left behind is free.
     """

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
+from ..training import Progress
 from ..training.atomic import write_json
 from ..training.parts import fingerprint
 from ..training.pool import Emit, run_jobs
-from .cells import Cell, claimed, compute, mean_missing, read_cell, write_cell
+from .cells import Cell, Unit, claimed, compute, mean_missing, read_cell, write_cell
 from .rows import Row, Source, load_source
 
-__all__ = ["Grid", "run_grid"]
+__all__ = ["Event", "Grid", "Job", "finish", "run_grid", "work_on"]
 
 SEARCH_SEED = 900  # of the trainings that only choose settings
 _WAIT = 1.0  # seconds between looks at cells that another process holds
@@ -55,7 +56,7 @@ class Grid:
         return Cell(row.name, row.method, source.name, source.key, print_, part, seed, config.to_dict(), options)
 
 
-Event = Callable[[tuple[str, Cell, Any]], None]
+Event = Callable[[tuple[str, Unit, Any]], None]
 
 
 def run_grid(grid: Grid, folder: Path, *, jobs: int, on_event: Event) -> tuple[dict[tuple[str, str], Any], list[Cell]]:
@@ -74,7 +75,7 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, on_event: Event) -> tuple[d
         for row in grid.rows
         if grid.searched(row, source)
     }
-    _finish([cell for cells in tried.values() for cell in cells], folder, jobs, on_event)
+    finish([cell for cells in tried.values() for cell in cells], folder, jobs, on_event)
     settings = {}
     for source in grid.sources:
         for row in grid.rows:
@@ -89,7 +90,7 @@ def run_grid(grid: Grid, folder: Path, *, jobs: int, on_event: Event) -> tuple[d
         for source in grid.sources
         for row in grid.rows
     ]
-    _finish(cells, folder, jobs, on_event)
+    finish(cells, folder, jobs, on_event)
     return settings, cells
 
 
@@ -123,51 +124,67 @@ def _choose(grid: Grid, row: Row, source: Source, cells: Sequence[Cell], folder:
 
 
 @dataclass(frozen=True)
-class _Job:
-    cell: Cell
+class Job:
+    """One unit of work of a folder, for a worker process."""
+
+    unit: Any
     folder: Path
 
 
 class _Events:
-    def __init__(self, cell: Cell, emit: Emit) -> None:
-        self.cell, self.emit = cell, emit
+    def __init__(self, unit: Unit, emit: Emit) -> None:
+        self.unit, self.emit = unit, emit
 
     def on_start(self, total_epochs: int, label: str) -> None:
-        self.emit(("start", self.cell, total_epochs))
+        self.emit(("start", self.unit, total_epochs))
 
     def on_epoch(self, record: dict[str, Any]) -> None:
-        self.emit(("epoch", self.cell, record))
+        self.emit(("epoch", self.unit, record))
 
     def on_end(self, results: dict[str, Any]) -> None:
         pass
 
 
-def _work(job: _Job, emit: Emit) -> None:
-    """Compute one cell unless it is finished or somebody else is at it."""
-    path = job.folder / job.cell.path
+def work_on(job: Job, emit: Emit, make: Callable[[Progress], None]) -> None:
+    """Call ``make``, which writes the unit's file, unless the file is there or somebody else is at it."""
+    path = job.folder / job.unit.path
     if not path.is_file():
-        with claimed(job.folder, job.cell) as mine:
+        with claimed(job.folder, job.unit) as mine:
             if mine and not path.is_file():
-                arrays = compute(job.cell, load_source(job.cell.source), _Events(job.cell, emit))
-                write_cell(job.folder, job.cell, arrays)
+                make(_Events(job.unit, emit))
     if path.is_file():
-        emit(("done", job.cell, None))
+        emit(("done", job.unit, None))
 
 
-def _finish(cells: Sequence[Cell], folder: Path, jobs: int, on_event: Event) -> None:
-    left = [cell for cell in cells if not (folder / cell.path).is_file()]
-    if cells:
-        on_event(("plan", cells[0], len(left)))
+def _work(job: Job, emit: Emit) -> None:
+    """Compute one cell."""
+
+    def make(progress: Progress) -> None:
+        write_cell(job.folder, job.unit, compute(job.unit, load_source(job.unit.source), progress))
+
+    work_on(job, emit, make)
+
+
+def finish(
+    units: Sequence[Unit], folder: Path, jobs: int, on_event: Event, work: Callable[[Job, Emit], None] = _work
+) -> None:
+    """Work until every unit's file is there; several processes may share the folder.
+
+    ``work`` is a function of a module that calls :func:`work_on`; by itself the one for cells.
+    """
+    left = [unit for unit in units if not (folder / unit.path).is_file()]
+    if units:
+        on_event(("plan", units[0], len(left)))
     while left:
-        run_jobs([_Job(cell, folder) for cell in left], _work, workers=jobs, on_event=on_event)
-        left = [cell for cell in left if not (folder / cell.path).is_file()]
-        while left and not any(_free(folder, cell) for cell in left):
+        run_jobs([Job(unit, folder) for unit in left], work, workers=jobs, on_event=on_event)
+        left = [unit for unit in left if not (folder / unit.path).is_file()]
+        while left and not any(_free(folder, unit) for unit in left):
             time.sleep(_WAIT)
 
 
-def _free(folder: Path, cell: Cell) -> bool:
-    """Whether there is something to do about a cell: it is finished by now, or nobody holds it."""
-    if (folder / cell.path).is_file():
+def _free(folder: Path, unit: Unit) -> bool:
+    """Whether there is something to do about a unit: it is finished by now, or nobody holds it."""
+    if (folder / unit.path).is_file():
         return True
-    with claimed(folder, cell) as mine:
+    with claimed(folder, unit) as mine:
         return mine

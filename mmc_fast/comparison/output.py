@@ -10,14 +10,14 @@ from typing import Any
 
 from .. import __version__
 from ..analysis.report import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text
-from ..analysis.report.comparison import AVERAGE, COMPLETE, Score
+from ..analysis.report.comparison import Score
 from ..analysis.report.document import signed
-from ..analysis.report.drawings import metric_name
-from ..analysis.report.figures import Drawing, Line, lines
+from ..analysis.report.drawings import draw_rates, metric_name
+from ..analysis.report.figures import Drawing
 from ..training.atomic import write_file, write_json
 from .table import GATE, Findings, Paired
 
-__all__ = ["markdown", "score_rows", "write_outputs"]
+__all__ = ["markdown", "markdown_table", "score_rows", "write_outputs", "write_text"]
 
 _LINES = 8  # that a drawing can tell apart
 READING = (
@@ -33,8 +33,8 @@ def write_outputs(
 ) -> None:
     """Write results.csv, results.json, results.md, report.html and figures/ into ``folder``, each in one step."""
     write_json(folder / "results.json", {**about, "data_sets": [f.to_dict() for f in findings]})
-    _write_text(folder / "results.csv", _csv(findings))
-    _write_text(folder / "results.md", markdown(findings))
+    write_text(folder / "results.csv", _csv(findings))
+    write_text(folder / "results.md", markdown(findings))
     drawings = {f.data: draw(f) for f in findings}
     for data, some in drawings.items():
         for n, drawing in enumerate(some):
@@ -81,10 +81,10 @@ def markdown(findings: Sequence[Findings]) -> str:
         parts.append(f"## {f.data}")
         for metric, comparison in f.comparisons.items():
             parts.append(f"Test {metric_name(metric)}, {len(comparison.seeds)} seed(s):")
-            parts.append(_grid(["row", *comparison.conditions], score_rows(f, metric)))
+            parts.append(markdown_table(["row", *comparison.conditions], score_rows(f, metric)))
         if f.tests:
             parts.append(f"Against the reference ({f.tests[0].family} tests in the family):")
-            parts.append(_grid(TEST_COLUMNS, tested_rows(f.tests, _titles(f))))
+            parts.append(markdown_table(TEST_COLUMNS, tested_rows(f.tests, _titles(f))))
         rates = "; ".join(
             f"{k.removeprefix('missing_')}: {', '.join(f'{v:.2f}' for v in r)}" for k, r in f.realised.items()
         )
@@ -94,29 +94,9 @@ def markdown(findings: Sequence[Findings]) -> str:
 
 def draw(f: Findings) -> list[Drawing]:
     """Score against missing rate; several drawings where there are more rows than a reader can tell apart."""
-    comparison = f.main
-    conditions = [c for c in comparison.conditions if c != AVERAGE]
-    rates = [0.0 if c == COMPLETE else float(c.split()[0]) for c in conditions]
-    names = list(comparison.scores)
+    names = list(f.main.scores)
     pieces = [names[i : i + _LINES] for i in range(0, len(names), _LINES)]
-    result = []
-    for some in pieces:
-        series = {}
-        for name in some:
-            scores = [comparison.scores[name][c] for c in conditions]
-            series[f.rows[name].title] = Line(rates, [s.mean for s in scores], [s.sd for s in scores])
-        ends = "; ".join(f"{title} from {line.y[0]:.3f} to {line.y[-1]:.3f}" for title, line in series.items())
-        result.append(
-            lines(
-                f"{f.data}: score against missing rate",
-                series,
-                x_label="nominal missing rate",
-                y_label=metric_name(comparison.metric),
-                alt=f"{f.data}: test score as the missing rate grows from {rates[0]:g} to {rates[-1]:g}: {ends}.",
-                caption="Band: s.d. over seeds.",
-            )
-        )
-    return result
+    return [draw_rates(f.main, {name: f.rows[name].title for name in some}) for some in pieces]
 
 
 def report(findings: Sequence[Findings], drawings: Mapping[str, Sequence[Drawing]], facts: Mapping[str, str]) -> Report:
@@ -161,7 +141,9 @@ def _p(value: float) -> str:
     return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
+    """A table; the first column holds names, the others are aligned right, strong cells are bold."""
+
     def text(cell: Cell | str) -> str:
         plain = cell if isinstance(cell, str) else f"**{cell.text}**" if cell.strong else cell.text
         return plain.replace("|", "\\|")
@@ -192,7 +174,9 @@ def _csv(findings: Sequence[Findings]) -> str:
     return buffer.getvalue()
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 from ..data import MultimodalDataset, load
 from ..data.names import unknown
 from ..errors import InputError
-from ..methods import Method, get
+from ..methods import METHODS, Method, get
 from ..methods.base import merged
 from ..training import TrainConfig
+from ..training.parse import read_toml
 
-__all__ = ["BUDGET", "Row", "Source", "configs_folder", "load_source"]
+__all__ = ["BUDGET", "Row", "Source", "configs_folder", "load_rows", "load_source", "load_sources"]
 
 BUDGET = TrainConfig(epochs=30, batch_size=64, selection="masked", unimodal_share=0.0, control=False)
 """What every method gets where a data source says nothing else."""
@@ -108,6 +109,38 @@ class Source:
     def key(self) -> str:
         """Name and options as text, for a worker process."""
         return json.dumps([self.data, dict(self.options)], sort_keys=True)
+
+
+def load_rows(names: Sequence[str]) -> list[Row]:
+    """Rows by name (of a method, or of a file in configs/rows) or by path of a TOML file."""
+    return [_row(name.strip()) for name in names]
+
+
+def _row(name: str) -> Row:
+    path = Path(name)
+    if name.endswith(".toml"):
+        return Row.parse(path.stem, read_toml(path))
+    stored = configs_folder() / "rows" / f"{name}.toml"
+    if stored.is_file():
+        return Row.parse(name, read_toml(stored))
+    if name in METHODS:
+        return Row.parse(name, {"method": name})
+    raise unknown("method", name, tuple(METHODS))
+
+
+def load_sources(names: Sequence[str]) -> list[Source]:
+    """Data by name (a file in configs/data, or a data set), or by path of a TOML or npz file."""
+    return [_source(name.strip()) for name in names]
+
+
+def _source(name: str) -> Source:
+    path = Path(name)
+    if name.endswith(".toml"):
+        return Source.parse(path.stem, read_toml(path), path.parent)
+    stored = configs_folder() / "data" / f"{name}.toml"
+    if stored.is_file():
+        return Source.parse(name, read_toml(stored))
+    return Source.parse(path.stem if name.endswith(".npz") else name, {"data": name})
 
 
 @lru_cache(maxsize=2)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from ..data.names import unknown
 from ..errors import InputError
 
-__all__ = ["check_choices", "from_mapping"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["check_choices", "from_mapping", "read_toml"]
 
 
 def check_choices(where: str, config: Any) -> None:
@@ -75,3 +82,14 @@ def _scalar(value: Any, kind: type, where: str) -> Any:
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
         raise InputError(f"{where} is {value!r}; give {wanted}")
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ``InputError`` where it cannot be read or parsed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"config {path} cannot be read: {' '.join((reason or 'unknown reason').split())}; give a TOML file"
+        ) from error

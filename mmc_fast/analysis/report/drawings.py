@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..statistics import mean_sd
 from .comparison import AVERAGE, COMPLETE, Comparison
@@ -10,7 +10,15 @@ from .figures import Drawing, Line, Reference, bars, lines
 from .runs import NAMES as METHOD_COLOURS
 from .runs import RunSet, display_name, series_index
 
-__all__ = ["draw_fresh_discriminator", "draw_game", "draw_history", "draw_missing_rates", "draw_reliance"]
+__all__ = [
+    "draw_fresh_discriminator",
+    "draw_game",
+    "draw_history",
+    "draw_missing_rates",
+    "draw_rates",
+    "draw_reliance",
+    "metric_name",
+]
 
 METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUC (ROC)", "auprc": "AUC (precision–recall)"}
 
@@ -22,21 +30,29 @@ def metric_name(metric: str) -> str:
 
 def draw_missing_rates(runs: RunSet, comparison: Comparison) -> Drawing:
     """Score against the nominal missing rate, one line per method, band = s.d. over seeds."""
+    names = {method: display_name(method) for method in comparison.scores}
+    return draw_rates(comparison, names, colours=series_index(list(runs.methods)))
+
+
+def draw_rates(
+    comparison: Comparison, names: Mapping[str, str], *, colours: Mapping[str, int] | None = None
+) -> Drawing:
+    """Score against the nominal missing rate, one line for each method in ``names`` (key -> name in the legend)."""
     conditions = [c for c in comparison.conditions if c != AVERAGE]
     rates = [0.0 if c == COMPLETE else float(c.split()[0]) for c in conditions]
     series = {}
-    for method, scores in comparison.scores.items():
-        values = [scores[c] for c in conditions]
-        series[display_name(method)] = Line(rates, [s.mean for s in values], [s.sd for s in values])
+    for method, name in names.items():
+        values = [comparison.scores[method][c] for c in conditions]
+        series[name] = Line(rates, [s.mean for s in values], [s.sd for s in values])
     ends = "; ".join(f"{name} from {line.y[0]:.3f} to {line.y[-1]:.3f}" for name, line in series.items())
     return lines(
-        f"{runs.dataset}: score against missing rate",
+        f"{comparison.dataset}: score against missing rate",
         series,
         x_label="nominal missing rate",
-        y_label=metric_name(runs.metric),
-        alt=f"{runs.dataset}: test score as the missing rate grows from {rates[0]:g} to {rates[-1]:g}: {ends}.",
+        y_label=metric_name(comparison.metric),
+        alt=f"{comparison.dataset}: test score as the missing rate grows from {rates[0]:g} to {rates[-1]:g}: {ends}.",
         caption="Band: s.d. over seeds.",
-        colours=series_index(list(runs.methods)),
+        colours=colours,
     )
 
 
