@@ -5,6 +5,13 @@ from __future__ import annotations
 from ..data.names import unknown
 from .base import Direction, Estimate, Experiment, Outcome, Plan, ResultTable, Value, paired
 from .clinical import TABLE_5
+from .fig4 import FIGURE_4
+from .fig5 import FIGURE_5
+from .fig6 import FIGURE_6
+from .fig7 import FIGURE_7
+from .table6 import TABLE_6
+from .table7 import TABLE_7
+from .table9 import TABLE_9
 
 __all__ = [
     "EXPERIMENTS",
@@ -19,7 +26,10 @@ __all__ = [
     "paired",
 ]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (TABLE_5,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (TABLE_5, TABLE_6, TABLE_7, TABLE_9, FIGURE_4, FIGURE_5, FIGURE_6, FIGURE_7)
+}
 
 
 def get(name: str) -> Experiment:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from ..analysis.report.figures import Line
 from ..analysis.statistics import ResampledScores, resample_counts, weighted_scores
 from ..comparison.rows import Row, Source, load_rows, load_source, load_sources
 from ..errors import InputError
@@ -19,13 +20,16 @@ from .pieces import Measured, Measurement, Training, finish, measured
 from .representation import strength_order
 from .scores import machine_facts
 
-__all__ = ["METHODS", "Bench", "Series", "by_source", "direction", "estimate", "resampled", "value"]
+__all__ = [
+    "METHODS", "Bench", "Series", "by_source", "curve", "described", "direction", "estimate", "resampled", "value",
+]  # fmt: skip
 
 METHODS = ("vanilla", "kd", "ebr-paper", "ebr-robust")
-_CHANGES: dict[str, Any] = {"rates": [], "selection": "complete", "keep_checkpoints": 1}
+_CHANGES: dict[str, Any] = {"rates": [], "keep_checkpoints": 1}
 _RESAMPLES = 400
 
 Key = TypeVar("Key", bound=Hashable)
+Selection = Literal["complete", "last"]
 Series = Sequence[float | None]
 """One number per seed; None where the training diverged or there is no such number."""
 
@@ -33,18 +37,23 @@ Series = Sequence[float | None]
 class Bench:
     """One data source under a plan.
 
-    Rows take the settings that ``compare`` stored for them on these data, else their first candidate; epochs are selected
-    on complete validation data. Raises InputError for rows that the standard loop does not train.
+    Rows take the settings that ``compare`` stored for them on these data, else their first candidate. ``selection``: which
+    epoch is looked at, "complete" (best on complete validation data) or "last". Raises InputError for rows that the
+    standard loop does not train.
     """
 
-    def __init__(self, plan: Plan, source: Source, rows: Sequence[str] = METHODS) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, rows: Sequence[str] = METHODS, selection: Selection = "complete"
+    ) -> None:
         if plan.tune != "never":
             raise InputError("reproduce: this experiment takes stored settings; leave --tune out, or tune with compare")
-        self.plan, self.source = plan, source
+        self.plan, self.source, self.selection = plan, source, selection
         self.rows = {row.name: row for row in load_rows(list(dict.fromkeys(("vanilla", *rows))))}
         self.fingerprint = fingerprint(load_source(source.key))
         self.metric = load_source(source.key).metric
         self.modalities = load_source(source.key).modalities
+        if len(self.modalities) < 2:
+            raise InputError(f"reproduce: {source.name} has one modality; give data with two or more")
         self._kept: dict[str, Measurement] = {}
 
     def training(
@@ -57,7 +66,7 @@ class Bench:
             wanted = [name for name in self.modalities if name in modalities]
             source = replace(source, options={**source.options, "modalities": wanted})
         epochs = {} if self.plan.epochs is None else {"epochs": self.plan.epochs}
-        budget = source.budget_with(_CHANGES | epochs)
+        budget = source.budget_with(_CHANGES | {"selection": self.selection} | epochs)
         # Unimodal models of the vanilla run say how strong a modality is, and what its own encoder makes of it.
         own = {"unimodal_share": 1.0} if row == "vanilla" else {}
         settings = merged(self._chosen(plain), own, {"checkpoint_every": budget.epochs}, changes or {})
@@ -79,13 +88,15 @@ class Bench:
         self.finish(trainings)
         whole = [t for t in trainings if t.diverged(self.plan.grid) is None]
         if not whole:
-            raise InputError(f"reproduce: vanilla diverged on {self.source.name} with every seed; lower its learning rate")
-        return strength_order([load_run(self.plan.grid / t.path) for t in whole])
+            raise InputError(
+                f"reproduce: vanilla diverged on {self.source.name} with every seed; lower its learning rate"
+            )
+        return strength_order([load_run(self.plan.grid / t.run) for t in whole])
 
     def measure(self, measurements: Mapping[Key, Measurement]) -> dict[Key, Measured]:
         """Finish the measurements, and before them the trainings that they need."""
         folder = self.plan.grid
-        left = [m for m in measurements.values() if not m.done(folder)]
+        left = [m for m in measurements.values() if not (folder / m.path).is_file()]
         self.finish([training for m in left for training in m.trainings.values()])
         finish(left, folder, jobs=self.plan.jobs, on_event=self.plan.on_event)
         self._kept |= {m.path: m for m in measurements.values()}
@@ -97,10 +108,10 @@ class Bench:
 
     def record(self) -> list[dict[str, Any]]:
         """Every measurement with its trainings and their settings, plain JSON values."""
-        trainings = {t.path: t for m in self._kept.values() for t in m.trainings.values()}
+        trainings = {t.run: t for m in self._kept.values() for t in m.trainings.values()}
         result: list[dict[str, Any]] = [{"training": path, "config": dict(t.config)} for path, t in trainings.items()]
         for path, m in self._kept.items():
-            used = {name: t.path for name, t in m.trainings.items()}
+            used = {name: t.run for name, t in m.trainings.items()}
             result.append({"measurement": path, "options": dict(m.options), "trainings": used})
         return result
 
@@ -125,12 +136,13 @@ def by_source(
     one: Callable[[Bench], Outcome],
     *,
     rows: Sequence[str] = METHODS,
+    selection: Selection = "complete",
     notes: Sequence[str] = (),
 ) -> Outcome:
     """What ``one`` finds on each data source, put together; names of drawings get the source in front."""
     whole = Outcome([], [])
     for source in load_sources(list(names)):
-        bench = Bench(plan, source, rows)
+        bench = Bench(plan, source, rows, selection)
         found = one(bench)
         whole = Outcome(
             [*whole.tables, *found.tables],
@@ -149,12 +161,25 @@ def value(series: Series, paper: float | None = None) -> Value:
     return Value.over(known, paper) if known else Value(paper=paper)
 
 
-def direction(claim: str, paper: float, first: Series, second: Series | None = None, *, printed: bool = True) -> Direction:
+def direction(
+    claim: str, paper: float, first: Series, second: Series | None = None, *, printed: bool = True
+) -> Direction:
     """``first − second``, or the sign of ``first`` itself, paired by seed over the seeds that have both."""
     other: Series = [0.0] * len(first) if second is None else second
     pairs = [(a, b) for a, b in zip(first, other, strict=True) if a is not None and b is not None]
     ours = paired([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
     return Direction(claim, paper, ours, printed=printed)
+
+
+def curve(values: Mapping[float, Value]) -> Line:
+    """A line through the values that were measured; its band is the s.d. over the seeds."""
+    known = [(x, v.mean, v.sd) for x, v in values.items() if v.mean is not None]
+    return Line([x for x, _, _ in known], [y for _, y, _ in known], [sd for _, _, sd in known])
+
+
+def described(curves: Mapping[str, Line]) -> str:
+    """The values of each line in words, for the text beside a drawing."""
+    return "; ".join(f"{name}: {', '.join(f'{y:.3g}' for y in line.y)}" for name, line in curves.items())
 
 
 def resampled(metric: str, found: Sequence[Measured], name: str) -> ResampledScores | None:

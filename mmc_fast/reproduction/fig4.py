@@ -29,9 +29,7 @@ def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:
     def features(model: MultimodalModel) -> tuple[torch.Tensor, torch.Tensor]:
         return model.encoders[column](train.features[column]), model.encoders[column](test.features[column])
 
-    gap = prefix_gap(
-        *features(task.run("fused").model), *features(task.run("own").model), train.labels, test.labels
-    )
+    gap = prefix_gap(*features(task.run("fused").model), *features(task.run("own").model), train.labels, test.labels)
     unimodal = task.run("unimodal").unimodal
     single = linear_probe(
         alone(unimodal, dataset, train, name), train.labels, alone(unimodal, dataset, test, name), test.labels
@@ -44,7 +42,7 @@ _COLUMNS = {"fused": "through fusion alone", "own": "also on its own loss", "gap
 
 
 def _run(plan: Plan) -> Outcome:
-    return by_source(plan, FIGURE_4.sources(plan), _one)
+    return by_source(plan, FIGURE_4.sources(plan), _one, selection="last")
 
 
 def _one(bench: Bench) -> Outcome:
@@ -66,7 +64,9 @@ def _one(bench: Bench) -> Outcome:
             for seed in seeds
         }
     )  # fmt: skip
-    series = {(row, name): [found[row, s].values.get(name) for s in seeds] for row in METHODS for name in _COLUMNS}
+    series: dict[tuple[str, str], Series] = {
+        (row, name): [found[row, s].values.get(name) for s in seeds] for row in METHODS for name in _COLUMNS
+    }
     table = ResultTable(
         f"Figure 4 on {data}: test accuracy of a linear probe on the encoder of {weakest}, the weakest modality",
         list(_COLUMNS.values()),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..analysis.report.figures import Drawing, Line, lines
+from ..analysis.report.figures import Drawing, lines
 from ..analysis.similarity import linear_cka
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
-from .bench import METHODS, Bench, Series, by_source, direction, value
+from .bench import METHODS, Bench, Series, by_source, curve, described, direction, value
 from .paper import TABLE11
 from .pieces import Measurement, Task, Values
 from .representation import alone, fused, number, ranks_of
@@ -52,7 +52,7 @@ def _run(plan: Plan) -> Outcome:
         "The paper's ranks are of representations several times wider than ours, so that only directions compare. It prints "
         "two sets of them (MMVAE and GMC); ours stand beside those of MMVAE."
     ]
-    return by_source(plan, FIGURE_5.sources(plan), _one, notes=notes)
+    return by_source(plan, FIGURE_5.sources(plan), _one, selection="last", notes=notes)
 
 
 def _one(bench: Bench) -> Outcome:
@@ -120,7 +120,12 @@ def _directions(bench: Bench, curves: Curves, form: str) -> list[Direction]:
             claim = f"{name} rank of {titles[row]} falls from β = 0 to {high} ({form}), {data}"
             pair = curves[form, row, high, name], curves[form, row, 0, name]
             result.append(direction(claim, paper[-1] - paper[0], *pair, printed=printed))
-        for first, second in (("kd", "vanilla"), ("ebr-paper", "vanilla"), ("ebr-paper", "kd"), ("ebr-robust", "vanilla")):
+        for first, second in (
+            ("kd", "vanilla"),
+            ("ebr-paper", "vanilla"),
+            ("ebr-paper", "kd"),
+            ("ebr-robust", "vanilla"),
+        ):
             paper_gap = numbers[_KEYS.get(first, "ebr")][-1] - numbers[_KEYS[second]][-1]
             claim = f"{name} rank of {titles[first]} above {titles[second]} at β = {high} ({form}), {data}"
             pair = curves[form, first, high, name], curves[form, second, high, name]
@@ -128,24 +133,18 @@ def _directions(bench: Bench, curves: Curves, form: str) -> list[Direction]:
     return result
 
 
-def _drawing(
-    bench: Bench, curves: Curves, form: str, kinds: dict[str, str], y_label: str, words: str
-) -> Drawing:
-    series = {}
-    for row, title in bench.titles().items():
-        for name, suffix in kinds.items():
-            values = [(beta, value(curves[form, row, beta, name])) for beta in BETAS]
-            known = [(beta, v.mean, v.sd) for beta, v in values if v.mean is not None]
-            series[f"{title}{suffix}"] = Line(
-                [beta for beta, _, _ in known], [y for _, y, _ in known], [sd for _, _, sd in known]
-            )
-    ends = "; ".join(f"{name}: {', '.join(f'{y:.2f}' for y in line.y)}" for name, line in series.items())
+def _drawing(bench: Bench, curves: Curves, form: str, kinds: dict[str, str], y_label: str, words: str) -> Drawing:
+    series = {
+        f"{title}{suffix}": curve({beta: value(curves[form, row, beta, name]) for beta in BETAS})
+        for row, title in bench.titles().items()
+        for name, suffix in kinds.items()
+    }
     return lines(
         f"{bench.source.name}: fused representation ({form})",
         series,
         x_label="β, weight of the weakest modality",
         y_label=y_label,
-        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. {ends}.",
+        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. {described(series)}.",
         caption=f"Band: s.d. over seeds. {words[0].upper()}{words[1:]}.",
     )
 

@@ -10,42 +10,22 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from ..comparison.cells import claimed
+from ..comparison.grid import Event, Job, work_on
+from ..comparison.grid import finish as finish_units
 from ..comparison.rows import load_source
 from ..data import MultimodalDataset
 from ..errors import InputError
-from ..training import LoadedRun, TrainConfig, TrainingDiverged, load_run, train
+from ..training import LoadedRun, Progress, TrainConfig, TrainingDiverged, load_run, train
 from ..training.atomic import save_errors, write_json, write_npz
-from ..training.pool import Emit, run_jobs
+from ..training.pool import Emit
 
-__all__ = ["Measured", "Measurement", "Piece", "Task", "Training", "finish", "measured"]
+__all__ = ["Measured", "Measurement", "Task", "Training", "finish", "measured"]
 
 SCHEMA_VERSION = 1
-_DIVERGED = "diverged.json"
-_WAIT = 1.0  # seconds between looks at pieces that another process holds
-
-
-class Piece(Protocol):
-    """Something that leaves a file or folder. ``part``: "training" or "measurement"."""
-
-    @property
-    def row(self) -> str: ...
-    @property
-    def data(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def part(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-
-    def done(self, folder: Path) -> bool: ...
-
-    def work(self, folder: Path, emit: Emit) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +42,11 @@ class Training:
     seed: int
     config: Mapping[str, Any]
 
-    part = "training"
+    stage = "trainings"
+
+    @property
+    def label(self) -> str:
+        return f"{self.data} · {self.row} · seed {self.seed}"
 
     @property
     def key(self) -> str:
@@ -71,32 +55,33 @@ class Training:
 
     @property
     def path(self) -> str:
+        """File within the grid's folder that says that the training is finished."""
+        return f"{self.run}.json"
+
+    @property
+    def run(self) -> str:
         """Folder of the run within the grid's."""
         return f"runs/{_plain(self.data)}/{_plain(self.row)}-{self.seed}-{self.key}"
 
-    def done(self, folder: Path) -> bool:
-        path = folder / self.path
-        return (path / "results.json").is_file() or (path / _DIVERGED).is_file()
-
-    def work(self, folder: Path, emit: Emit) -> None:
-        """Train, or continue what a killed process left; a run that diverges is marked as such."""
-        path = folder / self.path
-        config = TrainConfig.from_dict(self.config)
+    def work(self, folder: Path, progress: Progress) -> None:
+        """Train, or continue what a killed process left; a run that diverges is finished without a model."""
+        config, reason = TrainConfig.from_dict(self.config), None
         try:
             train(
-                load_source(self.source), config, seed=self.seed, run_dir=path, resume="auto", evaluate_on=(),
-                distributed=False, progress=_Epochs(self, emit),
+                load_source(self.source), config, seed=self.seed, run_dir=folder / self.run, resume="auto",
+                evaluate_on=(), distributed=False, progress=progress,
             )  # fmt: skip
         except TrainingDiverged as error:
-            with save_errors(path, lambda: f"finished trainings are in {folder}"):
-                write_json(path / _DIVERGED, {"reason": " ".join(str(error).split())})
+            reason = " ".join(str(error).split())
         except InputError as error:
             raise InputError(f"{self.row} on {self.data}: {error}") from error
+        with save_errors(folder / self.path, lambda: f"finished trainings are in {folder}"):
+            write_json(folder / self.path, {"run": self.run, "diverged": reason})
 
     def diverged(self, folder: Path) -> str | None:
         """Why the finished training has no model, if it has none."""
-        path = folder / self.path / _DIVERGED
-        return str(json.loads(path.read_text(encoding="utf-8"))["reason"]) if path.is_file() else None
+        reason = json.loads((folder / self.path).read_text(encoding="utf-8"))["diverged"]
+        return None if reason is None else str(reason)
 
 
 @dataclass(frozen=True)
@@ -110,7 +95,7 @@ class Task:
 
     def run(self, name: str) -> LoadedRun:
         """A finished training, from its folder."""
-        return load_run(self.folder / self.trainings[name].path)
+        return load_run(self.folder / self.trainings[name].run)
 
     def dataset(self, name: str) -> MultimodalDataset:
         """The data that a training saw."""
@@ -135,7 +120,11 @@ class Measurement:
     trainings: Mapping[str, Training]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    part = "measurement"
+    stage = "measurements"
+
+    @property
+    def label(self) -> str:
+        return f"{self.data} · {self.row} · seed {self.seed}"
 
     @property
     def key(self) -> str:
@@ -150,14 +139,11 @@ class Measurement:
     def path(self) -> str:
         return f"measurements/{self._name}/{_plain(self.data)}/{_plain(self.row)}-{self.seed}-{self.key}.npz"
 
-    def done(self, folder: Path) -> bool:
-        return (folder / self.path).is_file()
-
-    def work(self, folder: Path, emit: Emit) -> None:
+    def work(self, folder: Path, progress: Progress) -> None:
         started = time.perf_counter()
         reasons = [t.diverged(folder) for t in self.trainings.values()]
         meta: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "row": self.row, "data": self.data, "seed": self.seed}
-        meta |= {"trainings": {name: t.path for name, t in self.trainings.items()}, "options": dict(self.options)}
+        meta |= {"trainings": {name: t.run for name, t in self.trainings.items()}, "options": dict(self.options)}
         meta["diverged"] = next((r for r in reasons if r is not None), None)
         values: Values = {}
         arrays: dict[str, np.ndarray] = {}
@@ -192,66 +178,17 @@ def measured(measurement: Measurement, folder: Path) -> Measured:
         raise InputError(f"measurement {path} cannot be read ({reason}); remove it and repeat the call") from error
 
 
-def finish(
-    pieces: Sequence[Training] | Sequence[Measurement],
-    folder: Path,
-    *,
-    jobs: int,
-    on_event: Callable[[tuple[str, Any, Any]], None],
-) -> None:
-    """Do what is not done yet, each piece once, also where several processes share the folder.
+def finish(pieces: Sequence[Training] | Sequence[Measurement], folder: Path, *, jobs: int, on_event: Event) -> None:
+    """Do what is not done yet, each piece once; a training continues from the last checkpoint of a killed one.
 
-    Events: ("plan", piece, n) with the number of pieces that are left, ("start" and "epoch", piece, value), ("done",
-    piece, None). Raises Interrupted after Ctrl-C; a training continues from its last checkpoint, others are repeated.
+    Events and errors as in :func:`mmc_fast.comparison.grid.run_grid`.
     """
     unique: dict[str, Training | Measurement] = {piece.path: piece for piece in pieces}
-    left = [piece for piece in unique.values() if not piece.done(folder)]
-    if unique:
-        on_event(("plan", next(iter(unique.values())), len(left)))
-    while left:
-        run_jobs([_Job(piece, folder) for piece in left], _work, workers=jobs, on_event=on_event)
-        left = [piece for piece in left if not piece.done(folder)]
-        while left and not any(_free(folder, piece) for piece in left):
-            time.sleep(_WAIT)
+    finish_units(list(unique.values()), folder, jobs, on_event, _work)
 
 
-@dataclass(frozen=True)
-class _Job:
-    piece: Training | Measurement
-    folder: Path
-
-
-def _work(job: _Job, emit: Emit) -> None:
-    """Do one piece unless it is finished or somebody else is at it."""
-    if not job.piece.done(job.folder):
-        with claimed(job.folder, job.piece) as mine:
-            if mine and not job.piece.done(job.folder):
-                job.piece.work(job.folder, emit)
-    if job.piece.done(job.folder):
-        emit(("done", job.piece, None))
-
-
-def _free(folder: Path, piece: Training | Measurement) -> bool:
-    if piece.done(folder):
-        return True
-    with claimed(folder, piece) as mine:
-        return mine
-
-
-class _Epochs:
-    """Progress of a training as events."""
-
-    def __init__(self, training: Training, emit: Emit) -> None:
-        self.training, self.emit = training, emit
-
-    def on_start(self, total_epochs: int, label: str) -> None:
-        self.emit(("start", self.training, total_epochs))
-
-    def on_epoch(self, record: dict[str, Any]) -> None:
-        self.emit(("epoch", self.training, record))
-
-    def on_end(self, results: dict[str, Any]) -> None:
-        pass
+def _work(job: Job, emit: Emit) -> None:
+    work_on(job, emit, lambda progress: job.unit.work(job.folder, progress))
 
 
 def _hash(value: Any) -> str:

@@ -123,7 +123,7 @@ _LABELS = {rule: rule for rule in FILLED} | {
     "ebr-robust": "EBR robust, its own rule",
     "target": "target: trained without it",
 }
-_KEYS = {rule: rule for rule in TABLE6} | {"late": "late fusion", "ebr-paper": "ebr"}
+_KEYS = {rule: rule for rule in (*FILLED, "target") if rule in TABLE6} | {"late": "late fusion", "ebr-paper": "ebr"}
 """Rule -> its key among the paper's numbers, where it has one."""
 
 
@@ -206,9 +206,7 @@ def _drawing(
     bench: Bench, found: Sequence[Measured], scores: Mapping[str, Mapping[str, ResampledScores | None]]
 ) -> Drawing:
     shown = ("zeros", "nearest neighbour", "mean with class", "late", "ebr-paper", "ebr-robust", "target")
-    series = {
-        _LABELS[rule]: [float(s.plain.mean()) for s in scores[rule].values() if s is not None] for rule in shown
-    }
+    series = {_LABELS[rule]: [float(s.plain.mean()) for s in scores[rule].values() if s is not None] for rule in shown}
     ends = "; ".join(f"{label}: {', '.join(f'{v:.3f}' for v in values)}" for label, values in series.items())
     return bars(
         f"{bench.source.name}: one modality missing",

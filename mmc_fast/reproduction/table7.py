@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import cast
 
-from ..analysis.report.figures import Drawing, Line, lines
+import numpy as np
+import torch
+
+from ..analysis.diagnosis.adapter import RunAdapter, chain_of
+from ..analysis.report.figures import Drawing, lines
 from ..analysis.similarity import covariance_of, variance_inflation
+from ..data import Part
+from ..training import MultimodalModel
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
-from .bench import METHODS, Bench, Series, by_source, direction, value
+from .bench import METHODS, Bench, Series, by_source, curve, described, direction, value
 from .paper import TABLE7
 from .pieces import Measurement, Task, Values
 from .representation import fused, number
 
-__all__ = ["RIDGE", "TABLE_7", "measure"]
+__all__ = ["RIDGE", "TABLE_7", "contributions", "measure"]
 
 RIDGE = 1e-6
 
 
+@torch.no_grad()
+def contributions(model: MultimodalModel, part: Part) -> torch.Tensor | None:
+    """What each modality brings to the fusion's first layer as one number per row: ``[N, m]``.
+
+    The first principal component of ``W_i z_i``, with ``W_i`` the modality's block of the layer and ``z_i`` what the fusion
+    receives of it. None where the fusion has no Linear layer over the modalities side by side.
+    """
+    adapter = RunAdapter(model)
+    chain = chain_of(adapter.head)
+    if chain is None:
+        return None
+    blocks = cast(torch.Tensor, chain[0].weight).double().split(model.widths, 1)
+    found = []
+    for weight, z in zip(blocks, adapter.encode(part).values(), strict=True):
+        x = z.double() @ weight.t()
+        left, sizes, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        found.append(left[:, 0] * sizes[0])
+    return torch.stack(found, 1)
+
+
 def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:
-    """Mean and median variance inflation of the units of the fused representation on the test part."""
-    x = fused(task.run("model").model, task.dataset("model").part("test"))
-    factors = variance_inflation(covariance_of(x), float(task.options["ridge"]))
-    values: Values = {"vif": number(float(factors.nanmean())), "median": number(float(factors.nanmedian()))}
-    values |= {"units": len(factors), "constant": int(factors.isnan().sum()), "rows": len(x)}
-    return values, {}
+    """Mean variance inflation on the test part: of the units of the fused representation, and of :func:`contributions`."""
+    model, part, ridge = task.run("model").model, task.dataset("model").part("test"), float(task.options["ridge"])
+    x, one_each = fused(model, part), contributions(model, part)
+    factors = variance_inflation(covariance_of(x), ridge)
+    values: Values = {"units": number(float(factors.nanmean())), "modalities": None, "width": len(factors)}
+    if one_each is not None:
+        values["modalities"] = number(float(variance_inflation(covariance_of(one_each), ridge).nanmean()))
+    return values | {"constant": int(factors.isnan().sum()), "rows": len(x)}, {}
 
 
 _COUNTS = (2, 3, 4, 5)
+_READINGS = {"units": "the units of the fused representation", "modalities": "what each modality brings to the fusion"}
 _KEYS = {"vanilla": "vanilla", "kd": "kd", "ebr-paper": "ebr"}
 
 
 def _run(plan: Plan) -> Outcome:
-    return by_source(plan, TABLE_7.sources(plan), _one)
+    return by_source(plan, TABLE_7.sources(plan), _one, selection="last")
 
 
 def _one(bench: Bench) -> Outcome:
@@ -49,58 +79,53 @@ def _one(bench: Bench) -> Outcome:
             for seed in seeds
         }
     )  # fmt: skip
-    series = {
-        (row, m): [found[row, m, seed].values.get("vif") for seed in seeds] for row in METHODS for m in counts
-    }
     titles = bench.titles()
-    rows = []
-    for row in METHODS:
-        paper = TABLE7.get(_KEYS.get(row, ""), (None,) * len(_COUNTS))
-        rows.append((titles[row], [value(series[row, m], paper[_COUNTS.index(m)]) for m in counts]))
-    table = ResultTable(
-        f"Table 7 on {bench.source.name}: mean variance inflation of the fused representation, by number of modalities",
-        [f"m = {m}" for m in counts],
-        rows,
-        digits=2,
-        paper_digits=2,
-    )
+    tables, directions, drawings = [], [], {}
+    for name, words in _READINGS.items():
+        series: dict[tuple[str, int], Series] = {
+            (row, m): [found[row, m, seed].values.get(name) for seed in seeds] for row in METHODS for m in counts
+        }
+        rows = []
+        for row in METHODS:
+            paper = TABLE7.get(_KEYS.get(row, ""), (None,) * len(_COUNTS))
+            rows.append((titles[row], [value(series[row, m], paper[_COUNTS.index(m)]) for m in counts]))
+        title = f"Table 7 on {bench.source.name}: mean variance inflation of {words}, by number of modalities"
+        tables.append(ResultTable(title, [f"m = {m}" for m in counts], rows, digits=2, paper_digits=2))
+        directions += _directions(bench, series, counts, words)
+        drawings[f"vif-{name}"] = _drawing(bench, series, counts, words)
     strongest = ", ".join(f"{name} ({score:.3f})" for name, score in strengths.items())
     facts = {f"order of the modalities on {bench.source.name}": f"{strongest}, by unimodal validation score"}
-    drawings = {"vif": _drawing(bench, series, counts)}
-    return Outcome([table], _directions(bench, series, counts), drawings, bench.notes(found), facts)
+    return Outcome(tables, directions, drawings, bench.notes(found), facts)
 
 
-def _directions(bench: Bench, series: dict[tuple[str, int], Series], counts: list[int]) -> list[Direction]:
-    titles, data, result = bench.titles(), bench.source.name, []
-    for m in counts:
+def _directions(
+    bench: Bench, series: Mapping[tuple[str, int], Series], counts: list[int], words: str
+) -> list[Direction]:
+    titles, result = bench.titles(), []
+    where = f"VIF of {words}, {bench.source.name}"
+    low, high = counts[0], counts[-1]
+    pairs = [(row, "vanilla", m) for m in counts for row in METHODS[1:]] + [("ebr-paper", "kd", high)]
+    for first, second, m in pairs:
         place = _COUNTS.index(m)
-        for first, second in (("kd", "vanilla"), ("ebr-paper", "vanilla"), ("ebr-paper", "kd"), ("ebr-robust", "vanilla")):
-            paper = TABLE7[_KEYS.get(first, "ebr")][place] - TABLE7[_KEYS[second]][place]
-            claim = f"VIF of {titles[first]} below {titles[second]} at m = {m}, {data}"
-            result.append(direction(claim, round(paper, 2), series[first, m], series[second, m]))
-    if len(counts) > 1:
-        low, high = counts[0], counts[-1]
-        for row in METHODS:
-            numbers = TABLE7[_KEYS.get(row, "ebr")]
-            paper = numbers[_COUNTS.index(high)] - numbers[_COUNTS.index(low)]
-            claim = f"VIF of {titles[row]} grows from m = {low} to m = {high}, {data}"
-            result.append(direction(claim, round(paper, 2), series[row, high], series[row, low]))
+        paper = TABLE7[_KEYS.get(first, "ebr")][place] - TABLE7[_KEYS[second]][place]
+        claim = f"{titles[first]} below {titles[second]} at m = {m}: {where}"
+        result.append(direction(claim, round(paper, 2), series[first, m], series[second, m]))
+    for row in METHODS if high > low else ():
+        numbers = TABLE7[_KEYS.get(row, "ebr")]
+        paper = numbers[_COUNTS.index(high)] - numbers[_COUNTS.index(low)]
+        claim = f"{titles[row]} grows from m = {low} to m = {high}: {where}"
+        result.append(direction(claim, round(paper, 2), series[row, high], series[row, low]))
     return result
 
 
-def _drawing(bench: Bench, series: dict[tuple[str, int], Series], counts: list[int]) -> Drawing:
-    curves = {}
-    for row, title in bench.titles().items():
-        values = [value(series[row, m]) for m in counts]
-        known = [(m, v.mean, v.sd) for m, v in zip(counts, values, strict=True) if v.mean is not None]
-        curves[title] = Line([m for m, _, _ in known], [y for _, y, _ in known], [sd for _, _, sd in known])
-    ends = "; ".join(f"{name}: {', '.join(f'{y:.2f}' for y in line.y)}" for name, line in curves.items())
+def _drawing(bench: Bench, series: Mapping[tuple[str, int], Series], counts: list[int], words: str) -> Drawing:
+    curves = {title: curve({m: value(series[row, m]) for m in counts}) for row, title in bench.titles().items()}
     return lines(
-        f"{bench.source.name}: redundancy of the fused representation",
+        f"{bench.source.name}: VIF of {words}",
         curves,
         x_label="number of modalities",
         y_label="mean VIF",
-        alt=f"Mean variance inflation on {bench.source.name} for {counts} modalities. {ends}.",
+        alt=f"Mean variance inflation of {words} on {bench.source.name} for {counts} modalities. {described(curves)}.",
         caption="Band: s.d. over seeds.",
     )
 
@@ -112,8 +137,10 @@ TABLE_7 = Experiment(
     "with EBR (1.05 to 1.55).",
     (
         "Mfeat (digits) in place of the paper's data.",
-        "The representation is what the last Linear layer of the fusion receives, on the test part; the mean is over its "
-        f"units that are not constant, and a ridge of {RIDGE:g} is added to the correlation matrix.",
+        "The paper does not say what the columns of its representation are. Two readings: the units that the last Linear layer "
+        "of the fusion receives; and one number for each modality, the first principal component of what its block adds to the "
+        "fusion's first layer, which is closer to the sizes that the paper prints.",
+        f"On the test part; constant columns are left out, and a ridge of {RIDGE:g} is added to the correlation matrix.",
         "m modalities are the m strongest by unimodal validation score, averaged over the seeds.",
     ),
     ("mfeat",),

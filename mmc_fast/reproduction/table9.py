@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -29,7 +31,7 @@ def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:
     none: Values = dict.fromkeys(("cross_entropy", "entropy", "accuracy", "mixing"))
     if chain is None:
         return none | {"not_applicable": "the fusion has no Linear layer over the modalities side by side"}, {}
-    weight: torch.Tensor = chain[0].weight.detach()  # type: ignore[assignment,operator]
+    weight = cast(torch.Tensor, chain[0].weight).detach()
     blocks = dict(zip(model.modalities, model.widths, strict=True))
     unimodal = task.run("unimodal").unimodal
     rows = None if unimodal is None else {n: u.classifier[0].weight.detach() for n, u in unimodal.models.items()}
@@ -61,7 +63,7 @@ def _run(plan: Plan) -> Outcome:
         "Where the accuracy of the classifier on held-out unimodal rows is near 1/m it cannot tell modalities, and its two "
         "other numbers mean little; the entropy of weight shares needs no classifier.",
     ]
-    return by_source(plan, TABLE_9.sources(plan), _one, notes=notes)
+    return by_source(plan, TABLE_9.sources(plan), _one, selection="last", notes=notes)
 
 
 def _one(bench: Bench) -> Outcome:

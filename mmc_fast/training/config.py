@@ -16,7 +16,8 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
-_LATER = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")  # came after runs had been recorded
+# Settings that came after runs had been recorded.
+_LATER: tuple[str, ...] = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")
 _LATER += ("emphasis_modality", "emphasis", "emphasis_form")
 _LATER_KD = ("loss", "kl_temperature")
 
