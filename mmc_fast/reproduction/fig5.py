@@ -15,7 +15,7 @@ from .representation import alone, fused, number, ranks_of
 __all__ = ["BETAS", "FIGURE_5", "TOLERANCE", "measure"]
 
 BETAS = (0, 2, 4, 6, 8)
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
 
 
 def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:

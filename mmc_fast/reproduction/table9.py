@@ -34,7 +34,11 @@ def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:
     weight = cast(torch.Tensor, chain[0].weight).detach()
     blocks = dict(zip(model.modalities, model.widths, strict=True))
     unimodal = task.run("unimodal").unimodal
-    rows = None if unimodal is None else {n: u.classifier[0].weight.detach() for n, u in unimodal.models.items()}
+    rows = (
+        None
+        if unimodal is None
+        else {n: cast(torch.Tensor, u.classifier[0].weight).detach() for n, u in unimodal.models.items()}
+    )
     found = cross_modal_polysemanticity(weight, blocks, rows, seed=task.seed)
     received = flat(adapter.encode(task.dataset("model").part("test")))
     shares = neuron_modality_shares(weight, blocks, covariance_of(received))
