@@ -244,6 +244,7 @@ def test_several_workers_give_the_same_numbers_as_one(tmp_path, seed):
 
 
 def test_a_row_that_diverges_is_a_result(tmp_path, seed):
+    from mmc_fast.comparison.output import markdown, score_rows
     from mmc_fast.comparison.table import find
 
     rows = [Row.parse("vanilla", {"method": "vanilla"}),
@@ -254,6 +255,9 @@ def test_a_row_that_diverges_is_a_result(tmp_path, seed):
     assert found.rows["wild"].diverged == (0, 1)
     assert "diverged with 2 seed(s)" in found.rows["wild"].label
     assert "wild" not in found.main.scores
+    marked = {line[0]: line[1:] for line in score_rows(found, found.main.metric)}
+    assert set(marked["ShaSpec †§"]) == {"–"}  # diverged, so the gate could not judge it either
+    assert "§ diverged with 2 seed(s): ShaSpec. † not judged: ShaSpec." in markdown([found])
 
 
 def test_every_stored_row_and_data_file_can_be_read():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -220,15 +221,30 @@ def test_the_readme_example_runs_and_trains_every_part():
     assert names["logits"].shape == (32, 10)
 
 
-def test_the_readme_table_is_that_of_the_recorded_demo():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "tools" / "update_readme.py")
+def tool_named(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_readme_table_is_that_of_the_recorded_demo():
+    tool = tool_named("update_readme")
     readme = text_of(ROOT / "README.md")
     block = tool.render(json.loads(text_of(tool.RECORD))) if tool.RECORD.exists() else tool.NOT_RUN
     assert tool.replace(readme, block) == readme, "run tools/update_readme.py on a finished demo"
+
+
+def test_the_readme_comparison_is_that_of_the_recorded_results():
+    tool = tool_named("render_results")
+    lines = tool.read(tool.RECORD)
+    readme, results = text_of(tool.README), text_of(tool.RESULTS)
+    assert tool.replace(readme, tool.render(lines)) == readme, "run tools/render_results.py on a finished comparison"
+    for line in lines:  # the long page comes from the same run
+        if line["mean"] and line["condition"] == "mean missing":
+            assert f"{float(line['mean']):.3f}" in results, f"docs/results.md lacks {line['row']} on {line['data']}"
 
 
 def test_documented_commands_exist():

@@ -14,7 +14,7 @@ from .. import __version__
 from ..comparison.cells import recompute
 from ..comparison.folder import own_folder
 from ..comparison.grid import Grid, run_grid
-from ..comparison.output import TEST_COLUMNS, score_rows, tested_rows, write_outputs
+from ..comparison.output import TEST_COLUMNS, footnotes, score_rows, tested_rows, write_outputs
 from ..comparison.rows import load_rows, load_sources
 from ..comparison.table import Findings, find
 from ..errors import InputError
@@ -81,6 +81,8 @@ def print_comparison(console: Console, findings: Sequence[Findings], out: Path) 
         for metric, comparison in f.comparisons.items():
             title = f"{f.data}: test {metric}, mean ± s.d. over {len(comparison.seeds)} seed(s)"
             print_table(console, title, ["row", *comparison.conditions], score_rows(f, metric))
+        if notes := footnotes(f):
+            console.print(f"{notes}.", markup=False, highlight=False)
         if f.tests:
             titles = {name: facts.title for name, facts in f.rows.items()}
             title = f"{f.data}: against the reference, Holm over {f.tests[0].family} tests"

@@ -17,7 +17,7 @@ from ..analysis.report.figures import Drawing
 from ..training.atomic import write_file, write_json
 from .table import GATE, Findings, Paired
 
-__all__ = ["markdown", "markdown_table", "score_rows", "write_outputs", "write_text"]
+__all__ = ["footnotes", "markdown", "markdown_table", "score_rows", "write_outputs", "write_text"]
 
 _LINES = 8  # that a drawing can tell apart
 READING = (
@@ -43,7 +43,7 @@ def write_outputs(
 
 
 def score_rows(f: Findings, metric: str) -> list[list[Cell | str]]:
-    """One line per row: its label, then mean ± s.d. per condition; a dash where it diverged."""
+    """One line per row: its title with marks, then mean ± s.d. per condition; a dash where it diverged."""
     comparison = f.comparisons[metric]
     rows: list[list[Cell | str]] = []
     for name, facts in f.rows.items():
@@ -51,8 +51,17 @@ def score_rows(f: Findings, metric: str) -> list[list[Cell | str]]:
         cells: list[Cell | str] = ["–"] * len(comparison.conditions)
         if scores is not None:
             cells = [Cell(_mean(scores[c]), strong=scores[c].best) for c in comparison.conditions]
-        rows.append([facts.label, *cells])
+        rows.append([facts.marked, *cells])
     return rows
+
+
+def footnotes(f: Findings) -> str:
+    """What the marks of its rows mean; empty where there is none."""
+    meaning: dict[str, list[str]] = {}
+    for facts in f.rows.values():
+        for mark, note in facts.notes.items():
+            meaning.setdefault(f"{mark} {note}", []).append(facts.title)
+    return ". ".join(f"{note}: {', '.join(titles)}" for note, titles in sorted(meaning.items()))
 
 
 def tested_rows(tests: Sequence[Paired], titles: Mapping[str, str]) -> list[list[Cell | str]]:
@@ -82,6 +91,8 @@ def markdown(findings: Sequence[Findings]) -> str:
         for metric, comparison in f.comparisons.items():
             parts.append(f"Test {metric_name(metric)}, {len(comparison.seeds)} seed(s):")
             parts.append(markdown_table(["row", *comparison.conditions], score_rows(f, metric)))
+        if notes := footnotes(f):
+            parts.append(f"{notes}.")
         if f.tests:
             parts.append(f"Against the reference ({f.tests[0].family} tests in the family):")
             parts.append(markdown_table(TEST_COLUMNS, tested_rows(f.tests, _titles(f))))
@@ -112,11 +123,7 @@ def report(findings: Sequence[Findings], drawings: Mapping[str, Sequence[Drawing
         if failed:
             blocks.append(Callout(f"**{GATE}**: {', '.join(failed)}.", "warning"))
         for metric, comparison in f.comparisons.items():
-            blocks.append(
-                Table(
-                    ["row", *comparison.conditions], score_rows(f, metric), f"Test {metric_name(metric)}, mean ± s.d."
-                )
-            )
+            blocks.append(Table(["row", *comparison.conditions], score_rows(f, metric), _caption(f, metric)))
         blocks.append(Panels([d.figure() for d in drawings[f.data]]))
         if f.tests:
             caption = f"{f.tests[0].family} tests in the family; {f.tests[0].pairs} pairs of seeds in each."
@@ -127,6 +134,10 @@ def report(findings: Sequence[Findings], drawings: Mapping[str, Sequence[Drawing
         blocks.append(Details("Settings", [Table(["row", "chosen", "source"], chosen)]))
         page.add_section(Section(f.data, blocks))
     return page.add_section(Section("How to read this", [Text(READING), Facts(facts)]))
+
+
+def _caption(f: Findings, metric: str) -> str:
+    return ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", footnotes(f)]))
 
 
 def _titles(f: Findings) -> dict[str, str]:

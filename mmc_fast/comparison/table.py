@@ -42,10 +42,19 @@ class RowFacts:
 
     @property
     def label(self) -> str:
-        notes = [self.gate] if self.gate in (GATE, "not judged") else []
-        notes += [f"batch of {self.batch_rows}"] if self.batch_rows else []
-        notes += [f"diverged with {len(self.diverged)} seed(s)"] if self.diverged else []
-        return self.title + (f" ({'; '.join(notes)})" if notes else "")
+        return self.title + (f" ({'; '.join(self.notes.values())})" if self.notes else "")
+
+    @property
+    def marked(self) -> str:
+        """The title with a mark for each note."""
+        return " ".join([self.title, "".join(self.notes)]).strip()
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Mark -> what has to be known before the numbers are read."""
+        notes = {"†": self.gate} if self.gate in (GATE, "not judged") else {}
+        notes |= {"‡": f"batch of {self.batch_rows}"} if self.batch_rows else {}
+        return notes | ({"§": f"diverged with {len(self.diverged)} seed(s)"} if self.diverged else {})
 
 
 @dataclass(frozen=True)
