@@ -93,6 +93,8 @@ compare-smoke: setup
 NEWEST_TRITON := 3.9.0
 NEWEST := build/triton-$(NEWEST_TRITON)
 COMPILE := $(PY) bench/gpu_compile.py --jobs $(WORKERS)
+# what was compiled once is not compiled again while its source, sizes and Triton are the same: a report can be interrupted
+KEPT := --cache build/gpu-rows --json docs/gpu/compiled.json
 
 gpu-check: setup
 	@$(COMPILE) --main --arch 80,90,100 --check docs/gpu/compiled.json
@@ -101,8 +103,9 @@ gpu-check: setup
 gpu-report: setup
 	@mkdir -p docs/gpu
 	@test -d $(NEWEST)/triton || $(PIP) install -qq --no-deps --target $(NEWEST) triton==$(NEWEST_TRITON)
-	@$(COMPILE) --arch 80,86,89,90,100,120 --json docs/gpu/compiled.json
-	@PYTHONPATH=$(NEWEST) $(COMPILE) --arch 80,86,89,90,100,120 --json docs/gpu/compiled.json
+	@$(COMPILE) --arch 80,90 $(KEPT)
+	@$(COMPILE) --main --arch 86,89,100,120 $(KEPT)
+	@PYTHONPATH=$(NEWEST) $(COMPILE) --main --arch 80,90,100 $(KEPT)
 	@TRITON_INTERPRET=1 $(PY) bench/gpu_audit.py --json docs/gpu/audit.json --plot docs/img/gpu-audit.png
 	@$(PY) tools/render_gpu.py
 

@@ -1,14 +1,17 @@
 """Compile the shipped Triton kernels for GPUs that are not here, and read what the binaries say about themselves.
 
 ``python bench/gpu_compile.py --arch 80,90,100 --json out.json [--main] [--only TEXT] [--jobs N]`` compiles what the
-scenes of ``gpu_scenes.py`` launch, with ``--main`` what its main scenes do. Exit code 1 where one does not compile, spills on sm_80 or sm_90, needs more shared memory than
-the chip has, or runs its products on other instructions than it says. Needs Triton (with its own ptxas), no GPU.
+scenes of ``gpu_scenes.py`` launch, with ``--main`` what its main scenes do. Exit code 1 where one does not compile,
+spills on sm_80 or sm_90, needs more shared memory than the chip has, or runs its products on other instructions than it
+says. Needs Triton (with its own ptxas), no GPU. With ``--cache FOLDER`` every row is kept there as soon as it is there,
+under the kernel's source, its specification, architecture and Triton: a run that was ended goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -175,6 +178,28 @@ def compile_one(spec: dict[str, Any], arch: int) -> Row:
     return row
 
 
+def cached(spec: dict[str, Any], arch: int, folder: Path | None) -> Row:
+    """The row of an earlier run where source, specification, architecture and Triton are the same; else a new one."""
+    if folder is None:
+        return compile_one(spec, arch)
+    import triton
+
+    kernel = getattr(importlib.import_module(spec["module"]), spec["kernel"])
+    what = {name: value for name, value in spec.items() if name not in ("label", "scene", "main")}
+    key = json.dumps([what, kernel.cache_key, arch, triton.__version__], sort_keys=True)
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if path.exists():
+        row = Row(**json.loads(path.read_text()))
+        row.kernel, row.main = spec["label"], spec["main"]
+        return row
+    row = compile_one(spec, arch)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(asdict(row)))
+    os.replace(fresh, path)
+    return row
+
+
 def _problems(row: Row, matrix: set[str]) -> list[str]:
     problems = []
     if row.spill_bytes and row.arch in NO_SPILLS:
@@ -234,6 +259,7 @@ def _in_parallel(options: argparse.Namespace) -> list[dict[str, Any]]:
         path = Path(folder) / "specs.json"
         path.write_text(json.dumps(specs(options.only, options.main)))
         base = [sys.executable, __file__, "--arch", options.arch, "--raw", str(path)]
+        base += ["--cache", str(options.cache)] if options.cache else []
         jobs = [
             subprocess.Popen(
                 [*base, "--part", f"{i}/{options.jobs}"], stdout=subprocess.PIPE, text=True, env=environment
@@ -247,6 +273,12 @@ def _in_parallel(options: argparse.Namespace) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["arch"], row["kernel"]))
 
 
+def _out_of_sight(row: dict[str, Any], options: argparse.Namespace, mine: set[str]) -> bool:
+    """Whether a recorded row is of a scene that this run leaves out, and not of one that is gone."""
+    left_out = bool(options.only) or (options.main and not row["main"])
+    return left_out and row["kernel"] not in mine
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities without the point")
@@ -255,6 +287,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here; rows there that this run does not cover stay")
     parser.add_argument("--check", type=Path, help="record to compare with: what got worse is an error")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cache", type=Path, help="folder of rows that are not compiled again while nothing changed")
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -262,7 +295,7 @@ def main() -> int:
         first, step = map(int, options.part.split("/"))
         listed = json.loads(options.raw.read_text())
         jobs = [(spec, int(arch)) for arch in options.arch.split(",") for spec in listed][first::step]
-        json.dump([asdict(compile_one(spec, arch)) for spec, arch in jobs], sys.stdout)
+        json.dump([asdict(cached(spec, arch, options.cache)) for spec, arch in jobs], sys.stdout)
         return 0
     start = time.perf_counter()
     rows = _in_parallel(options)
@@ -283,8 +316,7 @@ def main() -> int:
         other = json.loads(options.json.read_text()) if options.json.exists() else []
         targets = {(row["triton"], row["arch"]) for row in rows}
         mine = {row["kernel"] for row in rows}
-        whole = not (options.only or options.main)
-        kept = [r for r in other if (r["triton"], r["arch"]) not in targets or (not whole and r["kernel"] not in mine)]
+        kept = [r for r in other if (r["triton"], r["arch"]) not in targets or _out_of_sight(r, options, mine)]
         for row in rows:
             row.pop("seconds")  # a record should change with the code alone
         ordered = sorted(kept + rows, key=lambda row: (row["triton"], row["arch"], row["kernel"]))

@@ -37,6 +37,13 @@ def _scaled_rows(
 
 
 @triton.jit
+def _load_v(v_ptr, k, h, K, H, stride_vk, stride_vh):
+    """``[BLOCK_K, BLOCK_H]`` of ``v [K, H]``, zeros outside."""
+    inside = (k[:, None] < K) & (h[None, :] < H)
+    return tl.load(v_ptr + k[:, None] * stride_vk + h[None, :] * stride_vh, mask=inside, other=0.0)
+
+
+@triton.jit
 def _chain_fwd_kernel(
     left_ptr, inner_ptr, v_ptr, outer_ptr, g_ptr, Q, R, K, H, split_rows,
     stride_ln, stride_lr, stride_lk, stride_in, stride_ik, stride_vk, stride_vh, stride_on, stride_oh,
@@ -68,16 +75,10 @@ def _chain_fwd_kernel(
                 scaled = _scaled_rows(
                     left_ptr, inner_ptr, sample, row, k, live, K, stride_ln, stride_lr, stride_lk, stride_in, stride_ik
                 )  # [BLOCK_R, BLOCK_K]
-                v = tl.load(
-                    v_ptr + k[:, None] * stride_vk + rows[None, :] * stride_vh,
-                    mask=(k[:, None] < K) & (rows[None, :] < H), other=0.0,
-                )  # [BLOCK_K, BLOCK_H]  # fmt: skip
+                v = _load_v(v_ptr, k, rows, K, H, stride_vk, stride_vh)
                 left = tl.dot(scaled, v, left, input_precision=PRECISION)
                 if i != j:
-                    v = tl.load(
-                        v_ptr + k[:, None] * stride_vk + cols[None, :] * stride_vh,
-                        mask=(k[:, None] < K) & (cols[None, :] < H), other=0.0,
-                    )  # fmt: skip
+                    v = _load_v(v_ptr, k, cols, K, H, stride_vk, stride_vh)
                     right = tl.dot(scaled, v, right, input_precision=PRECISION)
             if i == j:
                 right = left
@@ -121,11 +122,7 @@ def _rows_fwd_kernel(
         scaled = _scaled_rows(
             left_ptr, inner_ptr, sample, row, k, live, K, stride_ln, stride_lr, stride_lk, stride_in, stride_ik
         )  # [BLOCK_R, BLOCK_K]
-        v = tl.load(
-            v_ptr + k[:, None] * stride_vk + h[None, :] * stride_vh,
-            mask=(k[:, None] < K) & (h[None, :] < H), other=0.0,
-        )  # [BLOCK_K, BLOCK_H]  # fmt: skip
-        acc = tl.dot(scaled, v, acc, input_precision=PRECISION)
+        acc = tl.dot(scaled, _load_v(v_ptr, k, h, K, H, stride_vk, stride_vh), acc, input_precision=PRECISION)
     keep = live[:, None] & (h[None, :] < H)
     if HAS_OUTER:
         outer = tl.load(outer_ptr + sample[:, None] * stride_on + h[None, :] * stride_oh, mask=keep, other=0.0)

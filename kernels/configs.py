@@ -93,22 +93,26 @@ class NarrowTile(NamedTuple):
     warps: int
     stages: int
     registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
+    apart: bool = False  # backward of rows and of weights in two launches where a source takes a gradient: one spills
 
 
 # (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles
 EBR_NARROW = {
     ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
+    ("16 bit, latent above 64", "forward"): NarrowTile(32, 64, 64, 8, 2),
+    ("16 bit, latent above 64", "backward"): NarrowTile(16, 32, 64, 8, 1),
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
+    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1, apart=True),
     ("ieee", "forward"): NarrowTile(16, 32, 32, 8, 1),
     ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 
 
-def ebr_narrow_tile(dtype: torch.dtype, direction: str, precision: str) -> NarrowTile:
-    """The shipped tile for float32 at this precision, or for a 16-bit type."""
-    return EBR_NARROW[precision if dtype == torch.float32 else "16 bit", direction]
+def ebr_narrow_tile(dtype: torch.dtype, direction: str, precision: str, latent: int) -> NarrowTile:
+    """The shipped tile for float32 at this precision, or for a 16-bit type and this width of the latent."""
+    half = "16 bit" if latent <= 64 else "16 bit, latent above 64"
+    return EBR_NARROW[precision if dtype == torch.float32 else half, direction]
 
 
 class WideTile(NamedTuple):

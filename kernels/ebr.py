@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import ebr_narrow_launch, ebr_wide_launch
 from .agop import usable
-from .ebr_plan import Inputs, Sizes, unsupported
+from .ebr_plan import Inputs, Needs, Sizes, Upstream, unsupported
 
-__all__ = ["backward", "forward", "saved_like", "unsupported", "usable"]
+__all__ = ["Needs", "Upstream", "backward", "forward", "saved_like", "unsupported", "usable"]
 
 
 def _on_device(like: Tensor) -> AbstractContextManager:
@@ -33,7 +33,7 @@ def forward(
     """Return (recovered, latents, both losses, what backward needs); the last is empty unless ``keep``."""
     inputs = Inputs.of(features, params, present, source, normalizer, residual, normalize)
     with _on_device(features[0]):
-        if inputs.sizes.narrow:
+        if inputs.sizes.narrow(features[0].dtype):
             *outputs, saved = ebr_narrow_launch.forward(inputs)
         else:
             *outputs, saved = ebr_wide_launch.forward(inputs, keep)
@@ -44,7 +44,7 @@ def forward(
 def saved_like(features: Sequence[Tensor], params: Sequence[Tensor], normalize: bool) -> list[Tensor]:
     """Empty tensors of the shapes and dtypes that ``forward`` saves."""
     sizes, like = Sizes.of(features, params), features[0]
-    if sizes.narrow:
+    if sizes.narrow(like.dtype):
         shapes = ebr_narrow_launch.saved_shapes(sizes.m, like.shape[0], normalize)
         return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
     wide = ebr_wide_launch.saved_shapes(sizes, like, normalize)
@@ -52,7 +52,7 @@ def saved_like(features: Sequence[Tensor], params: Sequence[Tensor], normalize: 
 
 
 def backward(
-    grads: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    upstream: Upstream,
     features: Sequence[Tensor],
     present: Tensor | None,
     source: Tensor | None,
@@ -64,14 +64,14 @@ def backward(
     saved: Sequence[Tensor],
     residual: bool,
     normalize: bool,
-    need_source: bool,
-) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Gradients of features, source and parameters for ``grads`` of (recovered, latents, two losses)."""
+    needs: Needs,
+) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+    """Gradients of features, source and parameters; a kind of which none is wanted comes back as None."""
     if latents is None or not saved:
         recovered, latents, _, _, saved = forward(
             features, present, source, normalizer, params, residual, normalize, keep=True
         )
     inputs = Inputs.of(features, params, present, source, normalizer, residual, normalize)
-    launch = ebr_narrow_launch if inputs.sizes.narrow else ebr_wide_launch
+    launch = ebr_narrow_launch if inputs.sizes.narrow(features[0].dtype) else ebr_wide_launch
     with _on_device(features[0]):
-        return launch.backward(inputs, grads, reversal, recovered, latents, saved, need_source)
+        return launch.backward(inputs, upstream, reversal, recovered, latents, saved, needs)

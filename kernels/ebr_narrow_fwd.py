@@ -1,4 +1,4 @@
-"""The EBR step of narrow heads (latent width at most 128): one launch forward, two or three backward, for all modalities.
+"""The EBR step of narrow heads (which ones: ebr_plan.py): one launch forward, two or three backward, for all modalities.
 
 Formulas: docs/ebr.md. A program owns (modality, tile of rows); hidden activations stay in registers, in blocks of the
 hidden width, and are computed again in backward. In: features ``[B, d_i]`` of any strides, weights as ``nn.Linear``
@@ -112,7 +112,7 @@ def ebr_narrow_fwd_kernel(
     if NORMALIZE:
         tl.store(rstd_out + tl.cast(i, INDEX) * B + r, rstd, mask=inside)
 
-    _, _, logits = psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
+    _, logits = psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
     ce, _ = cross_entropy(logits, i, M, PSI_PADS[HIDDEN + 1])
 
     counted = here & valid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from . import ebr_counter
 from .configs import NarrowTile, ebr_narrow_tile
 from .ebr_narrow_bwd import ebr_narrow_bwd_kernel, ebr_narrow_finish_kernel
 from .ebr_narrow_fwd import ebr_narrow_fwd_kernel
-from .ebr_plan import Inputs, float_precision, index_type, padded
+from .ebr_plan import Inputs, Needs, Upstream, float_precision, index_type, padded
 
 __all__ = ["backward", "forward", "saved_shapes"]
 
@@ -48,7 +49,7 @@ def saved_shapes(m: int, batch: int, normalize: bool) -> list[tuple[int, ...]]:
 def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """One launch; returns (recovered, latents, discrimination loss, reconstruction loss, saved)."""
     like, sizes, batch = inputs.features[0], inputs.sizes, inputs.batch
-    tile = ebr_narrow_tile(like.dtype, "forward", float_precision(like.dtype))
+    tile = ebr_narrow_tile(like.dtype, "forward", float_precision(like.dtype), sizes.latent)
     tiles = max(1, triton.cdiv(batch, tile.rows))
     recovered = [torch.empty(batch, d, dtype=like.dtype, device=like.device) for d in sizes.dims]
     latents = torch.empty(sizes.m, batch, sizes.latent, dtype=like.dtype, device=like.device)
@@ -72,17 +73,20 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[
 
 def backward(
     inputs: Inputs,
-    grads: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    upstream: Upstream,
     reversal: Tensor,
     recovered: Sequence[Tensor],
     latents: Tensor,
     saved: Sequence[Tensor],
-    need_source: bool,
-) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Two launches, with a memset before them where atomics are allowed: gradients of features, source, parameters."""
-    d_recovered, d_latents, d_md, d_rec = grads
+    needs: Needs,
+) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+    """Gradients of features, source, parameters, None where none of them is wanted: three launches, or fewer.
+
+    A memset where atomics are allowed, rows and weights, and the sums. Some tiles take rows (with the memset) and weights
+    apart where a source takes a gradient. Without gradients of parameters the rows are all.
+    """
     like, sizes, batch, m = inputs.features[0], inputs.sizes, inputs.batch, inputs.sizes.m
-    tile = ebr_narrow_tile(like.dtype, "backward", float_precision(like.dtype))
+    tile = ebr_narrow_tile(like.dtype, "backward", float_precision(like.dtype), sizes.latent)
     slices = max(1, min(triton.cdiv(batch, tile.rows), _SLICES // m))
     slice_rows = triton.cdiv(max(1, triton.cdiv(batch, tile.rows)), slices) * tile.rows
     atomic = not torch.are_deterministic_algorithms_enabled()
@@ -91,37 +95,39 @@ def backward(
     starts = [sum(numels[:n]) for n in range(8 * m)]
     heads_size, psi_size = sum(numels[: 8 * m]), sum(numels[8 * m :])
     head_slabs, psi_slabs = (1, 1) if atomic else (slices, m * slices)
-    allocate = torch.zeros if atomic else torch.empty
-    slabs = allocate(head_slabs * heads_size + psi_slabs * psi_size, dtype=torch.float32, device=like.device)
+    slab_size = (head_slabs * heads_size + psi_slabs * psi_size) if needs.params else 0
+    with_source = needs.source and inputs.source is not None
+    together = needs.params and not (with_source and tile.apart)
+    allocate = torch.zeros if atomic and together else torch.empty
+    slabs = allocate(slab_size, dtype=torch.float32, device=like.device)
 
-    d_features = [torch.empty_like(r) for r in recovered]
-    d_params = [torch.empty_like(p) for p in inputs.params]
-    with_source = need_source and inputs.source is not None
+    d_features = [torch.empty_like(r) for r in recovered] if needs.features else [None] * m
     d_source = torch.empty(batch, m, m, dtype=inputs.source.dtype, device=like.device) if with_source else None
-    given = [d if d is not None else f for d, f in zip(d_recovered, inputs.features, strict=True)]
-    gradients = [*given, latents if d_latents is None else d_latents]
+    given = upstream.given(inputs)
+    gradients = [*given, latents if upstream.latents is None else upstream.latents]
     written = [] if d_source is None else [d_source]
     index = index_type([*inputs.features, *recovered, latents, *gradients, *inputs.masks, *written])
     stride_xb, stride_xd = inputs.strides_x
-    ebr_narrow_bwd_kernel[(m * slices,)](
-        inputs.features, tuple(recovered), tuple(given), tuple(d_features),
+    launch = partial(
+        ebr_narrow_bwd_kernel[(m * slices,)],
+        inputs.features, tuple(recovered), given, tuple(d_features) if needs.features else tuple(recovered),
         *(inputs.column(kind) for kind in (0, 1, 2, 4, 5, 6)), inputs.psi,
-        has_grad=tuple(int(d is not None) for d in d_recovered),
-        latents=latents, d_latents=latents if d_latents is None else d_latents, rstd_in=saved[-1], counts=saved[0],
-        d_md=saved[0] if d_md is None else d_md, d_rec=saved[0] if d_rec is None else d_rec, reversal=reversal,
+        latents=latents, rstd_in=saved[-1], counts=saved[0], reversal=reversal,
         d_source=latents if d_source is None else d_source, d_z=torch.empty_like(latents), slabs=slabs,
         dims=sizes.dims, stride_xb=stride_xb, stride_xd=stride_xd,
-        stride_db=tuple(d.stride(0) for d in given), stride_dd=tuple(d.stride(1) for d in given),
         enc_at=tuple(starts[4 * i] for i in range(m)), dec_at=tuple(starts[4 * m + 4 * i] for i in range(m)),
         B=batch, H=sizes.hidden, slices=slices, slice_rows=slice_rows, heads_size=heads_size,
-        psi_at=head_slabs * heads_size, psi_size=psi_size,
-        stride_lm=0 if d_latents is None else d_latents.stride(0),
-        stride_lb=0 if d_latents is None else d_latents.stride(1),
-        stride_lk=0 if d_latents is None else d_latents.stride(2),
-        MD_LOSS=d_md is not None and m > 1, REC_LOSS=d_rec is not None, HAS_D_LATENTS=d_latents is not None,
-        HAS_D_SOURCE=with_source, ATOMIC=atomic, INDEX=index, **inputs.mask_arguments, **_constants(inputs, tile),
+        psi_at=head_slabs * heads_size, psi_size=psi_size, slab_size=slab_size if atomic else 0,
+        FEATURES=needs.features, HAS_D_SOURCE=with_source, ATOMIC=atomic, INDEX=index,
+        **upstream.arguments(inputs, latents, saved[0]), **inputs.mask_arguments, **_constants(inputs, tile),
     )  # fmt: skip
+    launch(ROWS=True, WEIGHTS=together)
+    if needs.params and not together:
+        launch(ROWS=False, WEIGHTS=True)
+    if not needs.params:
+        return d_features, d_source, [None] * len(numels)
 
+    d_params = [torch.empty_like(p) for p in inputs.params]
     blocks = [triton.cdiv(n, _FINISH_BLOCK) for n in numels]
     psi_starts = [sum(numels[8 * m : n]) for n in range(8 * m, len(numels))]
     ebr_narrow_finish_kernel[(sum(blocks),)](

@@ -61,36 +61,27 @@ def _psi_back(
 
 @triton.jit
 def psi_logits(g, psi, some, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr):
-    """Activations of up to two hidden layers (g itself where there is none) and the logits."""
-    a1, a2 = g, g
-    if HIDDEN > 0:
-        a1 = relu(_psi_layer(g, psi[0], psi[1], some, DIMS[0], DIMS[1], PADS[0], PADS[1], PREC)).to(g.dtype)
-        a2 = a1
-    if HIDDEN > 1:
-        a2 = relu(_psi_layer(a1, psi[2], psi[3], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)).to(g.dtype)
+    """Activations of the hidden layer, g itself where there is none, and the logits."""
+    a = g
+    if HIDDEN:
+        a = relu(_psi_layer(g, psi[0], psi[1], some, DIMS[0], DIMS[1], PADS[0], PADS[1], PREC)).to(g.dtype)
     logits = _psi_layer(
-        a2, psi[2 * HIDDEN], psi[2 * HIDDEN + 1], some,
+        a, psi[2 * HIDDEN], psi[2 * HIDDEN + 1], some,
         DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
     )  # fmt: skip
-    return a1, a2, logits
+    return a, logits
 
 
 @triton.jit
 def psi_grads(
     g, psi, keep, i, M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """Inputs and output gradients of every layer for the summed cross entropy: (a1, a2, d of layers 1, 2, last)."""
+    """For the summed cross entropy: input of the last layer, gradients of the outputs of the first and the last layer."""
     some = any_row(keep)
-    a1, a2, logits = psi_logits(g, psi, some, DIMS, PADS, HIDDEN, PREC)
+    a, logits = psi_logits(g, psi, some, DIMS, PADS, HIDDEN, PREC)
     _, d = cross_entropy(logits, i, M, PADS[HIDDEN + 1])
     d_last = tl.where(keep[:, None], d, 0.0).to(g.dtype)
-    d1, d2 = d_last, d_last
-    if HIDDEN > 0:
-        d2 = _psi_back(
-            d_last, a2, psi[2 * HIDDEN], some,
-            DIMS[HIDDEN], DIMS[HIDDEN + 1], PADS[HIDDEN], PADS[HIDDEN + 1], PREC,
-        )  # fmt: skip
-        d1 = d2
-    if HIDDEN > 1:
-        d1 = _psi_back(d2, a1, psi[2], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)
-    return a1, a2, d1, d2, d_last
+    d_first = d_last
+    if HIDDEN:
+        d_first = _psi_back(d_last, a, psi[2], some, DIMS[1], DIMS[2], PADS[1], PADS[2], PREC)
+    return a, d_first, d_last

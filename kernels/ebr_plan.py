@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Inputs", "Sizes", "float_precision", "index_type", "padded", "unsupported"]
+__all__ = ["Inputs", "Needs", "Sizes", "Upstream", "float_precision", "index_type", "padded", "unsupported"]
 
-NARROW_LATENT = 128  # widest latent of the narrow path
+NARROW_LATENT = 128  # widest latent of the narrow path in 16 bits; half of it in float32, where wider tiles spill
 NARROW_FEATURE = 512  # widest feature: a program computes hidden units again for each block of it
-NARROW_PSI = 128  # widest hidden layer of the discriminator there; at most two of them, of 64 where there are two
+NARROW_PSI = 64  # widest hidden layer of the discriminator there; at most one
 LAST_PSI = 512  # widest last hidden layer of the discriminator: its row tile stays in registers
 MOST_MODALITIES = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,16 +61,14 @@ class Sizes:
     def latent(self) -> int:
         return self.psi[0]
 
-    @property
-    def narrow(self) -> bool:
-        """Whether one program can hold a row tile of every width at once."""
+    def narrow(self, dtype: torch.dtype) -> bool:
+        """Whether one program can hold a row tile of every width at once, in its registers."""
         hidden = self.psi[1:-1]
-        widest = NARROW_PSI if len(hidden) < 2 else NARROW_PSI // 2
         return (
-            self.latent <= NARROW_LATENT
+            self.latent <= (NARROW_LATENT if dtype.itemsize == 2 else NARROW_LATENT // 2)
             and max(self.dims) <= NARROW_FEATURE
-            and len(hidden) <= 2
-            and all(p <= widest for p in hidden)
+            and len(hidden) <= 1
+            and all(p <= NARROW_PSI for p in hidden)
         )
 
 
@@ -162,4 +161,45 @@ class Inputs:
             "normalizer": self.features[0] if n is None else n.reshape(-1),
             "second": 0 if n is None else (n.numel() - 1) * n.reshape(-1).stride(0),
             "HAS_NORMALIZER": n is not None,
+        }
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted of a backward: of some feature, of the source, of some parameter."""
+
+    features: bool
+    source: bool
+    params: bool
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Gradients of what forward returned, None where there is none."""
+
+    recovered: tuple[Tensor | None, ...]
+    latents: Tensor | None
+    discrimination: Tensor | None
+    reconstruction: Tensor | None
+
+    def given(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Those of ``recovered``, stand-ins where there is none."""
+        return tuple(f if d is None else d for d, f in zip(self.recovered, inputs.features, strict=True))
+
+    def arguments(self, inputs: Inputs, latents: Tensor, counts: Tensor) -> dict[str, object]:
+        """Everything but ``given`` as a kernel takes it, stand-ins for what is absent, and the constants that say so."""
+        given, d = self.given(inputs), self.latents
+        stride_lm, stride_lb, stride_lk = (0, 0, 0) if d is None else d.stride()
+        return {
+            "has_grad": tuple(int(t is not None) for t in self.recovered),
+            "stride_db": tuple(t.stride(0) for t in given),
+            "stride_dd": tuple(t.stride(1) for t in given),
+            "d_latents": latents if d is None else d,
+            "stride_lm": stride_lm,
+            "stride_lb": stride_lb,
+            "stride_lk": stride_lk,
+            "d_md": counts if self.discrimination is None else self.discrimination,
+            "d_rec": counts if self.reconstruction is None else self.reconstruction,
+            "MD_LOSS": self.discrimination is not None and inputs.sizes.m > 1,
+            "REC_LOSS": self.reconstruction is not None,
+            "HAS_D_LATENTS": d is not None,
         }

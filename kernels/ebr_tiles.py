@@ -24,30 +24,36 @@ def pick(pointers, i, N: tl.constexpr):
 
 
 @triton.jit
-def pick_int(values, i, N: tl.constexpr):
-    """``values[i]`` as int32; entries may be compile-time constants."""
-    chosen = tl.cast(values[0], tl.int32)
+def pick_as(values, i, N: tl.constexpr, DTYPE: tl.constexpr):
+    """``values[i]`` in an integer type of choice; entries may be compile-time constants."""
+    chosen = tl.cast(values[0], DTYPE)
     for n in tl.static_range(1, N):
-        chosen = tl.where(i == n, tl.cast(values[n], tl.int32), chosen)
+        chosen = tl.where(i == n, tl.cast(values[n], DTYPE), chosen)
     return chosen
+
+
+@triton.jit
+def pick_int(values, i, N: tl.constexpr):
+    """``values[i]`` as int32."""
+    return pick_as(values, i, N, tl.int32)
 
 
 @triton.jit
 def pick_long(values, i, N: tl.constexpr):
     """``values[i]`` as int64, for strides and offsets."""
-    chosen = tl.cast(values[0], tl.int64)
-    for n in tl.static_range(1, N):
-        chosen = tl.where(i == n, tl.cast(values[n], tl.int64), chosen)
-    return chosen
+    return pick_as(values, i, N, tl.int64)
 
 
 @triton.jit
-def pick_as(values, i, N: tl.constexpr, DTYPE: tl.constexpr):
-    """``values[i]`` in an integer type of choice."""
-    chosen = tl.cast(values[0], DTYPE)
-    for n in tl.static_range(1, N):
-        chosen = tl.where(i == n, tl.cast(values[n], DTYPE), chosen)
-    return chosen
+def group_of(program, ends, N: tl.constexpr):
+    """``(group, its first program)`` of a program; ``ends``: last program of each of N groups, plus one."""
+    group = tl.cast(0, tl.int32)
+    begin = tl.cast(0, tl.int32)
+    for n in tl.static_range(N - 1):
+        passed = program >= ends[n]
+        group += passed.to(tl.int32)
+        begin = tl.where(passed, tl.cast(ends[n], tl.int32), begin)
+    return group, begin
 
 
 @triton.jit

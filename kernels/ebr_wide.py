@@ -21,6 +21,7 @@ from .ebr_tiles import (
     cross_entropy,
     decoded_grad,
     finish_losses,
+    group_of,
     load_bias,
     load_weight,
     load_weight_t,
@@ -68,12 +69,7 @@ def ebr_wide_fwd_kernel(
     stored latents as it is read. DECODE: heads work on rows with a source, not on present rows.
     """
     program = tl.program_id(0)
-    n = tl.cast(0, tl.int32)
-    begin = tl.cast(0, tl.int32)
-    for p in tl.static_range(GROUPS - 1):
-        passed = program >= ends[p]
-        n += passed.to(tl.int32)
-        begin = tl.where(passed, tl.cast(ends[p], tl.int32), begin)
+    n, begin = group_of(program, ends, GROUPS)
     i = n + FIRST
     head = i < M
     IN, OUT = pick_int(widths_in, n, GROUPS), pick_int(widths_out, n, GROUPS)
@@ -261,12 +257,7 @@ def ebr_wide_bwd_kernel(
         rec_scale = 2.0 * tl.load(d_rec).to(tl.float32) / tl.load(counts + 1)
 
     if program < weight_programs:
-        n = tl.cast(0, tl.int32)
-        begin = tl.cast(0, tl.int32)
-        for p in tl.static_range(GROUPS - 1):
-            passed = program >= weight_ends[p]
-            n += passed.to(tl.int32)
-            begin = tl.where(passed, tl.cast(weight_ends[p], tl.int32), begin)
+        n, begin = group_of(program, weight_ends, GROUPS)
         i = n + FIRST
         head = i < M
         ND, NS = pick_int(widths_d, n, GROUPS), pick_int(widths_s, n, GROUPS)
@@ -324,12 +315,7 @@ def ebr_wide_bwd_kernel(
 
     elif program < weight_programs + data_programs:
         t = program - weight_programs
-        n = tl.cast(0, tl.int32)
-        begin = tl.cast(0, tl.int32)
-        for p in tl.static_range(GROUPS - 1):
-            passed = t >= data_ends[p]
-            n += passed.to(tl.int32)
-            begin = tl.where(passed, tl.cast(data_ends[p], tl.int32), begin)
+        n, begin = group_of(t, data_ends, GROUPS)
         i = n + FIRST
         head = i < M
         ND, NS = pick_int(widths_d, n, GROUPS), pick_int(widths_s, n, GROUPS)

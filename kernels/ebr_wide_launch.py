@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ebr_counter
 from .configs import WideTile, ebr_wide_tile
-from .ebr_plan import Inputs, Sizes, float_precision, padded
+from .ebr_plan import Inputs, Needs, Sizes, Upstream, float_precision, padded
 from .ebr_wide import (
     ebr_wide_bwd_kernel,
     ebr_wide_fwd_kernel,
@@ -161,19 +161,19 @@ def _normalise(inputs: Inputs, latents: Tensor, rstd: Tensor) -> None:
 class _Backward:
     """What the launches of one backward share."""
 
-    def __init__(self, inputs: Inputs, grads, reversal: Tensor, recovered, latents: Tensor, saved) -> None:
-        self.inputs, self.latents, self.reversal = inputs, latents, reversal
-        self.d_recovered, self.d_latents, self.d_md, self.d_rec = grads
-        m = inputs.sizes.m
-        if m == 1:
-            self.d_md = None
+    def __init__(
+        self, inputs: Inputs, upstream: Upstream, reversal: Tensor, recovered, latents: Tensor, saved, needs: Needs
+    ) -> None:
+        self.inputs, self.upstream, self.latents, self.reversal = inputs, upstream, latents, reversal
+        self.weights = needs.params
         rest = list(saved)
         self.counts = rest.pop(0)
         self.rstd = rest.pop(0) if inputs.normalize else None
         self.h1, self.h3, *self.between, self.d_top, self.last_sums = rest
-        self.given = [d if d is not None else f for d, f in zip(self.d_recovered, inputs.features, strict=True)]
+        self.given = upstream.given(inputs)
         self.recovered = tuple(recovered)
-        self.d_params = [torch.empty_like(p) for p in inputs.params]
+        # stand-ins where none is wanted: nothing writes to them
+        self.d_params = [torch.empty_like(p) for p in inputs.params] if needs.params else list(inputs.params)
         self.d_mixed: Tensor | None = None
         self.psi_d = self.d_top
 
@@ -184,7 +184,8 @@ class _Backward:
 
     def launch(self, stage: str, groups: list, first: int = 0, last: bool = False, weights: bool = True) -> None:
         """One launch over groups ``(D, W, S, C or None, dW, db)``; C None: weight gradient only."""
-        inputs, latents, d_latents = self.inputs, self.latents, self.d_latents
+        inputs, latents = self.inputs, self.latents
+        weights, last = weights and self.weights, last and self.weights
         sizes, tile, batch, m = inputs.sizes, _tile(latents), inputs.batch, inputs.sizes.m
         weight_programs, data_programs = [], []
         for n, (_, w, _, c, _, _) in enumerate(groups):
@@ -197,43 +198,41 @@ class _Backward:
         last_programs = triton.cdiv(m * top + m, _LAST_BLOCK) if last else 0
         d, w, s, c, d_w, d_b = zip(*groups, strict=True)
         stride_xb, stride_xd = inputs.strides_x
-        ebr_wide_bwd_kernel[(sum(weight_programs) + sum(data_programs) + last_programs,)](
+        programs = sum(weight_programs) + sum(data_programs) + last_programs
+        if not programs:
+            return
+        ebr_wide_bwd_kernel[(programs,)](
             d, w, s, tuple(latents if t is None else t for t in c), d_w, d_b, inputs.features, self.recovered,
-            tuple(self.given), tuple(int(t is not None) for t in self.d_recovered),
-            _ends(weight_programs), _ends(data_programs),
+            self.given, weight_ends=_ends(weight_programs), data_ends=_ends(data_programs),
             widths_d=tuple(t.shape[0] for t in w), widths_s=tuple(t.shape[1] for t in w),
             stride_xb=stride_xb, stride_xd=stride_xd,
-            stride_db=tuple(t.stride(0) for t in self.given), stride_dd=tuple(t.stride(1) for t in self.given),
-            latents=latents, d_latents=latents if d_latents is None else d_latents,
-            d_mixed=latents if self.d_mixed is None else self.d_mixed, psi_d=self.psi_d, psi_w=inputs.psi[0],
-            counts=self.counts, d_md=self.counts if self.d_md is None else self.d_md,
-            d_rec=self.counts if self.d_rec is None else self.d_rec, reversal=self.reversal,
-            last_sums=self.last_sums, d_last_w=self.d_params[-2], d_last_b=self.d_params[-1],
+            latents=latents, d_mixed=latents if self.d_mixed is None else self.d_mixed, psi_d=self.psi_d,
+            psi_w=inputs.psi[0], counts=self.counts, reversal=self.reversal, last_sums=self.last_sums, d_last_w=self.d_params[-2], d_last_b=self.d_params[-1],
             B=batch, K=sizes.latent, psi_width=sizes.psi[1], last_shares=self.last_sums.shape[0], last_width=top,
-            stride_lm=0 if d_latents is None else d_latents.stride(0),
-            stride_lb=0 if d_latents is None else d_latents.stride(1),
-            stride_lk=0 if d_latents is None else d_latents.stride(2),
-            M=m, GROUPS=len(groups), FIRST=first, STAGE=stage, RESIDUAL=inputs.residual,
-            MD_LOSS=self.d_md is not None, REC_LOSS=self.d_rec is not None, HAS_D_LATENTS=d_latents is not None,
-            HAS_LAST=last, PSI_DIRECT=len(sizes.psi) == 2, **inputs.mask_arguments, **_options(latents, tile),
+            M=m, GROUPS=len(groups), FIRST=first, STAGE=stage, RESIDUAL=inputs.residual, HAS_LAST=last,
+            PSI_DIRECT=len(sizes.psi) == 2, **self.upstream.arguments(inputs, latents, self.counts),
+            **inputs.mask_arguments, **_options(latents, tile),
         )  # fmt: skip
 
 
 def backward(
     inputs: Inputs,
-    grads: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    upstream: Upstream,
     reversal: Tensor,
     recovered: Sequence[Tensor],
     latents: Tensor,
     saved: Sequence[Tensor],
-    need_source: bool,
-) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Four launches, up to three more for a source and for normalisation; deterministic."""
+    needs: Needs,
+) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+    """Gradients of features, source, parameters, None where none of them is wanted; deterministic.
+
+    Four launches, up to three more for a source and for normalisation.
+    """
     sizes, batch, m = inputs.sizes, inputs.batch, inputs.sizes.m
-    run = _Backward(inputs, grads, reversal, recovered, latents, saved)
+    run = _Backward(inputs, upstream, reversal, recovered, latents, saved, needs)
     heads = range(m)
     column = [inputs.column(kind) for kind in range(8)]
-    d_features = [torch.empty_like(r) for r in recovered]
+    d_features = [torch.empty_like(r) for r in recovered] if needs.features else [None] * m
     d_h = torch.empty_like(run.h3)
     d_z = torch.empty_like(latents)
 
@@ -249,7 +248,7 @@ def backward(
     def below(layer: int) -> Tensor:
         return torch.empty_like(run.between[layer - 1])
 
-    def head_groups(kind: int, d: Sequence[Tensor], s: Sequence[Tensor], c: Sequence[Tensor]) -> list:
+    def head_groups(kind: int, d: Sequence[Tensor], s: Sequence[Tensor], c: Sequence[Tensor | None]) -> list:
         return [
             (d[i], column[kind][i], s[i], c[i], run.grad_of(kind, i), run.grad_of(kind + 1, i)) for i in heads
         ]  # fmt: skip
@@ -272,11 +271,14 @@ def backward(
     groups = head_groups(4, d_h, latents, d_u)
     run.launch("mixed", groups + ([psi_group(0, None)] if len(sizes.psi) > 2 else []))
     d_source = None
+    if inputs.source is not None and needs.source:
+        d_source = _source_grad(inputs, inputs.source, latents, d_u)
+    no_params = [None] * len(inputs.params)
+    if not (needs.features or needs.params):
+        return d_features, d_source, no_params
     if not own:
         run.d_mixed = d_u
         run.launch("latent", head_groups(4, d_h, latents, d_z), weights=False)
-        if need_source:
-            d_source = _source_grad(inputs, inputs.source, latents, d_u)
     if run.rstd is not None and batch:
         k = padded(sizes.latent)
         block = max(1, _NORM_ELEMENTS // k)
@@ -285,7 +287,7 @@ def backward(
         )
     run.launch("hidden", head_groups(2, d_z, run.h1, d_h))  # the decoders' gradient is used up: its buffer serves again
     run.launch("feature", head_groups(0, d_h, inputs.features, d_features))
-    return d_features, d_source, run.d_params
+    return d_features, d_source, run.d_params if needs.params else no_params
 
 
 def _source_grad(inputs: Inputs, source: Tensor, latents: Tensor, d_u: Tensor) -> Tensor:

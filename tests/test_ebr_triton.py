@@ -67,3 +67,45 @@ def test_the_package_works_where_triton_is_not_installed():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("latent", "psi"), [(16, (24,)), (144, (64, 32))], ids=["narrow", "wide"])
+def test_a_step_is_captured_into_a_cuda_graph(latent, psi, generator):
+    """One capture of forward and backward serves other inputs and another λ."""
+    head = EBRHead([40, 24], latent_dim=latent, hidden_dim=48, psi_dims=psi, backend="triton").cuda()
+    features = [torch.zeros(130, d, device="cuda", requires_grad=True) for d in head.dims]
+    present = torch.ones(130, 2, dtype=torch.bool, device="cuda")
+    strength = torch.tensor(0.5, device="cuda")
+
+    def draw(value: float) -> None:
+        with torch.no_grad():
+            for feature in features:
+                feature.copy_(torch.randn(feature.shape, generator=generator))
+            present.copy_(torch.rand(present.shape, generator=generator) < 0.7)
+            strength.fill_(value)
+
+    def step() -> list[torch.Tensor]:
+        out = head(features, present, reversal=strength)
+        loss = sum(r.square().sum() for r in out.recovered) + out.discrimination_loss + out.reconstruction_loss
+        results = [*out.recovered, out.latents, out.discrimination_loss, out.reconstruction_loss]
+        return [*results, *torch.autograd.grad(loss, [*features, *head.parameters()])]
+
+    draw(0.5)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles, and fills the pool of counters, before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (0.5, -2.0, 0.0):
+        draw(value)
+        graph.replay()
+        got = [t.clone() for t in captured]
+        for backend, rtol in (("triton", 1e-4), ("torch", 1e-3)):
+            head.backend = backend
+            for one, two in zip(got, step(), strict=True):
+                torch.testing.assert_close(one, two, rtol=rtol, atol=rtol * float(two.abs().max() + 1e-3))
+        head.backend = "triton"

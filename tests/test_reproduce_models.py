@@ -200,7 +200,8 @@ def test_redundancy_rank_and_likeness_against_numpy(tmp_path, seed):
     assert found["cross_entropy"] > 0
     assert 0 <= found["mixing"] <= 1
     transformer = small("vanilla", rates=(), epochs=1, fusion="transformer")
-    task = stored(tmp_path, tiny(seed), seed, {"model": transformer, "unimodal": config})
+    (tmp_path / "other").mkdir()
+    task = stored(tmp_path / "other", tiny(seed), seed, {"model": transformer, "unimodal": config})
     found = table9.measure(task)[0]
     assert "no Linear layer" in found["not_applicable"]
     assert found["cross_entropy"] is None

@@ -21,7 +21,7 @@ def compiled(rows: list[dict[str, Any]]) -> str:
     """Registers, spills, shared memory, resident blocks and matrix instructions, one table per Triton."""
     parts = []
     for version in sorted({row["triton"] for row in rows}):
-        mine = [row for row in rows if row["triton"] == version]
+        mine = [row for row in rows if row["triton"] == version and row["main"]]
         arches = sorted({row["arch"] for row in mine})
         parts += [f"Triton {version}: registers / bytes spilled / KiB of shared memory / blocks per multiprocessor", ""]
         parts.append(
@@ -39,7 +39,32 @@ def compiled(rows: list[dict[str, Any]]) -> str:
                 f"| {kernel} | {tile} w{any_row['warps']} s{any_row['stages']} | {' | '.join(cells)} | {tail} |"
             )
         parts.append("")
+        others = [row for row in rows if row["triton"] == version and not row["main"]]
+        if others:
+            parts += [
+                f"Triton {version}, other paths: kernels, most registers / most bytes spilled",
+                "",
+                *_others(others),
+                "",
+            ]
     return "\n".join(parts).rstrip()
+
+
+def _others(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a scene: what it launches that no scene before it did."""
+    arches = sorted({row["arch"] for row in rows})
+    lines = ["| scene | kernels | " + " | ".join(f"sm_{a}" for a in arches) + " |", "|---" * (len(arches) + 2) + "|"]
+    scenes: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        scenes.setdefault(row["kernel"].split("[")[1].split("]")[0], []).append(row)
+    for scene, found in sorted(scenes.items()):
+        cells = []
+        for arch in arches:
+            here = [row for row in found if row["arch"] == arch]
+            most = (max(row[key] for row in here) for key in ("registers", "spill_bytes"))
+            cells.append(" / ".join(map(str, most)) if here else "–")
+        lines.append(f"| {scene} | {len({row['kernel'] for row in found})} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cell(row: dict[str, Any] | None) -> str:

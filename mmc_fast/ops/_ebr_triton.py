@@ -69,9 +69,9 @@ def step_backward(
     record("ebr_step_backward", "triton")
     m = len(features)
     d_features, d_source, d_params = kernels.backward(
-        (d_recovered, d_latents, d_discrimination, d_reconstruction),
+        kernels.Upstream(tuple(d_recovered), d_latents, d_discrimination, d_reconstruction),
         features, present, source, reversal, normalizer, params, recovered, latents, saved, residual, normalize,
-        bool(needs[m]),
+        kernels.Needs(any(needs[:m]), bool(needs[m]), any(needs[m + 1 :])),
     )  # fmt: skip
     nothing = features[0].new_empty(0)
     wanted = [d if need else nothing.clone() for d, need in zip(d_features, needs[:m], strict=True)]

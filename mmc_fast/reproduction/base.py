@@ -46,11 +46,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Value:
-    """One cell of a table: ours over the seeds (None: not measured) beside the paper's number (None: it has none)."""
+    """One cell of a table: ours over the seeds (None: not measured) beside the paper's number (None: it has none).
+
+    ``mark``: characters that the table's footnote explains.
+    """
 
     mean: float | None = None
     sd: float | None = None
     paper: float | None = None
+    mark: str = ""
 
     @classmethod
     def over(cls, values: Sequence[float], paper: float | None = None) -> Value:
@@ -62,7 +66,7 @@ class Value:
 class ResultTable:
     """Rows x columns of values; a row is its label and one value for each column.
 
-    ``digits``: behind the point in our numbers, ``paper_digits`` in the paper's.
+    ``digits``: behind the point in our numbers, ``paper_digits`` in the paper's. ``footnote``: what the marks mean.
     """
 
     title: str
@@ -70,6 +74,7 @@ class ResultTable:
     rows: Sequence[tuple[str, Sequence[Value]]]
     digits: int = 3
     paper_digits: int = 4
+    footnote: str = ""
 
     def __post_init__(self) -> None:
         for label, values in self.rows:

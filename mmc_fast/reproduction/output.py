@@ -68,6 +68,7 @@ def to_dict(experiment: Experiment, outcome: Outcome, about: Mapping[str, Any]) 
             {
                 "title": table.title,
                 "columns": list(table.columns),
+                "footnote": table.footnote,
                 "rows": [{"label": label, "values": [vars(v) for v in values]} for label, values in table.rows],
             }
             for table in outcome.tables
@@ -86,6 +87,7 @@ def markdown(experiment: Experiment, outcome: Outcome) -> str:
     parts.append("\n".join(f"- {deviation}" for deviation in experiment.deviations))
     for table in outcome.tables:
         parts += [f"{table.title}:", markdown_table(table_columns(table), table_rows(table))]
+        parts += [f"{table.footnote}."] if table.footnote else []
     if outcome.directions:
         parts.append(markdown_table(DIRECTION_COLUMNS, direction_rows(outcome)))
     parts.append(outcome.summary)
@@ -101,7 +103,9 @@ def page(experiment: Experiment, outcome: Outcome) -> Report:
         f"{experiment.paper} {outcome.summary}",
         f"mmc-fast {__version__}. This page is self-contained and loads nothing.",
     )
-    blocks: list[Any] = [Table(table_columns(t), table_rows(t), t.title) for t in outcome.tables]
+    blocks: list[Any] = [
+        Table(table_columns(t), table_rows(t), ". ".join(filter(None, [t.title, t.footnote]))) for t in outcome.tables
+    ]
     if outcome.drawings:
         blocks.append(Panels([drawing.figure() for drawing in outcome.drawings.values()]))
     blocks += [Callout(note, "note") for note in outcome.notes]
@@ -137,8 +141,9 @@ def _pair(table: ResultTable, index: int, column: str) -> list[str]:
 
 def _ours(value: Value, digits: int) -> str:
     if value.mean is None:
-        return "–"
-    return f"{value.mean:.{digits}f}" + ("" if value.sd is None else f" ± {value.sd:.{digits}f}")
+        return f"– {value.mark}".strip()
+    spread = "" if value.sd is None else f" ± {value.sd:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread} {value.mark}".strip()
 
 
 def _signed(value: float) -> str:

@@ -17,7 +17,7 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
 # Settings that came after runs had been recorded.
-_LATER: tuple[str, ...] = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")
+_LATER: tuple[str, ...] = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite", "rates_modality")
 _LATER += ("emphasis_modality", "emphasis", "emphasis_form")
 _LATER_KD = ("loss", "kl_temperature")
 
@@ -91,6 +91,7 @@ class TrainConfig:
         unimodal_share: epochs of the unimodal models as a share of ``epochs``; 0 trains none.
         control: also train the twin with λ = 0 (EBR only; doubles the cost) to measure what the game changed.
         rates: MCAR missing rates at which the finished model is scored.
+        rates_modality: the one modality that ``rates`` hide; None: each, independently.
         checkpoint_every, keep_checkpoints: epochs between checkpoints, and how many are kept.
         checkpoint_seconds: a checkpoint is also written when so much time has passed since the last one, in the middle
             of an epoch too: what a killed run loses at most.
@@ -139,6 +140,7 @@ class TrainConfig:
     accumulate: int = 1
     clip_grad_norm: float | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
+    rates_modality: str | None = None
     emphasis_modality: str | None = None
     emphasis: float = 0.0
     emphasis_form: Literal["features", "loss"] = "features"

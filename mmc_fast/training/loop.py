@@ -394,6 +394,7 @@ class _Run:
                 unimodal=self.unimodal,
                 reliance=True,
                 on_empty="prior",
+                rates_modality=self.config.rates_modality,
             )
             scores.append(result)
             predictions.append(found)

@@ -52,6 +52,18 @@ __device__ inline void load_tile(const uint32_t* words, int64_t units, int64_t p
   }
 }
 
+// What a block works on: first units of its two sides, and its words.
+struct Part {
+  int64_t i0, j0, begin, end;
+};
+
+__device__ inline Part part_of_block(int64_t words_per_unit, int64_t split) {
+  int ti, tj;
+  upper_tile(blockIdx.x, ti, tj);
+  const int64_t begin = blockIdx.y * split, end = begin + split;
+  return {int64_t{ti} * kTile, int64_t{tj} * kTile, begin, end < words_per_unit ? end : words_per_unit};
+}
+
 // One entry of the result: the upper triangle alone, by an atomic because the words may be split over blocks.
 __device__ inline void add_count(int64_t* counts, int64_t ld, int64_t units, int64_t row, int64_t col, int value) {
   if (row <= col && col < units)
@@ -63,16 +75,13 @@ __global__ void __launch_bounds__(kThreads) coactivation_mma(const uint32_t* wor
                                                              int64_t split, int64_t* counts, int64_t ld) {
   MMC_SHARED(uint32_t, left, kTile * kPitch);
   MMC_SHARED(uint32_t, right, kTile * kPitch);
-  int ti, tj;
-  upper_tile(blockIdx.x, ti, tj);
-  const int64_t i0 = int64_t{ti} * kTile, j0 = int64_t{tj} * kTile;
-  const int64_t begin = blockIdx.y * split, end = begin + split < words_per_unit ? begin + split : words_per_unit;
+  const Part part = part_of_block(words_per_unit, split);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4, row0 = (warp / 2) * 32, col0 = (warp % 2) * 32;
   int acc[2][4][4] = {};
-  for (int64_t first = begin; first < end; first += kStep) {
-    load_tile(words, units, words_per_unit, i0, first, end, left);
-    load_tile(words, units, words_per_unit, j0, first, end, right);
+  for (int64_t first = part.begin; first < part.end; first += kStep) {
+    load_tile(words, units, words_per_unit, part.i0, first, part.end, left);
+    load_tile(words, units, words_per_unit, part.j0, first, part.end, right);
     MMC_SYNC();
     for (int w = 0; w < kStep; ++w) {
       uint32_t a[2][4];
@@ -98,7 +107,8 @@ __global__ void __launch_bounds__(kThreads) coactivation_mma(const uint32_t* wor
     for (int n = 0; n < 4; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        add_count(counts, ld, units, i0 + row0 + 16 * m + g + 8 * (e / 2), j0 + col0 + 8 * n + 2 * t + e % 2, acc[m][n][e]);
+        add_count(counts, ld, units, part.i0 + row0 + 16 * m + g + 8 * (e / 2), part.j0 + col0 + 8 * n + 2 * t + e % 2,
+                  acc[m][n][e]);
 }
 
 // The same with popcounts: each thread an 8 x 4 block of pairs. grid and block as above.
@@ -106,15 +116,12 @@ __global__ void __launch_bounds__(kThreads) coactivation_plain(const uint32_t* w
                                                                int64_t split, int64_t* counts, int64_t ld) {
   MMC_SHARED(uint32_t, left, kTile * kPitch);
   MMC_SHARED(uint32_t, right, kTile * kPitch);
-  int ti, tj;
-  upper_tile(blockIdx.x, ti, tj);
-  const int64_t i0 = int64_t{ti} * kTile, j0 = int64_t{tj} * kTile;
-  const int64_t begin = blockIdx.y * split, end = begin + split < words_per_unit ? begin + split : words_per_unit;
+  const Part part = part_of_block(words_per_unit, split);
   const int r = threadIdx.x / 16, c = threadIdx.x % 16;
   int acc[8][4] = {};
-  for (int64_t first = begin; first < end; first += kStep) {
-    load_tile(words, units, words_per_unit, i0, first, end, left);
-    load_tile(words, units, words_per_unit, j0, first, end, right);
+  for (int64_t first = part.begin; first < part.end; first += kStep) {
+    load_tile(words, units, words_per_unit, part.i0, first, part.end, left);
+    load_tile(words, units, words_per_unit, part.j0, first, part.end, right);
     MMC_SYNC();
     for (int w = 0; w < kStep; ++w) {
       uint32_t a[8], b[4];
@@ -132,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) coactivation_plain(const uint32_t* w
 #pragma unroll
   for (int p = 0; p < 8; ++p)
 #pragma unroll
-    for (int q = 0; q < 4; ++q) add_count(counts, ld, units, i0 + r + 8 * p, j0 + c + 16 * q, acc[p][q]);
+    for (int q = 0; q < 4; ++q) add_count(counts, ld, units, part.i0 + r + 8 * p, part.j0 + c + 16 * q, acc[p][q]);
 }
 
 // Sign and finiteness from the bits of a value, which every dtype shares: positive is not zero, not NaN, not negative.
