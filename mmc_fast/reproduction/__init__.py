@@ -27,11 +27,8 @@ __all__ = [
     "paired",
 ]
 
-EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
-    for experiment in (TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6, TABLE_7, TABLE_9)
-    + (FIGURE_4, FIGURE_5, FIGURE_6, FIGURE_7)
-}
+_ALL = [TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6, TABLE_7, TABLE_9, FIGURE_4, FIGURE_5, FIGURE_6, FIGURE_7]
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 
 
 def get(name: str) -> Experiment:
