@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from mmc_fast.cli import app
 from mmc_fast.comparison.rows import load_source, load_sources
 from mmc_fast.errors import InputError
-from mmc_fast.reproduction import EXPERIMENTS, Plan, get
-from mmc_fast.reproduction.base import Direction, Estimate
+from mmc_fast.reproduction import EXPERIMENTS, Plan, fig5, fig6, get, paper, table7, table9
+from mmc_fast.reproduction.base import Direction, Estimate, Outcome
 from mmc_fast.reproduction.bench import METHODS, Bench, direction, resampled, value
 from mmc_fast.reproduction.fig7 import noisy_mean, slope
 from mmc_fast.reproduction.output import direction_rows
-from mmc_fast.reproduction.pieces import Measured, Task, Training, finish, measured
+from mmc_fast.reproduction.pieces import Measured, Measurement, Task, Training, finish, measured
 from mmc_fast.reproduction.representation import alone, fused
 from mmc_fast.reproduction.table6 import FILLED, fillings, hide
 from mmc_fast.reproduction.table7 import contributions
@@ -166,8 +166,6 @@ def stored(folder: Path, data, seed: int, rows: dict[str, TrainConfig]) -> Task:
 
 
 def test_redundancy_rank_and_likeness_against_numpy(tmp_path, seed):
-    from mmc_fast.reproduction import fig5, table7, table9
-
     config = small("vanilla", rates=(), epochs=2)
     task = stored(tmp_path, tiny(seed, sizes=(60, 30, 90)), seed, {"model": config, "unimodal": config})
     run, part = task.run("model"), task.dataset("model").part("test")
@@ -239,8 +237,6 @@ def test_pairs_are_by_seed_and_a_lost_seed_leaves_both_sides():
 
 
 def test_a_direction_without_a_printed_number_shows_its_sign():
-    from mmc_fast.reproduction.base import Outcome
-
     ours = Estimate(0.5, 0.2, 0.8)
     rows = direction_rows(
         Outcome([], [Direction("a", 1.0, ours, printed=False), Direction("b", -1.0, ours, printed=False)])
@@ -292,9 +288,6 @@ def test_a_training_that_diverges_is_left_out_and_named(tmp_path, seed):
     broken = bench.training("vanilla", 0, {"lr": 1e30})
     finish([broken], some.grid, jobs=1, on_event=lambda event: None)
     assert broken.diverged(some.grid)
-    from mmc_fast.reproduction import fig6
-    from mmc_fast.reproduction.pieces import Measurement
-
     wanted = Measurement(fig6.measure, "vanilla", "mine", 0, {"model": broken})
     found = bench.measure({0: wanted})
     assert found[0].values == {}
@@ -320,6 +313,14 @@ def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
         for m in (None, ["fou", "mor"])
     }
     assert len(keys) == 8
+    model = bench.training("vanilla", 0)
+    paths = {
+        Measurement(slope, "vanilla", "mfeat", seed_, {"model": training}, options).path
+        for seed_ in (0, 1)
+        for training in (model, bench.training("vanilla", 1))
+        for options in ({}, {"ridge": 1e-6}, {"ridge": 1e-3})
+    }
+    assert len(paths) == 12
 
 
 def test_bad_input_is_one_line(tmp_path, seed):
@@ -368,6 +369,32 @@ def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, se
     assert tables[0] == tables[1]
     assert len(list(runs.glob("*/*.json"))) == len(list((tmp_path / "whole").glob("out/grid/runs/*/*.json")))
     assert all(load_run(p.with_suffix("")).model for p in runs.glob("*/*.json"))
+
+
+PRINTED = {
+    "6": "zeros .5110; random .6139; nearest neighbour .7150; late fusion .6990; mean without class .5312; "
+    "mean with class .7396; ebr .7829; target .7844",
+    "7": "vanilla 1.15/2.68/3.51/4.70; kd 1.09/1.90/2.30/2.68; ebr 1.05/1.26/1.32/1.55",
+    "9": "vanilla 5.66; kd 2.09; ebr 0.59",
+    "mmvae": "vanilla 477/421/398/110/96; kd 482/465/390/298/270; ebr 485/477/431/405/395",
+    "gmc": "vanilla 1877/1330/1146/930/872; kd 1905/1676/1533/1427/1390; ebr 1912/1825/1709/1600/1588",
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "numbers"),
+    [
+        ("6", paper.TABLE6), ("7", paper.TABLE7), ("9", paper.TABLE9), ("mmvae", paper.TABLE11["mmvae"]),
+        ("gmc", paper.TABLE11["gmc"]),
+    ],
+)  # fmt: skip
+def test_the_papers_numbers_are_those_that_it_prints(table, numbers):
+    printed = {}
+    for entry in PRINTED[table].split("; "):
+        name, _, values = entry.rpartition(" ")
+        found = tuple(float(v) for v in values.split("/"))
+        printed[name] = found if len(found) > 1 else found[0]
+    assert dict(numbers) == printed
 
 
 def test_every_experiment_of_the_interface_is_registered():
