@@ -338,6 +338,7 @@ def test_bad_input_is_one_line(tmp_path, seed):
     assert "one modality" in done.output
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, seed):
     """Finished trainings are taken over, the one in progress continues, and nothing is left half written."""
     for name in ("whole", "killed"):
