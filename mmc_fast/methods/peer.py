@@ -105,7 +105,7 @@ def fit_peer(build: Build) -> Callable[[Task], Fitted]:
     return lambda task: _Fit(build, task).run()
 
 
-_REFUSED = ("consistency", "noise_rate", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
+_REFUSED = ("consistency", "noise_rate", "emphasis", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
 _REFUSED_HEADS = ("schedule", "psi_steps", "patience", "bounded", "alignment", "cross_recovery")
 
 

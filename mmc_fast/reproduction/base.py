@@ -121,11 +121,13 @@ class Direction:
     """A claim of the paper as the sign of a difference, and ours.
 
     ``paper``: the difference in the paper's units, never 0. ``ours``: None where it was not measured (a row diverged).
+    ``printed``: whether the paper prints numbers for it; else ``paper`` is only a sign.
     """
 
     claim: str
     paper: float
     ours: Estimate | None
+    printed: bool = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.paper) or self.paper == 0:

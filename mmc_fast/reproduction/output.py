@@ -49,8 +49,7 @@ def table_rows(table: ResultTable) -> list[list[Cell | str]]:
 def direction_rows(outcome: Outcome) -> list[list[Cell | str]]:
     """One line per direction."""
     return [
-        [d.claim, _signed(d.paper), *_estimate(d), Cell(d.verdict, strong=d.verdict in _STRONG)]
-        for d in outcome.directions
+        [d.claim, _paper(d), *_estimate(d), Cell(d.verdict, strong=d.verdict in _STRONG)] for d in outcome.directions
     ]
 
 
@@ -152,6 +151,12 @@ def _signed(value: float) -> str:
     return signed(value) if abs(value) < 10 else f"{value:+.1f}".replace("-", "−")
 
 
+def _paper(d: Direction) -> str:
+    if d.printed:
+        return _signed(d.paper)
+    return "> 0" if d.paper > 0 else "< 0"
+
+
 def _estimate(d: Direction) -> list[str]:
     if d.ours is None:
         return ["–", "–"]
@@ -164,7 +169,7 @@ def _direction(d: Direction) -> dict[str, Any]:
     ours = None
     if d.ours is not None:
         ours = {name: value if math.isfinite(value) else None for name, value in vars(d.ours).items()}
-    return {"claim": d.claim, "paper": d.paper, "ours": ours, "verdict": d.verdict}
+    return {"claim": d.claim, "paper": d.paper, "printed": d.printed, "ours": ours, "verdict": d.verdict}
 
 
 def _csv(experiment: Experiment, outcome: Outcome) -> str:
@@ -179,6 +184,17 @@ def _csv(experiment: Experiment, outcome: Outcome) -> str:
                 writer.writerow(["" if x is None else x for x in line])
     for d in outcome.directions:
         ends = [None] * 3 if d.ours is None else [d.ours.value, d.ours.low, d.ours.high]
-        line = [experiment.name, "direction", "", d.claim, "", ends[0], None, *ends[1:], d.paper, d.verdict]
+        line = [
+            experiment.name,
+            "direction",
+            "",
+            d.claim,
+            "",
+            ends[0],
+            None,
+            *ends[1:],
+            d.paper if d.printed else None,
+            d.verdict,
+        ]
         writer.writerow(["" if x is None else x for x in line])
     return buffer.getvalue()
