@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,10 @@ EXPECTED: dict[tuple[str, str | None, str | None], tuple[list[int], list[int]]] 
     ("avmnist", None, "plain"): ([12000, 2000, 4000], [784, 400]),
     ("avmnist", None, "speaker"): ([12000, 2000, 4000], [784, 400]),
     ("avmnist", None, "hard"): ([12000, 2000, 4000], [4, 400]),
+    **{
+        ("avmnist", None, variant): ([900, 150, 450], [784, 400])
+        for variant in ("paper", "paper-95", "paper-90", "paper-85", "paper-80")
+    },
     ("avmnist_small", None, "plain"): ([3000, 500, 1500], [784, 400]),
     ("avmnist_small", None, "speaker"): ([3000, 500, 1500], [784, 400]),
     ("fsdd_logmel20", None, "recording"): ([2400, 300, 300], [400]),
@@ -159,6 +164,39 @@ def test_avmnist_hard(data_folder: Path) -> None:
     pixels = file["image"].reshape(18000, 784) / 255.0
     coefficients = (pixels - file["image_pca_mean"]) @ file["image_pca_basis"]
     np.testing.assert_allclose(got.features["image"], coefficients, atol=1e-3)
+
+
+def test_avmnist_of_the_paper(data_folder: Path) -> None:
+    """Three speakers with all their recordings, no image twice, equal shares; nested sets of rows without audio."""
+    file = raw(data_folder, "avmnist")
+    got = data.load("avmnist", variant="paper", standardise=False)
+    speaker, digit = file["rec_speaker"][got.ids], file["rec_digit"][got.ids]
+    np.testing.assert_array_equal(digit, got.labels)
+    names = json.loads(str(file["meta"]))["speakers"]
+    assert {names[s] for s in speaker} == {"jackson", "nicolas", "theo"}
+    assert len(set(got.ids.tolist())) == len(got.ids) == 1500
+    of_image = {image.tobytes(): set() for image in file["image"]}
+    for image, label in zip(file["image"], file["label"], strict=True):
+        of_image[image.tobytes()].add(int(label))
+    images = [x.numpy().astype(np.uint8).tobytes() for x in got.features["image"]]
+    assert len(set(images)) == 1500
+    assert all(int(y) in of_image[x] for x, y in zip(images, got.labels, strict=True))
+    shares = np.zeros((10, 6, 3), int)
+    np.add.at(shares, (digit, speaker, got.split.numpy()), 1)
+    assert (shares[:, [1, 3, 4]] == [30, 5, 10 + 5]).all()
+    assert got.present.all()
+    heard = [got.present[:, 1]]
+    for share, train, validation in ((80, 180, 30), (85, 135, 23), (90, 90, 15), (95, 45, 8)):
+        less = data.load("avmnist", variant=f"paper-{share}")
+        np.testing.assert_array_equal(less.ids, got.ids)
+        assert less.present[:, 0].all()
+        assert [int(less.part(p).present[:, 1].sum()) for p in ("train", "validation", "test")] == [
+            train,
+            validation,
+            0,
+        ]
+        heard.append(less.present[:, 1])
+        assert not (heard[-1] & ~heard[-2]).any()
 
 
 def test_diabetes_tasks(data_folder: Path) -> None:

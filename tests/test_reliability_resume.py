@@ -144,8 +144,11 @@ def test_new_settings_leave_the_records_of_old_runs_as_they_were():
     """A hash over the settings of a run that does not use them is what it was before they existed."""
     plain = TrainConfig.preset("ebr").to_dict()
     later = {"checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite"}
+    later |= {"emphasis_modality", "emphasis", "emphasis_form"}
     assert not later & set(plain)
-    changed = TrainConfig.preset("ebr", accumulate=2, clip_grad_norm=1.0, nonfinite="skip", checkpoint_seconds=5.0)
+    values = {"accumulate": 2, "clip_grad_norm": 1.0, "nonfinite": "skip", "checkpoint_seconds": 5.0}
+    values |= {"emphasis_modality": "image", "emphasis": 2.0, "emphasis_form": "loss"}
+    changed = TrainConfig.preset("ebr", **values)
     assert later <= set(changed.to_dict())
     assert TrainConfig.from_dict(changed.to_dict()) == changed
     assert TrainConfig.from_dict(plain) == TrainConfig.preset("ebr")

@@ -20,7 +20,7 @@ IMAGES = ROOT / "docs" / "img"
 START, END = "<!-- comparison: start -->", "<!-- comparison: end -->"
 SHOWN = ("complete", "mean missing")
 # README's rows: those of the default grid.
-ROWS = "vanilla unimodal consistency late transformer kd ebr-paper ebr-robust shaspec muse".split()
+ROWS = ["vanilla", "unimodal", "consistency", "late", "transformer", "kd", "ebr-paper", "ebr-robust", "shaspec", "muse"]
 
 Line = dict[str, str]
 

@@ -28,6 +28,7 @@ def run_evaluate(
         rates=loaded.config.rates if rates is None else tuple(rates),
         seed=loaded.results["seed"] if seed is None else seed,
         unimodal=loaded.unimodal,
+        rates_modality=loaded.config.rates_modality,
     )
     return {
         "schema_version": loaded.results["schema_version"],

@@ -72,6 +72,8 @@ def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, fo
     console.print(f"{experiment.title}. The paper: {experiment.paper}", markup=False)
     for table in outcome.tables:
         print_table(console, table.title, table_columns(table), table_rows(table))
+        if table.footnote:
+            console.print(f"{table.footnote}.", markup=False)
     if outcome.directions:
         print_table(console, "Directions", DIRECTION_COLUMNS, direction_rows(outcome))
     for note in (*experiment.deviations, *outcome.notes):

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..methods import BATCH_ROWS, Task, get
 from ..training import Progress, TrainConfig, TrainingDiverged
 from ..training.atomic import save_errors, write_npz
-from ..training.evaluate import masks_at
+from ..training.evaluate import hidden_column, masks_at
 from ..training.lock import FolderLock
 from ..training.metrics import scores
 from ..training.parts import fingerprint
@@ -115,8 +115,9 @@ def compute(cell: Cell, dataset: MultimodalDataset, progress: Progress | None = 
         part = dataset.part(cell.part)
         answers: dict[str, Tensor] = {"complete": fitted.predict(part.features, part.present)}
         realised: dict[str, list[float]] = {}
+        column = hidden_column(dataset, config.rates_modality)
         for rate in config.rates:
-            present, realised[f"missing_{rate:g}"] = masks_at(part.present, rate, cell.seed, cell.part)
+            present, realised[f"missing_{rate:g}"] = masks_at(part.present, rate, cell.seed, cell.part, column)
             answers[f"missing_{rate:g}"] = fitted.predict(part.features, present)
         meta["scores"] = {name: scores(p, part.labels, dataset.metric) for name, p in answers.items()}
         meta |= {"realised": realised, "training": fitted.record}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmc_fast.data.archive import Archive
+from mmc_fast.data.avmnist_paper import PAPER_VARIANTS, paper_rows
 from mmc_fast.data.dataset import check_selection
 from mmc_fast.data.files import locate
 from mmc_fast.data.info import DatasetInfo, Entry
@@ -25,7 +26,7 @@ AVMNIST = DatasetInfo(
     metric="accuracy",
     source="MNIST and Free Spoken Digit Dataset, paired by digit",
     licence=f"MNIST CC BY-SA 3.0, {_FSDD}",
-    variants=("plain", "speaker", "hard"),
+    variants=("plain", "speaker", "hard", *PAPER_VARIANTS),
 )
 AVMNIST_SMALL = replace(
     AVMNIST, name="avmnist_small", title="the same, 5,000 pairs: a fixture", variants=("plain", "speaker")
@@ -91,6 +92,8 @@ def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] |
     """``plain``: no recording in two parts; ``speaker``: no speaker in two parts; ``hard``: the image as its four
     leading principal components, the audio with three other recordings mixed in at 0 dB."""
     archive = Archive(locate(info.name))
+    if variant in PAPER_VARIANTS:
+        return _avmnist_paper(archive, PAPER_VARIANTS[variant], modalities)
     pair = archive.read("audio_index_speaker" if variant == "speaker" else "audio_index")
     views = {}
     for view in check_selection(info.modalities if modalities is None else modalities, info.modalities):
@@ -106,6 +109,23 @@ def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] |
         num_classes=10,
         metric=info.metric,
         ids=pair.astype(np.int64),
+    )
+
+
+def _avmnist_paper(archive: Archive, share: float | None, modalities: Sequence[str] | None) -> RawDataset:
+    """``paper``: 1,500 recordings of three speakers; ``paper-95`` and so on: with rows that have no audio."""
+    image, recording, split, heard = paper_rows(archive, share)
+    wanted = check_selection(AVMNIST.modalities if modalities is None else modalities, AVMNIST.modalities)
+    views = {"image": archive.read("image")[image], "audio": archive.read("audio_bank")[recording]}
+    return RawDataset(
+        name=AVMNIST.name,
+        views={view: views[view] for view in wanted},
+        labels=archive.read("label")[image],
+        split=split,
+        num_classes=10,
+        metric=AVMNIST.metric,
+        present={"audio": heard} if "audio" in wanted else {},
+        ids=recording.astype(np.int64),
     )
 
 

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..nn import EBRConfig
 from ..training import TrainConfig, TrainingDiverged, UnimodalModels
 from ..training.distillation import distil
-from ..training.evaluate import masks_at
+from ..training.evaluate import hidden_column, masks_at
 from ..training.interrupt import InterruptGuard
 from ..training.masks import epoch_order, training_masks
 from ..training.metrics import NotFiniteError, score
@@ -105,7 +105,7 @@ def fit_peer(build: Build) -> Callable[[Task], Fitted]:
     return lambda task: _Fit(build, task).run()
 
 
-_REFUSED = ("consistency", "noise_rate", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
+_REFUSED = ("consistency", "noise_rate", "emphasis", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
 _REFUSED_HEADS = ("schedule", "psi_steps", "patience", "bounded", "alignment", "cross_recovery")
 
 
@@ -234,6 +234,8 @@ class _Fit:
 
         record = {"val_score": judge(part.present)}
         if self.config.selection == "masked":
-            masks = [masks_at(part.present, rate, self.task.seed, "validation")[0] for rate in self.config.rates]
+            column = hidden_column(self.dataset, self.config.rates_modality)
+            seed, rates = self.task.seed, self.config.rates
+            masks = [masks_at(part.present, rate, seed, "validation", column)[0] for rate in rates]
             record["val_score_masked"] = sum(map(judge, masks)) / len(masks)
         return record

@@ -46,11 +46,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Value:
-    """One cell of a table: ours over the seeds (None: not measured) beside the paper's number (None: it has none)."""
+    """One cell of a table: ours over the seeds (None: not measured) beside the paper's number (None: it has none).
+
+    ``mark``: characters that the table's footnote explains.
+    """
 
     mean: float | None = None
     sd: float | None = None
     paper: float | None = None
+    mark: str = ""
 
     @classmethod
     def over(cls, values: Sequence[float], paper: float | None = None) -> Value:
@@ -62,7 +66,7 @@ class Value:
 class ResultTable:
     """Rows x columns of values; a row is its label and one value for each column.
 
-    ``digits``: behind the point in our numbers, ``paper_digits`` in the paper's.
+    ``digits``: behind the point in our numbers, ``paper_digits`` in the paper's. ``footnote``: what the marks mean.
     """
 
     title: str
@@ -70,6 +74,7 @@ class ResultTable:
     rows: Sequence[tuple[str, Sequence[Value]]]
     digits: int = 3
     paper_digits: int = 4
+    footnote: str = ""
 
     def __post_init__(self) -> None:
         for label, values in self.rows:
@@ -116,11 +121,15 @@ class Direction:
     """A claim of the paper as the sign of a difference, and ours.
 
     ``paper``: the difference in the paper's units, never 0. ``ours``: None where it was not measured (a row diverged).
+    ``printed``: whether the paper prints numbers for it; else ``paper`` is only a sign. ``mark``: "†" where it is about an
+    under-performing re-implementation.
     """
 
     claim: str
     paper: float
     ours: Estimate | None
+    printed: bool = True
+    mark: str = ""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.paper) or self.paper == 0:
@@ -160,6 +169,8 @@ class Outcome:
         """One line that counts the verdicts."""
         n = len(self.directions)
         parts = [f"{self.count('agrees')} agree", f"{self.count('disagrees')} disagree"]
+        marked = [sum(d.verdict == v and bool(d.mark) for d in self.directions) for v in ("agrees", "disagrees")]
+        parts = [part + (f" ({k} with a row marked †)" if k else "") for part, k in zip(parts, marked, strict=True)]
         parts.append(f"{self.count('undecided')} undecided")
         if self.count("not measured"):
             parts.append(f"{self.count('not measured')} not measured")

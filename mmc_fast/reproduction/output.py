@@ -49,7 +49,7 @@ def table_rows(table: ResultTable) -> list[list[Cell | str]]:
 def direction_rows(outcome: Outcome) -> list[list[Cell | str]]:
     """One line per direction."""
     return [
-        [d.claim, _signed(d.paper), *_estimate(d), Cell(d.verdict, strong=d.verdict in _STRONG)]
+        [d.claim, _paper(d), *_estimate(d), Cell(f"{d.verdict} {d.mark}".strip(), strong=d.verdict in _STRONG)]
         for d in outcome.directions
     ]
 
@@ -69,6 +69,7 @@ def to_dict(experiment: Experiment, outcome: Outcome, about: Mapping[str, Any]) 
             {
                 "title": table.title,
                 "columns": list(table.columns),
+                "footnote": table.footnote,
                 "rows": [{"label": label, "values": [vars(v) for v in values]} for label, values in table.rows],
             }
             for table in outcome.tables
@@ -87,10 +88,12 @@ def markdown(experiment: Experiment, outcome: Outcome) -> str:
     parts.append("\n".join(f"- {deviation}" for deviation in experiment.deviations))
     for table in outcome.tables:
         parts += [f"{table.title}:", markdown_table(table_columns(table), table_rows(table))]
+        parts += [f"{table.footnote}."] if table.footnote else []
     if outcome.directions:
         parts.append(markdown_table(DIRECTION_COLUMNS, direction_rows(outcome)))
     parts.append(outcome.summary)
-    parts += [f"- {note}" if len(outcome.notes) > 1 else note for note in outcome.notes]
+    if outcome.notes:
+        parts.append("\n".join(f"- {note}" for note in outcome.notes))
     parts.append("; ".join(f"{name}: {value}" for name, value in outcome.facts.items()) + ".")
     return "\n\n".join(parts) + "\n"
 
@@ -102,7 +105,9 @@ def page(experiment: Experiment, outcome: Outcome) -> Report:
         f"{experiment.paper} {outcome.summary}",
         f"mmc-fast {__version__}. This page is self-contained and loads nothing.",
     )
-    blocks: list[Any] = [Table(table_columns(t), table_rows(t), t.title) for t in outcome.tables]
+    blocks: list[Any] = [
+        Table(table_columns(t), table_rows(t), ". ".join(filter(None, [t.title, t.footnote]))) for t in outcome.tables
+    ]
     if outcome.drawings:
         blocks.append(Panels([drawing.figure() for drawing in outcome.drawings.values()]))
     blocks += [Callout(note, "note") for note in outcome.notes]
@@ -138,13 +143,20 @@ def _pair(table: ResultTable, index: int, column: str) -> list[str]:
 
 def _ours(value: Value, digits: int) -> str:
     if value.mean is None:
-        return "–"
-    return f"{value.mean:.{digits}f}" + ("" if value.sd is None else f" ± {value.sd:.{digits}f}")
+        return f"– {value.mark}".strip()
+    spread = "" if value.sd is None else f" ± {value.sd:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread} {value.mark}".strip()
 
 
 def _signed(value: float) -> str:
     """A difference with its sign; three digits behind the point, fewer where it is large."""
     return signed(value) if abs(value) < 10 else f"{value:+.1f}".replace("-", "−")
+
+
+def _paper(d: Direction) -> str:
+    if d.printed:
+        return _signed(d.paper)
+    return "> 0" if d.paper > 0 else "< 0"
 
 
 def _estimate(d: Direction) -> list[str]:
@@ -159,7 +171,8 @@ def _direction(d: Direction) -> dict[str, Any]:
     ours = None
     if d.ours is not None:
         ours = {name: value if math.isfinite(value) else None for name, value in vars(d.ours).items()}
-    return {"claim": d.claim, "paper": d.paper, "ours": ours, "verdict": d.verdict}
+    found = {"claim": d.claim, "paper": d.paper, "printed": d.printed, "ours": ours}
+    return {**found, "verdict": d.verdict, "mark": d.mark}
 
 
 def _csv(experiment: Experiment, outcome: Outcome) -> str:
@@ -174,6 +187,17 @@ def _csv(experiment: Experiment, outcome: Outcome) -> str:
                 writer.writerow(["" if x is None else x for x in line])
     for d in outcome.directions:
         ends = [None] * 3 if d.ours is None else [d.ours.value, d.ours.low, d.ours.high]
-        line = [experiment.name, "direction", "", d.claim, "", ends[0], None, *ends[1:], d.paper, d.verdict]
+        line = [
+            experiment.name,
+            "direction",
+            "",
+            d.claim,
+            "",
+            ends[0],
+            None,
+            *ends[1:],
+            d.paper if d.printed else None,
+            d.verdict,
+        ]
         writer.writerow(["" if x is None else x for x in line])
     return buffer.getvalue()

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..analysis.report.comparison import AVERAGE, COMPLETE
 from ..analysis.report.drawings import metric_name
 from ..comparison.cells import Cell
 from ..comparison.grid import Grid, run_grid
-from ..comparison.rows import Row, Source
+from ..comparison.rows import Row, Source, load_rows
 from ..comparison.table import GATE, Findings, find
 from .base import Direction, Estimate, Plan, Value
 
-__all__ = ["Scored", "machine_facts", "score_rows", "task_of"]
+__all__ = ["Scored", "machine_facts", "rows_on_bases", "score_rows", "task_of"]
 
 _RESAMPLES = 400
 
@@ -29,42 +30,44 @@ class Scored:
     findings: Mapping[str, Findings]
     cells: Sequence[Cell]
 
-    def labels(self, rows: Sequence[str]) -> list[str]:
-        """Label of each row: title, and what every data set says about it (gate, divergence, batch)."""
-        result = []
-        for name in rows:
-            facts = {data: f.rows[name] for data, f in self.findings.items()}
-            found = {data: f.label.removeprefix(f.title).strip(" ()") for data, f in facts.items()}
-            title = next(iter(facts.values())).title
-            if len(set(found.values())) == 1:
-                notes = [note for note in {*found.values()} if note]
-            else:
-                notes = [f"{data}: {note}" for data, note in found.items() if note]
-            result.append(title + (f" ({'; '.join(notes)})" if notes else ""))
-        return result
+    def title(self, row: str) -> str:
+        """How a row is called."""
+        return next(iter(self.findings.values())).rows[row].title
 
-    def value(self, data: str, metric: str, row: str, condition: str, paper: float | None) -> Value:
-        """Mean ± s.d. over the seeds; not measured where the row diverged or the data have another metric."""
-        comparison = self.findings[data].comparisons.get(metric)
-        if comparison is None or row not in comparison.scores:
-            return Value(paper=paper)
-        score = comparison.scores[row][condition]
-        return Value(score.mean, score.sd, paper)
+    @property
+    def footnote(self) -> str:
+        """What the marks of the values mean; empty where there is none."""
+        found = {
+            (mark, note) for f in self.findings.values() for r in f.rows.values() for mark, note in r.notes.items()
+        }
+        explained = {GATE: f"{GATE}, below vanilla by more than one standard error with nothing removed"}
+        return "; ".join(f"{mark} {explained.get(note, note)}" for mark, note in sorted(found))
+
+    def value(self, data: str, metric: str, row: str, condition: str, paper: float | None, unit: float = 1.0) -> Value:
+        """Mean ± s.d. over the seeds; not measured where the row diverged. ``unit``: ours are multiplied by it."""
+        f = self.findings[data]
+        scores, mark = f.comparisons[metric].scores, "".join(f.rows[row].notes)
+        if row not in scores:
+            return Value(paper=paper, mark=mark)
+        found = scores[row][condition]
+        return Value(found.mean * unit, None if found.sd is None else found.sd * unit, paper, mark)
 
     def direction(
-        self, data: str, metric: str, first: str, second: str, condition: str, paper: float, claim: str = ""
+        self, data: str, metric: str, pair: tuple[str, str], condition: str, paper: float, *, unit: float = 1.0
     ) -> Direction:
-        """The claim that ``first`` is above (paper > 0) or below (paper < 0) ``second``."""
-        f = self.findings[data]
-        words = f"{f.rows[first].title} {'above' if paper > 0 else 'below'} {f.rows[second].title}"
+        """That the first row of the pair is above (paper > 0) or below (paper < 0) the second."""
+        f, (first, second) = self.findings[data], pair
+        claim = f"{f.rows[first].title} {'above' if paper > 0 else 'below'} {f.rows[second].title}, {data}"
+        claim += f", {metric_name(metric)}" + ("" if condition in (COMPLETE, AVERAGE) else f", {condition}")
         comparison = f.comparisons[metric]
-        measured = first in comparison.scores and second in comparison.scores
-        ours = None
-        if measured:
-            ours = Estimate.of(comparison.difference(first, second, condition))
-            if len(comparison.seeds) == 1:  # one training of each says nothing about the methods
-                ours = replace(ours, low=-math.inf, high=math.inf)
-        return Direction(f"{claim or words}, {data}, {metric_name(metric)}", paper, ours)
+        mark = "†" if GATE in (f.rows[first].gate, f.rows[second].gate) else ""
+        if not {first, second} <= set(comparison.scores):
+            return Direction(claim, paper, None, mark=mark)
+        found = comparison.difference(first, second, condition)
+        low, high = found.low * unit, found.high * unit
+        if len(comparison.seeds) == 1:  # one training of each says nothing about the methods
+            low, high = -math.inf, math.inf
+        return Direction(claim, paper, Estimate(found.estimate * unit, low, high), mark=mark)
 
     def record(self) -> dict[str, Any]:
         """Plain JSON values: the findings and the cells with every setting."""
@@ -85,17 +88,6 @@ class Scored:
             "time of all test cells": f"{seconds:.0f} s on one thread",
         }
 
-    def gate_note(self) -> str | None:
-        """A sentence on the re-implementations below the gate, None where there is none."""
-        failed = {
-            f"{r.title} on {data}" for data, f in self.findings.items() for r in f.rows.values() if r.gate == GATE
-        }
-        if not failed:
-            return None
-        return f"{GATE[0].upper()}{GATE[1:]} (below vanilla by more than one standard error on complete data): " + (
-            f"{', '.join(sorted(failed))}. Such a number says little about the method."
-        )
-
 
 def score_rows(plan: Plan, rows: Sequence[Row], sources: Sequence[Source], changes: Mapping[str, Any]) -> Scored:
     """Finish the cells of rows x sources x seeds in the shared grid. ``changes``: of the budget of every source."""
@@ -104,6 +96,13 @@ def score_rows(plan: Plan, rows: Sequence[Row], sources: Sequence[Source], chang
     settings, cells = run_grid(grid, plan.grid, jobs=plan.jobs, on_event=plan.on_event)
     found = find(cells, plan.grid, grid.rows, settings, resamples=_RESAMPLES)
     return Scored({f.data: f for f in found}, cells)
+
+
+def rows_on_bases(names: Sequence[str]) -> list[Row]:
+    """Rows by name; one such as "muse+ebr" takes the stored choices of "muse" where it has none of its own."""
+    rows = load_rows(names)
+    bases = {row.name: row for row in load_rows(sorted({name.partition("+")[0] for name in names}))}
+    return [replace(row, chosen={**bases[row.name.partition("+")[0]].chosen, **row.chosen}) for row in rows]
 
 
 def task_of(source: Source) -> str:

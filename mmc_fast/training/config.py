@@ -16,7 +16,9 @@ __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
-_LATER = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite")  # came after runs had been recorded
+# Settings that came after runs had been recorded.
+_LATER: tuple[str, ...] = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite", "rates_modality")
+_LATER += ("emphasis_modality", "emphasis", "emphasis_form")
 _LATER_KD = ("loss", "kl_temperature")
 
 
@@ -89,12 +91,16 @@ class TrainConfig:
         unimodal_share: epochs of the unimodal models as a share of ``epochs``; 0 trains none.
         control: also train the twin with λ = 0 (EBR only; doubles the cost) to measure what the game changed.
         rates: MCAR missing rates at which the finished model is scored.
+        rates_modality: the one modality that ``rates`` hide; None: each, independently.
         checkpoint_every, keep_checkpoints: epochs between checkpoints, and how many are kept.
         checkpoint_seconds: a checkpoint is also written when so much time has passed since the last one, in the middle
             of an epoch too: what a killed run loses at most.
         accumulate: pieces in which the rows of a step are processed, one after the other; changes only rounding.
         clip_grad_norm: largest norm of the gradient over all parameters that move; None for no limit.
         nonfinite: what happens where loss or gradient is NaN or infinite: "stop", or "skip" the batch and count it.
+        emphasis_modality, emphasis, emphasis_form: give one modality the weight 1 + β, β = ``emphasis``: "features" scales
+            what the fusion receives of it, in training and inference; "loss" adds β times the cross-entropy of a linear
+            classifier on its encoder, over the rows that have it, divided by all rows of the step.
         ebr, kd: settings of the parts, None where the method has none.
     """
 
@@ -134,6 +140,10 @@ class TrainConfig:
     accumulate: int = 1
     clip_grad_norm: float | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
+    rates_modality: str | None = None
+    emphasis_modality: str | None = None
+    emphasis: float = 0.0
+    emphasis_form: Literal["features", "loss"] = "features"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion_hidden", tuple(self.fusion_hidden))
@@ -171,6 +181,9 @@ class TrainConfig:
             raise InputError(f"{where}: consistency compares masked with complete data; set modality_dropout above 0")
         if self.noise_rate > 1 or (self.noise_rate > 0) != (self.noise_modality is not None):
             raise InputError(f"{where}: noise needs both noise_modality and a noise_rate between 0 and 1")
+        _at_least(where, {"emphasis": self.emphasis}, 0)
+        if (self.emphasis > 0) != (self.emphasis_modality is not None):
+            raise InputError(f"{where}: emphasis needs both emphasis_modality and an emphasis above 0")
         if self.ebr is not None and self.ebr.substitute == "learned" and not self.substitute_in_training:
             raise InputError(f"{where}: substitute 'learned' is trained on hidden slots; set substitute_in_training")
         if self.substitute_in_training and self.ebr is None:

@@ -21,7 +21,7 @@ from .seeds import generator
 from .substitution import source_for
 from .unimodal import UnimodalModels
 
-__all__ = ["RATES", "Predictions", "check_fits", "evaluate", "masks_at", "measure", "predict"]
+__all__ = ["RATES", "Predictions", "check_fits", "evaluate", "hidden_column", "masks_at", "measure", "predict"]
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
 _BATCH = 4096  # rows at a time, fewer where they are wider than 1024
@@ -73,10 +73,25 @@ def predict(
     return torch.where(empty[:, None], model.class_prior.cpu(), probabilities)
 
 
-def masks_at(present: Tensor, rate: float, seed: int, part: str) -> tuple[Tensor, list[float]]:
-    """Presence at an MCAR missing rate, and the realised rates; a function of presence, seed, part and rate only."""
-    drawn = mcar(present, rate, generator(seed, "missing", part, repr(float(rate))))
+def masks_at(
+    present: Tensor, rate: float, seed: int, part: str, column: int | None = None
+) -> tuple[Tensor, list[float]]:
+    """Presence at an MCAR missing rate, and the realised rates; a function of the arguments only.
+
+    ``column``: the one modality that is hidden; None: each, independently.
+    """
+    nominal = rate if column is None else [rate if i == column else 0.0 for i in range(present.shape[1])]
+    drawn = mcar(present, nominal, generator(seed, "missing", part, repr(float(rate))))
     return drawn.present, drawn.realised
+
+
+def hidden_column(dataset: MultimodalDataset, modality: str | None) -> int | None:
+    """Column of the modality that missing rates hide; None for each. Raises InputError for an unknown name."""
+    if modality is None:
+        return None
+    if modality not in dataset.modalities:
+        raise unknown("rates_modality", modality, dataset.modalities)
+    return dataset.modalities.index(modality)
 
 
 @dataclass
@@ -99,6 +114,7 @@ def evaluate(
     unimodal: UnimodalModels | None = None,
     reliance: bool = True,
     on_empty: str = "error",
+    rates_modality: str | None = None,
 ) -> dict[str, Any]:
     """Score ``model`` on one part of ``dataset``.
 
@@ -106,7 +122,8 @@ def evaluate(
     modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "alone": its unimodal model on the
     rows that have it, None without ``unimodal``; "without": this modality held at its mean over the train part; "only":
     all others held there); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
-    part and rate only, so methods with the same seed meet the same masks.
+    part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
+    hide; None: each, independently.
 
     Raises:
         InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.
@@ -120,6 +137,7 @@ def evaluate(
         unimodal=unimodal,
         reliance=reliance,
         on_empty=on_empty,
+        rates_modality=rates_modality,
     )[0]
 
 
@@ -133,6 +151,7 @@ def measure(
     unimodal: UnimodalModels | None,
     reliance: bool,
     on_empty: str,
+    rates_modality: str | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """:func:`evaluate` together with the predictions behind its scores."""
     if part not in PARTS:
@@ -152,8 +171,9 @@ def measure(
     if "auprc" in complete:
         result["complete_auprc"] = complete["auprc"]
     missing: list[dict[str, Any]] = []
+    column = hidden_column(dataset, rates_modality)
     for rate in rates:
-        present, realised = masks_at(rows.present, rate, seed, part)
+        present, realised = masks_at(rows.present, rate, seed, part, column)
         missing.append({"rate": float(rate), "realised": realised} | judge(f"missing_{rate:g}", rows.features, present))
     result["missing"] = missing
     result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None

@@ -110,6 +110,8 @@ class _Run:
                 raise unknown("part", part, PARTS)
         if config.kd is not None and len(dataset.modalities) < 2:
             raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
+        if config.emphasis_modality is not None and config.emphasis_modality not in dataset.modalities:
+            raise unknown("emphasis_modality", config.emphasis_modality, dataset.modalities)
         self.heads = 0
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
@@ -392,6 +394,7 @@ class _Run:
                 unimodal=self.unimodal,
                 reliance=True,
                 on_empty="prior",
+                rates_modality=self.config.rates_modality,
             )
             scores.append(result)
             predictions.append(found)

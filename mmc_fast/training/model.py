@@ -21,10 +21,12 @@ __all__ = ["ModelOutput", "MultimodalModel", "build_encoder", "select_modalities
 
 @dataclass
 class ModelOutput:
-    """Logits ``[B, C]`` and, with EBR heads, what the heads returned for the modalities that have one."""
+    """Logits ``[B, C]``; with EBR heads, what the heads returned for the modalities that have one; ``own [B, C]``: the
+    logits of the classifier on the emphasised modality alone, where there is one."""
 
     logits: Tensor
     ebr: EBROutput | None
+    own: Tensor | None = None
 
 
 def build_encoder(dim: int, config: TrainConfig) -> IdentityEncoder | MLPEncoder:
@@ -101,6 +103,14 @@ class MultimodalModel(nn.Module):
             if e.substitute == "learned":
                 self.source_weights = SourceWeights([widths[i] for i in self.columns])
         self.fusion = _build_fusion(widths, num_classes, config)
+        self.emphasised: int | None = None
+        if config.emphasis_modality is not None:
+            if config.emphasis_modality not in self.modalities:
+                raise unknown("emphasis_modality", config.emphasis_modality, self.modalities)
+            self.emphasised = self.modalities.index(config.emphasis_modality)
+        self.own: nn.Linear | None = None
+        if self.emphasised is not None and config.emphasis_form == "loss":
+            self.own = nn.Linear(widths[self.emphasised], num_classes)  # last, so that all else starts as without it
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
         self.register_buffer("order", torch.full((n,), -1, dtype=torch.int64))
@@ -159,14 +169,22 @@ class MultimodalModel(nn.Module):
         denominators of its losses.
         """
         encoded = self.encode(features, present)
+        own = None if self.own is None or self.emphasised is None else self.own(encoded[self.emphasised])
         if self.head is None:
-            return ModelOutput(self.fusion(encoded, present), None)
+            return ModelOutput(self.fusion(self.weighted(encoded), present), None, own)
         if self.source_weights is not None and present is not None:
             source = self.source_weights([encoded[i] for i in self.columns], self.head_present(present))
         out = self.apply_head(encoded, present, source, reversal, normalizer)
         for slot, i in enumerate(self.columns):
             encoded[i] = out.recovered[slot]
-        return ModelOutput(self.fusion(encoded, self._visible(present, source)), out)
+        return ModelOutput(self.fusion(self.weighted(encoded), self._visible(present, source)), out, own)
+
+    def weighted(self, received: Sequence[Tensor]) -> list[Tensor]:
+        """What the fusion receives, with that of the emphasised modality scaled by 1 + β where the form is "features"."""
+        if self.emphasised is None or self.config.emphasis_form != "features":
+            return list(received)
+        factor = 1 + self.config.emphasis
+        return [z * factor if i == self.emphasised else z for i, z in enumerate(received)]
 
     def _visible(self, present: Tensor | None, source: Tensor | None) -> Tensor | None:
         """Presence as the fusion sees it: a slot that a present latent fills counts as present."""
@@ -190,6 +208,8 @@ class MultimodalModel(nn.Module):
         discriminator: list[nn.Parameter] = []
         if self.source_weights is not None:
             task += self.source_weights.parameters()
+        if self.own is not None:
+            task += self.own.parameters()
         if self.head is not None:
             encoders += self.head.encoders.parameters()
             task = list(self.head.decoders.parameters()) + task

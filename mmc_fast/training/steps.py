@@ -107,13 +107,14 @@ class Stepper:
         extra = self._consistency(result.logits, features, natural, labels, share) if self.config.consistency else None
         if extra is not None:
             semantic = (semantic + extra[0]) / 2
+        own = self._own_loss(result.own, present, labels, share)
         if result.ebr is None:
             total = semantic if extra is None else semantic + extra[1]
-            return total, torch.stack([semantic.detach(), none, none]), None
+            return total + own, torch.stack([semantic.detach(), none, none]), None
         md, rec = result.ebr.discrimination_loss, result.ebr.reconstruction_loss
         if share is None:
             self.loss_md = md.detach()
-        total = semantic if extra is None else semantic + extra[1]
+        total = own + (semantic if extra is None else semantic + extra[1])
         total = total + self._alignment(result.ebr.latents, features, present, share)
         if phase == "joint":
             total = total + md
@@ -195,6 +196,17 @@ class Stepper:
         else:
             divergence = F.kl_div(found, target, reduction="sum", log_target=True) / share.rows
         return _cross_entropy(complete, labels, share), self.config.consistency * divergence
+
+    def _own_loss(
+        self, logits: Tensor | None, present: Tensor | None, labels: Tensor, share: Share | None
+    ) -> Tensor | float:
+        """β times the loss of the emphasised modality alone: summed over rows that have it, divided by all of the step."""
+        if logits is None or self.model.emphasised is None:
+            return 0.0
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if present is not None:
+            losses = torch.where(present[:, self.model.emphasised], losses, 0.0)
+        return self.config.emphasis * losses.sum() / (len(labels) if share is None else share.rows)
 
     def _alignment(
         self, latents: Tensor, features: Sequence[Tensor], present: Tensor | None, share: Share | None

@@ -22,7 +22,7 @@ from .checkpoint import (
     stripped,
 )
 from .config import TrainConfig
-from .evaluate import masks_at, predict
+from .evaluate import hidden_column, masks_at, predict
 from .game import probe
 from .interrupt import InterruptGuard
 from .masks import epoch_order, presence_entropy, training_masks
@@ -84,8 +84,9 @@ class Trainer:
         self.train_part = to_device(dataset.part("train"), self.device)
         self.validation = dataset.part("validation")
         self.ranking_parts = ranking_parts(dataset) if config.ebr is not None else []
+        column = hidden_column(dataset, config.rates_modality)
         self.validation_masks = [
-            masks_at(self.validation.present, rate, seed, "validation")[0] for rate in config.rates
+            masks_at(self.validation.present, rate, seed, "validation", column)[0] for rate in config.rates
         ]
         scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
         self.optimizer = build_optimizer(model.groups(), config, scales)

@@ -66,6 +66,7 @@ class RunAdapter:
             for slot, column in enumerate(model.columns):
                 encoded[column] = out.recovered[slot]
             self._visible = model._visible(present, source)
+        encoded = model.weighted(encoded)
         if self._visible is not None:  # the fusion reads zeros there
             encoded = [torch.where(self._visible[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         return dict(zip(model.modalities, encoded, strict=True))
