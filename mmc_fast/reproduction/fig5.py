@@ -103,9 +103,8 @@ def _one(bench: Bench) -> Outcome:
             columns = [f"β = {beta}" for beta in BETAS]
             tables.append(ResultTable(title, columns, rows, digits=3 if name in _CKA else 1, paper_digits=0))
         directions += _directions(bench, curves, form)
-        drawings[f"rank-{form}"] = _drawing(bench, curves, form, {"effective": ""}, "effective rank", words)
-        short = {"strongest": ", strongest", "weakest": ", weakest"}
-        drawings[f"cka-{form}"] = _drawing(bench, curves, form, short, "linear CKA", words)
+        for name, label in {"effective": _RANKS["effective"], **_CKA}.items():
+            drawings[f"{name}-{form}"] = _drawing(bench, curves, form, name, label, words)
     facts = {f"strongest and weakest on {data}": f"{order[0]}, {order[-1]}"}
     return Outcome(tables, directions, drawings, bench.notes(found), facts)
 
@@ -133,18 +132,18 @@ def _directions(bench: Bench, curves: Curves, form: str) -> list[Direction]:
     return result
 
 
-def _drawing(bench: Bench, curves: Curves, form: str, kinds: dict[str, str], y_label: str, words: str) -> Drawing:
+def _drawing(bench: Bench, curves: Curves, form: str, name: str, y_label: str, words: str) -> Drawing:
     series = {
-        f"{title}{suffix}": curve({beta: value(curves[form, row, beta, name]) for beta in BETAS})
+        title: curve({beta: value(curves[form, row, beta, name]) for beta in BETAS})
         for row, title in bench.titles().items()
-        for name, suffix in kinds.items()
     }
     return lines(
         f"{bench.source.name}: fused representation ({form})",
         series,
         x_label="β, weight of the weakest modality",
         y_label=y_label,
-        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. {described(series)}.",
+        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. "
+        f"{described(series)}.",
         caption=f"Band: s.d. over seeds. {words[0].upper()}{words[1:]}.",
     )
 

@@ -214,7 +214,7 @@ def _drawing(
         series,
         y_label=metric_name(bench.metric),
         alt=f"Test score on {bench.source.name} without {', '.join(bench.modalities)} in turn. {ends}.",
-        caption=f"Mean over {len(found)} seed(s).",
+        caption=f"Mean over {len(found)} seed(s). The axis does not start at 0.",
         y_limits=(min(min(v) for v in series.values()) * 0.95, None),
     )
 
