@@ -212,3 +212,42 @@ def test_measure_keeps_the_predictions_behind_each_score(seed):
     assert result["complete"] == score(found.probabilities["complete"], found.labels, "auroc")
     assert result["missing"][0]["score"] == score(found.probabilities["missing_0.3"], found.labels, "auroc")
     assert torch.equal(dataset.labels[found.index], found.labels)
+
+
+def test_rates_of_one_modality_leave_the_others_alone(seed):
+    dataset = tiny(seed, dims=(4, 4), absent=0.2)
+    part = dataset.part("test")
+    model = vanilla(seed, dataset)
+    result = evaluate(model, dataset, rates=(0.6,), seed=seed, reliance=False, rates_modality="b")
+    (entry,) = result["missing"]
+    present = masks_at(part.present, 0.6, seed, "test", 1)[0]
+    assert torch.equal(present[:, 0], part.present[:, 0])
+    lost = part.present[:, 1] & ~present[:, 1]
+    both = part.present.all(1)
+    assert not lost[~both].any()  # no row loses the last it has
+    assert 0.25 < float(lost[both].double().mean()) < 0.95
+    assert entry["realised"][0] == 0.0
+    assert entry["score"] == pytest.approx(
+        float((complete(model, part, present=present).argmax(1) == part.labels).double().mean())
+    )
+    with pytest.raises(InputError, match="Did you mean"):
+        evaluate(model, dataset, rates=(0.6,), seed=seed, rates_modality="B")
+
+
+def test_rates_of_one_modality_select_the_epoch_and_are_recorded(seed):
+    dataset = tiny(seed, dims=(4, 4))
+    plain = replace(small("vanilla", epochs=2), selection="masked", rates=(0.5,))
+    config = replace(plain, rates_modality="b")
+    result = train(dataset, config, seed=seed)
+    assert result.results["config"]["rates_modality"] == "b"
+    assert result.results["scores"]["missing"][0]["realised"][0] == 0.0
+    assert "rates_modality" not in plain.to_dict()  # records from before the setting keep their hash
+    assert type(config).from_dict(config.to_dict()) == config
+    masks = masks_at(dataset.part("validation").present, 0.5, seed, "validation", 1)[0]
+    part = dataset.part("validation")
+    found = float((complete(result.model, part, present=masks).argmax(1) == part.labels).double().mean())
+    history = [e for e in result.results["history"] if "val_score_masked" in e]
+    selected = next(e for e in history if e["epoch"] == result.results["selected_epoch"])
+    assert selected["val_score_masked"] == pytest.approx(found)
+    with pytest.raises(InputError, match="rates_modality"):
+        train(dataset, replace(config, rates_modality="x"), seed=seed)
