@@ -154,7 +154,7 @@ FIGURE_5 = Experiment(
     "Figure 5 and table 11: as β grows from 0 to 8 the rank falls, steeply for vanilla (MMVAE: 477 to 96), less with KD (482 "
     "to 270), least with EBR (485 to 395).",
     (
-        "Mfeat (digits) in place of the paper's data, a concatenation of small encoders in place of MMVAE and GMC; β weighs the "
+        "By default mfeat (digits) in place of the paper's data, a concatenation of small encoders in place of MMVAE and GMC; β weighs the "
         "weakest modality by unimodal validation score. The paper does not say what β multiplies: both readings are run.",
         "The representation is what the last Linear layer of the fusion receives, on the test part; ranks are of its centred "
         "rows, and CKA is linear, with the encoders of unimodal models of the same seed. The paper does not state its tolerance.",
