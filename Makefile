@@ -36,7 +36,7 @@ help:
 	@echo "make lint       ruff check and format check; make format rewrites"
 	@echo "make typecheck  mypy"
 	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
-	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (hours)"
+	@echo "make gpu-report the full matrix with two Tritons, counts and projection; rewrites docs/gpu.md (an hour; goes on where it was ended)"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above its gate"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"

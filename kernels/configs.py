@@ -93,26 +93,31 @@ class NarrowTile(NamedTuple):
     warps: int
     stages: int
     registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
-    apart: bool = False  # backward of rows and of weights in two launches where a source takes a gradient: one spills
+    apart: bool = False  # backward of rows and of weights in two launches: one spills
 
 
-# (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles
+# (operands, direction, or what of it has a tile of its own); float32 without TF32 runs on the plain arithmetic units and wants small tiles
 EBR_NARROW = {
     ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
     ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
     ("16 bit, latent above 64", "forward"): NarrowTile(32, 64, 64, 8, 2),
     ("16 bit, latent above 64", "backward"): NarrowTile(16, 32, 64, 8, 1),
     ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1, apart=True),
+    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
+    ("tf32", "backward of a source"): NarrowTile(16, 32, 64, 8, 1, apart=True),
     ("ieee", "forward"): NarrowTile(16, 32, 32, 8, 1),
     ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
 }
 
 
-def ebr_narrow_tile(dtype: torch.dtype, direction: str, precision: str, latent: int) -> NarrowTile:
+def ebr_narrow_tile(
+    dtype: torch.dtype, direction: str, precision: str, latent: int, d_source: bool = False
+) -> NarrowTile:
     """The shipped tile for float32 at this precision, or for a 16-bit type and this width of the latent."""
     half = "16 bit" if latent <= 64 else "16 bit, latent above 64"
-    return EBR_NARROW[precision if dtype == torch.float32 else half, direction]
+    operands = precision if dtype == torch.float32 else half
+    usual = EBR_NARROW[operands, direction]
+    return EBR_NARROW.get((operands, f"{direction} of a source"), usual) if d_source else usual
 
 
 class WideTile(NamedTuple):

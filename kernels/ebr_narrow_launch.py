@@ -83,10 +83,11 @@ def backward(
     """Gradients of features, source, parameters, None where none of them is wanted: three launches, or fewer.
 
     A memset where atomics are allowed, rows and weights, and the sums. Some tiles take rows (with the memset) and weights
-    apart where a source takes a gradient. Without gradients of parameters the rows are all.
+    apart. Without gradients of parameters the rows are all.
     """
     like, sizes, batch, m = inputs.features[0], inputs.sizes, inputs.batch, inputs.sizes.m
-    tile = ebr_narrow_tile(like.dtype, "backward", float_precision(like.dtype), sizes.latent)
+    with_source = needs.source and inputs.source is not None
+    tile = ebr_narrow_tile(like.dtype, "backward", float_precision(like.dtype), sizes.latent, with_source)
     slices = max(1, min(triton.cdiv(batch, tile.rows), _SLICES // m))
     slice_rows = triton.cdiv(max(1, triton.cdiv(batch, tile.rows)), slices) * tile.rows
     atomic = not torch.are_deterministic_algorithms_enabled()
@@ -96,8 +97,7 @@ def backward(
     heads_size, psi_size = sum(numels[: 8 * m]), sum(numels[8 * m :])
     head_slabs, psi_slabs = (1, 1) if atomic else (slices, m * slices)
     slab_size = (head_slabs * heads_size + psi_slabs * psi_size) if needs.params else 0
-    with_source = needs.source and inputs.source is not None
-    together = needs.params and not (with_source and tile.apart)
+    together = needs.params and not tile.apart
     allocate = torch.zeros if atomic and together else torch.empty
     slabs = allocate(slab_size, dtype=torch.float32, device=like.device)
 

@@ -23,11 +23,23 @@ from typer.testing import CliRunner
 from mmc_fast.cli import app
 from mmc_fast.comparison import grid as grid_module
 from mmc_fast.comparison.cells import read_cell
-from mmc_fast.comparison.rows import load_rows, load_source
+from mmc_fast.comparison.rows import Row, Source, load_rows, load_source
+from mmc_fast.comparison.table import GATE
 from mmc_fast.errors import InputError
-from mmc_fast.reproduction import EXPERIMENTS, Direction, Estimate, Experiment, Outcome, ResultTable, Value, paired
+from mmc_fast.reproduction import (
+    EXPERIMENTS,
+    Direction,
+    Estimate,
+    Experiment,
+    Outcome,
+    Plan,
+    ResultTable,
+    Value,
+    paired,
+)
 from mmc_fast.reproduction.output import direction_rows, markdown, table_columns, table_rows, to_dict
 from mmc_fast.reproduction.paper import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5
+from mmc_fast.reproduction.scores import score_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = {
@@ -108,27 +120,31 @@ def test_tables_and_counts_are_printed_as_they_are():
                                           ("y", [Value(paper=0.7), Value(mark="§")])], footnote="§ why")  # fmt: skip
     directions = [
         Direction("up", 0.1, Estimate(0.02, 0.01, 0.03)),
+        Direction("weak", 0.1, Estimate(0.02, 0.01, 0.03), mark="†"),
         Direction("down", -12.5, Estimate(20.0, 10.0, 30.0)),
         Direction("one", 0.1, Estimate(0.02, -math.inf, math.inf)),
         Direction("none", 0.1, None),
     ]
     outcome = Outcome([table], directions, notes=["note"], facts={"f": "v"})
-    assert outcome.summary == "Of 4 directions of the paper: 1 agree, 1 disagree, 1 undecided, 1 not measured."
+    assert outcome.summary == (
+        "Of 5 directions of the paper: 2 agree (1 with a row marked †), 1 disagree, 1 undecided, 1 not measured."
+    )
     assert table_columns(table) == ["row", "a", "paper", "b"]
     assert table_rows(table) == [["x", "0.500 ± 0.010", "0.6100", "0.250"], ["y", "–", "0.7000", "– §"]]
     printed = [[c if isinstance(c, str) else c.text for c in row] for row in direction_rows(outcome)]
     assert printed == [
         ["up", "+0.100", "+0.020", "+0.010 … +0.030", "agrees"],
+        ["weak", "+0.100", "+0.020", "+0.010 … +0.030", "agrees †"],
         ["down", "−12.5", "+20.0", "+10.0 … +30.0", "disagrees"],
         ["one", "+0.100", "+0.020", "one seed", "undecided"],
         ["none", "+0.100", "–", "–", "not measured"],
     ]
     experiment = Experiment("t", "title", "paper", ("deviation",), (), lambda plan: outcome)
     text = markdown(experiment, outcome)
-    for line in ("| x | 0.500 ± 0.010 | 0.6100 | 0.250 |", "- deviation", "note", "§ why.", outcome.summary, "f: v."):
+    for line in ("| x | 0.500 ± 0.010 | 0.6100 | 0.250 |", "- deviation", "- note", "§ why.", outcome.summary, "f: v."):
         assert line in text.splitlines()
     stored = json.loads(json.dumps(to_dict(experiment, outcome, {}), allow_nan=False))
-    assert stored["directions"][2]["ours"] == {"value": 0.02, "low": None, "high": None}
+    assert stored["directions"][3]["ours"] == {"value": 0.02, "low": None, "high": None}
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         ResultTable("T", ["a", "b"], [("x", [Value()])])
 
@@ -193,7 +209,9 @@ def test_a_clinical_table_end_to_end(tmp_path, seed, name):
             assert values[label][place]["mean"] == pytest.approx(np.mean(ours), rel=1e-6)
             assert values[label][place]["sd"] == pytest.approx(np.std(ours, ddof=1), rel=1e-6)
             assert values[label][place]["paper"] == numbers[key][place]
+    weak = {f["title"] for f in result["record"]["findings"]["mine"]["rows"].values() if f["gate"] == GATE}
     for d in result["directions"]:
+        assert d["mark"] == ("†" if weak & set(re.split(" above | below |, mine", d["claim"])) else "")
         side, (low, high) = math.copysign(1, d["paper"]), (d["ours"]["low"], d["ours"]["high"])
         expected = "undecided" if low <= 0 <= high else "agrees" if side * d["ours"]["value"] > 0 else "disagrees"
         assert d["verdict"] == expected
@@ -224,7 +242,8 @@ def test_all_orders_of_distillation_have_the_same_settings(tmp_path, seed):
     data, out = own_data(tmp_path, seed), tmp_path / "out"
     done = command("table5", "--data", data, "--seeds", 1, "--jobs", 1, "--out", out, "--json")
     result = json.loads(done.stdout)
-    assert all(d["verdict"] == "undecided" for d in result["directions"])  # one training of each
+    for d in result["directions"]:  # one training of each
+        assert (d["ours"]["low"], d["ours"]["high"], d["verdict"]) == (None, None, "undecided")
     plain = []
     for cell in result["record"]["cells"]:
         if cell["row"] != "vanilla":
@@ -243,6 +262,25 @@ def test_stored_choices_of_kd_hold_for_every_order(tmp_path, seed):
     rates = {c["row"]: c["config"]["lr"] for c in json.loads(done.stdout)["record"]["cells"]}
     assert {rates[name] for name in TABLE5} == {kd.chosen["mfeat"]["lr"]}
     assert kd.chosen["mfeat"]["lr"] != kd.plugin.search[0]["lr"]
+
+
+def test_a_verdict_on_an_under_performing_row_is_marked(tmp_path, seed):
+    """Rows that cannot learn fall below vanilla: whatever is said about them carries the mark."""
+    load_source.cache_clear()
+    own_data(tmp_path, seed, epochs=12)
+    source = Source("mine", str(tmp_path / "mine.npz"), {}, BUDGET | {"epochs": 12, "lr": 0.01})
+    crippled = Row.parse("muse", {"method": "muse", "settings": {"lr": 1e-9}})
+    rows = [*load_rows(["vanilla", "late"]), crippled]
+    scored = score_rows(Plan(tmp_path / "out", seeds=(0, 1), jobs=1), rows, [source], {})
+    gate = scored.findings["mine"].rows["muse"].gate
+    assert gate == GATE, scored.findings["mine"].main.scores
+    assert scored.direction("mine", "auroc", ("late", "muse"), "complete", 1.0).mark == "†"
+    assert scored.direction("mine", "auroc", ("muse", "late"), "complete", 1.0).mark == "†"
+    assert scored.direction("mine", "auroc", ("late", "vanilla"), "complete", 1.0).mark == ""
+    assert scored.value("mine", "auroc", "muse", "complete", None).mark == "†‡"
+    assert scored.footnote == (
+        f"† {GATE}, below vanilla by more than one standard error with nothing removed; ‡ batch of 256"
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ DATA = ROOT / "docs" / "gpu"
 
 def compiled(rows: list[dict[str, Any]]) -> str:
     """Registers, spills, shared memory, resident blocks and matrix instructions, one table per Triton."""
-    parts = []
+    parts = [*_extent(rows), ""]
     for version in sorted({row["triton"] for row in rows}):
         mine = [row for row in rows if row["triton"] == version and row["main"]]
         arches = sorted({row["arch"] for row in mine})
@@ -48,6 +48,20 @@ def compiled(rows: list[dict[str, Any]]) -> str:
                 "",
             ]
     return "\n".join(parts).rstrip()
+
+
+def _extent(rows: list[dict[str, Any]]) -> list[str]:
+    """What the record holds: compilations of main scenes and of the others, by Triton and architecture."""
+    arches = sorted({row["arch"] for row in rows})
+    lines = ["In the record, compilations of main scenes + of others; what is not here was not compiled:", ""]
+    lines += ["| Triton | " + " | ".join(f"sm_{a}" for a in arches) + " |", "|---" * (len(arches) + 1) + "|"]
+    for version in sorted({row["triton"] for row in rows}):
+        cells = []
+        for arch in arches:
+            main = [row["main"] for row in rows if (row["triton"], row["arch"]) == (version, arch)]
+            cells.append(f"{sum(main)} + {len(main) - sum(main)}" if main else "–")
+        lines.append(f"| {version} | {' | '.join(cells)} |")
+    return lines
 
 
 def _others(rows: list[dict[str, Any]]) -> list[str]:

@@ -121,13 +121,15 @@ class Direction:
     """A claim of the paper as the sign of a difference, and ours.
 
     ``paper``: the difference in the paper's units, never 0. ``ours``: None where it was not measured (a row diverged).
-    ``printed``: whether the paper prints numbers for it; else ``paper`` is only a sign.
+    ``printed``: whether the paper prints numbers for it; else ``paper`` is only a sign. ``mark``: "†" where it is about an
+    under-performing re-implementation.
     """
 
     claim: str
     paper: float
     ours: Estimate | None
     printed: bool = True
+    mark: str = ""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.paper) or self.paper == 0:
@@ -167,6 +169,8 @@ class Outcome:
         """One line that counts the verdicts."""
         n = len(self.directions)
         parts = [f"{self.count('agrees')} agree", f"{self.count('disagrees')} disagree"]
+        marked = [sum(d.verdict == v and bool(d.mark) for d in self.directions) for v in ("agrees", "disagrees")]
+        parts = [part + (f" ({k} with a row marked †)" if k else "") for part, k in zip(parts, marked, strict=True)]
         parts.append(f"{self.count('undecided')} undecided")
         if self.count("not measured"):
             parts.append(f"{self.count('not measured')} not measured")

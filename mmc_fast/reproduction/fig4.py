@@ -111,7 +111,7 @@ FIGURE_4 = Experiment(
     "Figure 4: the encoder of the eliminated modality, trained through fusion, stays behind the same encoder trained also "
     "on its own loss. The figure prints no numbers; that KD and EBR narrow the gap is what its argument implies.",
     (
-        "Mfeat (digits) in place of the paper's data; the eliminated modality is the weakest by unimodal validation score.",
+        "By default mfeat (digits) in place of the paper's data; the eliminated modality is the weakest by unimodal validation score.",
         "Its own loss is the cross-entropy of a linear classifier on the encoder, with weight 1 beside the fused loss; same "
         "seed and start for both. A logistic regression on the train part judges both encoders on the test part.",
     ),

@@ -103,9 +103,8 @@ def _one(bench: Bench) -> Outcome:
             columns = [f"β = {beta}" for beta in BETAS]
             tables.append(ResultTable(title, columns, rows, digits=3 if name in _CKA else 1, paper_digits=0))
         directions += _directions(bench, curves, form)
-        drawings[f"rank-{form}"] = _drawing(bench, curves, form, {"effective": ""}, "effective rank", words)
-        short = {"strongest": ", strongest", "weakest": ", weakest"}
-        drawings[f"cka-{form}"] = _drawing(bench, curves, form, short, "linear CKA", words)
+        for name, label in {"effective": _RANKS["effective"], **_CKA}.items():
+            drawings[f"{name}-{form}"] = _drawing(bench, curves, form, name, label, words)
     facts = {f"strongest and weakest on {data}": f"{order[0]}, {order[-1]}"}
     return Outcome(tables, directions, drawings, bench.notes(found), facts)
 
@@ -133,18 +132,18 @@ def _directions(bench: Bench, curves: Curves, form: str) -> list[Direction]:
     return result
 
 
-def _drawing(bench: Bench, curves: Curves, form: str, kinds: dict[str, str], y_label: str, words: str) -> Drawing:
+def _drawing(bench: Bench, curves: Curves, form: str, name: str, y_label: str, words: str) -> Drawing:
     series = {
-        f"{title}{suffix}": curve({beta: value(curves[form, row, beta, name]) for beta in BETAS})
+        title: curve({beta: value(curves[form, row, beta, name]) for beta in BETAS})
         for row, title in bench.titles().items()
-        for name, suffix in kinds.items()
     }
     return lines(
         f"{bench.source.name}: fused representation ({form})",
         series,
         x_label="β, weight of the weakest modality",
         y_label=y_label,
-        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. {described(series)}.",
+        alt=f"{y_label} of the fused representation on {bench.source.name} for β = {list(BETAS)}, {words}. "
+        f"{described(series)}.",
         caption=f"Band: s.d. over seeds. {words[0].upper()}{words[1:]}.",
     )
 
@@ -155,7 +154,7 @@ FIGURE_5 = Experiment(
     "Figure 5 and table 11: as β grows from 0 to 8 the rank falls, steeply for vanilla (MMVAE: 477 to 96), less with KD (482 "
     "to 270), least with EBR (485 to 395).",
     (
-        "Mfeat (digits) in place of the paper's data, a concatenation of small encoders in place of MMVAE and GMC; β weighs the "
+        "By default mfeat (digits) in place of the paper's data, a concatenation of small encoders in place of MMVAE and GMC; β weighs the "
         "weakest modality by unimodal validation score. The paper does not say what β multiplies: both readings are run.",
         "The representation is what the last Linear layer of the fusion receives, on the test part; ranks are of its centred "
         "rows, and CKA is linear, with the encoders of unimodal models of the same seed. The paper does not state its tolerance.",

@@ -91,7 +91,7 @@ FIGURE_6 = Experiment(
     "Figures 6 and 9: training loss by epoch for vanilla, KD and EBR. They print no numbers; that it falls faster and lower "
     "with KD and EBR is what the paper's argument implies.",
     (
-        "Mfeat (digits) in place of the paper's data; L_sem is the cross-entropy of the fused prediction, a mean over the steps "
+        "By default mfeat (digits) in place of the paper's data; L_sem is the cross-entropy of the fused prediction, a mean over the steps "
         "of an epoch. Distillation comes before the first epoch and is not counted.",
         "All methods have the learning rate that the search chose for vanilla, so that the curves compare at one rate.",
     ),

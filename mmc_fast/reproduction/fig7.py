@@ -108,7 +108,7 @@ FIGURE_7 = Experiment(
     "Figures 7 and 8: test score as noise on the weakest modality grows, for vanilla, KD and EBR. They print no numbers; that "
     "KD and EBR, which denoise, lose less is what the paper's argument implies.",
     (
-        "Mfeat (digits) and support2 (death in hospital) in place of the paper's data; the weakest modality by unimodal "
+        "By default mfeat (digits) and support2 (death in hospital) in place of the paper's data; the weakest modality by unimodal "
         "validation score.",
         "Noise is uniform, `(1 − r) x + r U std(x)` with U on [−1, 1], drawn afresh in every step; validation and test parts are "
         "never noisy.",

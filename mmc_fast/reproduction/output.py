@@ -49,7 +49,8 @@ def table_rows(table: ResultTable) -> list[list[Cell | str]]:
 def direction_rows(outcome: Outcome) -> list[list[Cell | str]]:
     """One line per direction."""
     return [
-        [d.claim, _paper(d), *_estimate(d), Cell(d.verdict, strong=d.verdict in _STRONG)] for d in outcome.directions
+        [d.claim, _paper(d), *_estimate(d), Cell(f"{d.verdict} {d.mark}".strip(), strong=d.verdict in _STRONG)]
+        for d in outcome.directions
     ]
 
 
@@ -91,7 +92,8 @@ def markdown(experiment: Experiment, outcome: Outcome) -> str:
     if outcome.directions:
         parts.append(markdown_table(DIRECTION_COLUMNS, direction_rows(outcome)))
     parts.append(outcome.summary)
-    parts += [f"- {note}" if len(outcome.notes) > 1 else note for note in outcome.notes]
+    if outcome.notes:
+        parts.append("\n".join(f"- {note}" for note in outcome.notes))
     parts.append("; ".join(f"{name}: {value}" for name, value in outcome.facts.items()) + ".")
     return "\n\n".join(parts) + "\n"
 
@@ -169,7 +171,8 @@ def _direction(d: Direction) -> dict[str, Any]:
     ours = None
     if d.ours is not None:
         ours = {name: value if math.isfinite(value) else None for name, value in vars(d.ours).items()}
-    return {"claim": d.claim, "paper": d.paper, "printed": d.printed, "ours": ours, "verdict": d.verdict}
+    found = {"claim": d.claim, "paper": d.paper, "printed": d.printed, "ours": ours}
+    return {**found, "verdict": d.verdict, "mark": d.mark}
 
 
 def _csv(experiment: Experiment, outcome: Outcome) -> str:

@@ -60,12 +60,14 @@ class Scored:
         claim = f"{f.rows[first].title} {'above' if paper > 0 else 'below'} {f.rows[second].title}, {data}"
         claim += f", {metric_name(metric)}" + ("" if condition in (COMPLETE, AVERAGE) else f", {condition}")
         comparison = f.comparisons[metric]
+        mark = "†" if GATE in (f.rows[first].gate, f.rows[second].gate) else ""
         if not {first, second} <= set(comparison.scores):
-            return Direction(claim, paper, None)
+            return Direction(claim, paper, None, mark=mark)
         found = comparison.difference(first, second, condition)
+        low, high = found.low * unit, found.high * unit
         if len(comparison.seeds) == 1:  # one training of each says nothing about the methods
-            return Direction(claim, paper, Estimate(found.estimate * unit, -math.inf, math.inf))
-        return Direction(claim, paper, Estimate(found.estimate * unit, found.low * unit, found.high * unit))
+            low, high = -math.inf, math.inf
+        return Direction(claim, paper, Estimate(found.estimate * unit, low, high), mark=mark)
 
     def record(self) -> dict[str, Any]:
         """Plain JSON values: the findings and the cells with every setting."""

@@ -136,7 +136,7 @@ TABLE_7 = Experiment(
     "Table 7: variance inflation grows with the number of modalities for vanilla (1.15 to 4.70), less with KD, and hardly "
     "with EBR (1.05 to 1.55).",
     (
-        "Mfeat (digits) in place of the paper's data.",
+        "By default mfeat (digits) in place of the paper's data.",
         "The paper does not say what the columns of its representation are. Two readings: the units that the last Linear layer "
         "of the fusion receives; and one number for each modality, the first principal component of what its block adds to the "
         "fusion's first layer, which is closer to the sizes that the paper prints.",

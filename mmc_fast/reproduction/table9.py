@@ -110,7 +110,7 @@ TABLE_9 = Experiment(
     "Table 9: a classifier that knows the weights of unimodal models has a cross-entropy of 5.66 on the fused weights of "
     "vanilla, 2.09 with KD and 0.59 with EBR.",
     (
-        "Mfeat (digits) in place of the paper's data.",
+        "By default mfeat (digits) in place of the paper's data.",
         "Rows of the fusion's first layer enter as the sum of their blocks after one random projection to a shared width; the "
         "target is the modality with the largest block, since a fused row has no label of its own.",
         "The classifier learns from the first layers behind the encoders of the unimodal models of the same seed, one "

@@ -45,13 +45,13 @@ def random_case(seed: int, psi: tuple, dtype: torch.dtype = torch.float32, **fix
     return draw_case(seed, dtype, **{**chosen, **fixed})
 
 
-def compare(case: Case, seed: int) -> triton_guard.Watch:
+def compare(case: Case, seed: int, slices: int | None = None) -> triton_guard.Watch:
     """Errors by norm, cosine and drift in every group of results, as multiples of plain torch's."""
     eps = torch.finfo(case.features[0].dtype).eps
     truths = grouped(*actual(in_float64(case), "torch"))
     plains = grouped(*actual(case, "torch"))
     before = backends.ran().get("ebr_step/triton", 0)
-    slices = random.Random(seed).choice((1, 3, 128))  # of the narrow backward: one or more tiles of rows to a slice
+    slices = slices or random.Random(seed).choice((1, 3, 128))  # narrow backward: one or more tiles of rows to a slice
     with triton_guard.watch(seed=seed) as watch, mock.patch.object(ebr_narrow_launch, "_SLICES", slices):
         gots = grouped(*actual(case, "triton"))
     assert backends.ran()["ebr_step/triton"] == before + 1
