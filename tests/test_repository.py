@@ -241,7 +241,9 @@ def test_the_readme_comparison_is_that_of_the_recorded_results():
     tool = tool_named("render_results")
     lines = tool.read(tool.RECORD)
     readme, results = text_of(tool.README), text_of(tool.RESULTS)
-    assert tool.replace(readme, tool.render(lines)) == readme, "run tools/render_results.py on a finished comparison"
+    assert tool.replace(readme, tool.COMPARISON, tool.render(lines)) == readme, (
+        "run tools/render_results.py on a finished comparison"
+    )
     for line in lines:  # the long page comes from the same run
         if line["mean"] and line["condition"] == "mean missing":
             assert f"{float(line['mean']):.3f}" in results, f"docs/results.md lacks {line['row']} on {line['data']}"

@@ -1,15 +1,17 @@
-"""Put the tables of a finished comparison into docs/results.md and README.md.
+"""Put finished results into docs/results.md and README.md.
 
-    python tools/render_results.py runs/compare
+    python tools/render_results.py --comparison runs/compare --experiments runs/reproduce
 
-copies results.csv to docs/results/comparison.csv and pictures to docs/img/, and replaces what stands between the markers: in
-docs/results.md all tables as the comparison wrote them, in README.md a short one made of the CSV file, which a test checks.
+The comparison: copies results.csv to docs/results/comparison.csv and pictures to docs/img/, and replaces what stands between the
+markers: in docs/results.md all tables as `mmc-fast compare` wrote them, in README.md a short one made of the CSV file, which
+a test checks. The experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, RECORD = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results" / "comparison.csv"
 IMAGES = ROOT / "docs" / "img"
-START, END = "<!-- comparison: start -->", "<!-- comparison: end -->"
+COMPARISON, EXPERIMENTS = "comparison", "experiments"  # names of the markers
 SHOWN = ("complete", "mean missing")
 # README's rows: those of the default grid.
 ROWS = ["vanilla", "unimodal", "consistency", "late", "transformer", "kd", "ebr-paper", "ebr-robust", "shaspec", "muse"]
@@ -27,17 +29,43 @@ Line = dict[str, str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", type=Path, help="folder of a finished `mmc-fast compare`")
-    folder = parser.parse_args().comparison
+    parser.add_argument("--comparison", type=Path, help="folder of a finished `mmc-fast compare`")
+    parser.add_argument("--experiments", type=Path, help="folder of finished `mmc-fast reproduce` runs")
+    arguments = parser.parse_args()
     RECORD.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.comparison is not None:
+        _comparison(arguments.comparison)
+    if arguments.experiments is not None:
+        _experiments(arguments.experiments)
+
+
+def _comparison(folder: Path) -> None:
     shutil.copyfile(folder / "results.csv", RECORD)
+    for old in IMAGES.glob("comparison-*.png"):
+        old.unlink()
     pictures = []
     for picture in sorted((folder / "figures").glob("*.png")):
         shutil.copyfile(picture, IMAGES / f"comparison-{picture.name}")
         pictures.append(f"![{picture.stem.replace('-', ' ')}](img/comparison-{picture.name})")
     tables = (folder / "results.md").read_text(encoding="utf-8").split("\n\n", 1)[1].strip()  # without its title
-    _put(RESULTS, tables + "\n\n" + "\n".join(pictures))
-    _put(README, render(read(RECORD)))
+    _put(RESULTS, COMPARISON, tables + "\n\n" + "\n".join(pictures))
+    _put(README, COMPARISON, render(read(RECORD)))
+
+
+def _experiments(folder: Path) -> None:
+    lines = ["| experiment | data | seeds | agree | disagree | undecided |", "|---|---|---:|---:|---:|---:|"]
+    for path in sorted(folder.glob("*/result.json"), key=lambda p: (p.parent.name[:3] != "tab", p.parent.name)):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        name = found["name"]
+        shutil.copyfile(path.with_name("result.md"), RECORD.parent / f"{name}.md")
+        verdicts = [d["verdict"] for d in found["directions"]]
+        counts = [str(verdicts.count(v)) for v in ("agrees", "disagrees", "undecided")]
+        lines.append(
+            f"| [{name}](results/{name}.md): {found['title']} | {', '.join(found['data'])} | {len(found['seeds'])} | "
+            + " | ".join(counts)
+            + " |"
+        )
+    _put(RESULTS, EXPERIMENTS, "\n".join(lines))
 
 
 def read(path: Path) -> list[Line]:
@@ -72,14 +100,15 @@ def render(lines: Sequence[Line]) -> str:
     return "\n".join(table) + "\n\n" + explained
 
 
-def replace(page: str, block: str) -> str:
-    """``page`` with ``block`` between its markers."""
-    before, rest = page.split(START)
-    return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
+def replace(page: str, name: str, block: str) -> str:
+    """``page`` with ``block`` between the markers of ``name``."""
+    start, end = (f"<!-- {name}: {side} -->" for side in ("start", "end"))
+    before, rest = page.split(start)
+    return f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"
 
 
-def _put(path: Path, block: str) -> None:
-    path.write_text(replace(path.read_text(encoding="utf-8"), block), encoding="utf-8")
+def _put(path: Path, name: str, block: str) -> None:
+    path.write_text(replace(path.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 
 
 def _number(line: Line | None) -> str:
