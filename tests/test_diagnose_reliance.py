@@ -106,14 +106,18 @@ def test_a_model_at_chance_is_not_judged(seed: int) -> None:
     planted = planted_head(seed, num_samples=600)
     random = torch.Generator().manual_seed(seed)
     rows = list(planted.features.values())
-    kinds, words = [], ""
+    kinds, words, undecided = [], "", 0
     for _ in range(5):
         labels = torch.randint(3, (600,), generator=random)
         d = diagnose(Toy(planted.head, planted.head), [(*rows, labels)], resamples=0, probes=False)
-        kinds += [v.kind for v in d.verdicts]
-        words = d.summary() if kinds[-1] == "undecided" else words
-    assert kinds.count("undecided") >= 6, kinds
-    assert words.startswith("The fused model is not above chance"), words
+        found = [v.kind for v in d.verdicts]
+        kinds.append(found)
+        if "undecided" in found:  # a modality without any use may be called ignored all the same
+            undecided += 1
+            words = d.summary()
+            assert "relied on" not in found, kinds
+    assert undecided >= 2, kinds  # one draw of labels in forty looks better than chance
+    assert "The fused model is not above chance" in words
     assert diagnose(planted, planted.batches(), resamples=0, probes=False).verdicts[0].kind != "undecided"
 
 
