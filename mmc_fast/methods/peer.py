@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Batch:
     random: torch.Generator
 
 
-class PeerModel(MultimodalModel):
+class PeerModel(MultimodalModel, ABC):
     """Base of the re-implemented methods: ``slots`` gives their modality features, they add fusion and loss.
 
     The encoders are those of the standard model; with an ``ebr`` section its heads stand behind them and fill absent
@@ -76,13 +77,13 @@ class PeerModel(MultimodalModel):
         visible = self._visible(present, source)
         return encoded, present if visible is None else visible, loss
 
+    @abstractmethod
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
         """Logits ``[b, C]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """What a step descends; may call for gradients of its own."""
-        raise NotImplementedError
 
     def begin_epoch(self, train: Part) -> None:
         """Before the steps of an epoch."""
