@@ -191,7 +191,7 @@ EBR_SIZES = {
     "narrow": Ebr(5, 64, 64, 64, (64,), 64),
     "wide": Ebr(4, 64, 64, 144, (64, 256), 64),
     "narrow, no hidden layer": Ebr(2, 16, 16, 16, (), 64),
-    "narrow in 16 bits, latent 128": Ebr(2, 64, 64, 128, (64,), 64),
+    "narrow, latent 128": Ebr(2, 64, 64, 128, (64,), 64),
     "wide, discriminator 128": Ebr(2, 64, 64, 64, (128,), 64),
     "wide, two hidden layers of 64": Ebr(2, 64, 64, 64, (64, 64), 64),
     "wide, no hidden layer": Ebr(2, 64, 64, 512, (), 64),
@@ -214,18 +214,17 @@ def small_scenes() -> Iterator[Scene]:
         yield Scene(f"agop wide chain {name}", name, False, main, partial(_agop, chain_agop, (16, 10, 64, 144)))
         for path, sizes in EBR_SIZES.items():
             for kind in _kinds(path, name):
-                checked = main and path in ("narrow", "wide") and kind in ("plain", "weights")
+                kinds = ("plain", "masked", "weights") if path.startswith("narrow") else ("plain", "weights")
+                checked = main and path in ("narrow", "narrow, latent 128", "wide") and kind in kinds
                 yield Scene(f"ebr {path} {kind} {name}", name, kind == "parts", checked, partial(_train, sizes, kind))
 
 
 def _kinds(path: str, precision: str) -> tuple[str, ...]:
     """Which of ``EBR_KINDS`` are compiled for a size of ``EBR_SIZES`` in a precision of ``PRECISIONS``."""
     usual = path in ("narrow", "wide")
-    if "16 bits" in path and precision in ("fp32", "tf32"):
-        return ()
     if precision == "fp16":
         return ("plain", "weights") if usual else ()
-    if not usual:
+    if not usual and not path.startswith("narrow, latent"):
         return ("weights",) if path.startswith("wide") else ("plain", "weights")
     return tuple(kind for kind in EBR_KINDS if (path, kind) != ("wide", "parts"))
 

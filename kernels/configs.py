@@ -85,43 +85,54 @@ def splits(tiles: int, rows: int, smallest: int) -> int:
 
 
 class NarrowTile(NamedTuple):
-    """Rows, hidden units and feature columns of a step of the narrow EBR kernels."""
+    """Rows, hidden units and feature columns of a step of the narrow EBR kernels.
+
+    ``depth``: of a product over latents or units of the discriminator, at most. ``weights``: backward of rows and of
+    weights in two launches, this the tile of the second; together they would spill.
+    """
 
     rows: int
     hidden: int
     features: int
-    warps: int
-    stages: int
+    depth: int = 128
+    warps: int = 8
+    stages: int = 1
     registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
-    apart: bool = False  # backward of rows and of weights in two launches: one spills
+    weights: NarrowTile | None = None
 
 
-# (operands, direction, or what of it has a tile of its own); float32 without TF32 runs on the plain arithmetic units and wants small tiles
+# (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles, and wide latents too
 EBR_NARROW = {
-    ("16 bit", "forward"): NarrowTile(64, 64, 128, 8, 2),
-    ("16 bit", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("16 bit, latent above 64", "forward"): NarrowTile(32, 64, 64, 8, 2),
-    ("16 bit, latent above 64", "backward"): NarrowTile(16, 32, 64, 8, 1),
-    ("tf32", "forward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, 8, 1),
-    ("tf32", "backward of a source"): NarrowTile(16, 32, 64, 8, 1, apart=True),
-    ("ieee", "forward"): NarrowTile(16, 32, 32, 8, 1),
-    ("ieee", "backward"): NarrowTile(16, 16, 32, 8, 1),
+    ("16 bit", "forward"): NarrowTile(64, 64, 128, stages=2),
+    ("16 bit", "backward"): NarrowTile(32, 32, 64),
+    ("16 bit, latent above 64", "forward"): NarrowTile(32, 64, 64, stages=2),
+    ("16 bit, latent above 64", "backward"): NarrowTile(16, 32, 64, depth=64),
+    ("tf32", "forward"): NarrowTile(32, 32, 64),
+    ("tf32", "backward"): NarrowTile(32, 32, 64),
+    ("tf32", "backward of a source"): NarrowTile(16, 32, 64, weights=NarrowTile(16, 32, 64)),
+    ("tf32, latent above 64", "forward"): NarrowTile(32, 32, 64, depth=64),
+    ("tf32, latent above 64", "backward"): NarrowTile(16, 32, 64, weights=NarrowTile(16, 32, 64, depth=64)),
+    ("ieee", "forward"): NarrowTile(16, 32, 32, depth=32),
+    ("ieee", "backward"): NarrowTile(16, 16, 32, depth=32),
+    ("ieee, latent above 64", "forward"): NarrowTile(16, 32, 32, depth=32),
+    ("ieee, latent above 64", "backward"): NarrowTile(16, 16, 32, depth=16),
+    ("ieee, latent above 64", "backward of a source"): NarrowTile(16, 16, 16, depth=32),
 }
 
 
 def ebr_narrow_tile(
     dtype: torch.dtype, direction: str, precision: str, latent: int, d_source: bool = False
 ) -> NarrowTile:
-    """The shipped tile for float32 at this precision, or for a 16-bit type and this width of the latent."""
-    half = "16 bit" if latent <= 64 else "16 bit, latent above 64"
-    operands = precision if dtype == torch.float32 else half
+    """The shipped tile for a 16-bit type, or float32 at this precision, and this width of the latent."""
+    operands = precision if dtype == torch.float32 else "16 bit"
+    if latent > 64:
+        operands += ", latent above 64"
     usual = EBR_NARROW[operands, direction]
     return EBR_NARROW.get((operands, f"{direction} of a source"), usual) if d_source else usual
 
 
 class WideTile(NamedTuple):
-    """Tile of a grouped product, and rows and depth of the launch that ends the discriminator."""
+    """Tile of a grouped product, and rows, units and depth of the launch that ends the discriminator."""
 
     rows: int
     columns: int
@@ -129,15 +140,16 @@ class WideTile(NamedTuple):
     warps: int
     stages: int
     loss_rows: int
+    loss_units: int
     loss_depth: int
     loss_warps: int
     registers: int  # to a thread at most: left to itself, ptxas spills a few bytes to run one block more
 
 
 EBR_WIDE = {
-    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 64, 8, 208),
-    "tf32": WideTile(64, 64, 32, 4, 3, 16, 32, 8, 200),
-    "ieee": WideTile(64, 64, 16, 8, 2, 16, 16, 8, 208),
+    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 128, 64, 8, 208),
+    "tf32": WideTile(64, 64, 32, 4, 3, 16, 128, 32, 8, 200),
+    "ieee": WideTile(64, 64, 16, 8, 2, 16, 64, 16, 8, 208),
 }
 
 

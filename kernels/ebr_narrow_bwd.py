@@ -26,6 +26,7 @@ from .ebr_tiles import (
     pick_long,
     present_rows,
     source_weight,
+    times_weight,
     valid_rows,
 )
 
@@ -75,13 +76,13 @@ def _decoded_rows(
 def _latent_grad(
     u, d_recovered, recovered, x, w3, b3, w4, r, valid, counted, has_grad, coefficient, stride_db, stride_dd,
     stride_xb, stride_xd, D, H, some, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-    BD: tl.constexpr, RESIDUAL: tl.constexpr, REC_LOSS: tl.constexpr, PREC: tl.constexpr,
+    BD: tl.constexpr, DEPTH: tl.constexpr, RESIDUAL: tl.constexpr, REC_LOSS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """float32 ``[BM, KP]``: gradient of a decoder's input u from that of its output."""
     d_u = tl.zeros((BM, KP), tl.float32)
     for h0 in tl.range(0, tl.where(some, H, 0), BH):
         h = h0 + tl.arange(0, BH)
-        hidden = decoder_hidden(u, w3, b3, h, H, some, K, KP, PREC)
+        hidden = decoder_hidden(u, w3, b3, h, H, some, K, BM, BH, DEPTH, PREC)
         d_h = tl.zeros((BM, BH), tl.float32)
         for d0 in tl.range(0, D, BD):
             d = d0 + tl.arange(0, BD)
@@ -99,29 +100,31 @@ def _latent_grad(
 def _psi_weight_grad(
     out, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm,
     LAYER: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INP: tl.constexpr, OUTP: tl.constexpr,
-    M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr,
+    M: tl.constexpr, DIMS: tl.constexpr, PADS: tl.constexpr, HIDDEN: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr,
     HAS_PRESENT: tl.constexpr, MD_LOSS: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one layer of the discriminator over a slice of modality j's rows: weight, then bias, at ``out``."""
-    k = tl.arange(0, PADS[0])
-    acc = tl.zeros((OUTP, INP), tl.float32)
-    acc_b = tl.zeros((OUTP,), tl.float32)
-    if MD_LOSS:
-        for r0 in tl.range(first, end, BM):
+    o = tl.arange(0, OUTP)
+    COLUMNS: tl.constexpr = min(INP, 64)
+    for c0 in tl.range(0, IN, COLUMNS):
+        c = c0 + tl.arange(0, COLUMNS)
+        acc = tl.zeros((OUTP, COLUMNS), tl.float32)
+        acc_b = tl.zeros((OUTP,), tl.float32)
+        for r0 in tl.range(first, tl.where(MD_LOSS, end, first), BM):
             r = (r0 + tl.arange(0, BM)).to(INDEX)
             here = present_rows(present, r, r < end, j, stride_pb, stride_pm, HAS_PRESENT)
-            at = (tl.cast(j, INDEX) * B + r)[:, None] * DIMS[0] + k[None, :]
-            g = tl.load(latents + at, mask=here[:, None] & (k < DIMS[0])[None, :], other=0.0)
-            a, d_first, d_last = psi_grads(g, psi, here, j, M, DIMS, PADS, HIDDEN, PREC)
-            if LAYER == HIDDEN:
-                d_out, below = d_last, a
+            g_rows = latents + (tl.cast(j, INDEX) * B + r) * DIMS[0]
+            a, d_first, d_last = psi_grads(g_rows, psi, here, j, M, DIMS, PADS, HIDDEN, BM, DEPTH, PREC)
+            if LAYER == 0:
+                d_out = d_first
+                below = tl.load(g_rows[:, None] + c[None, :], mask=here[:, None] & (c < IN)[None, :], other=0.0)
             else:
-                d_out, below = d_first, g
+                d_out, below = d_last, a
             acc_b += tl.sum(d_out.to(tl.float32), axis=0)
             acc = tl.dot(tl.trans(d_out), below, acc, input_precision=PREC)
-    o = tl.arange(0, OUTP)
-    _emit(out, o, OUT, tl.arange(0, INP), IN, acc * md_scale, ATOMIC)
-    _emit_bias(out + OUT * IN, o, OUT, acc_b * md_scale, ATOMIC)
+        _emit(out, o, OUT, c, IN, acc * md_scale, ATOMIC)
+        if c0 == 0:
+            _emit_bias(out + OUT * IN, o, OUT, acc_b * md_scale, ATOMIC)
 
 
 @triton.jit
@@ -131,7 +134,7 @@ def ebr_narrow_bwd_kernel(
     dims, stride_xb, stride_xd, stride_db, stride_dd, enc_at, dec_at, B, H, slices, slice_rows, heads_size, psi_at,
     psi_size, slab_size, stride_pb, stride_pm, stride_sb, stride_si, stride_sj, stride_lm, stride_lb, stride_lk,
     M: tl.constexpr, PSI_DIMS: tl.constexpr, PSI_PADS: tl.constexpr, HIDDEN: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
     RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, MD_LOSS: tl.constexpr, REC_LOSS: tl.constexpr,
     HAS_D_LATENTS: tl.constexpr, HAS_D_SOURCE: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
     FEATURES: tl.constexpr, ATOMIC: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
@@ -178,7 +181,7 @@ def ebr_narrow_bwd_kernel(
                 u = tl.load(latents + g_at, mask=g_mask, other=0.0)
                 d_g = _latent_grad(
                     u, d_rec_j, rec_j, xj, w3, b3, w4, r, here, here, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd, D, H,
-                    any_row(here), K, KP, BM, BH, BD, RESIDUAL, REC_LOSS, PREC,
+                    any_row(here), K, KP, BM, BH, BD, DEPTH, RESIDUAL, REC_LOSS, PREC,
                 )  # fmt: skip
             else:
                 for slot in tl.range(0, M):
@@ -199,7 +202,7 @@ def ebr_narrow_bwd_kernel(
                         pick(dec_b1, slot, M), pick(dec_w2, slot, M), r, valid, counted, pick_int(has_grad, slot, M) != 0,
                         rec_scale / Ds, pick_as(stride_db, slot, M, INDEX), pick_as(stride_dd, slot, M, INDEX),
                         pick_as(stride_xb, slot, M, INDEX), pick_as(stride_xd, slot, M, INDEX), Ds, H, any_row(wanted),
-                        K, KP, BM, BH, BD, RESIDUAL, REC_LOSS, PREC,
+                        K, KP, BM, BH, BD, DEPTH, RESIDUAL, REC_LOSS, PREC,
                     )  # fmt: skip
                     d_g += tl.where((w != 0)[:, None], w[:, None] * d_u, 0.0)
                     if HAS_D_SOURCE:
@@ -211,11 +214,11 @@ def ebr_narrow_bwd_kernel(
                         tl.store(d_source_at, tl.where(wanted, d_w, 0.0).to(d_source.dtype.element_ty), mask=inside)
 
             if MD_LOSS and strength != 0:  # zero cuts the branch, so that 0 times infinity never becomes NaN
-                g = tl.load(latents + g_at, mask=g_mask, other=0.0)
-                _, d_first, _ = psi_grads(g, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, PREC)
-                p = tl.arange(0, PSI_PADS[1])
-                w_psi = load_weight(psi[0], p, PSI_DIMS[1], k, K, any_row(here))
-                reversed_grad = tl.dot(d_first, w_psi, input_precision=PREC)
+                g_rows = latents + (tl.cast(j, INDEX) * B + r) * K
+                _, d_first, _ = psi_grads(g_rows, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, BM, DEPTH, PREC)
+                reversed_grad = times_weight(
+                    tl.zeros((BM, KP), tl.float32), d_first, psi[0], 0, PSI_DIMS[1], k, any_row(here), K, DEPTH if KP <= 64 or DEPTH <= 16 else DEPTH // 2, PREC
+                )
                 d_g -= strength * md_scale * reversed_grad
             if HAS_D_LATENTS:
                 d_latents_at = tl.cast(j, INDEX) * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk
@@ -229,7 +232,14 @@ def ebr_narrow_bwd_kernel(
             d_g = tl.where(g_mask, d_g, 0.0).to(dtype)
             tl.store(d_z + g_at, d_g, mask=inside[:, None] & (k < K)[None, :])
 
-            if FEATURES:
+        if FEATURES:
+            tl.debug_barrier()  # gradients of latents are read back by other threads
+            for r0 in tl.range(first, end, BM):
+                r = (r0 + tl.arange(0, BM)).to(INDEX)
+                inside = r < end
+                here = present_rows(present, r, inside, j, stride_pb, stride_pm, HAS_PRESENT)
+                g_at = (tl.cast(j, INDEX) * B + r)[:, None] * K + k[None, :]
+                d_g = tl.load(d_z + g_at, mask=here[:, None] & (k < K)[None, :], other=0.0)
                 units = tl.where(any_row(here), H, 0)
                 for d0 in tl.range(0, D, BD):
                     d = d0 + tl.arange(0, BD)
@@ -237,7 +247,8 @@ def ebr_narrow_bwd_kernel(
                     for h0 in tl.range(0, units, BH):
                         h = h0 + tl.arange(0, BH)
                         hidden = encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
-                        d_h = tl.dot(d_g, load_weight(w2, k, K, h, H), input_precision=PREC)
+                        none = tl.zeros((BM, BH), tl.float32)
+                        d_h = times_weight(none, d_g, w2, 0, K, h, True, H, DEPTH, PREC)
                         d_h = tl.where(hidden > 0, d_h, 0.0).to(dtype)
                         acc = tl.dot(d_h, load_weight(w1, h, H, d, D), acc, input_precision=PREC)
                     mask = here[:, None] & (d < D)[None, :]
@@ -271,7 +282,7 @@ def ebr_narrow_bwd_kernel(
                     latents, source, present, r, inside, j, B, stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
                     K, KP, BM, M, SOURCE, HAS_PRESENT,
                 )  # fmt: skip
-                hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+                hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, BM, BH, DEPTH, PREC)
                 d_h = tl.zeros((BM, BH), tl.float32)
                 for d0 in tl.range(0, D, BD):
                     d = d0 + tl.arange(0, BD)
@@ -297,7 +308,7 @@ def ebr_narrow_bwd_kernel(
                         latents, source, present, r, inside, j, B, stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
                         K, KP, BM, M, SOURCE, HAS_PRESENT,
                     )  # fmt: skip
-                    hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+                    hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, BM, BH, DEPTH, PREC)
                     d_y = decoded_grad(
                         d_rec_j, rec_j, xj, r, d, d < D, valid, counted, grad_j, rec_scale / D, s_db, s_dd, s_xb, s_xd,
                         D, RESIDUAL, REC_LOSS,
@@ -308,6 +319,8 @@ def ebr_narrow_bwd_kernel(
                 if h0 == 0:
                     _emit_bias(d_b4, d, D, acc_b4, ATOMIC)
 
+        for h0 in tl.range(0, H, BH):
+            h = h0 + tl.arange(0, BH)
             acc_w2 = tl.zeros((KP, BH), tl.float32)
             acc_b2 = tl.zeros((KP,), tl.float32)
             for r0 in tl.range(first, end, BM):
@@ -334,9 +347,9 @@ def ebr_narrow_bwd_kernel(
                     hidden = encoder_hidden(xj, w1, b1, r, here, h, D, H, s_xb, s_xd, BM, BH, BD, PREC)
                     at = (tl.cast(j, INDEX) * B + r)[:, None] * K + k[None, :]
                     d_g = tl.load(d_z + at, mask=here[:, None] & (k < K)[None, :], other=0.0)
-                    d_h = tl.where(
-                        hidden > 0, tl.dot(d_g, load_weight(w2, k, K, h, H, any_row(here)), input_precision=PREC), 0.0
-                    )
+                    none = tl.zeros((BM, BH), tl.float32)
+                    d_h = times_weight(none, d_g, w2, 0, K, h, any_row(here), H, DEPTH, PREC)
+                    d_h = tl.where(hidden > 0, d_h, 0.0)
                     acc_b1 += tl.sum(d_h, axis=0)
                     feature = load_feature(xj, r, here, d, D, s_xb, s_xd)
                     acc_w1 = tl.dot(tl.trans(d_h.to(dtype)), feature, acc_w1, input_precision=PREC)
@@ -350,7 +363,7 @@ def ebr_narrow_bwd_kernel(
             _psi_weight_grad(
                 at_layer, latents, present, psi, first, end, j, B, md_scale, stride_pb, stride_pm, layer,
                 PSI_DIMS[layer], PSI_DIMS[layer + 1], PSI_PADS[layer], PSI_PADS[layer + 1],
-                M, PSI_DIMS, PSI_PADS, HIDDEN, BM, HAS_PRESENT, MD_LOSS, ATOMIC, PREC, INDEX,
+                M, PSI_DIMS, PSI_PADS, HIDDEN, BM, DEPTH, HAS_PRESENT, MD_LOSS, ATOMIC, PREC, INDEX,
             )  # fmt: skip
             at_layer += PSI_DIMS[layer + 1] * PSI_DIMS[layer] + PSI_DIMS[layer + 1]
 

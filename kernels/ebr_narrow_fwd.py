@@ -28,6 +28,7 @@ from .ebr_tiles import (
     pick_int,
     present_rows,
     source_weight,
+    times_weight_t,
 )
 
 __all__ = ["ebr_narrow_fwd_kernel"]
@@ -62,8 +63,8 @@ def ebr_narrow_fwd_kernel(
     dims, stride_xb, stride_xd, B, H, tiles, second,
     stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
     M: tl.constexpr, PSI_DIMS: tl.constexpr, PSI_PADS: tl.constexpr, HIDDEN: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr, SOURCE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, HAS_NORMALIZER: tl.constexpr, RESIDUAL: tl.constexpr, NORMALIZE: tl.constexpr, PREC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     i = program // tiles  # programs of one modality are neighbours and share its weights in the cache
@@ -112,7 +113,12 @@ def ebr_narrow_fwd_kernel(
     if NORMALIZE:
         tl.store(rstd_out + tl.cast(i, INDEX) * B + r, rstd, mask=inside)
 
-    _, logits = psi_logits(g, psi, any_row(here), PSI_DIMS, PSI_PADS, HIDDEN, PREC)
+    some = any_row(here)
+    OUT: tl.constexpr = PSI_PADS[1]
+    z = times_weight_t(
+        tl.zeros((BM, OUT), tl.float32), g, psi[0], tl.arange(0, OUT), PSI_DIMS[1], 0, some, K, DEPTH, PREC
+    )
+    _, logits = psi_logits(z, psi, some, PSI_DIMS, PSI_PADS, HIDDEN, BM, DEPTH, PREC)
     ce, _ = cross_entropy(logits, i, M, PSI_PADS[HIDDEN + 1])
 
     counted = here & valid
@@ -127,7 +133,7 @@ def ebr_narrow_fwd_kernel(
         y = tl.zeros((BM, BD), tl.float32)
         for h0 in tl.range(0, units, BH):
             h = h0 + tl.arange(0, BH)
-            hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, KP, PREC)
+            hidden = decoder_hidden(u, w3, b3, h, H, any_row(valid), K, BM, BH, DEPTH, PREC)
             y = tl.dot(hidden.to(dtype), load_weight_t(w4, d, D, h, H), y, input_precision=PREC)
         y = tl.where(valid[:, None], y + load_bias(b4, d, D)[None, :], 0.0)
         feature = load_feature(xi, r, here, d, D, s_xb, s_xd).to(tl.float32)

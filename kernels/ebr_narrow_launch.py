@@ -31,6 +31,7 @@ def _constants(inputs: Inputs, tile: NarrowTile) -> dict[str, object]:
         "BM": tile.rows,
         "BH": tile.hidden,
         "BD": tile.features,
+        "DEPTH": tile.depth,
         "RESIDUAL": inputs.residual,
         "NORMALIZE": inputs.normalize,
         "PREC": float_precision(dtype),
@@ -83,7 +84,7 @@ def backward(
     """Gradients of features, source, parameters, None where none of them is wanted: three launches, or fewer.
 
     A memset where atomics are allowed, rows and weights, and the sums. Some tiles take rows (with the memset) and weights
-    apart. Without gradients of parameters the rows are all.
+    in two launches. Without gradients of parameters the rows are all.
     """
     like, sizes, batch, m = inputs.features[0], inputs.sizes, inputs.batch, inputs.sizes.m
     with_source = needs.source and inputs.source is not None
@@ -97,7 +98,7 @@ def backward(
     heads_size, psi_size = sum(numels[: 8 * m]), sum(numels[8 * m :])
     head_slabs, psi_slabs = (1, 1) if atomic else (slices, m * slices)
     slab_size = (head_slabs * heads_size + psi_slabs * psi_size) if needs.params else 0
-    together = needs.params and not tile.apart
+    together = needs.params and tile.weights is None
     allocate = torch.zeros if atomic and together else torch.empty
     slabs = allocate(slab_size, dtype=torch.float32, device=like.device)
 
@@ -119,11 +120,11 @@ def backward(
         B=batch, H=sizes.hidden, slices=slices, slice_rows=slice_rows, heads_size=heads_size,
         psi_at=head_slabs * heads_size, psi_size=psi_size, slab_size=slab_size if atomic else 0,
         FEATURES=needs.features, HAS_D_SOURCE=with_source, ATOMIC=atomic, INDEX=index,
-        **upstream.arguments(inputs, latents, saved[0]), **inputs.mask_arguments, **_constants(inputs, tile),
+        **upstream.arguments(inputs, latents, saved[0]), **inputs.mask_arguments,
     )  # fmt: skip
-    launch(ROWS=True, WEIGHTS=together)
-    if needs.params and not together:
-        launch(ROWS=False, WEIGHTS=True)
+    launch(ROWS=True, WEIGHTS=together, **_constants(inputs, tile))
+    if needs.params and tile.weights is not None:
+        launch(ROWS=False, WEIGHTS=True, **_constants(inputs, tile.weights))
     if not needs.params:
         return d_features, d_source, [None] * len(numels)
 

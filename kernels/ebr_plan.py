@@ -13,10 +13,9 @@ from torch import Tensor
 
 __all__ = ["Inputs", "Needs", "Sizes", "Upstream", "float_precision", "index_type", "padded", "unsupported"]
 
-NARROW_LATENT = 128  # widest latent of the narrow path in 16 bits; half of it in float32, where wider tiles spill
+NARROW_LATENT = 128  # widest latent of the narrow path
 NARROW_FEATURE = 512  # widest feature: a program computes hidden units again for each block of it
 NARROW_PSI = 64  # widest hidden layer of the discriminator there; at most one
-LAST_PSI = 512  # widest last hidden layer of the discriminator: its row tile stays in registers
 MOST_MODALITIES = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +64,7 @@ class Sizes:
         """Whether one program can hold a row tile of every width at once, in its registers."""
         hidden = self.psi[1:-1]
         return (
-            self.latent <= (NARROW_LATENT if dtype.itemsize == 2 else NARROW_LATENT // 2)
+            self.latent <= NARROW_LATENT
             and max(self.dims) <= NARROW_FEATURE
             and len(hidden) <= 1
             and all(p <= NARROW_PSI for p in hidden)
@@ -85,10 +84,6 @@ def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | N
     sizes = Sizes.of(features, params)
     if 0 in (*sizes.dims, *sizes.psi, sizes.hidden):
         return "the kernels need widths of at least 1"
-    if len(sizes.psi) > 2 and sizes.psi[-2] > LAST_PSI:
-        return f"the last hidden layer of the discriminator may have {LAST_PSI} units at most and has {sizes.psi[-2]}"
-    if len(sizes.psi) == 2 and sizes.latent > LAST_PSI:
-        return f"a discriminator without hidden layers takes latents of at most {LAST_PSI} and got {sizes.latent}"
     return None
 
 

@@ -87,6 +87,41 @@ def load_weight_t(w, rows, n_rows, columns, n_columns, some=True):
 
 
 @triton.jit
+def halves(a):
+    """Left and right half of the columns of a tile."""
+    parts = tl.reshape(a, (a.shape[0], 2, a.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def times_weight_t(acc, a, w, o, OUT, first, some, IN, DEPTH: tl.constexpr, PREC: tl.constexpr):
+    """``acc + a Wᵀ`` at outputs o, from column ``first`` of W on, at most DEPTH columns in one product.
+
+    Without a matrix unit a thread holds the operands of its outputs over the whole depth of a product, which decides
+    whether it spills.
+    """
+    if a.shape[1] <= DEPTH:
+        weight = load_weight_t(w, o, OUT, tl.arange(0, a.shape[1]) + first, IN, some)
+        return tl.dot(a, weight, acc, input_precision=PREC)
+    else:
+        left, right = halves(a)
+        acc = times_weight_t(acc, left, w, o, OUT, first, some, IN, DEPTH, PREC)
+        return times_weight_t(acc, right, w, o, OUT, first + a.shape[1] // 2, some, IN, DEPTH, PREC)
+
+
+@triton.jit
+def times_weight(acc, d, w, first, OUT, k, some, IN, DEPTH: tl.constexpr, PREC: tl.constexpr):
+    """``acc + d W`` at inputs k, from row ``first`` of W on, at most DEPTH rows in one product."""
+    if d.shape[1] <= DEPTH:
+        weight = load_weight(w, tl.arange(0, d.shape[1]) + first, OUT, k, IN, some)
+        return tl.dot(d, weight, acc, input_precision=PREC)
+    else:
+        left, right = halves(d)
+        acc = times_weight(acc, left, w, first, OUT, k, some, IN, DEPTH, PREC)
+        return times_weight(acc, right, w, first + d.shape[1] // 2, OUT, k, some, IN, DEPTH, PREC)
+
+
+@triton.jit
 def load_bias(b, at, n):
     return tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)
 

@@ -169,14 +169,15 @@ def ebr_wide_loss_kernel(
     below, w1, b1, w2, b2, present, source, normalizer, squared, d_top, last_sums, partials, counter,
     md_out, rec_out, counts, B, IN, P, tiles, n_squared, second,
     stride_pb, stride_pm, stride_sb, stride_si, stride_sj,
-    M: tl.constexpr, PP: tl.constexpr, MP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HIDDEN: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, HIDDEN: tl.constexpr,
     TRAIN: tl.constexpr, SOURCE: tl.constexpr, HAS_PRESENT: tl.constexpr, HAS_NORMALIZER: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """The last hidden layer of the discriminator, its output, the cross entropy, and both losses.
+    """The last hidden layer of the discriminator, its output, the cross entropy, and both losses, BP units at a time.
 
     With TRAIN also, for the summed loss: the gradient at the last hidden layer's pre-activation (``d_top``, at the
-    latents where there is no hidden layer), and this program's share of the last layer's own gradient.
+    latents where there is no hidden layer), and this program's share of the last layer's own gradient. Until then
+    ``d_top`` holds the hidden units.
     """
     program = tl.program_id(0)
     i = program // tiles
@@ -189,29 +190,44 @@ def ebr_wide_loss_kernel(
         SOURCE, HAS_PRESENT, M, dtype,
     )  # fmt: skip
     q = tl.cast(i, tl.int64) * B + r
-    p, c = tl.arange(0, PP), tl.arange(0, MP)
-    if HIDDEN:
-        z = tl.zeros((BM, PP), tl.float32)
-        for k0 in tl.range(0, tl.where(any_row(here), IN, 0), BK):
-            k = k0 + tl.arange(0, BK)
-            left = tl.load(below + q[:, None] * IN + k[None, :], mask=here[:, None] & (k < IN)[None, :], other=0.0)
-            z = tl.dot(left, load_weight_t(w1, p, P, k, IN), z, input_precision=PREC)
-        top = tl.where(here[:, None], relu(z + load_bias(b1, p, P)[None, :]), 0.0).to(dtype)
-    else:
-        top = tl.load(below + q[:, None] * P + p[None, :], mask=here[:, None] & (p < P)[None, :], other=0.0)
-    logits = tl.dot(top, load_weight_t(w2, c, M, p, P), input_precision=PREC) + load_bias(b2, c, M)[None, :]
+    c = tl.arange(0, MP)
+    some = any_row(here)
+    logits = tl.zeros((BM, MP), tl.float32)
+    for p0 in tl.range(0, tl.where(some, P, 0), BP):
+        p = p0 + tl.arange(0, BP)
+        at = q[:, None] * P + p[None, :]
+        if HIDDEN:
+            z = tl.zeros((BM, BP), tl.float32)
+            for k0 in tl.range(0, IN, BK):
+                k = k0 + tl.arange(0, BK)
+                left = tl.load(below + q[:, None] * IN + k[None, :], mask=here[:, None] & (k < IN)[None, :], other=0.0)
+                z = tl.dot(left, load_weight_t(w1, p, P, k, IN), z, input_precision=PREC)
+            top = relu(z + load_bias(b1, p, P)[None, :]).to(dtype)
+            if TRAIN:
+                tl.store(d_top + at, top, mask=here[:, None] & (p < P)[None, :])
+        else:
+            top = tl.load(below + at, mask=here[:, None] & (p < P)[None, :], other=0.0)
+        logits = tl.dot(top, load_weight_t(w2, c, M, p, P), logits, input_precision=PREC)
+    logits += load_bias(b2, c, M)[None, :]
     ce, d = cross_entropy(logits, i, M, MP)
     d = tl.where(here[:, None], d, 0.0)
     if TRAIN:
         d_low = d.to(dtype)
-        back = tl.dot(d_low, load_weight(w2, c, M, p, P), input_precision=PREC)
-        if HIDDEN:
-            back = tl.where(top > 0, back, 0.0)
-        tl.store(d_top + q[:, None] * P + p[None, :], back.to(dtype), mask=inside[:, None] & (p < P)[None, :])
         share = last_sums + tl.cast(program, tl.int64) * (M * P + M)
-        sums = tl.dot(tl.trans(d_low), top, input_precision=PREC)
-        tl.store(share + c[:, None] * P + p[None, :], sums, mask=(c < M)[:, None] & (p < P)[None, :])
         tl.store(share + M * P + c, tl.sum(d, axis=0), mask=c < M)
+        if HIDDEN:
+            tl.debug_barrier()  # hidden units are read back by other threads
+        for p0 in tl.range(0, P, BP):
+            p = p0 + tl.arange(0, BP)
+            at = q[:, None] * P + p[None, :]
+            top = tl.load((d_top if HIDDEN else below) + at, mask=here[:, None] & (p < P)[None, :], other=0.0)
+            sums = tl.dot(tl.trans(d_low), top, input_precision=PREC)
+            tl.store(share + c[:, None] * P + p[None, :], sums, mask=(c < M)[:, None] & (p < P)[None, :])
+            back = tl.dot(d_low, load_weight(w2, c, M, p, P), input_precision=PREC)
+            if HIDDEN:
+                back = tl.where(top > 0, back, 0.0)
+                tl.debug_barrier()
+            tl.store(d_top + at, back.to(dtype), mask=inside[:, None] & (p < P)[None, :])
 
     programs = tiles * M
     per_program = tl.cdiv(n_squared, programs)

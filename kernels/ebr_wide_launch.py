@@ -138,7 +138,7 @@ def forward(inputs: Inputs, train: bool) -> tuple[list[Tensor], Tensor, Tensor, 
         below, *(inputs.psi[-4:-2] if hidden else inputs.psi[-2:]), *inputs.psi[-2:],
         squared=squared, d_top=d_top, last_sums=last_sums, partials=partials, counter=ebr_counter.take(device),
         md_out=md, rec_out=rec, counts=saved[0], B=batch, IN=sizes.psi[-3] if hidden else top, P=top, tiles=tiles,
-        n_squared=n_squared, M=m, PP=padded(top), MP=padded(m), BM=tile.loss_rows, BK=tile.loss_depth, HIDDEN=hidden,
+        n_squared=n_squared, M=m, MP=padded(m), BM=tile.loss_rows, BP=tile.loss_units, BK=tile.loss_depth, HIDDEN=hidden,
         TRAIN=train, PREC=float_precision(like.dtype), num_warps=tile.loss_warps, num_stages=tile.stages,
         maxnreg=tile.registers, enable_fp_fusion=True, **inputs.mask_arguments, **inputs.normalizer_arguments,
     )  # fmt: skip

@@ -40,6 +40,19 @@ def test_narrow_in_low_precision(seed, dtype):
     compare(random_case(seed, NARROW_PSI, dtype), seed)
 
 
+@pytest.mark.parametrize("latent", [33, 127])
+@pytest.mark.parametrize("source", ["own", "weights"])
+def test_narrow_in_tf32(seed, latent, source):
+    """Its tiles differ: with a float source, or a wide latent, rows and weights of backward are two launches."""
+    case = random_case(seed, NARROW_PSI, source=source, m=2, batch=33, latent_dim=latent)
+    torch.set_float32_matmul_precision("high")
+    try:
+        watch = compare(case, seed)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert any("fp32:tf32" in launch.dot_flops for launch in watch.launches)
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_wide_against_float64(seed, part, wide):
     compare(random_case(seed + part, WIDE_PSI, **({"m": 3, "batch": 129} if part == 0 else {})), seed)
@@ -61,10 +74,13 @@ def test_sizes_that_only_the_wide_path_takes(seed):
     watch = compare(case, seed)
     assert all(launch.name.startswith("ebr_wide") for launch in watch.launches)
     assert len(watch.launches) <= 7 + 14
+    for psi, latent in (((9, 193), 17), ((), 150)):  # the end of the discriminator takes several blocks of units
+        compare(random_case(seed, (psi,), m=2, batch=33, widths=(3, 17), hidden_dim=9, latent_dim=latent), seed)
     compare(random_case(seed, ((9, 8, 7),), m=5, batch=17, widths=(3, 17), hidden_dim=9, latent_dim=17), seed)
 
 
-@pytest.mark.parametrize(("dtype", "latent"), [(torch.float32, 63), (torch.bfloat16, 127)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("latent", [63, 127])
 def test_narrow_in_several_tiles_of_every_width(seed, dtype, latent):
     case = random_case(seed, ((63,),), dtype, m=2, latent_dim=latent, hidden_dim=65, batch=65, widths=(129,))
     assert all(launch.name.startswith("ebr_narrow") for launch in compare(case, seed).launches)
@@ -174,9 +190,9 @@ def bytes_at(monkeypatch, batch: int, counted: tuple[int, int], dims: list[int],
     Tiles as large as numpy likes them: what is counted once a launch does not depend on them.
     """
     rows = min(counted)
-    narrow = configs.NarrowTile(rows, 256, 128, 4, 1)
+    narrow = configs.NarrowTile(rows, 256, 128)
     monkeypatch.setattr(ebr_narrow_launch, "ebr_narrow_tile", lambda *key: narrow)
-    wide_tile = configs.WideTile(rows, 512, 512, 4, 1, rows, 512, 4, 255)
+    wide_tile = configs.WideTile(rows, 512, 512, 4, 1, rows, 512, 512, 4, 255)
     monkeypatch.setattr(ebr_wide_launch, "ebr_wide_tile", lambda *key: wide_tile)
     watches = [step_under_watch(*figure_head(dims, *sizes, n, seed=0)) for n in counted]
     low, high = (watch.global_bytes for watch in watches)

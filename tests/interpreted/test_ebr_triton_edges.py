@@ -26,8 +26,8 @@ def test_rows_and_weights_apart_are_what_they_are_together(seed, monkeypatch):
     everything = [*case.features, case.source, *case.head.parameters()]
     together, usual = gradients_of(case, everything, seed)
     tile = configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64, d_source=True)
-    assert tile.apart
-    assert not configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64).apart
+    assert tile.weights is not None
+    assert configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64).weights is None
     monkeypatch.setitem(configs.EBR_NARROW, ("ieee", "backward of a source"), tile)
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
