@@ -28,13 +28,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_SPILLS = (80, 90)  # architectures where a spill is an error
-# What the compiler gets wrong, named in docs/gpu.md: printed and recorded, no error. (kernel [scene], architecture)
+# What Triton 3.7.1 gets wrong for sm_100, where the launchers therefore refuse: IEEE float32 products on TF32 units.
+# Printed and recorded, no error: kernels [scene].
 KNOWN = {
+    ("ebr_narrow_bwd [ebr narrow masked fp32]", 100),
     ("ebr_narrow_bwd [ebr narrow weights fp32]", 100),
+    ("ebr_narrow_bwd [ebr narrow, latent 128 masked fp32]", 100),
+    ("ebr_narrow_bwd [ebr narrow, latent 128 weights fp32]", 100),
     ("ebr_wide_bwd [ebr wide weights fp32] 5", 100),
-    ("ebr_narrow_bwd [ebr narrow weights fp32]", 80),
-    ("ebr_narrow_bwd [ebr narrow masked tf32]", 90),
-    ("ebr_wide_loss [ebr wide, three hidden layers weights fp32]", 80),
 }
 
 

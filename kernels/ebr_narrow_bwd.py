@@ -216,9 +216,11 @@ def ebr_narrow_bwd_kernel(
             if MD_LOSS and strength != 0:  # zero cuts the branch, so that 0 times infinity never becomes NaN
                 g_rows = latents + (tl.cast(j, INDEX) * B + r) * K
                 _, d_first, _ = psi_grads(g_rows, psi, here, j, M, PSI_DIMS, PSI_PADS, HIDDEN, BM, DEPTH, PREC)
+                # more outputs to a thread leave less room for the depth
+                NARROW_DEPTH: tl.constexpr = DEPTH if KP <= 64 else max(16, DEPTH // 2)
                 reversed_grad = times_weight(
-                    tl.zeros((BM, KP), tl.float32), d_first, psi[0], 0, PSI_DIMS[1], k, any_row(here), K, DEPTH if KP <= 64 or DEPTH <= 16 else DEPTH // 2, PREC
-                )
+                    tl.zeros((BM, KP), tl.float32), d_first, psi[0], 0, PSI_DIMS[1], k, any_row(here), K, NARROW_DEPTH, PREC
+                )  # fmt: skip
                 d_g -= strength * md_scale * reversed_grad
             if HAS_D_LATENTS:
                 d_latents_at = tl.cast(j, INDEX) * stride_lm + r[:, None] * stride_lb + k[None, :] * stride_lk

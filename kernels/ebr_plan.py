@@ -71,9 +71,22 @@ class Sizes:
         )
 
 
+def _rounded_to_tf32(like: Tensor) -> bool:
+    """Whether this compiler rounds float32 operands on this device although IEEE is asked for."""
+    if like.device.type != "cuda" or like.dtype != torch.float32 or float_precision(like.dtype) != "ieee":
+        return False
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    return old and torch.cuda.get_device_capability(like.device)[0] == 10
+
+
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Say which size the kernels cannot run, None where they can."""
     m, dtype = len(features), features[0].dtype
+    if _rounded_to_tf32(features[0]):
+        return (
+            f"Triton {triton.__version__} compiles some IEEE float32 products to TF32 for compute capability 10; install "
+            "Triton 3.9 or newer, or allow TF32 with torch.set_float32_matmul_precision('high')"
+        )
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 and float16 and features[0] is {dtype}"
     if m > MOST_MODALITIES:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,35 @@ def test_what_the_kernels_do_not_compute_is_refused_with_the_reason(monkeypatch)
         call("triton", torch.float64)
     x = [torch.ones(2, 3)] * 65
     assert "64 modalities" in kernels.unsupported(x, [])
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("version", "capability", "precision", "dtype", "refused"),
+    [
+        ("3.7.1", 10, "highest", torch.float32, True),
+        ("3.9.0", 10, "highest", torch.float32, False),
+        ("3.7.1", 9, "highest", torch.float32, False),
+        ("3.7.1", 10, "high", torch.float32, False),
+        ("3.7.1", 10, "highest", torch.bfloat16, False),
+    ],
+)
+def test_a_compiler_that_would_round_is_refused(version, capability, precision, dtype, refused, monkeypatch):
+    from mmc_fast.kernels import ebr_plan
+
+    monkeypatch.setattr(ebr_plan.triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    head = EBRHead([3, 3], latent_dim=4, hidden_dim=6, psi_dims=(5,))
+    flat = [p for seq in (*head.encoders, *head.decoders, head.discriminator) for p in seq.parameters()]
+    features = [SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, shape=(2, 3))] * 2
+    torch.set_float32_matmul_precision(precision)
+    try:
+        reason = ebr_plan.unsupported(features, flat)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert bool(reason) == refused
+    if refused:
+        assert "TF32" in reason
 
 
 def test_the_package_works_where_triton_is_not_installed():
