@@ -246,10 +246,10 @@ def grouped(values: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str
     return {kind: torch.cat(part) for kind, part in parts.items() if part}
 
 
-def sensitivity(case: Case) -> dict[str, float]:
+def sensitivity(case: Case, eps: float | None = None) -> dict[str, float]:
     """How far the float64 results move when weights and features move by 32 eps: a pre-activation at the kink of a
     ReLU makes a gradient jump, and no arithmetic of this precision can know to which side."""
-    eps = torch.finfo(case.features[0].dtype).eps
+    eps = eps or torch.finfo(case.features[0].dtype).eps
     generator = torch.Generator().manual_seed(case.seed)
     truths, moved = grouped(*actual(in_float64(case), "torch")), {}
     for _ in range(8):

@@ -24,11 +24,13 @@ def test_rows_and_weights_apart_are_what_they_are_together(seed, monkeypatch):
     """In TF32 they are apart where a source takes a gradient; the sums are then cleared by the rows."""
     case = random_case(seed, NARROW_PSI, m=2, batch=33, source="weights", mask="some", reversal=0.5)
     everything = [*case.features, case.source, *case.head.parameters()]
-    together, usual = gradients_of(case, everything, seed)
     tile = configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64, d_source=True)
     assert tile.weights is not None
     assert configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64).weights is None
-    monkeypatch.setitem(configs.EBR_NARROW, ("ieee", "backward of a source"), tile)
+    key = ("ieee", "backward of a source")
+    monkeypatch.setitem(configs.EBR_NARROW, key, tile._replace(weights=None))
+    together, usual = gradients_of(case, everything, seed)
+    monkeypatch.setitem(configs.EBR_NARROW, key, tile)
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
@@ -36,6 +38,7 @@ def test_rows_and_weights_apart_are_what_they_are_together(seed, monkeypatch):
         finally:
             torch.use_deterministic_algorithms(False)
         assert [launch.name for launch in launches] == [launch.name for launch in (usual[0], *usual)]
+        assert sum(sum(launch.dot_flops.values()) for launch in launches) == sum(usual[0].dot_flops.values())
         for one, two in zip(together, apart, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max() + 1))
 

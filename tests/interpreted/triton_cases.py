@@ -63,7 +63,7 @@ def compare(case: Case, seed: int, slices: int | None = None) -> triton_guard.Wa
         error, plain = (float((v[kind] - truth).norm()) / scale for v in (gots, plains))
         allowed = 4 * plain + 64 * eps
         if not error <= allowed:  # a pre-activation at a kink may fall to either side
-            moved = moved or sensitivity(case)
+            moved = moved or sensitivity(case, eps)
             allowed += 4 * moved[kind]
         assert error <= allowed, f"{case.describe()}: {kind} {error:.2e}, plain torch {plain:.2e}"
         if float(truth.norm()) > 1e-6:

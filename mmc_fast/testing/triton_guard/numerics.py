@@ -16,7 +16,7 @@ from .memory import GuardFault
 __all__ = ["dot_flops", "install"]
 
 Handle = Any
-_DEEPEST = {8: 32, 16: 16, 32: 8, 64: 4}  # bits of an operand: smallest depth of tl.dot on CUDA
+_SHALLOWEST = {8: 32, 16: 16, 32: 16, 64: 16}  # bits of an operand: smallest depth of tl.dot on CUDA, Triton 3.7.1
 dot_flops: Counter[str] = Counter()  # of the launch that runs, by kind of operand
 
 
@@ -90,7 +90,7 @@ def _fp_to_fp(original: Callable[..., Handle]) -> Callable[..., Handle]:
 
 def _dot(self: Any, a: Handle, b: Handle, d: Handle, precision: Any, imprecise: Any) -> Handle:
     scalar = a.dtype.scalar
-    depth = _DEEPEST[scalar.primitive_bitwidth]
+    depth = _SHALLOWEST[scalar.primitive_bitwidth]
     if a.data.shape[-1] < depth:
         raise GuardFault(f"tl.dot of {scalar} with depth {a.data.shape[-1]}: CUDA needs at least {depth}")
     if scalar != b.dtype.scalar:
