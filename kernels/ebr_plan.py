@@ -63,20 +63,24 @@ class Sizes:
     def narrow(self, dtype: torch.dtype) -> bool:
         """Whether one program can hold a row tile of every width at once, in its registers."""
         hidden = self.psi[1:-1]
+        spills = dtype == torch.float32 and _triton_version() > (3, 7)  # tiles of latents above 64, compiled by 3.9
         return (
-            self.latent <= NARROW_LATENT
+            self.latent <= (min(64, NARROW_LATENT) if spills else NARROW_LATENT)
             and max(self.dims) <= NARROW_FEATURE
             and len(hidden) <= 1
             and all(p <= NARROW_PSI for p in hidden)
         )
 
 
+def _triton_version() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def _rounded_to_tf32(like: Tensor) -> bool:
     """Whether this compiler rounds float32 operands on this device although IEEE is asked for."""
     if like.device.type != "cuda" or like.dtype != torch.float32 or float_precision(like.dtype) != "ieee":
         return False
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    return old and torch.cuda.get_device_capability(like.device)[0] == 10
+    return _triton_version() < (3, 9) and torch.cuda.get_device_capability(like.device)[0] == 10
 
 
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:

@@ -75,6 +75,18 @@ def test_a_compiler_that_would_round_is_refused(version, capability, precision, 
         assert "TF32" in reason
 
 
+@needs_triton
+@pytest.mark.parametrize(("version", "widest"), [("3.7.1", 128), ("3.9.0", 64)])
+def test_float_latents_of_the_narrow_path_depend_on_the_compiler(version, widest, monkeypatch):
+    from mmc_fast.kernels import ebr_plan
+
+    monkeypatch.setattr(ebr_plan.triton, "__version__", version)
+    for latent in (1, 64, 65, 128, 129):
+        sizes = ebr_plan.Sizes(2, (5, 3), 6, (latent, 7, 2))
+        assert sizes.narrow(torch.float32) == (latent <= widest)
+        assert sizes.narrow(torch.bfloat16) == (latent <= 128)
+
+
 def test_the_package_works_where_triton_is_not_installed():
     script = (
         "import sys; sys.modules['triton'] = None\n"

@@ -43,7 +43,7 @@ def test_narrow_in_low_precision(seed, dtype):
 @pytest.mark.parametrize("latent", [33, 127])
 @pytest.mark.parametrize("source", ["own", "weights"])
 def test_narrow_in_tf32(seed, latent, source):
-    """Its tiles differ: with a float source, or a wide latent, rows and weights of backward are two launches."""
+    """Its tiles differ, and rows and weights of backward are two launches."""
     case = random_case(seed, NARROW_PSI, source=source, m=2, batch=33, latent_dim=latent)
     torch.set_float32_matmul_precision("high")
     try:
