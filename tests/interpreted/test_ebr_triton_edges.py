@@ -22,7 +22,7 @@ def poisoned_outputs(monkeypatch):
 
 def test_rows_and_weights_apart_are_what_they_are_together(seed, monkeypatch):
     """In TF32 they are apart; the sums are then cleared by the rows."""
-    case = random_case(seed, NARROW_PSI, m=2, batch=33, source="weights", mask="some", reversal=0.5)
+    case = random_case(seed, NARROW_PSI, m=2, latent_dim=33, batch=33, source="weights", mask="some", reversal=0.5)
     everything = [*case.features, case.source, *case.head.parameters()]
     tile = configs.ebr_narrow_tile(torch.float32, "backward", "tf32", 64, d_source=True)
     assert tile.weights is not None
