@@ -81,9 +81,10 @@ def main() -> None:
         packages=[
             *find_namespace_packages(include=["mmc_fast", "mmc_fast.*"], exclude=["*.__pycache__"]),
             "mmc_fast.kernels",
-            "mmc_fast.configs",
+            "mmc_fast.kernels.ebr",
+            "mmc_fast.kernels.agop",
         ],
-        package_dir={"mmc_fast.kernels": "kernels", "mmc_fast.configs": "configs"},
+        package_dir={"mmc_fast.kernels": "kernels"},
         ext_modules=[Extension("mmc_fast._C", sources=[])] if native else [],
         cmdclass={"build_ext": CMakeBuild},
     )

@@ -7,8 +7,8 @@ from itertools import pairwise, product
 import torch
 from torch import nn
 
-from mmc_fast.analysis.agop import AGOPAccumulator
-from mmc_fast.ops import backends
+from mmc_fast.agop.accumulator import AGOPAccumulator
+from mmc_fast.ops import dispatch as backends
 
 __all__ = ["run_grid"]
 

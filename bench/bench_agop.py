@@ -27,9 +27,10 @@ from agop_memory import peak_of
 from agop_plots import plot
 from torch import Tensor, nn
 
-from mmc_fast.analysis.agop import agop
-from mmc_fast.ops import agop as primitives
-from mmc_fast.ops import backends, library
+from mmc_fast.agop.accumulator import agop
+from mmc_fast.ops import dispatch as backends
+from mmc_fast.ops import native as library
+from mmc_fast.ops.agop import op as primitives
 
 INEXACT = ("forward", "onednn_forward", "ours_probe", "torch_probe")  # not a G, or one with noise
 Candidate = Callable[[], object]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from mmc_fast.analysis import blocks
-from mmc_fast.analysis.diagnosis import diagnose
+from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.measures import blocks
 
 BATCH = 8192
 

@@ -28,12 +28,13 @@ import torch
 from ebr_baselines import BASELINES, Step, floor
 from torch import Tensor
 
+from mmc_fast.experiments.training import TrainConfig
+from mmc_fast.experiments.training.model import MultimodalModel
+from mmc_fast.experiments.training.steps import Stepper
 from mmc_fast.nn import EBRConfig, EBRHead, EBROutput
-from mmc_fast.ops import backends, library
-from mmc_fast.ops import ebr as ebr_ops
-from mmc_fast.training import TrainConfig
-from mmc_fast.training.model import MultimodalModel
-from mmc_fast.training.steps import Stepper
+from mmc_fast.ops import dispatch as backends
+from mmc_fast.ops import native as library
+from mmc_fast.ops.ebr import op as ebr_ops
 
 # of all outputs and gradients as one vector. In float32 a pre-activation at the kink of a ReLU may fall to either side,
 # one among hundreds of thousands, which moves the whole by up to 1e-4; so it does for eager.

@@ -30,9 +30,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from mmc_fast import data
-from mmc_fast.analysis.diagnosis import THRESHOLDS, Diagnosis, diagnose
-from mmc_fast.data import MultimodalDataset, Part, SyntheticModality
+from mmc_fast.diagnose import THRESHOLDS, Diagnosis, diagnose
+from mmc_fast.experiments import data
+from mmc_fast.experiments.data import MultimodalDataset, Part, SyntheticModality
 from mmc_fast.testing import planted_head
 
 JUDGING = 10_000

@@ -17,10 +17,10 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
-from mmc_fast.analysis.diagnosis import Diagnosis, diagnose
-from mmc_fast.analysis.report.figures import PAGE, STYLE
-from mmc_fast.data import MultimodalDataset, load
-from mmc_fast.training import TrainConfig, train
+from mmc_fast.diagnose import Diagnosis, diagnose
+from mmc_fast.diagnose.figures import PAGE, STYLE
+from mmc_fast.experiments.data import MultimodalDataset, load
+from mmc_fast.experiments.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {

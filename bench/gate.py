@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mmc_fast
-from mmc_fast.ops import library
+from mmc_fast.ops import native as library
 
 SLACK = 1.1  # the gate of a shared machine; the exact figures stand in docs/performance.md
 TRIES = 3  # a ratio above its gate is measured again: a neighbour may have taken the caches

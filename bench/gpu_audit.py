@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
 
+import triton_guard  # noqa: E402
 from gpu_counts import OperatorCount  # noqa: E402
 from gpu_scenes import NARROW, Ebr, ebr_head, ebr_step, paper, precision  # noqa: E402
 
@@ -77,9 +78,7 @@ def counted_eager(run: Callable[[], Any], kind: str) -> tuple[list[Work], Any]:
 
 
 def counted_ours(run: Callable[[], Any]) -> tuple[list[Work], Any]:
-    from mmc_fast.kernels import ebr
-
-    from mmc_fast.testing import triton_guard
+    from mmc_fast.kernels.ebr import launch as ebr
 
     with triton_guard.watch(1) as watch, OperatorCount() as count, count.inside(ebr, "forward", "backward"):
         result = run()
@@ -94,7 +93,7 @@ def counted_ours(run: Callable[[], Any]) -> tuple[list[Work], Any]:
 
 def counting_tiles() -> None:
     """Fewer and larger programs in this process: the same elements, counted sooner."""
-    from mmc_fast.kernels import configs
+    from mmc_fast.kernels import common as configs
 
     for key, tile in configs.EBR_NARROW.items():
         configs.EBR_NARROW[key] = tile._replace(rows=128, hidden=256, features=128)
@@ -119,7 +118,7 @@ def ebr_eager(sizes: Ebr) -> list[tuple[str, list[Work]]]:
 
 def ebr_ours(sizes: Ebr) -> Callable[[torch.dtype, int], list[tuple[str, list[Work]]]]:
     def run(dtype: torch.dtype, batch: int) -> list[tuple[str, list[Work]]]:
-        from mmc_fast.kernels import ebr_counter
+        from mmc_fast.kernels.ebr import counter as ebr_counter
 
         ebr_counter.take(torch.device("cpu"))  # what a process does once is not part of a step
         forward, backward = ebr_step(sizes._replace(batch=batch), dtype, "cpu", "triton")
@@ -257,7 +256,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    import mmc_fast.testing.triton_guard  # noqa: F401  before any kernel
+    import triton_guard  # noqa: F401  before any kernel
 
     counting_tiles()
     chosen = [case for case in cases() if options.only in case.name]

@@ -19,6 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+
+import triton_guard  # noqa: E402
+
 PRECISIONS = {  # name: dtype, torch.set_float32_matmul_precision
     "fp32": (torch.float32, "highest"),
     "tf32": (torch.float32, "high"),
@@ -64,7 +69,7 @@ def relu_agop(
     samples: int, inputs: int, units: int, dtype: torch.dtype, device: str, backend: str
 ) -> Callable[[], Any]:
     """Co-activation counts of one hidden layer."""
-    from mmc_fast.ops import agop
+    from mmc_fast.ops.agop import op as agop
 
     x, weight = torch.randn(samples, inputs).to(device, dtype), torch.randn(units, inputs).to(device, dtype)
     bias = torch.randn(units).to(device, dtype)
@@ -77,7 +82,7 @@ def gelu_agop(
     samples: int, inputs: int, units: int, dtype: torch.dtype, device: str, backend: str
 ) -> Callable[[], Any]:
     """Gram matrix of the derivatives of one hidden layer."""
-    from mmc_fast.ops import agop
+    from mmc_fast.ops.agop import op as agop
 
     x, weight = torch.randn(samples, inputs).to(device, dtype), torch.randn(units, inputs).to(device, dtype)
     gram = torch.zeros(units, units, dtype=torch.float64, device=device)
@@ -89,7 +94,7 @@ def chain_agop(
     samples: int, rows: int, depth: int, units: int, dtype: torch.dtype, device: str, backend: str
 ) -> Callable[[], Any]:
     """Gram matrix of the Jacobian rows of a head with two hidden layers."""
-    from mmc_fast.ops import agop
+    from mmc_fast.ops.agop import op as agop
 
     left, inner = torch.randn(rows, depth).to(device, dtype), torch.randn(samples, depth).to(device, dtype)
     v, outer = torch.randn(depth, units).to(device, dtype), torch.randn(samples, units).to(device, dtype)
@@ -240,7 +245,6 @@ def _train(sizes: Ebr, kind: str, dtype: torch.dtype) -> None:
 
 def record(only: str = "") -> list[dict[str, Any]]:
     """One entry per distinct specialisation, named after the first scene that launches it."""
-    from mmc_fast.testing import triton_guard
 
     found: dict[str, dict[str, Any]] = {}
     for scene in filter(lambda scene: only in scene.name, small_scenes()):
@@ -279,5 +283,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main())

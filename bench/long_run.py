@@ -30,8 +30,8 @@ FLAT = 1.05
 
 
 def config_of(case: str, epochs: int):
+    from mmc_fast.experiments.training import KDConfig, TrainConfig
     from mmc_fast.nn import EBRConfig
-    from mmc_fast.training import KDConfig, TrainConfig
 
     shared = {"epochs": epochs, "batch_size": 64, "checkpoint_seconds": INTERVAL, "rates": (0.3, 0.7)}
     if case == "kd":
@@ -54,9 +54,9 @@ def child(case: str, epochs: int, seed: int, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from mmc_fast.data import load
-    from mmc_fast.training import Interrupted, train
-    from mmc_fast.training.progress import Silent
+    from mmc_fast.experiments.data import load
+    from mmc_fast.experiments.training import Interrupted, train
+    from mmc_fast.experiments.training.progress import Silent
 
     class Report(Silent):
         def on_epoch(self, record):

@@ -30,7 +30,10 @@ SETS = {  # name: (load arguments, settings of the budget)
     "eicu_demo": (("eicu_demo", {"task": "hospital_death"}), {"epochs": 30, "batch_size": 64}),
 }
 TESTED = tuple(SETS)
-SETS["planted"] = (("planted", {}), {"epochs": 30, "batch_size": 64})  # mmc_fast.data.synthetic; validation part only
+SETS["planted"] = (
+    ("planted", {}),
+    {"epochs": 30, "batch_size": 64},
+)  # mmc_fast.experiments.data.synthetic; validation part only
 EXPLORED = ("mfeat", "p2012", "avmnist-hard")
 EXPLORE_SEEDS, ABLATION_SEEDS, TEST_SEEDS = (0, 1), tuple(range(10, 15)), tuple(range(100, 105))
 
@@ -168,8 +171,8 @@ ON = {"schedule": ("mfeat",), "planted": ("planted",)}  # the other stages: ever
 
 @lru_cache(maxsize=2)
 def dataset(name: str):
-    from mmc_fast.data import load
-    from mmc_fast.data.synthetic import planted_collapse
+    from mmc_fast.experiments.data import load
+    from mmc_fast.experiments.data.synthetic import planted_collapse
 
     if name == "planted":
         return planted_collapse(seed=0)
@@ -178,7 +181,7 @@ def dataset(name: str):
 
 
 def key_of(job: dict) -> str:
-    from mmc_fast.training import TrainConfig
+    from mmc_fast.experiments.training import TrainConfig
 
     config = TrainConfig.from_dict(job["config"]).to_dict()
     text = json.dumps([job["set"], config, job["seed"], job["part"]], sort_keys=True)
@@ -190,8 +193,8 @@ def run(job: dict) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    from mmc_fast.training import TrainConfig, train
-    from mmc_fast.training.progress import TrainingDiverged
+    from mmc_fast.experiments.training import TrainConfig, train
+    from mmc_fast.experiments.training.progress import TrainingDiverged
 
     config = TrainConfig.from_dict(job["config"])
     folder = None

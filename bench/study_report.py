@@ -24,7 +24,7 @@ from study import (
 )
 from study_figures import ablation, differences, noise
 
-from mmc_fast.analysis.statistics import ResampledScores, average, mean_sd, resample_counts, resampled_scores
+from mmc_fast.diagnose.statistics import ResampledScores, average, mean_sd, resample_counts, resampled_scores
 
 PAGE = ROOT / "docs" / "study.md"
 INTERVALS = ROOT / "docs" / "study" / "test_intervals.json"

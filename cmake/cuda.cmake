@@ -31,7 +31,7 @@ if(MMC_CUDA)
     endif()
     list(APPEND architectures 80-virtual)  # newer ones compile this when they load it
   endif()
-  add_library(mmc_cuda SHARED csrc/ops/cuda/coactivation.cu)
+  add_library(mmc_cuda SHARED csrc/ops/agop/cuda/coactivation.cu)
   set_target_properties(mmc_cuda PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
                                             CUDA_ARCHITECTURES "${architectures}" SKIP_BUILD_RPATH ON)
   # a register spill is a warning of ptxas, and warnings are errors

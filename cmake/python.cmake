@@ -7,7 +7,7 @@ foreach(name MMC_TORCH_DIR MMC_PYBIND11_DIR MMC_PYTHON_INCLUDE)
 endforeach()
 
 # LibTorch stable ABI: one binary for torch 2.10 and newer
-add_library(mmc_ops MODULE csrc/ops/agop.cpp)
+add_library(mmc_ops MODULE csrc/ops/agop/op.cpp)
 target_include_directories(mmc_ops SYSTEM PRIVATE ${MMC_TORCH_DIR}/include)
 target_compile_definitions(mmc_ops PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
 target_compile_options(mmc_ops PRIVATE -Wall -Wextra)
@@ -17,8 +17,8 @@ target_link_libraries(mmc_ops PRIVATE mmc_core torch_cpu)
 # the EBR step uses ATen and C++ autograd, which are stable within one release only: the file name carries that release
 file(STRINGS "${MMC_TORCH_DIR}/version.py" line REGEX "^__version__")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" MMC_TORCH_RELEASE "${line}")
-add_library(mmc_ebr MODULE csrc/ops/ebr.cpp csrc/ops/ebr_autograd.cpp csrc/ops/ebr_plan.cpp csrc/ops/ebr_product.cpp
-                           csrc/ops/ebr_forward.cpp csrc/ops/ebr_backward.cpp)
+add_library(mmc_ebr MODULE csrc/ops/ebr/op.cpp csrc/ops/ebr/autograd.cpp csrc/ops/ebr/plan.cpp csrc/ops/ebr/product.cpp
+                           csrc/ops/ebr/forward.cpp csrc/ops/ebr/backward.cpp)
 set_target_properties(mmc_ebr PROPERTIES OUTPUT_NAME "mmc_ebr-${MMC_TORCH_RELEASE}" CXX_STANDARD 20)
 target_include_directories(mmc_ebr SYSTEM PRIVATE ${MMC_TORCH_DIR}/include)
 target_compile_options(mmc_ebr PRIVATE -Wall -Wextra -O3 -fno-math-errno -fno-trapping-math)

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mmc_fast import data
+from mmc_fast.experiments import data
 from mmc_fast.integrations.lightning import EBRCallback
 
 

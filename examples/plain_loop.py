@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmc_fast
-from mmc_fast import data
+from mmc_fast.experiments import data
 
 
 class Classifier(nn.Module):

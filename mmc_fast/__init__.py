@@ -4,14 +4,14 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from .analysis.agop import AGOPAccumulator as AGOPAccumulator
-    from .analysis.agop import AGOPResult as AGOPResult
-    from .analysis.agop import agop as agop
-    from .analysis.diagnosis import Diagnosis as Diagnosis
-    from .analysis.diagnosis import diagnose as diagnose
-    from .analysis.explain import explain as explain
-    from .integrations import ModelAdapter as ModelAdapter
-    from .integrations import apply_ebr as apply_ebr
+    from mmc_fast.agop import AGOPAccumulator as AGOPAccumulator
+    from mmc_fast.agop import AGOPResult as AGOPResult
+    from mmc_fast.agop import agop as agop
+    from mmc_fast.agop.explain import explain as explain
+    from mmc_fast.diagnose import Diagnosis as Diagnosis
+    from mmc_fast.diagnose import diagnose as diagnose
+    from mmc_fast.integrations import ModelAdapter as ModelAdapter
+    from mmc_fast.integrations import apply_ebr as apply_ebr
 
 __version__ = "0.1.0"
 
@@ -21,16 +21,17 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
     _checkout.install_finder(_Path(__file__).resolve().parents[1] / "kernels")
 
-# Imported on first use, so that `import mmc_fast` stays quick: name -> the module that holds it.
+# Imported on first use, so that `import mmc_fast` stays quick: name -> the module that holds it. ``agop`` and
+# ``diagnose`` are packages that are called like the function of their name.
 _LAZY = {
-    "AGOPAccumulator": "mmc_fast.analysis.agop",
-    "AGOPResult": "mmc_fast.analysis.agop",
-    "Diagnosis": "mmc_fast.analysis.diagnosis",
+    "AGOPAccumulator": "mmc_fast.agop",
+    "AGOPResult": "mmc_fast.agop",
+    "Diagnosis": "mmc_fast.diagnose",
     "ModelAdapter": "mmc_fast.integrations",
-    "agop": "mmc_fast.analysis.agop",
+    "agop": "mmc_fast.agop",
     "apply_ebr": "mmc_fast.integrations",
-    "diagnose": "mmc_fast.analysis.diagnosis",
-    "explain": "mmc_fast.analysis.explain",
+    "diagnose": "mmc_fast.diagnose",
+    "explain": "mmc_fast.agop.explain",
 }
 
 
@@ -39,7 +40,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+    globals()[name] = value
     return value
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.ebr import ebr_step as _ebr_step_op
-from .ops.ebr import resolve_backend
-from .reference.ebr import ebr_step as _ebr_step_reference
-from .reference.grad_reverse import grad_reverse
+from mmc_fast.ops.ebr.grad_reverse import grad_reverse
+from mmc_fast.ops.ebr.op import ebr_step as _ebr_step_op
+from mmc_fast.ops.ebr.op import resolve_backend
+from mmc_fast.ops.ebr.reference import ebr_step as _ebr_step_reference
 
 __all__ = ["EBROutput", "ebr_step", "grad_reverse"]
 

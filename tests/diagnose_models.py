@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmc_fast.analysis.diagnosis import Diagnosis, diagnose
+from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.testing import planted_head
 
 WIDTHS = {"image": 6, "audio": 4}

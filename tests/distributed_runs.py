@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from training_data import small, tiny
 
-from mmc_fast.data import MultimodalDataset
 from mmc_fast.errors import InputError
-from mmc_fast.training import ProcessLost, TrainConfig, train
+from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.training import ProcessLost, TrainConfig, train
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", "0"))
@@ -65,7 +65,7 @@ def compare(out: Path, seed: int, accumulate: int) -> None:
 
 def die(out: Path, seed: int, rank: int) -> None:
     """The process ``rank`` dies after some steps of the third epoch; the others report."""
-    from mmc_fast.training import split
+    from mmc_fast.experiments.training import split
 
     original, steps = split.SplitStep.backward, []
 
@@ -107,7 +107,7 @@ def refuse(out: Path, seed: int) -> None:
 
 def interrupt(out: Path, seed: int) -> None:
     """SIGTERM reaches one process only; all stop at the same step, saved."""
-    from mmc_fast.training import Interrupted, split
+    from mmc_fast.experiments.training import Interrupted, split
 
     original, steps = split.SplitStep.backward, []
 

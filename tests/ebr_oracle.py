@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmc_fast.nn import EBRHead
-from mmc_fast.ops import ebr as ebr_ops
+from mmc_fast.ops.ebr import op as ebr_ops
 
 BACKENDS = ("cpp", "plain", "torch")  # native kernel, torch kernel behind the op, differentiable reference
 GROUPS = ("features", "encoders", "decoders", "discriminator", "source")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmc_fast.ops import library
+from mmc_fast.ops import native as library
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ["_C", "libmmc_core.so", "libmmc_ops.so"]
@@ -41,7 +41,7 @@ def sources(tmp_path):
     """A copy of the source tree as version control would give it, without anything that was built."""
     copy = tmp_path / "sources"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for folder in ("mmc_fast", "csrc", "cmake", "kernels", "configs"):
+    for folder in ("mmc_fast", "csrc", "cmake", "kernels"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for pattern in ("*.py", "*.toml", "*.in", "*.md", "*.cff", "LICENSE", "CMakeLists.txt"):
         for file in ROOT.glob(pattern):
@@ -96,10 +96,10 @@ def test_pure_python_wheel_works_and_says_what_is_missing(sources, tmp_path):
     assert natives(folder) == []
     for part in (
         "py.typed",
-        "kernels/agop.py",
+        "kernels/agop/coactivation.py",
         "data/embedded/mfeat.npz",
         "analysis/report/template/style.css",
-        "configs/rows/muse.toml",
+        "mmc_fast/experiments/configs/rows/muse.toml",
     ):
         assert (folder / "mmc_fast" / part).is_file(), part
     assert not (folder / "kernels").exists()

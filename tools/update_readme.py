@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mmc_fast.analysis.report.comparison import AVERAGE, COMPLETE, Comparison
-from mmc_fast.analysis.report.runs import display_name
-from mmc_fast.analysis.report.words import comparison_words
+from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison
+from mmc_fast.experiments.report.runs import display_name
+from mmc_fast.experiments.report.words import comparison_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RECORD, IMAGES = ROOT / "README.md", ROOT / "docs" / "demo.json", ROOT / "docs" / "img"
@@ -96,7 +96,7 @@ def _table(comparison: Comparison) -> str:
 
 
 def _registry() -> list[Any]:
-    from mmc_fast.data import available
+    from mmc_fast.experiments.data import available
 
     return available()
 

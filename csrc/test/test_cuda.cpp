@@ -3,7 +3,7 @@
 //   test_cuda broken NAME         runs a kernel that is wrong on purpose; the emulation has to stop it or the numbers differ
 // Built with AddressSanitizer where there is one, so that an access outside a buffer ends the test.
 #define MMC_EMULATED 1
-#include "../ops/cuda/coactivation.cu"
+#include "../ops/agop/cuda/coactivation.cu"
 
 #include <cmath>
 #include <limits>

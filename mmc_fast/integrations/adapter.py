@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
+
 from .site import Site, tensors_in
 
 __all__ = ["ModelAdapter"]

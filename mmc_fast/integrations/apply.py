@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..nn import EBRHead
+from mmc_fast.errors import InputError
+from mmc_fast.nn import EBRHead
+
 from .handle import EBRHandle
 from .plan import candidates, find_sites, place, why_not
 from .report import ApplyReport

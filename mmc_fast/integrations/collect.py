@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.names import unknown
-from ..errors import InputError
-from ..nn import EBRHead
-from ..reference.ebr import LAYER_NORM_EPS
+from mmc_fast._util.names import unknown
+from mmc_fast.errors import InputError
+from mmc_fast.nn import EBRHead
+from mmc_fast.ops.ebr.reference import LAYER_NORM_EPS
+
 from .losses import Record
 from .site import Site
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn import EBRHead
+from mmc_fast.nn import EBRHead
+
 from .losses import Record, counts, psi_logits
 
 __all__ = ["game_figures"]

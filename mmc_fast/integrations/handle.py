@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..nn import EBRHead
-from ..reference.ebr import source_weights
+from mmc_fast.errors import InputError
+from mmc_fast.nn import EBRHead
+from mmc_fast.ops.ebr.reference import source_weights
+
 from .collect import Collector, Tap
 from .game import game_figures
 from .losses import EBRLosses, Record, discrimination_loss, reconstruction_loss

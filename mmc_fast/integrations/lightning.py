@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
+
 from .apply import apply_ebr
 from .handle import EBRHandle, find_handles
 from .site import Site

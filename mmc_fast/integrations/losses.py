@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import grad_reverse
+from mmc_fast.functional import grad_reverse
 
 __all__ = ["EBRLosses", "Record", "counts", "discrimination_loss", "psi_logits", "reconstruction_loss"]
 

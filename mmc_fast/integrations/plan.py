@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..data.names import unknown
-from ..errors import InputError
+from mmc_fast._util.names import unknown
+from mmc_fast.errors import InputError
+
 from .report import Placement
 from .site import Site, describe_output
 from .trace import Ran

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
 
 __all__ = ["Site", "tensors_in"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
 
 __all__ = ["Ran", "call", "trace"]
 

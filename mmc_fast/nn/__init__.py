@@ -1,6 +1,7 @@
 """Layers made of plain ``nn.Linear`` parameters, and the rules for substituting missing modalities."""
 
-from ..functional import EBROutput
+from mmc_fast.functional import EBROutput
+
 from .config import EBRConfig
 from .ebr import EBRHead
 

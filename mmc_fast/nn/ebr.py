@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..functional import EBROutput, ebr_step
+from mmc_fast.functional import EBROutput, ebr_step
 
 __all__ = ["EBRHead"]
 

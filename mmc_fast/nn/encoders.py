@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
 
 __all__ = ["IdentityEncoder", "MLPEncoder"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
 
 __all__ = [
     "SourceWeights",

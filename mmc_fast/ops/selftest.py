@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import agop, library
+from . import native as library
+from .agop import op as agop
 
 __all__ = ["Check", "Speed", "quick_bench", "selftest"]
 

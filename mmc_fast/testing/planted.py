@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from mmc_fast.errors import InputError
 
 __all__ = ["PlantedHead", "planted_head"]
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from mmc_fast.data import MultimodalDataset
+from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.training import KDConfig, TrainConfig
 from mmc_fast.nn import EBRConfig
-from mmc_fast.training import KDConfig, TrainConfig
 
 __all__ = ["ACTIVATIONS", "configs", "datasets", "heads", "presence", "sample_counts", "widths"]
 
@@ -107,7 +107,7 @@ def datasets(draw: st.DrawFn, largest: int = 60) -> MultimodalDataset:
 
 @st.composite
 def configs(draw: st.DrawFn) -> TrainConfig:
-    """Settings of small runs over the whole space of :class:`~mmc_fast.training.TrainConfig`, all of them allowed."""
+    """Settings of small runs over the whole space of :class:`~mmc_fast.experiments.training.TrainConfig`, all of them allowed."""
     width = st.integers(1, 8)
     values: dict[str, Any] = {
         "epochs": draw(st.integers(1, 3)),

@@ -1,0 +1,126 @@
+// AGOP primitives as torch operators on the CPU: checks, data pointers, torch's thread pool; the work is in csrc/core.
+// Schemas and fake implementations stand in mmc_fast/ops/agop/op.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "core.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void run_in_torch(int64_t begin, int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(context, b, e); });
+}
+
+mmc::Pool torch_pool() { return {run_in_torch, static_cast<int>(torch::stable::get_num_threads())}; }
+
+// what the Python wrappers promise; a direct call of the operator gets an error instead of a crash
+void check(const Tensor& t, const char* name, int64_t dim, ScalarType type) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && t.scalar_type() == type, name,
+                  ": wrong device, number of dimensions or dtype; call it through mmc_fast.ops.agop.op");
+}
+
+mmc::Matrix matrix(const Tensor& t, const char* name) {
+  check(t, name, 2, ScalarType::Float);
+  return {t.const_data_ptr<float>(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+// x [N, d], weight [h, d], bias [h] and the accumulator [h, h] fit each other
+void check_layer(const mmc::Matrix& x, const mmc::Matrix& weight, const std::optional<Tensor>& bias, const Tensor& sums) {
+  const int64_t units = weight.rows;
+  STD_TORCH_CHECK(x.cols == weight.cols, "weight: its columns differ from those of x");
+  STD_TORCH_CHECK(sums.size(0) == units && sums.size(1) == units && sums.is_contiguous(),
+                  "counts or gram: not a contiguous [h, h] with h the rows of weight");
+  if (bias) {
+    check(*bias, "bias", 1, ScalarType::Float);
+    STD_TORCH_CHECK(bias->size(0) == units && (units == 0 || bias->stride(0) == 1), "bias: not a contiguous [h]");
+  }
+}
+
+const float* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+void raise_flag(Tensor& nonfinite, bool bad) {
+  if (bad) nonfinite.mutable_data_ptr<int64_t>()[0] += 1;
+}
+
+void relu_coactivation_update(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, Tensor counts, Tensor nonfinite,
+                              int64_t chunk) {
+  const mmc::Matrix inputs = matrix(x, "x"), layer = matrix(weight, "weight");
+  check(counts, "counts", 2, ScalarType::Long);
+  check(nonfinite, "nonfinite", 1, ScalarType::Long);
+  check_layer(inputs, layer, bias, counts);
+  raise_flag(nonfinite, mmc::relu_coactivation_update(inputs, layer, data_or_null(bias), counts.mutable_data_ptr<int64_t>(),
+                                                      layer.rows, chunk, torch_pool()));
+}
+
+void derivative_gram_update(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, int64_t activation, double alpha,
+                            double beta, Tensor gram, Tensor total, Tensor nonfinite, int64_t chunk) {
+  const mmc::Matrix inputs = matrix(x, "x"), layer = matrix(weight, "weight");
+  check(gram, "gram", 2, ScalarType::Double);
+  check(total, "total", 1, ScalarType::Double);
+  check(nonfinite, "nonfinite", 1, ScalarType::Long);
+  check_layer(inputs, layer, bias, gram);
+  STD_TORCH_CHECK(total.size(0) == layer.rows && total.is_contiguous(), "total: not a contiguous [h]");
+  STD_TORCH_CHECK(activation >= 0 && activation < mmc::kActivations, "activation: unknown code");
+  raise_flag(nonfinite, mmc::derivative_gram_update(inputs, layer, data_or_null(bias), static_cast<mmc::Activation>(activation),
+                                                    static_cast<float>(alpha), static_cast<float>(beta),
+                                                    gram.mutable_data_ptr<double>(), layer.rows,
+                                                    total.mutable_data_ptr<double>(), chunk, torch_pool()));
+}
+
+void syrk_update(const Tensor rows, Tensor gram) {
+  const mmc::Matrix inputs = matrix(rows, "rows");
+  check(gram, "gram", 2, ScalarType::Double);
+  STD_TORCH_CHECK(gram.size(0) == inputs.cols && gram.size(1) == inputs.cols && gram.is_contiguous(),
+                  "gram: not a contiguous [h, h] with h the columns of rows");
+  mmc::syrk_update(inputs, gram.mutable_data_ptr<double>(), inputs.cols, 0, torch_pool());
+}
+
+Tensor agop_finalise(const Tensor weight, const std::optional<Tensor> outer, const Tensor inner) {
+  const mmc::Matrix layer = matrix(weight, "weight");
+  const bool counts = inner.scalar_type() == ScalarType::Long;
+  check(inner, "inner", 2, counts ? ScalarType::Long : ScalarType::Double);
+  STD_TORCH_CHECK(inner.size(0) == layer.rows && inner.size(1) == layer.rows && inner.is_contiguous(),
+                  "inner: not a contiguous [h, h] with h the rows of weight");
+  mmc::Matrix left{};
+  if (outer) {
+    left = matrix(*outer, "outer");
+    STD_TORCH_CHECK(left.cols == layer.rows, "outer: its columns differ from the rows of weight");
+  }
+  Tensor out = torch::stable::new_empty(weight, {layer.cols, layer.cols});
+  mmc::agop_finalise(layer, outer ? &left : nullptr, counts ? inner.const_data_ptr<int64_t>() : nullptr,
+                     counts ? nullptr : inner.const_data_ptr<double>(), layer.rows, out.mutable_data_ptr<float>(), torch_pool());
+  return out;
+}
+
+Tensor pack_signs(const Tensor z) {
+  const mmc::Matrix values = matrix(z, "z");
+  Tensor words = torch::stable::new_empty(z, {values.cols, (values.rows + 63) / 64}, ScalarType::Long);
+  mmc::pack_signs(values, reinterpret_cast<uint64_t*>(words.mutable_data_ptr<int64_t>()), torch_pool());
+  return words;
+}
+
+Tensor coactivation_counts(const Tensor words) {
+  check(words, "words", 2, ScalarType::Long);
+  STD_TORCH_CHECK(words.is_contiguous(), "words: not contiguous");
+  Tensor counts = torch::stable::new_empty(words, {words.size(0), words.size(0)});
+  mmc::coactivation_counts(reinterpret_cast<const uint64_t*>(words.const_data_ptr<int64_t>()), words.size(0), words.size(1),
+                           counts.mutable_data_ptr<int64_t>(), torch_pool());
+  return counts;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmc_fast, CPU, m) {
+  m.impl("relu_coactivation_update", TORCH_BOX(&relu_coactivation_update));
+  m.impl("derivative_gram_update", TORCH_BOX(&derivative_gram_update));
+  m.impl("syrk_update", TORCH_BOX(&syrk_update));
+  m.impl("agop_finalise", TORCH_BOX(&agop_finalise));
+  m.impl("pack_signs", TORCH_BOX(&pack_signs));
+  m.impl("coactivation_counts", TORCH_BOX(&coactivation_counts));
+}

@@ -1,0 +1,145 @@
+"""``mmc-fast selftest --device cuda``: every op by every backend that can run on the device, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor
+
+from mmc_fast import functional
+from mmc_fast.ops import dispatch as backends
+from mmc_fast.ops.agop import op as agop
+from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.ops.selftest import Check
+
+__all__ = ["device_selftest"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# relative error in the norm; a gradient jumps where rounding moves a unit of one of 130 rows across its kink
+# (.006, .043 and .076 at most in 13,000 draws; a row that is left out is .09)
+_LIMITS = {torch.float32: 6e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_GRADIENT_LIMITS = {torch.float32: 2e-2, torch.float16: 8e-2, torch.bfloat16: 1.2e-1}
+_SIZES = ((1, 1, 1), (15, 17, 16), (129, 63, 65), (517, 70, 131), (3000, 33, 257))
+
+
+def device_selftest(device: torch.device) -> list[Check]:
+    """One row per op, backend, dtype and size; ``passed`` is False where a number is wrong or a kernel raises."""
+    seed = torch.seed() % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    example = torch.ones(2, 2, device=device)
+    for op in ("relu_coactivation_update", "ebr_step"):
+        for row in backends.explain(op, example):
+            if row.backend in ("triton", "cuda") and not row.usable:
+                rows.append(Check(f"{op} {row.backend}", True, f"not run: {row.reason}"))
+    for name, check in _checks(device, generator):
+        try:
+            problem = check()
+        except Exception as error:  # a kernel that does not compile or launch is a failed row
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        rows.append(Check(name, problem is None, "equal" if problem is None else f"{problem} (seed {seed})"))
+    return rows
+
+
+def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    example = torch.ones(2, 2, device=device)
+    for backend, dtype, size in product(("cuda", "triton", "torch"), _DTYPES, _SIZES):
+        label = f"{backend} {str(dtype).removeprefix('torch.')} {size[0]}x{size[1]}x{size[2]}"
+        for op, check in (
+            ("relu_coactivation_update", _counts),
+            ("derivative_gram_update", _gram),
+            ("chain_gram_update", _chain),
+        ):
+            offered = {row.backend for row in backends.explain(op, example) if row.usable}
+            if backend in offered:
+                yield f"{op} {label}", partial(check, device, generator, backend, dtype, *size)
+    for backend, dtype in product(("triton", "torch"), _DTYPES):
+        if any(row.backend == backend and row.usable for row in backends.explain("ebr_step", example)):
+            for sizes in (
+                ((20, 33), 24, 16, (16,)),
+                ((64, 128, 65), 256, 64, (64,)),
+                ((128, 96), 1024, 512, (512, 256)),
+            ):
+                name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}"
+                yield name, partial(_ebr, device, generator, backend, dtype, *sizes)
+
+
+def _integers(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=generator)
+
+
+def _counts(device, generator, backend, dtype, samples, inputs, units) -> str | None:
+    x, weight = _integers(generator, samples, inputs), _integers(generator, units, inputs)
+    active = (x.double() @ weight.double().t() > 0).double()
+    counts = torch.zeros(units, units, dtype=torch.int64, device=device)
+    flag = torch.zeros(1, dtype=torch.int64, device=device)
+    agop.relu_coactivation_update(
+        x.to(device, dtype), weight.to(device, dtype), None, counts, flag, chunk_rows=1000, backend=backend
+    )
+    wrong = int((counts.cpu() != (active.t() @ active).triu().long()).sum())
+    return f"{wrong} counts differ" if wrong else "the flag is up" if flag.item() else None
+
+
+def _gram(device, generator, backend, dtype, samples, inputs, units) -> str | None:
+    x, weight = _integers(generator, samples, inputs), _integers(generator, units, inputs)
+    a = activation_derivative(x.double() @ weight.double().t() / 8, "gelu")
+    gram = torch.zeros(units, units, dtype=torch.float64, device=device)
+    total, flag = gram.new_zeros(units), torch.zeros(1, dtype=torch.int64, device=device)
+    operands = (x.to(device, dtype), (weight / 8).to(device, dtype))
+    agop.derivative_gram_update(*operands, None, "gelu", gram, total, flag, backend=backend)
+    return _far(gram, (a.t() @ a).triu(), dtype if backend == "torch" else torch.float32) or _far(
+        total, a.sum(0), dtype if backend == "torch" else torch.float32
+    )
+
+
+def _chain(device, generator, backend, dtype, samples, depth, units) -> str | None:
+    left, inner = _integers(generator, 3, depth), _integers(generator, samples, depth)
+    v, outer = _integers(generator, depth, units), _integers(generator, samples, units)
+    rows = ((left.double() * inner.double()[:, None]) @ v.double() * outer.double()[:, None]).flatten(0, 1)
+    gram = torch.zeros(units, units, dtype=torch.float64, device=device)
+    first, second, third, last = (t.to(device, dtype) for t in (left, inner, v, outer))
+    agop.chain_gram_update(first, second, third, last, gram, backend=backend)
+    return _far(gram, (rows.t() @ rows).triu(), dtype)
+
+
+def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | None:
+    def layers(*widths: int) -> list[Tensor]:
+        found = []
+        for a, b in pairwise(widths):
+            found += [torch.randn(b, a, generator=generator) / a**0.5, torch.randn(b, generator=generator) / 4]
+        return found
+
+    heads = [layers(d, hidden, latent) for d in dims], [layers(latent, hidden, d) for d in dims]
+    last = layers(latent, *psi, len(dims))
+    features = [torch.randn(130, d, generator=generator) for d in dims]
+    present = torch.rand(130, len(dims), generator=generator) < 0.8
+
+    def leaf(t: Tensor, kind: torch.dtype, where: torch.device) -> Tensor:
+        return t.to(dtype).to(where, kind).requires_grad_()  # both sides start from the same rounded numbers
+
+    def run(kind: torch.dtype, where: torch.device, how: str) -> list[Tensor]:
+        leaves = [[leaf(t, kind, where) for t in head] for group in heads for head in group]
+        psi_leaves = [leaf(t, kind, where) for t in last]
+        inputs = [leaf(f, kind, where) for f in features]
+        out = functional.ebr_step(
+            inputs, leaves[: len(dims)], leaves[len(dims) :], psi_leaves, present=present.to(where), reversal=0.3, backend=how
+        )  # fmt: skip
+        total = sum(r.float().square().sum() for r in out.recovered) / 100
+        (total + out.discrimination_loss + out.reconstruction_loss).backward()
+        wanted = [*out.recovered, out.discrimination_loss, *(t.grad for head in leaves for t in head)]
+        return [t.detach() for t in (*wanted, *(t.grad for t in psi_leaves), *(f.grad for f in inputs))]
+
+    truth = run(torch.float64, torch.device("cpu"), "torch")
+    for index, (got, expected) in enumerate(zip(run(dtype, device, backend), truth, strict=True)):
+        limits = _LIMITS if index <= len(dims) else _GRADIENT_LIMITS  # what is recovered and the loss come first
+        if problem := _far(got, expected, dtype, limits):
+            return f"output {index}: {problem}"
+    return None
+
+
+def _far(got: Tensor, expected: Tensor, dtype: torch.dtype, limits: dict[torch.dtype, float] = _LIMITS) -> str | None:
+    error = float((got.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
+    return None if error <= limits[dtype] else f"relative error {error:.1e}"

@@ -1,0 +1,60 @@
+"""A run's configuration from a TOML file, options and ``--set`` assignments."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.training import TrainConfig
+from mmc_fast.experiments.training.parse import read_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["build_config", "parse_assignments", "read_toml"]
+
+
+def build_config(path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]) -> TrainConfig:
+    """The file first, then the options, then the assignments. Without any method it is EBR."""
+    values = {} if path is None else read_toml(path)
+    if method is not None:
+        values["method"] = method
+    if epochs is not None:
+        values["epochs"] = epochs
+    merge(values, parse_assignments(assignments))
+    if "method" not in values and values.get("ebr") is None and values.get("kd") is None:
+        values["method"] = "dropout" if values.get("modality_dropout") else "ebr"
+    return TrainConfig.from_dict(values)
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["ebr.reversal=0.1", "fusion=late"]`` as nested tables. Values are TOML, or text where they are no TOML."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        names = [name.strip() for name in key.split(".")]
+        if not equals or not all(names):
+            raise InputError(f"--set {assignment!r} is no assignment; write KEY=VALUE, such as ebr.reversal=0.1")
+        value: Any
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = None if text.strip() in ("none", "None") else text.strip()
+        for name in reversed(names):
+            value = {name: value}
+        merge(result, value)
+    return result
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put ``changes`` on top of ``base``, table by table."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value

@@ -1,0 +1,224 @@
+"""What the command line shows: progress bars for a person at a terminal, tables, one-line errors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from mmc_fast.experiments.report import Cell
+from mmc_fast.experiments.training.demo import DemoRun
+
+if TYPE_CHECKING:
+    from mmc_fast.experiments.compare.cells import Unit
+
+__all__ = ["DemoDisplay", "GridDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
+
+
+def error_console() -> Console:
+    """Console on standard error: progress and errors never mix with results on standard output."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def output_console() -> Console:
+    """Console on standard output; wide enough for the tables where it is a file or a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell | str]], *, numbers: bool = True
+) -> None:
+    """A table whose first column holds names; the others are aligned as ``numbers`` or as text.
+
+    Strong cells are bold, and starred where the console is no terminal.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and index else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(_styled(cell, console.is_terminal) for cell in row))
+    console.print(table)
+
+
+def _styled(cell: Cell | str, terminal: bool) -> Text:
+    if isinstance(cell, str):
+        return Text(cell)
+    if cell.strong:
+        return Text(cell.text, style="bold") if terminal else Text(f"*{cell.text}*")
+    return Text(cell.text)
+
+
+def describe_epoch(record: Mapping[str, Any]) -> str:
+    """One line on an epoch: stage, losses and the validation score, as far as the stage has them."""
+    parts = [f"{record['stage']} {record['epoch']}"]
+    labels = {"loss": "loss", "loss_sem": "L_sem", "loss_md_over_entropy": "L_md/H", "val_score": "val"}
+    parts += [f"{label} {record[key]:.3f}" for key, label in labels.items() if isinstance(record.get(key), float)]
+    return "  ".join(parts)
+
+
+class _Bars:
+    """A rich progress display that is silent where standard error is not a terminal."""
+
+    def __init__(self, console: Console, *columns: Any) -> None:
+        self.bars = Progress(
+            *columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=5
+        )
+
+    def __enter__(self) -> Any:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+
+class _Steps(_Bars):
+    """One bar over counted steps, with the time left and a note."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.task: TaskID | None = None
+        self.clock, self.done, self.total = Countdown(), 0, 1
+
+    def begin(self, label: str, total: int) -> None:
+        """A new bar; the clock starts again."""
+        self.clock, self.done, self.total = Countdown(), 0, max(1, total)
+        self.task = self.bars.add_task(label, total=total, note="", left="")
+
+    def step(self, note: str) -> None:
+        self.done += 1
+        self.note(note, completed=self.done, left=self.clock.left(self.done / self.total))
+
+    def note(self, note: str, **values: Any) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, note=note, **values)
+
+
+class RunDisplay(_Steps):
+    """Progress of one run: epochs of all stages, losses, validation score, remaining time."""
+
+    def on_start(self, total_epochs: int, label: str) -> None:
+        self.begin(label, total_epochs)
+
+    def on_epoch(self, record: dict[str, Any]) -> None:
+        self.step(describe_epoch(record))
+
+    def on_end(self, results: dict[str, Any]) -> None:
+        pass
+
+
+class GridDisplay(_Steps):
+    """Progress of a grid: cells of the stage, the time left, the cell that spoke last."""
+
+    def on_event(self, event: tuple[str, Unit, Any]) -> None:
+        kind, unit, value = event
+        if kind == "plan":
+            self.begin(unit.stage, value)
+        elif kind == "done":
+            self.step(unit.label)
+        elif kind == "epoch":
+            self.note(f"{unit.label}  {describe_epoch(value)}")
+
+
+class PassDisplay(_Bars):
+    """Progress of passes over data: one bar per phase."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        if phase not in self.tasks:
+            self.tasks[phase] = self.bars.add_task(phase, total=total)
+        self.bars.update(self.tasks[phase], completed=done, total=total)
+
+
+class DemoDisplay(_Bars):
+    """Progress of the demo: one bar over all runs, weighted by their cost, and one line per run in work."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.costs: dict[DemoRun, float] = {}
+        self.parts: dict[DemoRun, float] = {}
+        self.epochs: dict[DemoRun, tuple[int, int]] = {}
+        self.lines: dict[DemoRun, TaskID] = {}
+        self.taken_over = 0.0
+        self.clock = Countdown()
+        self.whole = self.bars.add_task("demo", total=1.0, note="", left="")
+
+    @property
+    def finished(self) -> int:
+        """How many runs are done."""
+        return sum(part == 1.0 for part in self.parts.values())
+
+    def on_plan(self, costs: Mapping[DemoRun, float]) -> None:
+        total = sum(costs.values())
+        self.costs = {run: cost / total for run, cost in costs.items()}
+        self.clock = Countdown()
+        self._show()
+
+    def on_start(self, run: DemoRun, epochs: int) -> None:
+        self.epochs[run] = (0, max(1, epochs))
+        label = f"  {run.dataset} · {run.method} · seed {run.seed}"
+        self.lines[run] = self.bars.add_task(label, total=max(1, epochs), note="", left="")
+
+    def on_epoch(self, run: DemoRun, record: dict[str, Any]) -> None:
+        done, total = self.epochs[run]
+        self.epochs[run] = (done + 1, total)
+        # The last part of a run is its evaluation, which reports no epochs.
+        self.parts[run] = 0.95 * min(1.0, (done + 1) / total)
+        self.bars.update(self.lines[run], advance=1, note=describe_epoch(record))
+        self._show()
+
+    def on_end(self, run: DemoRun) -> None:
+        if run in self.lines:
+            self.bars.remove_task(self.lines.pop(run))
+        else:
+            self.taken_over += self.costs.get(run, 0.0)  # was finished before and cost no time now
+        self.parts[run] = 1.0
+        self._show()
+
+    def _show(self) -> None:
+        share = sum(self.costs.get(run, 0.0) * part for run, part in self.parts.items())
+        done = (share - self.taken_over) / (1 - self.taken_over) if self.taken_over < 1 else 1.0
+        note = f"{self.finished} of {len(self.costs)} runs done"
+        self.bars.update(self.whole, completed=share, note=note, left=self.clock.left(done))
+
+
+class Countdown:
+    """Remaining time from the share that is done."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def left(self, share: float) -> str:
+        """Minutes and seconds that are left at the pace so far; empty before there is one."""
+        elapsed = time.monotonic() - self.started
+        if share < 0.01 or elapsed < 1:
+            return ""
+        seconds = round(elapsed * (1 - share) / share)
+        return f"{seconds // 60}:{seconds % 60:02d} left"

@@ -1,0 +1,277 @@
+"""One pass over the data: everything that is summed about features, layers and fused representation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmc_fast.errors import InputError
+from mmc_fast.ops.dispatch import choose
+
+from .adapter import Adapter, chain_of, flat, labels_of
+from .groups import GroupMoments, stream
+from .layers import ChainSums, JacobianSums
+
+__all__ = ["Collector", "Reservoir", "checked_features", "fingerprint_of"]
+
+FLUSH_ROWS = 4096
+MAX_WIDTH = 8192
+
+
+class Reservoir:
+    """A uniform sample of rows without replacement: those with the smallest random keys so far."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.keys = torch.empty(0, dtype=torch.float64)
+        self.columns: dict[str, Tensor] = {}
+
+    def add(self, index: int, columns: Mapping[str, Tensor]) -> None:
+        """Rows of batch ``index``: tensors of one length."""
+        count = len(next(iter(columns.values())))
+        keys = torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
+        if len(self.keys) == self.size:
+            near = keys < self.keys.max()
+            keys, columns = keys[near], {name: x.cpu()[near] for name, x in columns.items()}
+        if self.columns:
+            columns = {name: torch.cat([self.columns[name], x.cpu()]) for name, x in columns.items()}
+        keys = torch.cat([self.keys, keys])
+        keep = keys.argsort()[: self.size]
+        self.keys, self.columns = keys[keep], {name: x.cpu()[keep] for name, x in columns.items()}
+
+    def to_state(self) -> dict[str, Any]:
+        return {"keys": self.keys, "columns": dict(self.columns)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.keys, self.columns = state["keys"], dict(state["columns"])
+
+
+class Collector:
+    """Sums for random groups of samples; set up by the first batch."""
+
+    def __init__(self, adapter: Adapter, groups: int, seed: int, sample_rows: int) -> None:
+        self.adapter, self.groups, self.seed = adapter, groups, seed
+        self.reservoir = Reservoir(sample_rows, seed)
+        self.widths: dict[str, int] = {}
+        self.samples, self.batches, self.flushes = 0, 0, 0
+        self.labelled = True
+        self.first = ""
+        self.chain: ChainSums | None = None
+        self.jacobians: JacobianSums | None = None
+        self.notes: list[str] = []
+        self._buffer: list[Tensor] = []
+
+    @property
+    def layers(self) -> ChainSums | JacobianSums:
+        found = self.chain or self.jacobians
+        if found is None:
+            raise InputError("diagnose: the loader gave no batch; give at least one")
+        return found
+
+    def start(self, batch: Any) -> None:
+        """Learn the shapes from a batch, choose the fast or the general path, check that rows are independent."""
+        features = checked_features(self.adapter, batch, self.widths, 0)
+        if not len(flat(features)):
+            raise InputError("diagnose: the first batch has no rows; give batches with samples")
+        self.widths = {name: x[0].numel() for name, x in features.items()}
+        logits = self.adapter.fuse(features)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(flat(features)):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"diagnose: fuse() returned {got}; it must return logits [samples, classes]")
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError("diagnose: the logits hold NaN or infinite values for finite features; check the weights")
+        self.first = fingerprint_of(features | {"": logits})
+        check_rows(self.adapter, features, logits)
+        self.outputs = logits.shape[1]
+        modules = chain_of(getattr(self.adapter, "head", None))
+        x = flat(features)
+        if modules is not None and self._is_head(modules, x, logits):
+            self.chain = ChainSums(modules, self.groups)
+            self.columns = [u.shape[1] for u in self.chain.inputs(x[:1].float())]
+        else:
+            self.jacobians = JacobianSums(self.groups)
+            fused = self._represent(features)
+            self.columns = [x.shape[1], fused.shape[1]]
+            self.notes.append(
+                "The fusion is no chain of Linear layers on the features side by side, so there is one AGOP, at the "
+                "features, by one backward pass per output, and no map of weights."
+            )
+            if not hasattr(self.adapter, "represent"):
+                self.notes.append("No fused representation is named; the logits stand for it.")
+        if sum(self.columns) > MAX_WIDTH:
+            raise InputError(
+                f"diagnose: features and layers have {sum(self.columns)} columns together, more than {MAX_WIDTH}; name "
+                "narrower features, such as pooled tokens instead of all of them"
+            )
+        native = self.chain is not None and choose("syrk_update", "auto", torch.zeros(1, 1)) == "cpp"
+        self.moments = GroupMoments(self.groups, sum(self.columns), native)
+
+    def add(self, batch: Any) -> None:
+        """One batch of the first pass."""
+        features = checked_features(self.adapter, batch, self.widths, self.batches)
+        x = flat(features)
+        labels = labels_of(self.adapter, batch)
+        if labels is not None and len(labels) != len(x):
+            raise InputError(f"diagnose: batch {self.batches} has {len(x)} rows and {len(labels)} labels")
+        if self.batches and self.labelled != (labels is not None):
+            raise InputError(
+                f"diagnose: batch {self.batches} and the ones before differ in having labels; give all or none"
+            )
+        self.labelled = self.labelled and labels is not None
+        sample = {"x": x.float()} | ({} if labels is None else {"labels": labels})
+        latents = getattr(self.adapter, "latents", None)
+        if latents is not None:
+            sample |= {f"latent.{name}": z.detach().float() for name, z in latents(batch).items()}
+        if self.jacobians is not None:
+            places = self._places(len(x))
+            self.jacobians.add(self.adapter.fuse, features, places)
+            self._add_rows(torch.cat([x, self._represent(features)], 1), places, None)
+            self.flushes += 1
+        else:
+            self._buffer.append(x.float())
+        self.reservoir.add(self.batches, sample)
+        self.samples += len(x)
+        self.batches += 1
+        if sum(map(len, self._buffer)) >= FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sum what is buffered."""
+        if not self._buffer or self.chain is None:
+            return
+        x = torch.cat(self._buffer)
+        self._buffer = []
+        inputs = self.chain.inputs(x)
+        if not all(bool(torch.isfinite(u).all()) for u in inputs):
+            raise InputError("diagnose: a layer of the head gave NaN or infinite values for finite features; check it")
+        self._add_rows(torch.cat(inputs, 1), self._places(len(x)), inputs)
+        self.flushes += 1
+
+    @property
+    def settled(self) -> bool:
+        """Nothing waits in a buffer, so the state is complete."""
+        return not self._buffer
+
+    def _add_rows(self, rows: Tensor, places: Tensor, inputs: list[Tensor] | None) -> None:
+        order = places.argsort(stable=True)
+        counts = torch.bincount(places, minlength=self.groups).tolist()
+        rows = rows[order].detach().cpu()
+        sorted_inputs = None if inputs is None else [u[order] for u in inputs]
+        start = 0
+        for group, count in enumerate(counts):
+            if count:
+                part = slice(start, start + count)
+                self.moments.add(group, rows[part].float() if self.chain else rows[part].double())
+                if sorted_inputs is not None and self.chain is not None:
+                    self.chain.add(group, [u[part].contiguous() for u in sorted_inputs])
+            start += count
+
+    def _places(self, count: int) -> Tensor:
+        """The group of each of ``count`` rows: sizes differ by one at most, who goes where is drawn."""
+        random = stream(self.seed, "groups", self.flushes)
+        shift = int(torch.randint(self.groups, (1,), generator=random))
+        return ((torch.arange(count) + shift) % self.groups)[torch.randperm(count, generator=random)]
+
+    @torch.no_grad()
+    def _represent(self, features: Mapping[str, Tensor]) -> Tensor:
+        represent = getattr(self.adapter, "represent", None) or self.adapter.fuse
+        return represent(features).detach().flatten(1)
+
+    @torch.no_grad()
+    def _is_head(self, modules: list[Any], x: Tensor, logits: Tensor) -> bool:
+        if modules[0].weight.shape[1] != x.shape[1] or modules[0].weight.dtype != torch.float32:
+            return False
+        y = x.float()
+        for module in modules:
+            y = module(y.clone() if getattr(module, "inplace", False) else y)
+        return y.shape == logits.shape and torch.allclose(
+            y, logits.float(), rtol=1e-4, atol=1e-4 * float(logits.abs().max())
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples, "batches": self.batches, "flushes": self.flushes, "labelled": self.labelled,
+            "first": self.first, "widths": self.widths, "moments": self.moments.to_state(),
+            "layers": self.layers.to_state(), "reservoir": self.reservoir.to_state(),
+        }  # fmt: skip
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was written; the collector was started with the first batch of the same data."""
+        if state["first"] != self.first or state["widths"] != self.widths:
+            raise InputError(
+                "diagnose: the first batch is not that of the unfinished diagnosis; use the same data in the same order "
+                "(no shuffling), or delete the state to start over"
+            )
+        self.samples, self.batches, self.flushes = state["samples"], state["batches"], state["flushes"]
+        self.labelled = state["labelled"]
+        self.moments.load_state(state["moments"])
+        self.layers.load_state(state["layers"])
+        self.reservoir.load_state(state["reservoir"])
+
+    def active(self) -> np.ndarray:
+        """1 for groups that have samples, 0 for others."""
+        return np.array([float(s.n > 0) for s in self.moments.states])
+
+
+@torch.no_grad()
+def checked_features(adapter: Adapter, batch: Any, widths: Mapping[str, int], index: int) -> dict[str, Tensor]:
+    """The features of a batch; InputError where they are no fixed set of finite ``[B, ...]``."""
+    features = adapter.encode(batch)
+    if not isinstance(features, Mapping) or not features:
+        raise InputError(
+            f"diagnose: encode() returned {type(features).__name__}; it must return modality name -> features"
+        )
+    found = dict(features)
+    for name, x in found.items():
+        if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"diagnose: features of {name!r} are {got}; they must be floating point [samples, ...]")
+        if not bool(torch.isfinite(x).all()):
+            row = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
+            raise InputError(
+                f"diagnose: features of {name!r} hold NaN or infinite values in row {row} of batch {index}; drop or repair "
+                "such samples"
+            )
+    if len({len(x) for x in found.values()}) > 1:
+        raise InputError(
+            f"diagnose: modalities have { ({n: len(x) for n, x in found.items()}) } rows; they must be paired"
+        )
+    now = {name: x.flatten(1).shape[1] for name, x in found.items()}
+    if widths and now != dict(widths):
+        raise InputError(
+            f"diagnose: batch {index} has features of widths {now} and the first one had {dict(widths)}; widths must not "
+            "change (pad or pool sequences)"
+        )
+    return found
+
+
+def check_rows(adapter: Adapter, features: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Change one row and see that the logits of the others stay."""
+    if len(logits) < 2:
+        return
+    changed = {name: x.clone() for name, x in features.items()}
+    for x in changed.values():
+        x[0] = 1.5 * x[0] + 1
+    with torch.no_grad():
+        before, after = adapter.fuse(features), adapter.fuse(changed)
+    # Another kernel may serve another batch, so a difference in the last digits is no dependence.
+    tolerance = 1e-4 * float(before.abs().max()) + 1e-12
+    if not bool((after[1:] - before[1:]).abs().max() <= tolerance):
+        raise InputError(
+            "diagnose: after only row 0 of a batch was changed, the logits of other rows moved (batch statistics, dropout, "
+            "attention across the batch), so there is no Jacobian per sample; call model.eval()"
+        )
+
+
+def fingerprint_of(features: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the features of a batch."""
+    digest = hashlib.sha256()
+    for name, x in features.items():
+        digest.update(f"{name} {list(x.shape)}".encode())
+        digest.update(x.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

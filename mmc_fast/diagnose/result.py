@@ -1,0 +1,246 @@
+"""``Diagnosis``: every number with its uncertainty, the settings behind it, and what can be done with them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmc_fast import __version__
+from mmc_fast._util.atomic import write_file
+from mmc_fast.errors import InputError
+
+from .verdict import ModalityVerdict, overall
+
+__all__ = ["SCHEMA_VERSION", "Diagnosis", "DiagnosisComparison", "Measure", "plain"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value (None: not defined here), its standard error and its interval over samples (None: fixed by the weights)."""
+
+    value: float | None
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "–"
+        return f"{self.value:.3g}" if self.low is None else f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`mmc_fast.diagnose` found.
+
+    Attributes:
+        modalities: name -> width of its features. samples: N. metric: of the scores ("accuracy", "auroc", or None).
+        measures: name -> :class:`Measure`; ``docs/diagnose.md`` lists the names.
+        arrays: what is no single number: block energies, spectra, neuron shares, scores of coalitions.
+        verdicts: one per modality. notes: what could not be measured, and why.
+        settings: groups, resamples, level, seed, tolerances and how the AGOP was summed.
+    """
+
+    modalities: dict[str, int]
+    samples: int
+    metric: str | None
+    measures: dict[str, Measure]
+    arrays: dict[str, Any]
+    verdicts: list[ModalityVerdict]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    version: str = __version__
+
+    def __getitem__(self, name: str) -> Measure:
+        if name not in self.measures:
+            raise KeyError(f"no measure {name!r} here; there are: {', '.join(self.measures)}")
+        return self.measures[name]
+
+    def value(self, name: str) -> float | None:
+        """The value of a measure; None where it was not measured or is not defined."""
+        return self.measures[name].value if name in self.measures else None
+
+    def with_measures(self, measures: Mapping[str, Measure]) -> Diagnosis:
+        """A copy with further measures, such as ``"prefix_gap.audio"`` or ``"denoising_r2"``, which need a second model."""
+        return replace(self, measures=self.measures | dict(measures))
+
+    def summary(self) -> str:
+        """The verdict in plain words with its evidence."""
+        lines = [overall(self.verdicts, self.value("neuron_entropy"), self.settings["thresholds"])]
+        lines += [verdict.sentence(self.metric) for verdict in self.verdicts]
+        return "\n".join([*lines, *self.notes])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text with a schema version; also written to ``path`` in one step where one is given."""
+        values = {"schema_version": SCHEMA_VERSION, "kind": "diagnosis"} | asdict(self)
+        text = json.dumps(plain(values), indent=1, allow_nan=False)
+        if path is not None:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+
+            def write(temporary: Path) -> None:
+                temporary.write_text(text + "\n", encoding="utf-8")
+
+            write_file(target, write)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Diagnosis:
+        """The inverse of :meth:`to_json`: JSON text, or the path of a file with it.
+
+        Raises InputError for anything else and for another schema version.
+        """
+        try:
+            text = (
+                source
+                if isinstance(source, str) and source.lstrip().startswith("{")
+                else Path(source).read_text("utf-8")
+            )
+            values = json.loads(text)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"{str(source)[:80]!r} cannot be read as a diagnosis: {reason}") from None
+        if not isinstance(values, dict) or values.get("kind") != "diagnosis":
+            raise InputError(f"{str(source)[:80]!r} is no diagnosis; give what Diagnosis.to_json() wrote")
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"the diagnosis has schema version {values.get('schema_version')}; this release reads {SCHEMA_VERSION}"
+            )
+        values = {key: value for key, value in values.items() if key not in ("schema_version", "kind")}
+        try:
+            measures = {name: Measure(**m) for name, m in values["measures"].items()}
+            verdicts = [ModalityVerdict(**v) for v in values["verdicts"]]
+            return cls(**(values | {"measures": measures, "verdicts": verdicts}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{str(source)[:80]!r} is no whole diagnosis ({type(error).__name__}: {error}); write it anew by to_json()"
+            ) from None
+
+    def compare(self, other: Diagnosis) -> DiagnosisComparison:
+        """This diagnosis minus ``other``, measure by measure (other model or other data, same modality names).
+
+        Raises InputError where the modalities have other names, TypeError where ``other`` is no diagnosis.
+        """
+        if not isinstance(other, Diagnosis):
+            raise TypeError(
+                f"compare: got {type(other).__name__}; give another Diagnosis, such as Diagnosis.from_json(path)"
+            )
+        if list(self.modalities) != list(other.modalities):
+            raise InputError(
+                f"compare: the diagnoses are of modalities {list(self.modalities)} and {list(other.modalities)}; "
+                "compare models of the same modalities"
+            )
+        return DiagnosisComparison.of(self, other)
+
+    def save_html(self, path: str | Path, other: Diagnosis | None = None) -> Path:
+        """One offline page with every panel, what each means and what it cannot show; ``other``: compared with."""
+        from .page import build_page
+
+        return build_page(self, other).save(path)
+
+    def plot_use_shares(self, ax: Any = None) -> Any:
+        """Bars: share of the head's response that comes from each modality. Returns matplotlib axes."""
+        from .plot import plot_use_shares
+
+        return plot_use_shares(self, ax)
+
+    def plot_blocks(self, ax: Any = None) -> Any:
+        """Heat map of the whitened AGOP's blocks. Returns matplotlib axes."""
+        from .plot import plot_blocks
+
+        return plot_blocks(self, ax)
+
+    def plot_spectra(self, ax: Any = None) -> Any:
+        """Spectra of the AGOP at every layer and of the fused representation. Returns matplotlib axes."""
+        from .plot import plot_spectra
+
+        return plot_spectra(self, ax)
+
+    def plot_reliance(self, ax: Any = None) -> Any:
+        """Bars: alone, without, only, per modality. Returns matplotlib axes; InputError without labels."""
+        from .plot import plot_reliance
+
+        return plot_reliance(self, ax)
+
+    def plot_shapley(self, ax: Any = None) -> Any:
+        """Bars: exact Shapley values. Returns matplotlib axes; InputError without labels."""
+        from .plot import plot_shapley
+
+        return plot_shapley(self, ax)
+
+    def plot_neurons(self, ax: Any = None) -> Any:
+        """Every neuron's modality shares, sorted. Returns matplotlib axes; InputError where there is no map."""
+        from .plot import plot_neurons
+
+        return plot_neurons(self, ax)
+
+    def plot_responses(self, ax: Any = None) -> Any:
+        """The neurons with most and least noise of another modality: activation against signal and that noise."""
+        from .plot import plot_responses
+
+        return plot_responses(self, ax)
+
+    def plot_similarity(self, ax: Any = None) -> Any:
+        """Bars: CKA of the fused representation with each modality. Returns matplotlib axes."""
+        from .plot import plot_similarity
+
+        return plot_similarity(self, ax)
+
+    def plot_ranks(self, ax: Any = None) -> Any:
+        """Bars: effective and stable rank of each layer's AGOP and of the fused representation."""
+        from .plot import plot_ranks
+
+        return plot_ranks(self, ax)
+
+
+@dataclass(frozen=True)
+class DiagnosisComparison:
+    """Measures of two diagnoses side by side: name -> (first, second, difference).
+
+    The interval of a difference takes the two as independent. On the same samples that is too wide, never too narrow as
+    long as the two rise and fall together.
+    """
+
+    rows: dict[str, tuple[Measure, Measure, Measure]]
+    changed_verdicts: dict[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, first: Diagnosis, second: Diagnosis) -> DiagnosisComparison:
+        rows = {}
+        for name, a in first.measures.items():
+            b = second.measures.get(name, Measure(None))
+            if a.value is None or b.value is None:
+                continue
+            difference = Measure(a.value - b.value)
+            if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
+                half = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+                error = math.hypot(a.error or 0.0, b.error or 0.0)
+                difference = Measure(a.value - b.value, error, a.value - b.value - half, a.value - b.value + half)
+            rows[name] = (a, b, difference)
+        kinds = {v.modality: v.kind for v in second.verdicts}
+        changed = {v.modality: (v.kind, kinds[v.modality]) for v in first.verdicts if v.kind != kinds[v.modality]}
+        return cls(rows, changed)
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.rows), default=7)
+        lines = [f"{'measure':<{width}}  {'first':>9}  {'second':>9}  difference"]
+        for name, (a, b, d) in self.rows.items():
+            star = " *" if d.low is not None and d.high is not None and (d.low > 0 or d.high < 0) else ""
+            lines.append(f"{name:<{width}}  {a.value:>9.4g}  {b.value:>9.4g}  {d}{star}")
+        lines += [f"verdict on {name}: {a} (first), {b} (second)" for name, (a, b) in self.changed_verdicts.items()]
+        return "\n".join([*lines, "* the interval of the difference excludes 0"])
+
+
+def plain(value: Any) -> Any:
+    """JSON values: NaN and infinity become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,154 @@
+"""What is measured on the sample of rows that the first pass kept: probes, controls, neurons that pass on noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmc_fast.errors import InputError
+
+from .collect import Collector, Reservoir
+from .layers import ChainSums, jacobian_rows
+from .measures import weights
+from .measures.polysemanticity import NeuronResponse, neuron_response
+from .measures.probes import fresh_discriminator
+from .measures.reliance import retrained_without, train_afresh
+from .result import Measure
+
+__all__ = ["fresh_measures", "neuron_measures", "probe_measures"]
+
+_GRADIENT_ROWS = 512
+
+
+def features_of(collector: Collector, reservoir: Reservoir | None = None) -> dict[str, Tensor]:
+    """The kept rows by modality."""
+    kept = collector.reservoir if reservoir is None else reservoir
+    return dict(zip(collector.widths, kept.columns["x"].split(list(collector.widths.values()), 1), strict=True))
+
+
+def probe_measures(
+    measures: dict[str, Measure],
+    notes: list[str],
+    collector: Collector,
+    metric: str,
+    control: bool,
+    given: Mapping[str, float],
+    seed: int,
+    training: Reservoir | None,
+) -> None:
+    """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over.
+
+    They train on the rows of ``training``, where there are such, and the diagnosed ones judge; else these do both.
+    """
+    measures |= {f"alone.{name}": Measure(float(score)) for name, score in given.items()}
+    features, labels = features_of(collector), collector.reservoir.columns["labels"]
+    judged = None
+    if training is not None:
+        judged = (features, labels)
+        features, labels = features_of(collector, training), training.columns["labels"]
+    try:
+        if control:
+            found = retrained_without(features, labels, metric=metric, seed=seed, judged=judged)
+            alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
+            named["retrained_all"] = found.all
+        else:
+            wanted = [name for name in features if name not in given]
+            alone = {
+                name: train_afresh(features, labels, [name], metric=metric, seed=seed, judged=judged) for name in wanted
+            }
+            named = {}
+    except InputError as error:
+        notes.append(f"No network was trained on single modalities: {error}.")
+        return
+    named |= {f"alone.{name}": s for name, s in alone.items() if name not in given}
+    for name, s in named.items():
+        low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
+        measures[name] = Measure(s.score, s.error, max(0.0, low), min(1.0, high))
+
+
+def fresh_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
+    """A fresh discriminator on the latents, where the adapter has some."""
+    latents = {n.removeprefix("latent."): x for n, x in reservoir.columns.items() if n.startswith("latent.")}
+    if len(latents) < 2:
+        return
+    whole = torch.stack([x.isfinite().all(1) for x in latents.values()]).all(0)
+    latents = {name: x[whole] for name, x in latents.items()}
+    if int(whole.sum()) >= 20:
+        found = fresh_discriminator(latents, seed=seed)
+        measures["fresh_discriminator.balanced_accuracy"] = Measure(found["balanced_accuracy"])
+        measures["fresh_discriminator.chance"] = Measure(found["chance"])
+
+
+def neuron_measures(measures: dict[str, Measure], arrays: dict[str, Any], collector: Collector) -> None:
+    """What the first layer's neurons pass on; with labels, how much noise of other modalities meets their signal."""
+    if not isinstance(collector.layers, ChainSums):
+        return
+    chain, columns = collector.layers, collector.reservoir.columns
+    x, weight = columns["x"], chain.weights[0]
+    if len(chain.positions) > 1:
+        some = x[:_GRADIENT_ROWS]
+        first = chain.modules[0]
+        tail = nn.Sequential(*chain.modules[1:])
+        device = next(first.parameters()).device
+        with torch.no_grad():
+            z = first(some.to(device))
+        squared = torch.zeros_like(z)
+        for row in jacobian_rows(lambda f: tail(f["z"]), {"z": z}):
+            squared += row.square()
+        shares = weights.attribution_shares(weight, some, squared.cpu(), collector.widths)
+        entropy = weights.modality_entropy(shares)
+        measures["attribution_entropy"] = Measure(float(entropy.nanmean()) if entropy.isfinite().any() else None)
+    if "labels" not in columns or len(columns["labels"].unique()) < 2 or len(collector.widths) < 2:
+        return
+    signal, noise = weights.signal_noise_shares(weight, x, columns["labels"], collector.widths)
+    home = signal.argmax(1)
+    foreign = noise.sum(1) - noise.gather(1, home[:, None])[:, 0]
+    alive = (signal + noise).sum(1) > 0
+    measures["foreign_noise"] = Measure(float(foreign[alive].mean()) if alive.any() else None)
+    if alive.any() and len(x) >= 64 and len(chain.positions) > 1:
+        with torch.no_grad():
+            device = next(chain.modules[0].parameters()).device
+            activation = chain.modules[1](chain.modules[0](x.to(device))).cpu()
+        # Neurons that answer and have some signal at all, by how much noise of others they carry.
+        spread = activation.std(0)
+        shown = alive & (signal.amax(1) > 0.02) & (spread > 0.05 * spread.max()) & (spread > 0)
+        score = torch.where(shown, foreign, torch.full_like(foreign, math.nan))
+        if score.isfinite().any():
+            most, least = int(score.nan_to_num(-1).argmax()), int(score.nan_to_num(2).argmin())
+            arrays["responses"] = [
+                _response(collector, k, activation[:, k], weight, home, noise, columns["labels"]) for k in (most, least)
+            ]
+
+
+def _response(
+    collector: Collector, k: int, activation: Tensor, weight: Tensor, home: Tensor, noise: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Response of neuron k to the signal of its home modality and to the noise of the loudest other one."""
+    names = list(collector.widths)
+    features = features_of(collector)
+    parts = dict(zip(names, weight.split(list(collector.widths.values()), 1), strict=True))
+    own = names[int(home[k])]
+    others = noise[k].clone()
+    others[int(home[k])] = -1
+    foreign = names[int(others.argmax())]
+    means = {}
+    for name in (own, foreign):
+        x = features[name].double()
+        mean = torch.zeros_like(x)
+        for label in labels.unique():
+            mean[labels == label] = x[labels == label].mean(0)
+        means[name] = (mean, x - mean)
+    # The direction between classes that the neuron reads, in the features themselves: class means alone are few values.
+    signal, reading = means[own][0], parts[own][k].double()
+    predictive = features[own].double() @ (signal.t() @ (signal @ reading))
+    noisy = means[foreign][1] @ parts[foreign][k].double()
+    found: NeuronResponse = neuron_response(activation.double(), predictive, noisy, bins=9)
+    return {
+        "neuron": k, "signal of": own, "noise of": foreign, "centres": list(found.centres),
+        "predictive": list(found.predictive), "noisy": list(found.noisy), "overlap": found.overlap,
+        "entangled": found.entangled,
+    }  # fmt: skip

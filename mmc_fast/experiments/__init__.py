@@ -1,0 +1,1 @@
+"""Everything that trains: data sets, training loop, methods, comparison, the paper's tables, reports."""

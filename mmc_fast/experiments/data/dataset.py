@@ -1,0 +1,258 @@
+"""The one shape in which every data set reaches models: named feature matrices, presence, labels, split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc_fast._util.names import unknown
+from mmc_fast.errors import InputError
+
+__all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part"]
+
+PARTS = ("train", "validation", "test")
+METRICS = ("accuracy", "auroc")
+_CHECKED = 1 << 22  # values that are checked at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of one part (train, validation or test), in the order of the data set.
+
+    ``features[i]`` float32 [N, d_i], ``present`` bool [N, m], ``labels`` int64 [N], ``index`` int64 [N] = the rows
+    in the data set that they come from. ``streamed``: the features lie in a file that is mapped into memory; read them
+    batch by batch.
+    """
+
+    features: list[Tensor]
+    present: Tensor
+    labels: Tensor
+    index: Tensor
+    streamed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor) -> Part:
+        """The given rows (int64 positions, repeats allowed, or a bool mask [N]) as a new part."""
+        return Part([x[rows] for x in self.features], self.present[rows], self.labels[rows], self.index[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class MultimodalDataset:
+    """N samples seen through m named modalities, with natural presence, labels and a fixed split.
+
+    Column i of ``present`` belongs to the i-th entry of ``features``. Where ``present[n, i]`` is False, row n of that
+    feature matrix holds zeros; ``present`` is the authority, never a value. The object is checked when it is made:
+    one that exists has finite features, labels in range, three parts that are not empty, every class and every
+    modality in train, at least one modality in every training row, and no id in two parts. ``streamed``: the features
+    lie in a file that is mapped into memory, and each part is a run of rows.
+
+    Raises :class:`~mmc_fast.errors.InputError` with one line that names the first thing that is wrong.
+    """
+
+    name: str
+    features: dict[str, Tensor]
+    present: Tensor
+    labels: Tensor
+    split: Tensor
+    num_classes: int
+    metric: str
+    feature_names: dict[str, list[str]]
+    ids: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    streamed: bool = False
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        _check_labels(self)
+        _check_split(self)
+        _check_presence(self)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names in column order."""
+        return list(self.features)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Width of each modality, in column order."""
+        return {name: x.shape[1] for name, x in self.features.items()}
+
+    def part(self, name: str) -> Part:
+        """The rows of ``"train"``, ``"validation"`` or ``"test"``."""
+        if name not in PARTS:
+            raise unknown("part", name, PARTS)
+        rows = torch.nonzero(self.split == PARTS.index(name)).flatten()
+        if self.streamed:
+            run = slice(int(rows[0]), int(rows[-1]) + 1)
+            features = [x[run] for x in self.features.values()]
+            return Part(features, self.present[run], self.labels[run], rows, streamed=True)
+        return Part([x[rows] for x in self.features.values()], self.present[rows], self.labels[rows], rows)
+
+    def keep(self, modalities: Sequence[str]) -> MultimodalDataset:
+        """The data set with these modalities only, in the order of the data set.
+
+        Training rows with none of them present are dropped, since nothing can be learned from them; validation and
+        test rows stay, so that scores of different selections compare on the same rows.
+        """
+        wanted = check_selection(modalities, self.modalities)
+        columns = [self.modalities.index(name) for name in wanted]
+        present = self.present[:, columns]
+        rows = torch.nonzero(present.any(1) | (self.split != 0)).flatten()
+        return replace(
+            self,
+            features={name: self._rows(self.features[name], rows) for name in wanted},
+            present=present[rows],
+            labels=self.labels[rows],
+            split=self.split[rows],
+            feature_names={name: self.feature_names[name] for name in wanted},
+            ids=None if self.ids is None else self.ids[rows],
+        )
+
+    def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        if not self.streamed:
+            return x[rows]
+        if len(rows) < len(x):
+            raise InputError(
+                f"{self.name}: the selection drops rows of features that are mapped into memory; "
+                "load the file with modalities=... instead"
+            )
+        return x
+
+
+def check_selection(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """``wanted`` in the order of ``known``; raises InputError where it is empty, repeats or names a stranger."""
+    if isinstance(wanted, str):
+        raise TypeError(f"modalities must be a list of names, got the string {wanted!r}")
+    for name in wanted:
+        if name not in known:
+            raise unknown("modality", name, known)
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise InputError(
+            f"The selection of modalities {list(wanted)} is empty or names one twice. Allowed: {', '.join(known)}."
+        )
+    return [name for name in known if name in wanted]
+
+
+def _tensor(data: MultimodalDataset, what: str, x: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise unless ``x`` is a tensor of this dtype and shape (-1 = any length)."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{data.name}: {what} must be a tensor, got {type(x).__name__}.")
+    fits = x.dim() == len(shape) and all(want in (-1, got) for want, got in zip(shape, x.shape, strict=True))
+    if x.dtype != dtype or not fits:
+        wanted = ", ".join("any" if n < 0 else str(n) for n in shape)
+        raise InputError(
+            f"{data.name}: {what} must be {str(dtype)[6:]} of shape [{wanted}], got {str(x.dtype)[6:]} {list(x.shape)}."
+        )
+
+
+def _check_shapes(data: MultimodalDataset) -> None:
+    if not data.features:
+        raise InputError(f"{data.name}: no modality; at least one is needed.")
+    _tensor(data, "labels", data.labels, torch.int64, (-1,))
+    n, m = len(data.labels), len(data.features)
+    _tensor(data, "split", data.split, torch.uint8, (n,))
+    _tensor(data, "present", data.present, torch.bool, (n, m))
+    if data.ids is not None:
+        _tensor(data, "ids", data.ids, torch.int64, (n,))
+    for name, x in data.features.items():
+        _tensor(data, f"modality {name!r}", x, torch.float32, (n, -1))
+        if x.shape[1] == 0:
+            raise InputError(f"{data.name}: modality {name!r} has no feature; drop it or give it columns.")
+        if not all(bool(torch.isfinite(piece).all()) for piece in x.split(max(1, _CHECKED // x.shape[1]))):
+            raise InputError(
+                f"{data.name}: modality {name!r} holds NaN or infinite values; choose a NaN policy when loading, "
+                "and hold zeros where a modality is absent."
+            )
+        names = data.feature_names.get(name)
+        if names is None or len(names) != x.shape[1]:
+            got = "none" if names is None else str(len(names))
+            raise InputError(f"{data.name}: modality {name!r} has {x.shape[1]} features and {got} feature names.")
+
+
+def _check_labels(data: MultimodalDataset) -> None:
+    if data.metric not in METRICS:
+        raise unknown("metric", data.metric, METRICS)
+    if len(data.labels) and len(torch.unique(data.labels)) < 2:
+        raise InputError(f"{data.name}: the labels hold a single class; a classifier needs at least 2.")
+    if data.num_classes < 2:
+        raise InputError(f"{data.name}: num_classes is {data.num_classes}; a classifier needs at least 2.")
+    if data.num_classes > len(data.labels):
+        raise InputError(
+            f"{data.name}: {data.num_classes} classes for {len(data.labels)} rows; number the classes 0, 1, 2, ..."
+        )
+    if data.metric == "auroc" and data.num_classes != 2:
+        raise InputError(
+            f"{data.name}: metric 'auroc' is for 2 classes and there are {data.num_classes}; use 'accuracy'."
+        )
+    bad = (data.labels < 0) | (data.labels >= data.num_classes)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise InputError(
+            f"{data.name}: label {int(data.labels[row])} in row {row} is out of range; "
+            f"allowed are 0 to {data.num_classes - 1} (num_classes = {data.num_classes})."
+        )
+
+
+def _check_split(data: MultimodalDataset) -> None:
+    if (data.split > 2).any():
+        row = int((data.split > 2).nonzero()[0])
+        raise InputError(
+            f"{data.name}: split code {int(data.split[row])} in row {row} is unknown; "
+            "allowed are 0 train, 1 validation, 2 test."
+        )
+    for code, part in enumerate(PARTS):
+        rows = data.split == code
+        if not rows.any():
+            raise InputError(
+                f"{data.name}: the {part} part is empty; give it rows (split = {code}) or let the split be drawn."
+            )
+        counts = torch.bincount(data.labels[rows], minlength=data.num_classes)
+        if part == "train" or data.metric == "auroc":
+            missing = (counts == 0).nonzero().flatten().tolist()
+            if missing:
+                reason = "can never be learned" if part == "train" else "leaves the AUC undefined"
+                raise InputError(
+                    f"{data.name}: class {missing[0]} has no row in the {part} part, so it {reason}; "
+                    "change the split or renumber the labels without it."
+                )
+    if data.streamed and bool((data.split[1:] < data.split[:-1]).any()):
+        raise InputError(f"{data.name}: the rows of streamed data must be in the order train, validation, test.")
+    if data.ids is not None:
+        _check_ids(data, data.ids)
+
+
+def _check_ids(data: MultimodalDataset, ids: Tensor) -> None:
+    """No id may be in two parts: the score would be that of a memory of the patient."""
+    pairs = torch.unique(torch.stack([ids, data.split.long()], 1), dim=0)
+    unique, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    shared = unique[counts > 1]
+    if len(shared):
+        codes = pairs[pairs[:, 0] == shared[0], 1].tolist()
+        raise InputError(
+            f"{data.name}: {len(shared)} id(s) are in more than one part (the first is {int(shared[0])}, in "
+            f"{' and '.join(PARTS[c] for c in codes)}); give all rows of an id to one part."
+        )
+
+
+def _check_presence(data: MultimodalDataset) -> None:
+    train = data.split == 0
+    for i, name in enumerate(data.features):
+        if not data.present[train, i].any():
+            raise InputError(
+                f"{data.name}: modality {name!r} is absent in every training row; leave it out or add rows with it."
+            )
+    empty = train & ~data.present.any(1)
+    if empty.any():
+        raise InputError(
+            f"{data.name}: {int(empty.sum())} training row(s) have no modality present (the first is row "
+            f"{int(empty.nonzero()[0])}); drop them."
+        )

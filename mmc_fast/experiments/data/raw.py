@@ -1,0 +1,181 @@
+"""From arrays as a file holds them to a checked, standardised data set: one path for every source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmc_fast._util.names import choose
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.data.dataset import MultimodalDataset
+from mmc_fast.experiments.data.scaler import NAN_POLICIES, ViewScaler
+from mmc_fast.experiments.data.scratch import Scratch
+
+__all__ = ["RawDataset", "build"]
+
+_CHUNK = 8192  # rows looked at together
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, eq=False)
+class RawDataset:
+    """What a source gives: values not scaled, NaN = not measured, any shape [N, ...] per view.
+
+    ``present`` holds bool [N] for the views that state it. For another view a row with nothing measured (all NaN) is
+    absent. ``nan_policy`` is the default of this source.
+    """
+
+    name: str
+    views: dict[str, np.ndarray]
+    labels: np.ndarray
+    split: np.ndarray
+    num_classes: int
+    metric: str
+    names: dict[str, list[str]] = field(default_factory=dict)
+    present: dict[str, np.ndarray] = field(default_factory=dict)
+    ids: np.ndarray | None = None
+    nan_policy: str = "error"
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def build(
+    raw: RawDataset,
+    *,
+    nan_policy: str | None = None,
+    standardise: bool = True,
+    drop_empty: bool = False,
+    scratch: Scratch | None = None,
+) -> MultimodalDataset:
+    """The data set of ``raw``: absence found, NaN handled by the policy, standardised with train statistics.
+
+    ``nan_policy``: ``"error"``, ``"mean"`` (train mean) or ``"indicator"`` (train mean, and a 0/1 measured column for
+    every feature that has a NaN in train); None = the default of the source. ``drop_empty``: leave out training rows
+    with nothing present, for a selection of modalities; without it they are an error. Views that are mapped are worked
+    on in pieces, and their result is mapped by ``scratch``. Raises :class:`~mmc_fast.errors.InputError`.
+    """
+    policy = choose("nan_policy", raw.nan_policy if nan_policy is None else nan_policy, NAN_POLICIES)
+    train = raw.split == 0
+    flat = {view: values.reshape(len(values), -1) for view, values in raw.views.items()}
+    present = _presence(raw, flat)
+    presence = np.stack([present[view] for view in flat], 1)
+    rows = presence.any(1) | ~train if drop_empty else np.ones(len(train), bool)
+    streamed = scratch is not None and any(isinstance(values, np.memmap) for values in raw.views.values())
+    # A part of mapped data must be a run of rows, since picking rows would copy them into memory.
+    order = np.argsort(np.where(rows, raw.split, 3), kind="stable")[: int(rows.sum())] if streamed else None
+    features, names = {}, {}
+    notes: dict[str, Any] = {"never_measured": {}, "constant": {}, "indicators": {}, "absent": {}}
+    for view, x in flat.items():
+        own = raw.names.get(view) or [f"{view}_{j}" for j in range(x.shape[1])]
+        here = present[view]
+        chunk = _CHUNK if scratch is None else scratch.rows(x.shape[1])
+        _check_values(raw.name, view, x, here, own, policy, chunk)
+        scaler = ViewScaler.fit(
+            x,
+            here & train,
+            indicator=policy == "indicator",
+            standardise=standardise,
+            chunk=chunk if streamed else _CHUNK,
+        )
+        if order is None or scratch is None:
+            scaled = scaler.apply(x, here)
+            scaled = scaled if rows.all() else scaled[rows]
+        else:
+            place = np.full(len(x), -1)
+            place[order] = np.arange(len(order))
+            mapped = scratch.empty((len(order), scaler.width(x.shape[1])), np.float32)
+            scaled = scaler.apply(x, here, out=mapped, place=place, chunk=chunk)
+        _check_scaled(raw.name, view, scaled, own, np.flatnonzero(rows) if order is None else order, chunk)
+        features[view] = scaled
+        names[view] = own + [f"{own[j]} measured" for j in scaler.indicated]
+        for key, found in (
+            ("never_measured", [own[j] for j in scaler.never]),
+            ("constant", len(scaler.constant)),
+            ("indicators", len(scaler.indicated)),
+            ("absent", round(float(1 - here.mean()), 6) if len(here) else 0.0),
+        ):
+            if found:
+                notes[key][view] = found
+    if not rows.all():
+        notes["dropped_rows"] = int((~rows).sum())
+    kept = rows if order is None else order
+    return MultimodalDataset(
+        name=raw.name,
+        features={view: torch.from_numpy(x) for view, x in features.items()},
+        present=torch.from_numpy(presence[kept]),
+        labels=torch.from_numpy(raw.labels[kept].astype(np.int64)),
+        split=torch.from_numpy(raw.split[kept].astype(np.uint8)),
+        num_classes=raw.num_classes,
+        metric=raw.metric,
+        feature_names=names,
+        ids=None if raw.ids is None else torch.from_numpy(raw.ids[kept].astype(np.int64)),
+        info={**raw.info, "nan_policy": policy, "standardised": standardise, **notes},
+        streamed=streamed,
+    )
+
+
+def _pieces(x: np.ndarray, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(x), chunk):
+        yield start, x[start : start + chunk]
+
+
+def _presence(raw: RawDataset, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {view: raw.present[view] if view in raw.present else ~_all_nan(x) for view, x in flat.items()}
+
+
+def _all_nan(x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind != "f" or not x.shape[1] or not len(x):
+        return np.zeros(len(x), bool)
+    # The first column tells which rows are worth a look.
+    found = np.isnan(x[:, 0])
+    candidates = np.flatnonzero(found)
+    for start in range(0, len(candidates), _CHUNK):
+        some = candidates[start : start + _CHUNK]
+        found[some] = np.isnan(x[some]).all(1)
+    return found
+
+
+def _check_scaled(dataset: str, view: str, scaled: np.ndarray, names: list[str], rows: np.ndarray, chunk: int) -> None:
+    for start, piece in _pieces(scaled, chunk):
+        bad = ~np.isfinite(piece)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise InputError(
+                f"{dataset}: modality {view!r}, feature {names[column]!r}, row {rows[start + row]}: the value is too far "
+                "from the training rows for float32 after standardising; clip or rescale the feature."
+            )
+
+
+def _check_values(
+    dataset: str, view: str, x: np.ndarray, here: np.ndarray, names: list[str], policy: str, chunk: int
+) -> None:
+    """Raise on infinities, on values beyond float32, and on NaN where the policy forbids it; absent rows aside."""
+    if x.dtype.kind != "f":
+        return
+    gaps, first = 0, (0, 0)
+    for start, piece in _pieces(x, chunk):
+        known = here[start : start + chunk, None]
+        too_large = np.isinf(piece)
+        if x.dtype.itemsize > 4:
+            with np.errstate(invalid="ignore"):
+                too_large |= np.abs(piece) > _LARGEST
+        too_large &= known
+        if too_large.any():
+            row, column = np.argwhere(too_large)[0]
+            raise InputError(
+                f"{dataset}: modality {view!r} holds {piece[row, column]} in row {start + row}, feature "
+                f"{names[column]!r}; values must be finite and fit into float32. Use NaN for 'not measured'."
+            )
+        missing = np.isnan(piece) & known
+        if policy == "error" and missing.any():
+            row, column = np.argwhere(missing)[0]
+            first = first if gaps else (start + int(row), int(column))
+            gaps += int(missing.any(1).sum())
+    if gaps:
+        raise InputError(
+            f"{dataset}: modality {view!r} has NaN in {gaps} row(s), the first in row {first[0]}, feature "
+            f"{names[first[1]]!r}. Fill them, or choose nan_policy 'mean' or 'indicator'."
+        )

@@ -1,0 +1,101 @@
+"""Names of the data sets, what each is, and the one function that loads any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mmc_fast._util.names import choose, nearest
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.data.benchmark_sets import ENTRIES as BENCHMARK
+from mmc_fast.experiments.data.dataset import MultimodalDataset
+from mmc_fast.experiments.data.embedded_sets import ENTRIES as EMBEDDED
+from mmc_fast.experiments.data.files import find
+from mmc_fast.experiments.data.info import DatasetInfo, Entry
+from mmc_fast.experiments.data.npz import read_npz
+from mmc_fast.experiments.data.raw import RawDataset, build
+from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
+
+__all__ = ["available", "load"]
+
+_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in (*EMBEDDED, *BENCHMARK)}
+
+
+def available() -> list[DatasetInfo]:
+    """Every data set of the registry; ``found`` says which can be loaded here."""
+    return [replace(info, found=find(info.name) is not None) for info, _ in _ENTRIES.values()]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    task: str | None = None,
+    variant: str | None = None,
+    nan_policy: str | None = None,
+    standardise: bool = True,
+    modalities: Sequence[str] | None = None,
+    split_seed: int | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | Path | None = None,
+) -> MultimodalDataset:
+    """A data set of the registry by name, or a user's own npz file by path.
+
+    Args:
+        name_or_path: a name of :func:`available`, or a path (a ``Path``, or text that ends in ``.npz`` or has a
+            folder in it) to a file in the layout of docs/data.md.
+        task: which labels; None = the first of the registry, or ``y`` of the file.
+        variant: which form of the set, for sets that have several.
+        nan_policy: ``"error"``, ``"mean"`` or ``"indicator"``; None = the default of the source (``"error"`` for
+            files, ``"indicator"`` for the clinical sets).
+        standardise: zero mean and unit variance over the present training rows.
+        modalities: load these only; training rows with none of them are dropped.
+        split_seed: for a file without ``split``: draw a stratified 60/10/30 split with this seed.
+        memory_budget: for a file: bytes (or ``"2GB"``) that its features may take in memory. Larger ones are
+            standardised piece by piece into a file that is mapped into memory; the rows are then in the order train,
+            validation, test.
+        scratch: folder of that file, on a disk with room for the features; None = the system's temporary folder.
+
+    Returns:
+        A checked :class:`~mmc_fast.experiments.data.MultimodalDataset`.
+
+    Raises:
+        InputError: an unknown name, task or variant, a missing file, or data that cannot be used; one line.
+    """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
+    room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
+    if scratch is not None and room is None:
+        raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
+    if isinstance(name_or_path, Path) or _is_path(name_or_path):
+        if variant is not None:
+            raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
+        raw = read_npz(name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room)
+    else:
+        if room is not None:
+            raise InputError(f"{name_or_path}: memory_budget is for npz files; this set is small, leave it out.")
+        if split_seed is not None:
+            raise InputError(f"{name_or_path}: the set has a fixed split; leave split_seed out.")
+        raw = _load_registered(name_or_path, task, variant, modalities)
+    return build(raw, nan_policy=nan_policy, standardise=standardise, drop_empty=modalities is not None, scratch=room)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".npz", ".npy")) or "/" in name or "\\" in name
+
+
+def _load_registered(name: str, task: str | None, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
+    if name not in _ENTRIES:
+        guess = nearest(name, _ENTRIES)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise InputError(
+            f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file."
+        )
+    info, loader = _ENTRIES[name]
+    task = choose(f"task of {name}", task, info.tasks)
+    if variant is not None and not info.variants:
+        raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
+    variant = choose(f"variant of {name}", variant, info.variants) if info.variants else None
+    raw = loader(task, variant, modalities)
+    origin = {"task": task, "variant": variant, "source": info.source, "licence": info.licence}
+    return replace(raw, name=name, metric=info.metric, info={**raw.info, **origin, "split": "fixed"})

@@ -1,0 +1,145 @@
+"""``Method``: what a system of the comparison is, and ``Fitted``: what training it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc_fast.errors import InputError
+
+from ..data import MultimodalDataset
+from ..training import Progress, TrainConfig
+
+__all__ = ["BATCH_ROWS", "CANDIDATES", "Fitted", "Method", "Task", "merged"]
+
+CANDIDATES = 4  # settings in every declared search: the same budget for all
+BATCH_ROWS = 256  # rows that a method whose prediction depends on its batch is evaluated on together
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training: data, every setting of the loop, the method's own options, the seed."""
+
+    dataset: MultimodalDataset
+    config: TrainConfig
+    options: Settings
+    seed: int
+    progress: Progress | None = None
+
+
+@dataclass
+class Fitted:
+    """A trained method.
+
+    ``answer(features, present)``: class probabilities of rows with at least one modality. ``prior`` ``[C]`` answers for
+    the others. ``batch_rows``: rows that are answered together, None where the answer does not depend on it.
+    ``record``: plain facts about the training (validation score, selected epoch, ...).
+    """
+
+    answer: Callable[[Sequence[Tensor], Tensor], Tensor]
+    prior: Tensor
+    batch_rows: int | None
+    record: dict[str, Any]
+
+    def predict(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
+        """Class probabilities ``[N, C]`` for features ``[N, d_i]`` and presence bool ``[N, m]``.
+
+        Values of an absent modality are never read. Rows with nothing present get the class shares of the train part.
+        """
+        rows = present.any(1).nonzero().flatten()
+        result = self.prior.expand(len(present), -1).clone()
+        size = self.batch_rows or max(1, len(rows))
+        for some in rows.split(size):
+            if len(some):
+                result[some] = self.answer([x[some] for x in features], present[some])
+        return result
+
+
+@dataclass(frozen=True)
+class Method:
+    """A system of the comparison as a plug-in of the standard loop.
+
+    Attributes:
+        name, title, source: key, name in tables, and where it was published.
+        fitter: trains it.
+        search: the declared settings that are tried on the validation part, the default first; each is a mapping of
+            ``TrainConfig`` fields, with the method's own under "options".
+        fixed: settings of every candidate.
+        batch_dependent: its prediction for a row depends on the other rows of the batch.
+        peer: a re-implementation of somebody else's method; its row has to pass the gate.
+    """
+
+    name: str
+    title: str
+    source: str
+    fitter: Callable[[Task], Fitted]
+    search: tuple[Settings, ...]
+    fixed: Settings = field(default_factory=dict)
+    batch_dependent: bool = False
+    peer: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.search) != CANDIDATES:
+            raise InputError(f"method {self.name}: {len(self.search)} candidates; every method declares {CANDIDATES}")
+
+    def resolve(
+        self, settings: Settings | None = None, budget: TrainConfig | None = None
+    ) -> tuple[TrainConfig, dict[str, Any]]:
+        """Every setting of a training, and the method's own options: budget, then ``fixed``, then ``settings``.
+
+        ``settings=None`` takes the first candidate. Raises InputError for settings that do not exist.
+        """
+        values = merged(
+            (budget or TrainConfig()).to_dict(), self.fixed, self.search[0] if settings is None else settings
+        )
+        options = values.pop("options", {})
+        del values["method"]
+        known = {name for s in (self.fixed, *self.search) for name in s.get("options", {})}
+        for name in options:
+            if name not in known:
+                raise InputError(
+                    f"method {self.name}: option {name!r} does not exist; allowed are {', '.join(sorted(known)) or 'none'}"
+                )
+        return TrainConfig.from_dict(values), options
+
+    def fit(
+        self,
+        dataset: MultimodalDataset,
+        settings: Settings | None = None,
+        seed: int = 0,
+        *,
+        budget: TrainConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Fitted:
+        """Train on the train part, select the epoch on the validation part; the test part is not read.
+
+        Raises what :func:`mmc_fast.experiments.training.train` raises.
+        """
+        config, options = self.resolve(settings, budget)
+        return self.fitter(Task(dataset, config, options, seed, progress))
+
+    def with_settings(self, name: str, title: str, fixed: Settings) -> Method:
+        """The same method with more fixed settings, under a name of its own."""
+        return replace(self, name=name, title=title, fixed=merged(self.fixed, fixed))
+
+
+def merged(*tables: Settings) -> dict[str, Any]:
+    """Tables on top of each other, nested ones too; the arguments stay as they are."""
+    result: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            before = result.get(key)
+            both = isinstance(value, Mapping) and isinstance(before, Mapping)
+            result[key] = merged(before, value) if both else merged(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
+    return result
+
+
+def class_prior(dataset: MultimodalDataset) -> Tensor:
+    """Class shares of the train part ``[C]``."""
+    counts = torch.bincount(dataset.part("train").labels, minlength=dataset.num_classes)
+    return counts / counts.sum()

@@ -1,0 +1,234 @@
+"""Scores of a finished model on one part: complete data, missing rates, reliance on single modalities."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc_fast._util.names import unknown
+from mmc_fast._util.seeds import generator
+from mmc_fast.errors import InputError
+
+from ..data import MultimodalDataset, Part, mcar
+from ..data.dataset import PARTS
+from .metrics import scores
+from .model import MultimodalModel
+from .parts import row_pieces
+from .substitution import source_for
+from .unimodal import UnimodalModels
+
+__all__ = ["RATES", "Predictions", "check_fits", "evaluate", "hidden_column", "masks_at", "measure", "predict"]
+
+RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
+_BATCH = 4096  # rows at a time, fewer where they are wider than 1024
+_VALUES = _BATCH * 1024
+
+
+@torch.no_grad()
+def predict(
+    model: MultimodalModel,
+    features: Sequence[Tensor],
+    present: Tensor,
+    *,
+    on_empty: str = "error",
+) -> Tensor:
+    """Class probabilities ``[N, C]`` on the CPU; absent modalities are substituted by the model's rule.
+
+    Args:
+        features: one ``[N, d_i]`` per modality. present: bool ``[N, m]``; absent rows are never read.
+        on_empty: for rows with nothing present: "error", or "prior" to answer with the class shares of the train part.
+
+    Raises:
+        InputError: rows with nothing present under ``on_empty="error"``, or an unknown ``on_empty``.
+    """
+    if on_empty not in ("error", "prior"):
+        raise unknown("on_empty", on_empty, ("error", "prior"))
+    empty = ~present.any(1)
+    if on_empty == "error" and empty.any():
+        raise InputError(
+            f"{int(empty.sum())} of {len(empty)} rows have no modality present (the first is row "
+            f"{int(empty.nonzero()[0])}); drop them or ask for on_empty='prior'"
+        )
+    was_training = model.training
+    model.eval()
+    device = model.class_prior.device
+    out = []
+    size = max(1, min(_BATCH, _VALUES // max(x.shape[1] for x in features)))
+    for start in range(0, len(present), size):
+        rows = slice(start, start + size)
+        here: Tensor | None = present[rows].to(device)
+        source = None
+        if here is not None and bool(here.all()):
+            here = None
+        elif here is not None:
+            source = source_for(model, here)
+        logits = model([x[rows].to(device) for x in features], here, source).logits
+        out.append(torch.softmax(logits, -1).cpu())
+    model.train(was_training)
+    probabilities = torch.cat(out) if out else torch.zeros(0, model.num_classes)
+    return torch.where(empty[:, None], model.class_prior.cpu(), probabilities)
+
+
+def masks_at(
+    present: Tensor, rate: float, seed: int, part: str, column: int | None = None
+) -> tuple[Tensor, list[float]]:
+    """Presence at an MCAR missing rate, and the realised rates; a function of the arguments only.
+
+    ``column``: the one modality that is hidden; None: each, independently.
+    """
+    nominal = rate if column is None else [rate if i == column else 0.0 for i in range(present.shape[1])]
+    drawn = mcar(present, nominal, generator(seed, "missing", part, repr(float(rate))))
+    return drawn.present, drawn.realised
+
+
+def hidden_column(dataset: MultimodalDataset, modality: str | None) -> int | None:
+    """Column of the modality that missing rates hide; None for each. Raises InputError for an unknown name."""
+    if modality is None:
+        return None
+    if modality not in dataset.modalities:
+        raise unknown("rates_modality", modality, dataset.modalities)
+    return dataset.modalities.index(modality)
+
+
+@dataclass
+class Predictions:
+    """Per-sample outputs behind the scores: class probabilities ``[N, C]`` by condition, labels, data set rows."""
+
+    part: str
+    labels: Tensor
+    index: Tensor
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+
+def evaluate(
+    model: MultimodalModel,
+    dataset: MultimodalDataset,
+    *,
+    part: str = "test",
+    rates: Sequence[float] = RATES,
+    seed: int = 0,
+    unimodal: UnimodalModels | None = None,
+    reliance: bool = True,
+    on_empty: str = "error",
+    rates_modality: str | None = None,
+) -> dict[str, Any]:
+    """Score ``model`` on one part of ``dataset``.
+
+    Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
+    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "alone": its unimodal model on the
+    rows that have it, None without ``unimodal``; "without": this modality held at its mean over the train part; "only":
+    all others held there); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
+    part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
+    hide; None: each, independently.
+
+    Raises:
+        InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.
+    """
+    return measure(
+        model,
+        dataset,
+        part=part,
+        rates=rates,
+        seed=seed,
+        unimodal=unimodal,
+        reliance=reliance,
+        on_empty=on_empty,
+        rates_modality=rates_modality,
+    )[0]
+
+
+def measure(
+    model: MultimodalModel,
+    dataset: MultimodalDataset,
+    *,
+    part: str,
+    rates: Sequence[float],
+    seed: int,
+    unimodal: UnimodalModels | None,
+    reliance: bool,
+    on_empty: str,
+    rates_modality: str | None = None,
+) -> tuple[dict[str, Any], Predictions]:
+    """:func:`evaluate` together with the predictions behind its scores."""
+    if part not in PARTS:
+        raise unknown("part", part, PARTS)
+    check_fits(model, dataset)
+    rows = dataset.part(part)
+    metric = dataset.metric
+    found = Predictions(part, rows.labels, rows.index)
+
+    def judge(name: str, features: Sequence[Tensor], present: Tensor) -> dict[str, float]:
+        probabilities = predict(model, features, present, on_empty=on_empty)
+        found.probabilities[name] = probabilities
+        return scores(probabilities, rows.labels, metric)
+
+    complete = judge("complete", rows.features, rows.present)
+    result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
+    if "auprc" in complete:
+        result["complete_auprc"] = complete["auprc"]
+    missing: list[dict[str, Any]] = []
+    column = hidden_column(dataset, rates_modality)
+    for rate in rates:
+        present, realised = masks_at(rows.present, rate, seed, part, column)
+        missing.append({"rate": float(rate), "realised": realised} | judge(f"missing_{rate:g}", rows.features, present))
+    result["missing"] = missing
+    result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None
+    if reliance:
+        result["reliance"] = _reliance(dataset, rows, judge, unimodal, found)
+    return result, found
+
+
+def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
+    train = dataset.part("train")
+    means = [_mean(train, i).expand_as(rows.features[i]) for i in range(len(train.features))]
+    result: dict[str, Any] = {}
+    for i, name in enumerate(dataset.modalities):
+        without = [means[j] if j == i else x for j, x in enumerate(rows.features)]
+        only = [x if j == i else means[j] for j, x in enumerate(rows.features)]
+        entry: dict[str, Any] = {"alone": None, "alone_rows": int(rows.present[:, i].sum())}
+        if unimodal is not None and entry["alone_rows"]:
+            here = rows.present[:, i]
+            pieces = [unimodal.predict(name, rows.features[i][some]) for some in row_pieces(rows, here)]
+            probabilities = torch.cat(pieces)
+            found.probabilities[f"alone_{name}"] = _spread(probabilities, here)
+            labels = rows.labels[here]
+            if dataset.metric == "accuracy" or len(labels.unique()) == 2:
+                entry["alone"] = scores(probabilities, labels, dataset.metric)["score"]
+        entry["without"] = judge(f"without_{name}", without, rows.present)["score"]
+        entry["only"] = judge(f"only_{name}", only, rows.present)["score"]
+        result[name] = entry
+    return result
+
+
+def _mean(part: Part, column: int) -> Tensor:
+    """Mean of the present rows of a modality, ``[d]``."""
+    x, here = part.features[column], part.present[:, column]
+    if not part.streamed:
+        return x[here].double().mean(0).float()
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    for rows in row_pieces(part, here):
+        total += x[rows].double().sum(0)
+    return (total / here.sum()).float()
+
+
+def _spread(probabilities: Tensor, here: Tensor) -> Tensor:
+    """Put rows back to their places among all rows; NaN where there is none."""
+    full = probabilities.new_full((len(here), probabilities.shape[1]), float("nan"))
+    full[here] = probabilities
+    return full
+
+
+def check_fits(model: MultimodalModel, dataset: MultimodalDataset) -> None:
+    """Raise InputError unless ``dataset`` has the modalities, widths and classes that ``model`` was built for."""
+    widths = dict(zip(model.modalities, model.input_widths, strict=True))
+    if widths != dataset.dims or list(widths) != dataset.modalities:
+        raise InputError(f"the model was built for modalities {widths} but {dataset.name} has {dataset.dims}")
+    if model.num_classes != dataset.num_classes:
+        raise InputError(
+            f"the model was built for {model.num_classes} classes but {dataset.name} has {dataset.num_classes}"
+        )

@@ -1,0 +1,409 @@
+"""``train``: the stages of a run in order, from data and settings to a finished results record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmc_fast._util.names import unknown
+from mmc_fast._util.seeds import check_seed, seeded_init
+from mmc_fast.errors import InputError
+from mmc_fast.ops.dispatch import ran
+
+from ..data import MultimodalDataset
+from ..data.dataset import PARTS
+from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
+from .config import TrainConfig
+from .device import check_device, device_of
+from .distillation import distil
+from .evaluate import Predictions, measure
+from .interrupt import InterruptGuard
+from .model import MultimodalModel, select_modalities
+from .parts import fingerprint
+from .progress import ProcessesDiffer, Progress, Silent
+from .record import SCHEMA_VERSION, game_figures, results_of
+from .runfolder import RunFolder, load_run
+from .trainer import Trainer
+from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
+from .world import World, join_world
+
+__all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves.
+
+    ``model``: the selected one. ``results``: the content of results.json. ``unimodal``: to hand to the next method.
+    ``predictions``: per sample, one entry for each evaluated part (empty for a finished run that was opened again).
+    """
+
+    model: MultimodalModel
+    results: dict[str, Any]
+    unimodal: UnimodalModels | None = None
+    run_dir: Path | None = None
+    predictions: list[Predictions] = field(default_factory=list)
+
+
+def train(
+    dataset: MultimodalDataset,
+    config: TrainConfig,
+    *,
+    seed: int,
+    run_dir: str | Path | None = None,
+    resume: bool | Literal["auto"] = False,
+    progress: Progress | None = None,
+    unimodal: UnimodalModels | None = None,
+    evaluate_on: Sequence[str] = ("test",),
+    device: str = "cpu",
+    distributed: bool | None = None,
+) -> TrainResult:
+    """Train, select and score one model; the same function for every method.
+
+    Stages: unimodal models, distillation (KD), the run, its control run with lambda 0 (EBR), evaluation.
+
+    Args:
+        seed: everything random is derived from it; the same seed and number of threads give the same numbers on
+            the CPU.
+        run_dir: folder for checkpoints and results (new or empty); None keeps everything in memory.
+        resume: continue the run in ``run_dir`` (it must be the same run); a finished one is opened and returned. "auto"
+            continues where there is a run and begins where there is none, so that one command can be repeated.
+        unimodal: models of an earlier run with the same data, seed and settings, to save their training.
+        evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
+            so ``("validation",)`` never touches it. ``()`` scores nothing.
+        device: "cpu", "cuda" or "cuda:N". Bitwise repeats are promised on the CPU only.
+        distributed: share each batch among processes: None where torchrun started this one or a process group is there,
+            True always, False never. All processes call ``train`` with the same arguments and get the same result; the
+            first one writes. With "cuda" each takes the device of its LOCAL_RANK.
+
+    Raises:
+        InputError: arguments that do not fit each other or the data; nothing has been written then.
+        Interrupted: Ctrl-C or SIGTERM; state saved where there is a ``run_dir``.
+        TrainingDiverged: a loss became NaN or infinite.
+        SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
+        ProcessLost: another process of a distributed run died.
+    """
+    world = join_world(check_device(device), distributed)
+    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device, world)
+    return run.execute(run_dir, resume, unimodal)
+
+
+class _Run:
+    def __init__(
+        self,
+        dataset: MultimodalDataset,
+        config: TrainConfig,
+        seed: int,
+        progress: Progress,
+        evaluate_on: tuple[str, ...],
+        device: str,
+        world: World,
+    ) -> None:
+        for part in evaluate_on:
+            if part not in PARTS:
+                raise unknown("part", part, PARTS)
+        if config.kd is not None and len(dataset.modalities) < 2:
+            raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
+        if config.emphasis_modality is not None and config.emphasis_modality not in dataset.modalities:
+            raise unknown("emphasis_modality", config.emphasis_modality, dataset.modalities)
+        self.heads = 0
+        if config.ebr is not None:
+            self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
+        self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
+        self.progress, self.evaluate_on = progress if world.first else Silent(), evaluate_on
+        self.device = device_of(check_device(device), world)
+        self.world = world
+        self.guard = InterruptGuard()
+        self.guard.agreed = None if world.size == 1 else False
+        self.folder: RunFolder | None = None  # of the first process
+        self.unimodal: UnimodalModels | None = None
+        self.timing: dict[str, float] = {}
+        self.distilled: list[dict[str, Any]] | None = None
+        self.fingerprint = fingerprint(dataset)
+        self.ran_before = ran()
+
+    @property
+    def trivial(self) -> bool:
+        """Whether lambda cannot change anything, so that the control run would be the run itself."""
+        ebr = self.config.ebr
+        return ebr is None or ebr.reversal == 0 or self.heads < 2
+
+    @property
+    def reference(self) -> str | None:
+        return self.unimodal.strongest if self.unimodal is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        d = self.dataset
+        data: dict[str, Any] = {"name": d.name, "fingerprint": self.fingerprint, "dims": d.dims}
+        data |= {"num_classes": d.num_classes, "metric": d.metric}
+        return {
+            "config": self.config.to_dict(),
+            "seed": self.seed,
+            "data": data,
+            "evaluate_on": list(self.evaluate_on),
+            "device": self.device.type,
+        }
+
+    def execute(self, run_dir: str | Path | None, resume: bool | str, unimodal: UnimodalModels | None) -> TrainResult:
+        key = unimodal_key(self.dataset, self.config, self.seed, self.fingerprint)
+        if unimodal is not None and unimodal.key != key:
+            raise InputError(
+                "unimodal: these models belong to other data, another seed or other settings; leave them out"
+            )
+        if resume not in (True, False, "auto"):
+            raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
+        if resume and run_dir is None:
+            raise InputError("resume needs run_dir, the folder of the run to continue")
+        self._check_world()
+        if run_dir is not None:
+            self.world.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
+            if self.world.agree(lambda: self._open(run_dir, resume)):
+                loaded = load_run(run_dir)
+                return TrainResult(loaded.model, loaded.results, loaded.unimodal, Path(run_dir))
+        try:
+            with self.guard:
+                return self._stages(unimodal)
+        finally:
+            if self.folder is not None:
+                self.folder.close()
+
+    def _open(self, run_dir: str | Path, resume: bool | str) -> bool:
+        """Open the run folder; True where the run in it is finished."""
+        self.folder = RunFolder.open(run_dir, self.identity(), resume)
+        if self.folder.finished:
+            self.folder.close()
+        return self.folder.finished
+
+    def _check_world(self) -> None:
+        advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
+        try:
+            identity = json.dumps(self.identity(), sort_keys=True).encode()
+            self.world.check_same("arguments", identity, advice)
+        except ProcessesDiffer as error:
+            raise InputError(f"train: {error}") from error
+
+    def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
+        started = time.perf_counter()
+        stored = self._stored_unimodal()
+        self.unimodal = unimodal or stored
+        self.world.check_same("unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none")
+        main = self._checkpoint("train")
+        control = self._checkpoint("control")
+        alone = self._checkpoint("unimodal") if self.unimodal is None else None
+        taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
+        self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
+        if self.unimodal is None and self.config.unimodal_epochs:
+            self.unimodal = self._same_unimodal(self._timed("unimodal", lambda: self._train_unimodal(alone)))
+        if self.folder is not None and stored is None and self.unimodal is not None:
+            self.folder.save_unimodal(self.unimodal)
+            self.folder.checkpoints("unimodal", 1).clear()
+        run = self._fit("train", self.config, main, taught["train"])
+        twin = None
+        if self.config.control and not self.trivial and self.config.ebr is not None:
+            twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
+            twin = self._fit("control", twin_config, control, taught["control"])
+        game = self._timed("game", lambda: game_figures(run, twin, self.trivial))
+        self._check_guard("the evaluation")
+        scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
+        self._check_guard("the evaluation")
+        self.timing["total_seconds"] = time.perf_counter() - started
+        results = self.world.agree(
+            lambda: results_of(
+                run, game=game, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
+                data=self.identity()["data"], ran_before=self.ran_before, timing=self.timing,
+            )
+        )  # fmt: skip
+        if self.folder is not None:
+            self.folder.save_model(run.model)
+            self.folder.save_predictions(predictions)
+            self.folder.save_results(results)
+        self.progress.on_end(results)
+        return TrainResult(
+            run.model, results, self.unimodal, None if self.folder is None else self.folder.path, predictions
+        )
+
+    def _check_guard(self, stage: str) -> None:
+        self._agree_to_stop()
+        self.guard.check(stage)
+
+    def _agree_to_stop(self) -> None:
+        if self.world.size > 1:
+            self.guard.agreed = self.world.any(self.guard.requested)
+
+    def _on_stage_epoch(self, record: dict[str, Any]) -> None:
+        """Progress of a stage that every process goes through by itself; it ends in all of them at the same epoch."""
+        self.progress.on_epoch(record)
+        self._agree_to_stop()
+
+    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.timing[f"{name}_seconds"] = time.perf_counter() - started
+        return result
+
+    def _stored_unimodal(self) -> UnimodalModels | None:
+        dims, classes = self.dataset.dims, self.dataset.num_classes
+        found = None if self.folder is None else self.folder.load_unimodal(self.config, dims, classes)
+        if not self.world.any(found is not None):
+            return None
+        if found is None:
+            models = {name: UnimodalModel(dim, classes, self.config) for name, dim in dims.items()}
+            found = UnimodalModels(models, {}, {})
+        return self._same_unimodal(found)
+
+    def _same_unimodal(self, mine: UnimodalModels) -> UnimodalModels:
+        """Those of the first process, in all of them."""
+        if self.world.size == 1:
+            return mine
+        tensors: dict[str, Tensor] = {}
+        for name, model in mine.models.items():
+            tensors |= prefixed(name, model.state_dict())
+        tensors = self.world.share(tensors)
+        for name, model in mine.models.items():
+            model.load_state_dict(stripped(name, tensors))
+            model.eval().requires_grad_(False)
+        scores, key = self.world.agree(lambda: [mine.scores, mine.key])
+        return UnimodalModels(mine.models, scores, key)
+
+    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
+        return train_unimodal(
+            self.dataset,
+            self.config,
+            seed=self.seed,
+            fingerprint=self.fingerprint,
+            device=self.device,
+            on_epoch=self._on_stage_epoch,
+            store=self._store("unimodal"),
+            guard=self.guard,
+            checkpoint=checkpoint,
+        )
+
+    def _store(self, stage: str) -> CheckpointStore | None:
+        return None if self.folder is None else self.folder.checkpoints(stage, self.config.keep_checkpoints)
+
+    def _checkpoint(self, stage: str) -> Checkpoint | None:
+        store = self._store(stage)
+        if self.world.size == 1:
+            return None if store is None else store.latest()
+        found: Checkpoint | None = None
+
+        def read() -> dict[str, Any] | None:
+            nonlocal found
+            found = None if store is None else store.latest()
+            return None if found is None else found.meta
+
+        meta = self.world.agree(read)
+        if meta is None:
+            return None
+        weights = self.world.share({} if found is None else found.weights)
+        return Checkpoint(weights, self.world.share({} if found is None else found.tensors), meta)
+
+    def _epochs_left(
+        self,
+        alone: Checkpoint | None,
+        main: Checkpoint | None,
+        control: Checkpoint | None,
+        taught: dict[str, Checkpoint | None],
+    ) -> int:
+        config = self.config
+        total = 0
+        if self.unimodal is None:
+            total = config.unimodal_epochs - (0 if alone is None else int(alone.meta["epoch"]))
+        runs = {"train": main} if self.trivial or not config.control else {"train": main, "control": control}
+        for stage, checkpoint in runs.items():
+            total += config.epochs - (0 if checkpoint is None else int(checkpoint.meta["epoch"]))
+            if checkpoint is None and config.kd is not None:
+                m = len(self.dataset.modalities)
+                once = config.kd.teachers == "strongest" or config.kd.order == "simultaneous"
+                pairs = m - 1 if once else m * (m - 1) // 2
+                total += pairs * config.kd.epochs - _epochs_taught(taught[stage], config.kd.epochs)
+        return total
+
+    def _fit(
+        self, stage: str, config: TrainConfig, checkpoint: Checkpoint | None, taught: Checkpoint | None
+    ) -> Trainer:
+        """Train one model from scratch or from its checkpoint; the run and its control share this."""
+        with seeded_init(self.seed, "init"):
+            model = MultimodalModel(self.dataset.dims, self.dataset.num_classes, config)
+        model = model.to(self.device)
+        train_part = self.dataset.part("train")
+        counts = torch.bincount(train_part.labels, minlength=self.dataset.num_classes)
+        model.class_prior.copy_(counts / counts.sum())
+        trainer = Trainer(
+            model,
+            self.dataset,
+            config,
+            seed=self.seed,
+            stage=stage,
+            reference=self.reference,
+            store=self._store(stage),
+            guard=self.guard,
+            on_epoch=self.progress.on_epoch,
+            world=self.world,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        elif config.kd is not None and self.unimodal is not None:
+            store = self._store(f"{stage}-distillation")
+            self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
+            model.load_state_dict(self.world.share(model.state_dict()))
+            trainer.about = {"distilled": self.distilled}
+            trainer.save()
+            if store is not None:
+                store.clear()
+        self._timed(stage, trainer.fit)
+        self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
+        return trainer
+
+    def _distil(
+        self, model: MultimodalModel, stage: str, store: CheckpointStore | None, taught: Checkpoint | None
+    ) -> list[dict[str, Any]]:
+        if self.unimodal is None or self.config.kd is None:
+            raise RuntimeError("distillation needs unimodal models and a 'kd' section")
+        return distil(
+            model,
+            self.dataset,
+            self.unimodal,
+            self.config.kd,
+            seed=self.seed,
+            on_epoch=self._on_stage_epoch,
+            nonfinite=self.config.nonfinite,
+            checkpoint_seconds=self.config.checkpoint_seconds,
+            stage=f"{stage}-distillation",
+            store=store,
+            guard=self.guard,
+            checkpoint=taught,
+        )
+
+    def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
+        scores, predictions = [], []
+        for part in self.evaluate_on:
+            result, found = measure(
+                model,
+                self.dataset,
+                part=part,
+                rates=self.config.rates,
+                seed=self.seed,
+                unimodal=self.unimodal,
+                reliance=True,
+                on_empty="prior",
+                rates_modality=self.config.rates_modality,
+            )
+            scores.append(result)
+            predictions.append(found)
+        return scores, predictions
+
+
+def _epochs_taught(checkpoint: Checkpoint | None, epochs: int) -> int:
+    if checkpoint is None:
+        return 0
+    pair = checkpoint.meta["pair"]
+    return len(checkpoint.meta["done"]) * epochs + (0 if pair is None else int(pair["epoch"]))

@@ -1,0 +1,240 @@
+"""One small model per modality: how strong it is alone, teachers for distillation, the reference of the ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmc_fast._util.seeds import generator, seeded_init
+
+from ..data import MultimodalDataset, Part
+from .autosave import Autosave
+from .checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fits_checkpoint,
+    optimizer_tensors,
+    prefixed,
+    restore_optimizer,
+    stripped,
+)
+from .config import TrainConfig
+from .interrupt import InterruptGuard
+from .masks import epoch_order
+from .metrics import NotFiniteError, score
+from .model import build_encoder
+from .optim import build_optimizer, set_learning_rate
+from .parts import Batches, row_pieces, to_device
+from .progress import TrainingDiverged
+
+__all__ = ["UnimodalModel", "UnimodalModels", "train_unimodal"]
+
+
+class UnimodalModel(nn.Module):
+    """Encoder of one modality and a one-hidden-layer classifier on it: ``[B, d] -> [B, C]``."""
+
+    def __init__(self, dim: int, num_classes: int, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder = build_encoder(dim, config)
+        width = config.fusion_hidden[0] if config.fusion_hidden else config.encoder_width
+        self.classifier = nn.Sequential(
+            nn.Linear(self.encoder.out_dim, width), nn.ReLU(), nn.Linear(width, num_classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.encoder(x))
+
+
+@dataclass
+class UnimodalModels:
+    """Trained unimodal models with their validation scores; share one between methods of the same data and seed.
+
+    ``key`` records what they depend on, so that a run refuses models of other data, seed or settings.
+    """
+
+    models: dict[str, UnimodalModel]
+    scores: dict[str, float]
+    key: dict[str, Any]
+
+    @property
+    def strongest(self) -> str:
+        """The modality with the best validation score (the first of equals)."""
+        return self.weakest_first()[-1]
+
+    def weakest_first(self) -> list[str]:
+        """Modalities by rising validation score; of equals the one that comes first in the data set is the stronger."""
+        return sorted(self.scores, key=lambda name: self.scores[name], reverse=True)[::-1]
+
+    @torch.no_grad()
+    def predict(self, name: str, x: Tensor) -> Tensor:
+        """Class probabilities ``[N, C]`` of one modality's model, on the CPU."""
+        model = self.models[name]
+        return torch.softmax(model(x.to(next(model.parameters()).device)), -1).cpu()
+
+
+def unimodal_key(dataset: MultimodalDataset, config: TrainConfig, seed: int, fingerprint: str) -> dict[str, Any]:
+    """What unimodal models depend on."""
+    names: tuple[str, ...] = ("batch_size", "optimizer", "lr", "weight_decay", "momentum", "lr_decay", "lr_decay_every")
+    names += ("encoder", "encoder_width", "encoder_dim", "fusion_hidden", "unimodal_epochs")
+    settings = {name: getattr(config, name) for name in names}
+    settings["fusion_hidden"] = list(config.fusion_hidden)
+    return {"data": dataset.name, "fingerprint": fingerprint, "seed": seed, "settings": settings}
+
+
+def train_unimodal(
+    dataset: MultimodalDataset,
+    config: TrainConfig,
+    *,
+    seed: int,
+    fingerprint: str,
+    device: str | torch.device = "cpu",
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    store: CheckpointStore | None = None,
+    guard: InterruptGuard | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> UnimodalModels:
+    """Train one model per modality on the train rows that have it; keep each one's best validation epoch.
+
+    All are trained side by side under the sum of their losses. Their parameters are disjoint, so this is the same as
+    training each alone, with one optimiser step in place of m. ``store``, ``guard`` and ``checkpoint``: where the stage
+    saves itself, what may interrupt it, and the state that it continues from.
+
+    Raises:
+        TrainingDiverged: a loss or weight became NaN or infinite.
+        Interrupted: the guard saw a signal; saved where there is a ``store``.
+    """
+    stage = _SideBySide(dataset, config, seed, device)
+    if checkpoint is not None:
+        stage.restore(checkpoint)
+    stage.fit(Autosave("unimodal", store, guard or InterruptGuard(), config.checkpoint_seconds, stage.state), on_epoch)
+    for model, state in zip(stage.models, stage.best_state, strict=True):
+        model.load_state_dict(state)
+        model.eval().requires_grad_(False)
+    named = dict(zip(dataset.modalities, stage.models, strict=True))
+    return UnimodalModels(
+        named,  # type: ignore[arg-type]
+        dict(zip(dataset.modalities, stage.best_score, strict=True)),
+        unimodal_key(dataset, config, seed, fingerprint),
+    )
+
+
+class _SideBySide:
+    """The stage and everything that its checkpoint holds."""
+
+    def __init__(self, dataset: MultimodalDataset, config: TrainConfig, seed: int, device: str | torch.device) -> None:
+        self.dataset, self.config = dataset, config
+        with seeded_init(seed, "unimodal", "init"):
+            models = nn.ModuleList(UnimodalModel(d, dataset.num_classes, config) for d in dataset.dims.values())
+        self.models = models.to(device)
+        self.train, self.held_out = (to_device(dataset.part(name), device) for name in ("train", "validation"))
+        self.optimizer = build_optimizer({"all": list(self.models.parameters())}, config)
+        self.order_of = generator(seed, "unimodal", "order")
+        self.order: Tensor | None = None  # row order of the epoch that runs
+        self.epoch = self.step = 0
+        self.best_score = [-1.0] * len(self.models)
+        self.best_state = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.models]
+        self.complete = bool(self.train.present.all())
+
+    def state(self) -> tuple[Checkpoint, int, int]:
+        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | {"generator": self.order_of.get_state()}
+        for i, best in enumerate(self.best_state):
+            tensors |= prefixed(f"best{i}", best)
+        if self.order is not None:
+            tensors["order"] = self.order
+        meta = {"epoch": self.epoch, "step": self.step, "best_score": self.best_score}
+        return Checkpoint(self.models.state_dict(), tensors, meta), self.epoch, self.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        tensors = checkpoint.tensors
+        with fits_checkpoint("unimodal"):
+            self.models.load_state_dict(checkpoint.weights)
+            restore_optimizer(self.optimizer, stripped("optimizer", tensors))
+            self.order_of.set_state(tensors["generator"])
+            device = self.train.labels.device
+            for i in range(len(self.models)):
+                self.best_state[i] = {k: v.to(device) for k, v in stripped(f"best{i}", tensors).items()}
+            self.order = tensors.get("order")
+            meta = checkpoint.meta
+            self.epoch, self.step, self.best_score = meta["epoch"], meta["step"], meta["best_score"]
+
+    def fit(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+        names = self.dataset.modalities
+        while self.epoch < self.config.unimodal_epochs:
+            set_learning_rate(self.optimizer, self.config, self.epoch)
+            if self.order is None:
+                self.order = epoch_order(len(self.train), self.order_of)
+            self._train_epoch(self.order.to(self.train.labels.device), autosave)
+            self.order, self.step, self.epoch = None, 0, self.epoch + 1
+            for i, model in enumerate(self.models):
+                self._check_weights(model, names[i])
+                try:
+                    value = _validation_score(model, self.held_out, i, self.dataset.metric)
+                except NotFiniteError as error:
+                    raise TrainingDiverged(
+                        f"the unimodal model of {names[i]} in epoch {self.epoch}: {error}; or lower the learning rate"
+                    ) from error
+                if value > self.best_score[i]:
+                    self.best_score[i] = value
+                    self.best_state[i] = {k: v.clone() for k, v in model.state_dict().items()}
+            if on_epoch is not None:
+                scores = dict(zip(names, self.best_score, strict=True))
+                record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
+                on_epoch(record | {"scores": scores})
+            if autosave.guard.stop:
+                autosave.stop()
+
+    def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:
+        batches = Batches(self.train, order, self.config.batch_size)
+        while self.step < len(batches):
+            rows, features, labels = batches[self.step]
+            losses = []
+            for i, model in enumerate(self.models):
+                x, y = features[i], labels
+                if not self.complete:
+                    here = self.train.present[rows][:, i]
+                    x, y = x[here], y[here]
+                if len(y):
+                    loss = F.cross_entropy(model(x), y)
+                    if self._usable(loss, i):
+                        losses.append(loss)
+            self.optimizer.zero_grad(set_to_none=True)
+            if losses:
+                torch.stack(losses).sum().backward()
+                self.optimizer.step()
+            self.step += 1
+            if self.step < len(batches):
+                autosave.after_step()
+
+    def _usable(self, loss: Tensor, i: int) -> bool:
+        if loss.device.type != "cpu" or bool(torch.isfinite(loss)):  # elsewhere looking costs a synchronisation
+            return True
+        if self.config.nonfinite == "skip":
+            return False
+        raise TrainingDiverged(
+            f"the loss of the unimodal model of {self.dataset.modalities[i]} became {float(loss.detach())} in epoch "
+            f"{self.epoch + 1}, step {self.step + 1}; rescale its features or lower the learning rate"
+        )
+
+    def _check_weights(self, model: nn.Module, name: str) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise TrainingDiverged(
+                f"the weights of the unimodal model of {name} became infinite or NaN in epoch {self.epoch}; "
+                "rescale its features or lower the learning rate"
+            )
+
+
+@torch.no_grad()
+def _validation_score(model: nn.Module, part: Part, column: int, metric: str) -> float:
+    """Score on the validation rows that have the modality; chance level where they cannot be scored."""
+    here = part.present[:, column]
+    labels = part.labels[here]
+    if len(labels) == 0 or (metric == "auroc" and len(labels.unique()) < 2):
+        return 0.5 if metric == "auroc" else 0.0
+    pieces = row_pieces(part, here)
+    probabilities = torch.cat([torch.softmax(model(part.features[column][rows]), -1) for rows in pieces])
+    return score(probabilities.cpu(), labels.cpu(), metric)

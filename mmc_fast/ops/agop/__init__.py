@@ -1,0 +1,1 @@
+"""The primitives that exact AGOP is made of: contract, reference and backends."""

@@ -1,0 +1,1 @@
+"""The op ``mmc_fast::ebr_step``: contract, reference and backends."""

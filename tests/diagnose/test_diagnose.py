@@ -1,0 +1,128 @@
+"""``diagnose`` end to end: numbers against plain computations."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from diagnose_models import WIDTHS, Attention, Toy, batches, chain, whole
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+
+from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.measures import blocks, similarity
+from mmc_fast.testing import planted_head
+
+
+def test_noise_of_another_modality_in_neurons(seed: int) -> None:
+    values = []
+    for sharing in (0.0, 1.0):
+        planted = planted_head(seed, sharing=sharing)
+        d = diagnose(planted, planted.batches(), resamples=0, probes=False)
+        values.append(d.value("foreign_noise"))
+        assert d.value("attribution_entropy") == pytest.approx(sharing, abs=0.1)
+        if sharing:
+            assert d.arrays["responses"][0]["entangled"]
+    assert values[0] == pytest.approx(0, abs=1e-6)
+    assert values[1] > 0.4
+
+
+def test_numbers_of_a_chain(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    d = diagnose(Toy(head, head), loader, resamples=20)
+    image, audio, _ = whole(loader)
+    x = torch.cat([image, audio], 1).double()
+    double = chain(generator).double()
+    double.load_state_dict(head.state_dict())
+    inputs = [x, double[:2](x), double[:4](x)]
+    for index, u in enumerate(inputs):
+        tail = double[2 * index :]
+        jacobian = vmap(jacrev(tail))(u).detach()
+        gram = torch.einsum("nci,ncj->ij", jacobian, jacobian)
+        sigma = torch.from_numpy(np.cov(u.detach().numpy().T, bias=True))
+        split = WIDTHS if index == 0 else [u.shape[1]]
+        values = blocks.spectrum(blocks.whitened(gram, sigma, split))
+        assert d.value(f"agop.{index}.effective_rank") == pytest.approx(blocks.effective_rank(values), rel=1e-4)
+        assert d.value(f"agop.{index}.stable_rank") == pytest.approx(blocks.stable_rank(values), rel=1e-4)
+        w = double[2 * index].weight.detach()
+        cosine = float((w.t() @ w).flatten() @ gram.flatten() / (w.t() @ w).norm() / gram.norm())
+        assert d.value(f"agop.{index}.nfm_cosine") == pytest.approx(cosine, rel=1e-5)
+        if index == 0:
+            np.testing.assert_allclose(
+                [d.value("use_share.image"), d.value("use_share.audio")],
+                blocks.use_shares(gram, sigma, WIDTHS),
+                rtol=1e-5,
+            )
+            assert d.value("entanglement") == pytest.approx(blocks.entanglement(gram, sigma, WIDTHS), rel=1e-4)
+    fused = inputs[-1].detach()
+    assert d.value("cka.image") == pytest.approx(similarity.linear_cka(image, fused), rel=1e-4)
+    assert d.value("cka.audio") == pytest.approx(similarity.linear_cka(audio, fused), rel=1e-4)
+    inverse = np.diag(np.linalg.inv(np.corrcoef(fused.numpy().T) + 1e-6 * np.eye(9)))
+    assert d.value("fused.vif") == pytest.approx(inverse.mean(), rel=1e-4)
+    singular = torch.linalg.svdvals(fused - fused.mean(0))
+    assert d.value("fused.effective_rank") == pytest.approx(blocks.effective_rank(singular), rel=1e-4)
+    assert re.match(r"co-activation|row chain", d.settings["agop"])
+    assert d.samples == 500
+
+
+def test_the_general_path_agrees_with_the_fast_one(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    fast = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = head
+
+        def forward(self, features: dict[str, Tensor]) -> Tensor:
+            return self.inner(torch.cat(list(features.values()), 1))
+
+    general = diagnose(Toy(Hidden()), loader, resamples=0, probes=False)
+    assert general.settings["agop"] == "vector-Jacobian products"
+    for name in ("use_share.image", "entanglement", "score.all", "only.audio"):
+        assert general.value(name) == pytest.approx(fast.value(name), rel=1e-4), name
+    assert general.value("agop.input.effective_rank") == pytest.approx(fast.value("agop.0.effective_rank"), rel=1e-4)
+    np.testing.assert_allclose(general.arrays["block_energies"], fast.arrays["block_energies"], rtol=1e-3)
+    assert "no chain" in general.notes[0]
+
+
+def test_a_head_that_does_not_compute_the_logits_is_not_taken_for_the_fusion(generator: torch.Generator) -> None:
+    head, other = chain(generator), chain(generator)
+
+    class Wrong(Toy):
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            return other(torch.cat(list(features.values()), 1))
+
+    assert (
+        diagnose(Wrong(head, head), batches(generator), resamples=0, probes=False).settings["agop"].startswith("vector")
+    )
+
+
+def test_attention_fusion_and_its_neurons(generator: torch.Generator) -> None:
+    fusion, loader = Attention(generator), batches(generator, 200)
+
+    class Represented(Toy):
+        def represent(self, features: dict[str, Tensor]) -> Tensor:
+            tokens = torch.stack([fusion.image(features["image"]), fusion.audio(features["audio"])], 1)
+            return fusion.mix(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+    d = diagnose(Represented(fusion), loader, resamples=20)
+    image, audio, _ = whole(loader)
+
+    def one(a: Tensor, b: Tensor) -> Tensor:
+        return fusion({"image": a[None], "audio": b[None]})[0]
+
+    ja, jb = vmap(jacrev(one, argnums=(0, 1)))(image, audio)
+    use = [
+        float(torch.einsum("ncd,de,nce->", j, torch.from_numpy(np.cov(x.numpy().T, bias=True)).float(), j))
+        for j, x in ((ja.detach(), image), (jb.detach(), audio))
+    ]
+    assert d.value("use_share.image") == pytest.approx(use[0] / sum(use), rel=1e-3)
+    shares = np.array(d.arrays["neuron_shares"])
+    assert shares.shape == (8, 2)
+    np.testing.assert_allclose(shares.sum(1), 1)
+    silent = Represented(fusion)
+    fusion.audio.weight.data.zero_()
+    assert diagnose(silent, loader, resamples=0, probes=False).value("use_share.audio") == 0

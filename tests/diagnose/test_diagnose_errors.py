@@ -1,0 +1,160 @@
+"""What cannot be diagnosed, and what can only be in part."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diagnose_models import Toy, batches, chain, whole
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+import mmc_fast
+from mmc_fast.diagnose import Diagnosis, diagnose
+from mmc_fast.errors import InputError
+from mmc_fast.testing import planted_head
+
+
+def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -> None:
+    head = chain(generator)
+    loader = batches(generator)
+    toy = Toy(head, head)
+
+    class Silent(Toy):
+        def labels(self, batch: Any) -> None:
+            return None
+
+    d = diagnose(Silent(head, head), loader, resamples=20)
+    assert d.metric is None
+    assert {v.kind for v in d.verdicts} <= {"used", "ignored"}
+    assert "There are no labels" in d.summary()
+    one = diagnose(toy, [(a, b, torch.zeros_like(y)) for a, b, y in loader], resamples=20)
+    assert "single class" in one.summary()
+    assert "score.all" not in one.measures
+    constant = diagnose(toy, [(a, torch.full_like(b, 0.1), y) for a, b, y in loader], resamples=20)
+    assert "audio is constant" in constant.summary()
+    assert "constant" not in d.summary()
+    assert constant.value("use_share.audio") == pytest.approx(0, abs=1e-9)
+    assert constant["cka.audio"].value is None
+    assert json.loads(constant.to_json())["measures"]["cka.audio"]["value"] is None
+    for rows in (2, 3, 4, 5, 17):
+        few = diagnose(toy, [tuple(t[:rows] for t in loader[0])], resamples=20)
+        assert few.samples == rows
+        assert (
+            "No network was trained" in few.summary()
+            or "alone.image" in few.measures
+            or "single class" in few.summary()
+        )
+        assert Diagnosis.from_json(few.to_json()).measures == few.measures
+
+
+def once(loader: list[Any]) -> Iterator[Any]:
+    yield from loader
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda l: [(a * math.nan, b, y) for a, b, y in l], "'image' hold NaN or infinite values in row 0 of batch 0"),
+        (lambda l: [*l[:-1], (l[-1][0][:, :5], *l[-1][1:])], "widths must not change"),
+        (lambda l: [(a, b[:-1], y) for a, b, y in l], "must be paired"),
+        (lambda l: [(a.long(), b, y) for a, b, y in l], "floating point"),
+        (lambda l: [(a, b, y.float()) for a, b, y in l], "class numbers"),
+        (lambda l: [(a, b, y + 7) for a, b, y in l], "number the classes"),
+        (lambda l: [], "no sample"),
+        (lambda l: [(a[:0], b[:0], y[:0]) for a, b, y in l], "no rows"),
+        (lambda l: [(a[:1], b[:1], y[:1]) for a, b, y in l[:1]], "one sample; give at least two"),
+        (lambda l: [*l[:-1], (l[-1][0], l[-1][1], None)], "all or none"),
+        (once, "iterator"),
+    ],
+)
+def test_bad_data(change, message: str, generator: torch.Generator) -> None:
+    head = chain(generator)
+    with pytest.raises(InputError, match=message) as caught:
+        diagnose(Toy(head, head), change(batches(generator)), resamples=0, probes=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_models(generator: torch.Generator) -> None:
+    loader = batches(generator)
+    norm = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+    class Norm(Toy):
+        def __init__(self) -> None:
+            self.model = norm
+
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            return norm(torch.cat(list(features.values()), 1))
+
+    with pytest.raises(InputError, match=r"model\.eval\(\)"):
+        diagnose(Norm(), loader)
+    norm.eval()
+    assert diagnose(Norm(), loader, resamples=0, probes=False).samples == 500
+
+    class Hidden(Toy):
+        def __init__(self) -> None:
+            pass
+
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            x = torch.cat(list(features.values()), 1)
+            return (x - x.mean(0))[:, :3]
+
+    with pytest.raises(InputError, match="logits of other rows moved"):
+        diagnose(Hidden(), loader)
+
+    class Detached(Hidden):
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            return torch.cat(list(features.values()), 1)[:, :3].detach()
+
+    with pytest.raises(InputError, match="do not depend"):
+        diagnose(Detached(), loader)
+    head = chain(generator)
+    head[0].weight.data[0, 0] = math.nan
+    with pytest.raises(InputError, match="logits hold NaN"):
+        diagnose(Toy(head, head), loader)
+    with pytest.raises(InputError, match="ModelAdapter"):
+        mmc_fast.diagnose(head, loader)
+    with pytest.raises(TypeError, match="adapter"):
+        mmc_fast.diagnose(3, loader)
+    with pytest.raises(InputError, match="groups"):
+        diagnose(Toy(norm), loader, groups=0)
+    with pytest.raises(InputError, match="metric"):
+        diagnose(Toy(norm), loader, metric="f1")
+    with pytest.raises(InputError, match="sample_rows is 0"):
+        diagnose(Toy(norm), loader, sample_rows=0)
+    for score in (93.0, -0.1, math.nan):
+        with pytest.raises(InputError, match="not in percent"):
+            diagnose(Toy(norm), loader, alone={"image": score})
+
+
+def test_seven_modalities_are_not_scored(generator: torch.Generator) -> None:
+    planted = planted_head(1, modalities=7, num_samples=300)
+    d = diagnose(planted, planted.batches(), resamples=0)
+    assert "more than 6" in d.summary()
+    assert len(d.verdicts) == 7
+
+
+def test_outputs_that_no_label_names_are_told(generator: torch.Generator) -> None:
+    """As where the named head is no head but a layer of it."""
+    head, loader = chain(generator), batches(generator, classes=2)
+    d = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+    assert "The labels hold 2 classes and there are 3 outputs." in d.notes
+
+
+def test_empty_batches_and_one_logit(generator: torch.Generator) -> None:
+    head = chain(generator, 1)
+    loader = batches(generator, classes=2)
+    toy = Toy(head, head)
+    d = diagnose(toy, loader, resamples=0, probes=False)
+    more = [loader[0], tuple(t[:0] for t in loader[0]), *loader[1:]]
+    assert diagnose(toy, more, resamples=0, probes=False).value("score.all") == pytest.approx(d.value("score.all"))
+    image, audio, labels = whole(loader)
+    with torch.no_grad():
+        y = toy.fuse({"image": image, "audio": audio})[:, 0]
+    assert d.value("score.all") == pytest.approx(roc_auc_score(labels, y), abs=1e-6)
+    right = diagnose(toy, loader, resamples=0, probes=False, metric="accuracy").value("score.all")
+    assert right == pytest.approx(float(((y > 0) == labels).double().mean()))

@@ -1,0 +1,232 @@
+"""Measures that train a small model, and the exact Shapley values, on data whose answer is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from mmc_fast.diagnose.measures import polysemanticity, probes, reliance
+from mmc_fast.errors import InputError
+
+
+def classes(n: int, generator: torch.Generator, strength: float = 2.0, noise: int = 6) -> tuple[Tensor, Tensor]:
+    """Two predictive columns and some of noise, three classes."""
+    y = torch.randint(3, (n,), generator=generator)
+    corners = torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])
+    x = torch.randn(n, 2 + noise, generator=generator)
+    x[:, :2] += strength * corners[y]
+    return x, y
+
+
+def test_linear_probe_is_logistic_regression(generator: torch.Generator) -> None:
+    x, y = classes(600, generator)
+    found = probes.linear_probe(x[:400], y[:400], x[400:], y[400:])
+    scaler = StandardScaler().fit(x[:400].double())
+    model = LogisticRegression(max_iter=300).fit(scaler.transform(x[:400].double()), y[:400])
+    accuracy = model.score(scaler.transform(x[400:].double()), y[400:])
+    assert found.accuracy == pytest.approx(accuracy)
+    assert found.standard_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 200))
+    assert found.chance == pytest.approx(float(torch.bincount(y[400:]).max()) / 200)
+    assert found.accuracy > 0.8
+
+
+def test_prefix_gap_sees_a_starved_encoder(generator: torch.Generator) -> None:
+    x, y = classes(900, generator, strength=2.5)
+    starved = x.clone()
+    starved[:, :2] = torch.randn(900, 2, generator=generator)
+    gap = probes.prefix_gap(starved[:600], starved[600:], x[:600], x[600:], y[:600], y[600:])
+    assert gap.gap > 0.3
+    assert gap.gap == pytest.approx(gap.own.accuracy - gap.fused.accuracy)
+    assert 0 < gap.standard_error < 0.08
+    same = probes.prefix_gap(x[:600], x[600:], x[:600], x[600:], y[:600], y[600:])
+    assert (same.gap, same.standard_error) == (0, 0)
+
+
+def test_denoising_r2(generator: torch.Generator) -> None:
+    labels = torch.randint(4, (500,), generator=generator)
+    means = torch.randn(4, 6, generator=generator) * 5
+    noise = torch.randn(500, 6, generator=generator)
+    student = probes.noise_component(means[labels] + noise, labels)
+    assert float(student.mean(0).abs().max()) < 1e-6
+    torch.testing.assert_close(
+        student[labels == 2], (noise[labels == 2] - noise[labels == 2].mean(0)).double(), rtol=0, atol=1e-5
+    )
+    teacher = student @ torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    assert probes.denoising_r2(student, teacher) > 0.99
+    spread = teacher.std(0) * torch.randn(500, 3, generator=generator)
+    assert probes.denoising_r2(student, teacher + spread) == pytest.approx(0.5, abs=0.12)
+    assert probes.denoising_r2(student, torch.randn(500, 3, generator=generator)) < 0.05
+    many = torch.randn(500, 100, generator=generator)  # in sample these would explain a fifth
+    assert probes.denoising_r2(many, torch.randn(500, 3, generator=generator)) < 0.05
+    assert math.isnan(probes.denoising_r2(student, torch.ones(500, 2)))
+
+
+def test_fresh_discriminator(generator: torch.Generator) -> None:
+    same = {name: torch.randn(600, 8, generator=generator) for name in "ab"}
+    found = probes.fresh_discriminator(same, hidden=(32,), seed=1)
+    assert abs(found["balanced_accuracy"] - 0.5) < 0.1
+    assert found["chance"] == 0.5
+    assert found["rows"] == 600
+    apart = {"a": same["a"], "b": same["b"] + 2}
+    assert probes.fresh_discriminator(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
+
+
+# Cross-modal polysemanticity
+
+
+def unimodal_weights(generator: torch.Generator) -> dict[str, Tensor]:
+    """Neurons of "a" read its first columns, those of "b" its last ones."""
+    a, b = torch.randn(160, 10, generator=generator), torch.randn(160, 8, generator=generator)
+    a[:, 4:] *= 0.1
+    b[:, :4] *= 0.1
+    return {"a": a, "b": b}
+
+
+def test_weight_classifier_tells_pure_from_mixed_neurons(generator: torch.Generator) -> None:
+    unimodal, blocks = unimodal_weights(generator), {"a": 10, "b": 8}
+    pure = torch.zeros(80, 18)
+    pure[:40, :10], pure[40:, 10:] = unimodal["a"][:40], unimodal["b"][:40]
+    mixed = torch.cat([unimodal["a"], unimodal["b"]], 1)
+    found = {
+        n: polysemanticity.cross_modal_polysemanticity(w, blocks, unimodal)
+        for n, w in (("pure", pure), ("mixed", mixed))
+    }
+    print(found)
+    assert found["pure"].accuracy > 0.8
+    assert found["pure"].width == 8
+    assert found["pure"].cross_entropy < 0.4
+    assert found["mixed"].cross_entropy > found["pure"].cross_entropy + 0.25
+    assert found["mixed"].entropy > found["pure"].entropy + 0.05
+
+
+def test_weight_classifier_is_not_told_by_position(generator: torch.Generator) -> None:
+    """Modalities whose neurons look alike cannot be told, though their columns stand in different places."""
+    unimodal = {"a": torch.randn(150, 10, generator=generator), "b": torch.randn(150, 10, generator=generator)}
+    found = polysemanticity.cross_modal_polysemanticity(torch.randn(30, 20), {"a": 10, "b": 10}, unimodal)
+    assert abs(found.accuracy - 0.5) < 0.25
+    missing = polysemanticity.cross_modal_polysemanticity(torch.randn(30, 20), {"a": 10, "b": 10}, None)
+    assert missing.cross_entropy is None
+    assert "no unimodal" in missing.not_applicable
+    with pytest.raises(InputError, match=r"\[h, 10\]"):
+        polysemanticity.cross_modal_polysemanticity(
+            torch.randn(30, 20), {"a": 10, "b": 10}, {"a": torch.ones(9, 10), "b": torch.ones(9, 4)}
+        )
+
+
+def test_neuron_responses(generator: torch.Generator) -> None:
+    predictive, noisy, other = torch.randn(3, 20000, generator=generator, dtype=torch.float64)
+    pure = polysemanticity.neuron_response(predictive.relu(), predictive, noisy)
+    mixed = polysemanticity.neuron_response((predictive + noisy).relu(), predictive, noisy)
+    assert not pure.entangled
+    assert mixed.entangled
+    assert mixed.overlap > 0.75 > pure.overlap + 0.2
+    middle = pure.centres.index(min(pure.centres, key=abs))
+    inside = (predictive / predictive.std()).sub(predictive.mean()).abs() < 1 / 6
+    assert pure.predictive[middle] == pytest.approx(float(predictive.relu()[inside].mean()), abs=0.02)
+    correlation = np.corrcoef(predictive.relu(), predictive)[0, 1]
+    assert pure.slopes[0] == pytest.approx(correlation)
+    dead = polysemanticity.neuron_response(torch.zeros(20000), predictive, other)
+    assert math.isnan(dead.overlap)
+    assert not dead.entangled
+
+
+# Reliance
+
+
+def shapley_by_orders(scores: np.ndarray, m: int) -> np.ndarray:
+    """The definition by all m! orders of arrival."""
+    values = np.zeros(m)
+    for order in itertools.permutations(range(m)):
+        members = 0
+        for i in order:
+            values[i] += scores[members | 1 << i] - scores[members]
+            members |= 1 << i
+    return values / math.factorial(m)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_shapley_values(m: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).random(2**m)
+    found = reliance.shapley_values(scores)
+    np.testing.assert_allclose(found, shapley_by_orders(scores, m), rtol=1e-10, atol=1e-12)
+    assert found.sum() == pytest.approx(scores[-1] - scores[0])
+    many = np.random.default_rng(seed).random((2**m, 3))
+    np.testing.assert_allclose(reliance.shapley_values(many)[:, 1], reliance.shapley_values(many[:, 1]))
+
+
+def test_coalitions_and_their_outputs(generator: torch.Generator) -> None:
+    assert reliance.coalitions(2) == [(False, False), (True, False), (False, True), (True, True)]
+    with pytest.raises(InputError, match="1 to 6"):
+        reliance.coalitions(7)
+    features = {"a": torch.randn(4, 3, generator=generator), "b": torch.randn(4, 2, 2, generator=generator)}
+    stand_in = {"a": torch.full((3,), 10.0), "b": torch.zeros(2, 2)}
+
+    def fuse(f: dict[str, Tensor]) -> Tensor:
+        return torch.stack([f["a"].sum(1), f["b"].flatten(1).sum(1)], 1)
+
+    out = reliance.coalition_outputs(fuse, features, stand_in)
+    sums = fuse(features)
+    torch.testing.assert_close(out[0], torch.tensor([[30.0, 0.0]]).expand(4, 2))
+    torch.testing.assert_close(out[1], torch.stack([sums[:, 0], torch.zeros(4)], 1))
+    torch.testing.assert_close(out[2], torch.stack([torch.full((4,), 30.0), sums[:, 1]], 1))
+    torch.testing.assert_close(out[3], sums)
+
+
+def test_retrained_control(generator: torch.Generator) -> None:
+    informative, y = classes(1500, generator, strength=3)
+    noise = torch.randn(1500, 5, generator=generator)
+    found = reliance.retrained_without({"good": informative, "noise": noise}, y)
+    assert found.all.score > 0.9
+    assert found.alone["good"] == found.without["noise"]
+    assert found.alone["good"].score > 0.9
+    assert found.without["good"] == found.alone["noise"]
+    assert found.alone["noise"].score < 0.5
+    binomial = math.sqrt(found.all.score * (1 - found.all.score) / 450)
+    assert found.all.error == pytest.approx(binomial, rel=0.4)
+    nothing = reliance.train_afresh({"good": informative}, y, [])
+    assert nothing.score < 0.5
+    binary = reliance.train_afresh({"good": informative}, (y == 0).long(), ["good"], metric="auroc")
+    assert binary.score > 0.95
+
+
+def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
+    x, y = classes(1200, generator)
+    train, judged = {"x": x[:900]}, {"x": x[900:]}
+    found = reliance.train_afresh(train, y[:900], ["x"], judged=(judged, y[900:]), seed=3)
+    scaler = StandardScaler().fit(x[:900].double())
+    chances = []
+    for start in (3, 4, 5):
+        network = MLPClassifier((64,), alpha=1.0, early_stopping=True, max_iter=60, random_state=start)
+        network.fit(scaler.transform(x[:900].double()), y[:900])
+        chances.append(network.predict_proba(scaler.transform(x[900:].double())))
+    guess = np.mean(chances, 0).argmax(1)
+    assert found.score == pytest.approx(accuracy_score(y[900:], guess))
+    control = reliance.retrained_without(train, y[:900], judged=(judged, y[900:]), seed=3)
+    assert control.all == control.alone["x"] == found
+    frequent = float((y[900:] == y[:900].bincount().argmax()).double().mean())
+    assert control.without["x"].score == pytest.approx(frequent)
+
+
+def test_bad_input() -> None:
+    x = torch.randn(40, 3)
+    with pytest.raises(InputError, match="single class"):
+        probes.linear_probe(x, torch.zeros(40), x, torch.zeros(40))
+    with pytest.raises(InputError, match="NaN"):
+        probes.linear_probe(x * math.nan, torch.arange(40) % 2, x, torch.zeros(40))
+    with pytest.raises(InputError, match="two or more"):
+        probes.fresh_discriminator({"a": x})
+    with pytest.raises(InputError, match="same rows"):
+        probes.denoising_r2(x, x[:30])
+    with pytest.raises(InputError, match=r"2\^m"):
+        reliance.shapley_values([1.0, 2.0, 3.0])
+    with pytest.raises(InputError, match="single class"):
+        reliance.retrained_without({"a": x}, torch.zeros(40, dtype=torch.int64))

@@ -1,0 +1,152 @@
+"""Scores under resampling against scikit-learn, and intervals against their nominal coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
+
+from mmc_fast.diagnose.statistics import (
+    ResampledScores,
+    average,
+    mean_sd,
+    resample_counts,
+    resampled_scores,
+    separated_best,
+    weighted_scores,
+)
+from mmc_fast.errors import InputError
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("metric", "truth"), [("auroc", roc_auc_score), ("auprc", average_precision_score)])
+def test_ranked_scores_equal_scikit_learn_with_sample_weights(generator, metric, truth, ties):
+    labels = np.r_[0, 1, generator.integers(0, 2, 60)]
+    scores = labels * 0.7 + generator.normal(size=62)
+    if ties:
+        scores = np.round(scores)
+    counts = resample_counts(62, 25, generator)
+    got = weighted_scores(metric, labels, scores, counts)
+    expected = [truth(labels, scores, sample_weight=row) for row in counts]
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_two_columns_mean_the_probability_of_class_one(generator):
+    labels = np.array([0, 1, 1, 0, 1])
+    p = generator.random(5)
+    both = weighted_scores("auroc", labels, np.stack([1 - p, p], axis=1), np.ones((1, 5)))
+    assert both[0] == weighted_scores("auroc", labels, p, np.ones((1, 5)))[0]
+
+
+def test_accuracy_takes_classes_or_the_largest_column(generator):
+    labels = generator.integers(0, 4, 50)
+    logits = generator.normal(size=(50, 4))
+    counts = resample_counts(50, 9, generator)
+    expected = [accuracy_score(labels, logits.argmax(1), sample_weight=row) for row in counts]
+    np.testing.assert_allclose(weighted_scores("accuracy", labels, logits, counts), expected, rtol=1e-12)
+    np.testing.assert_allclose(weighted_scores("accuracy", labels, logits.argmax(1), counts), expected, rtol=1e-12)
+
+
+def test_a_resample_without_one_class_is_undefined_not_wrong():
+    labels = np.array([0, 1, 1])
+    weights = np.array([[1, 1, 1], [0, 2, 1], [3, 0, 0]])
+    assert np.isnan(weighted_scores("auroc", labels, [0.1, 0.2, 0.3], weights)).tolist() == [False, True, True]
+
+
+def test_resample_counts_are_bootstrap_draws(generator):
+    counts = resample_counts(30, 4000, generator)
+    assert (counts.sum(axis=1) == 30).all()
+    assert abs(counts.mean() - 1) < 1e-12
+    assert abs(counts.var() - (1 - 1 / 30)) < 0.05  # binomial(30, 1/30)
+
+
+def test_mean_sd_uses_the_sample_variance():
+    assert mean_sd([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert mean_sd([0.5]) == (0.5, None)
+
+
+def test_interval_is_student_t_over_seeds_when_test_noise_vanishes(generator):
+    plain = generator.normal(size=5)
+    scores = ResampledScores(plain, np.tile(plain[:, None], (1, 40)))
+    low, high = stats.t.interval(0.95, 4, loc=plain.mean(), scale=stats.sem(plain))
+    interval = scores.interval()
+    assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_interval_with_one_seed_is_the_bootstrap_of_the_test_set(generator):
+    labels = generator.integers(0, 2, 400)
+    predicted = np.where(generator.random(400) < 0.8, labels, 1 - labels)
+    interval = resampled_scores("accuracy", labels, [predicted], resample_counts(400, 4000, generator)).interval()
+    rate = (predicted == labels).mean()
+    assert interval.sd_seeds is None
+    assert interval.sd_samples == pytest.approx(np.sqrt(rate * (1 - rate) / 400), rel=0.08)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * interval.sd_samples, rel=1e-3)
+
+
+def test_paired_interval_covers_a_true_zero_as_often_as_it_says(generator):
+    """Two methods of the same quality, noisy over three seeds and over samples that are hard for both."""
+    held = 0
+    for _ in range(200):
+        labels = generator.integers(0, 2, 250)
+        hard = generator.random(250) * 0.4
+        runs = []
+        for _method in range(2):
+            quality = 0.95 + generator.normal(size=3) * 0.03
+            runs.append([np.where(generator.random(250) < q - hard, labels, 1 - labels) for q in quality])
+        counts = resample_counts(250, 150, generator)
+        first, second = (resampled_scores("accuracy", labels, run, counts) for run in runs)
+        held += not (first - second).interval().excludes(0)
+    assert held / 200 > 0.87
+
+
+def test_separated_best_needs_every_comparison(generator):
+    labels = generator.integers(0, 2, 800)
+
+    def method(quality: float) -> list[np.ndarray]:
+        return [np.where(generator.random(800) < quality, labels, 1 - labels) for _ in range(3)]
+
+    counts = resample_counts(800, 300, generator)
+    good, also_good, bad = (resampled_scores("accuracy", labels, method(q), counts) for q in (0.95, 0.95, 0.6))
+    assert separated_best({"good": good, "bad": bad}) == "good"
+    assert separated_best({"bad": bad, "good": good, "twin": good}) is None
+    assert separated_best({"good": good}) is None
+    gap = abs((good - also_good).interval().estimate)
+    if not (good - also_good).interval().excludes(0):
+        assert separated_best({"a": good, "b": also_good, "c": bad}) is None, gap
+
+
+def test_average_keeps_the_pairing(generator):
+    parts = [ResampledScores(generator.random(2), generator.random((2, 7))) for _ in range(3)]
+    mean = average(parts)
+    np.testing.assert_allclose(mean.plain, sum(p.plain for p in parts) / 3)
+    np.testing.assert_allclose(mean.resampled, sum(p.resampled for p in parts) / 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: mean_sd([]),
+        lambda: weighted_scores("f1", [0, 1], [0, 1], [[1, 1]]),
+        lambda: weighted_scores("auroc", [0, 1, 2], [0, 1, 2], [[1, 1, 1]]),
+        lambda: weighted_scores("auroc", [0, 1], np.ones((2, 3)), [[1, 1]]),
+        lambda: weighted_scores("accuracy", [0, 1], [0, 1, 1], [[1, 1]]),
+        lambda: resample_counts(0, 10, np.random.default_rng(0)),
+        lambda: resampled_scores("auroc", [1, 1], [[0.1, 0.2]], np.ones((2, 2), dtype=int)),
+        lambda: resampled_scores("auroc", [0, 1], [], np.ones((2, 2), dtype=int)),
+        lambda: ResampledScores(np.ones(2), np.ones((2, 3))) - ResampledScores(np.ones(3), np.ones((3, 3))),
+        lambda: ResampledScores(np.ones(2), np.ones((2, 3))).interval(level=95),
+        lambda: average([]),
+    ],
+)
+def test_bad_input_is_one_clear_line(call):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)

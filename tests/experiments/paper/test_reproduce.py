@@ -1,0 +1,387 @@
+"""Experiments of the paper: verdicts by hand-made numbers, smoke runs, numbers against the cells, resume, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+from training_data import check_one_line, tiny
+from typer.testing import CliRunner
+
+from mmc_fast.cli import app
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.compare import grid as grid_module
+from mmc_fast.experiments.compare.cells import read_cell
+from mmc_fast.experiments.compare.rows import Row, Source, load_rows, load_source
+from mmc_fast.experiments.compare.table import GATE
+from mmc_fast.experiments.paper import (
+    EXPERIMENTS,
+    Direction,
+    Estimate,
+    Experiment,
+    Outcome,
+    Plan,
+    ResultTable,
+    Value,
+    paired,
+)
+from mmc_fast.experiments.paper.output import direction_rows, markdown, table_columns, table_rows, to_dict
+from mmc_fast.experiments.paper.paper import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5
+from mmc_fast.experiments.paper.scores import score_rows
+
+ROOT = Path(__file__).resolve().parents[3]
+BUDGET = {
+    "epochs": 1,
+    "batch_size": 16,
+    "encoder_width": 8,
+    "encoder_dim": 8,
+    "fusion_hidden": [8],
+    "rates": [0.2, 0.5],
+}
+
+
+def own_data(folder: Path, seed: int, epochs: int = 1) -> Path:
+    """Two classes, three modalities, 120 rows; the TOML file names the budget."""
+    load_source.cache_clear()
+    dataset = tiny(seed, num_classes=2)
+    arrays = {f"x_{name}": x.numpy() for name, x in dataset.features.items()}
+    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
+    budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (BUDGET | {"epochs": epochs}).items())
+    path = folder / "mine.toml"
+    path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')
+    return path
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, ["reproduce", *map(str, arguments)])
+
+
+def cells(result: dict, folder: Path, row: str) -> list[tuple[dict, dict]]:
+    files = sorted(c["file"] for c in result["record"]["cells"] if c["row"] == row)
+    return [read_cell(folder / "grid" / file) for file in files]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("paper", "ours", "verdict"),
+    [
+        (0.03, (0.02, 0.01, 0.03), "agrees"),
+        (0.03, (-0.02, -0.03, -0.01), "disagrees"),
+        (0.03, (0.02, -0.01, 0.05), "undecided"),
+        (-4.0, (-0.02, -0.03, -0.01), "agrees"),
+        (-4.0, (0.02, 0.01, 0.03), "disagrees"),
+        (-4.0, (-0.02, -0.05, 0.01), "undecided"),
+        (0.03, (0.02, 0.0, 0.04), "undecided"),
+        (0.03, (-0.02, -0.04, 0.0), "undecided"),
+        (0.03, (0.02, -math.inf, math.inf), "undecided"),
+        (0.03, None, "not measured"),
+    ],
+)
+def test_the_verdict_is_the_side_of_zero_that_the_interval_lies_on(paper, ours, verdict):
+    assert Direction("claim", paper, None if ours is None else Estimate(*ours)).verdict == verdict
+
+
+@pytest.mark.parametrize("paper", [0.0, math.nan, math.inf])
+def test_a_difference_of_nothing_is_no_direction(paper):
+    with pytest.raises(ValueError, match="no direction"):
+        Direction("claim", paper, None)
+
+
+def test_paired_is_students_interval_of_the_differences(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
+    found = paired(a.tolist(), b.tolist())
+    low, high = stats.t.interval(0.95, 4, loc=(a - b).mean(), scale=stats.sem(a - b))
+    assert (found.value, found.low, found.high) == pytest.approx(((a - b).mean(), low, high))
+    assert stats.ttest_rel(a, b).pvalue < 0.05 or found.low <= 0 <= found.high
+    alone = paired([0.4], [0.1])
+    assert alone.value == pytest.approx(0.3)
+    assert (alone.low, alone.high) == (-math.inf, math.inf)
+    with pytest.raises(InputError, match="one of each per seed"):
+        paired([1.0], [1.0, 2.0])
+
+
+def test_tables_and_counts_are_printed_as_they_are():
+    table = ResultTable("T", ["a", "b"], [("x", [Value(0.5, 0.01, 0.61), Value(0.25)]),
+                                          ("y", [Value(paper=0.7), Value(mark="§")])], footnote="§ why")  # fmt: skip
+    directions = [
+        Direction("up", 0.1, Estimate(0.02, 0.01, 0.03)),
+        Direction("weak", 0.1, Estimate(0.02, 0.01, 0.03), mark="†"),
+        Direction("down", -12.5, Estimate(20.0, 10.0, 30.0)),
+        Direction("one", 0.1, Estimate(0.02, -math.inf, math.inf)),
+        Direction("none", 0.1, None),
+    ]
+    outcome = Outcome([table], directions, notes=["note"], facts={"f": "v"})
+    assert outcome.summary == (
+        "Of 5 directions of the paper: 2 agree (1 with a row marked †), 1 disagree, 1 undecided, 1 not measured."
+    )
+    assert table_columns(table) == ["row", "a", "paper", "b"]
+    assert table_rows(table) == [["x", "0.500 ± 0.010", "0.6100", "0.250"], ["y", "–", "0.7000", "– §"]]
+    printed = [[c if isinstance(c, str) else c.text for c in row] for row in direction_rows(outcome)]
+    assert printed == [
+        ["up", "+0.100", "+0.020", "+0.010 … +0.030", "agrees"],
+        ["weak", "+0.100", "+0.020", "+0.010 … +0.030", "agrees †"],
+        ["down", "−12.5", "+20.0", "+10.0 … +30.0", "disagrees"],
+        ["one", "+0.100", "+0.020", "one seed", "undecided"],
+        ["none", "+0.100", "–", "–", "not measured"],
+    ]
+    experiment = Experiment("t", "title", "paper", ("deviation",), (), lambda plan: outcome)
+    text = markdown(experiment, outcome)
+    for line in ("| x | 0.500 ± 0.010 | 0.6100 | 0.250 |", "- deviation", "- note", "§ why.", outcome.summary, "f: v."):
+        assert line in text.splitlines()
+    stored = json.loads(json.dumps(to_dict(experiment, outcome, {}), allow_nan=False))
+    assert stored["directions"][3]["ours"] == {"value": 0.02, "low": None, "high": None}
+    with pytest.raises(ValueError, match="1 values for 2 columns"):
+        ResultTable("T", ["a", "b"], [("x", [Value()])])
+
+
+# The paper's numbers, transcribed a second time
+
+PRINTED = {
+    1: """CM-AE .7873/.3620 · .6007/.3355; SMIL .7981/.3536 · .6155/.3279; MT .8176/.3467 · .6278/.2959;
+        GRAPE .7657/.3733 · .6335/.3120; M3Care .8265/.3830 · .6020/.3870; ShaSpec .8100/.3630 · .6216/.3549;
+        MUSE .8236/.3987 · .6781/.4185; EBR .8533/.4277 · .7030/.4290""",
+    2: """GRAPE .8837/.4584 · .7085/.4551; GRAPE+KD .9011/.4620 · .7231/.4610; GRAPE+EBR .9102/.4799 · .7488/.4691;
+        M3Care .8896/.4603 · .7067/.4532; M3Care+KD .8950/.4700 · .7080/.4562; M3Care+EBR .8987/.4850 · .7296/.4832;
+        MUSE .9201/.4883 · .7351/.4985; MUSE+KD .9350/.4993 · .7402/.5066; MUSE+EBR .9380/.5001 · .7597/.5138""",
+    3: """AE 89.78/89.33/89.78/88.89; GAN 89.11/89.78/91.11/93.11; Full2miss 90.00/91.11/92.23/92.67;
+        GRAPE 89.65/90.42/91.15/91.37; SMIL 92.89/93.11/93.33/94.44; ShaSpec 93.33/93.56/93.78/94.67;
+        MUSE 94.21/94.36/94.82/94.93; EBR 95.30/95.57/95.89/95.93""",
+    4: """SMIL+EBR 93.77/94.02/94.51/94.96; ShaSpec+EBR 95.30/95.57/95.89/95.93; MUSE+EBR 95.02/95.26/95.61/95.70""",
+    5: """kd-strongest .9196/.4875; kd-strongest-first .8651/.4130; kd-random .9005/.4685;
+        kd-simultaneous .9102/.4786; kd .9350/.4993""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "table"), [(1, TABLE1), (2, TABLE2), (3, TABLE3), (4, TABLE4), (5, TABLE5)])
+def test_the_papers_numbers(number, table):
+    printed = {}
+    for entry in PRINTED[number].split(";"):
+        name, _, numbers = entry.strip().partition(" ")
+        printed[name.lower()] = tuple(float(x) for x in re.findall(r"\d*\.\d+", numbers))
+    assert dict(table) == printed
+
+
+# Experiments
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table5"])
+def test_a_clinical_table_end_to_end(tmp_path, seed, name):
+    data, out = own_data(tmp_path, seed), tmp_path / "out"
+    done = command(name, "--data", data, "--seeds", 2, "--jobs", 1, "--out", out)
+    assert done.exit_code == 0, done.output
+    result = json.loads((out / name / "result.json").read_text())
+    for file in ("result.md", "result.csv", "report.html"):
+        assert (out / name / file).stat().st_size > 500, file
+    assert len(list((out / name).glob("figures/*.png"))) == (2 if name == "table1" else 0)
+    assert done.output.strip().splitlines()[-1] == result["summary"]
+    assert sum(int(n) for n in re.findall(r"(\d+) (?:agree|disagree|undecided)", result["summary"])) == len(
+        result["directions"]
+    )
+    table = result["tables"][0]
+    assert table["columns"] == ["mine AUC (ROC)", "mine AUC (precision–recall)"]
+    numbers = {"table1": TABLE1, "table2": TABLE2, "table5": TABLE5}[name]
+    values = {r["label"]: r["values"] for r in table["rows"]}
+    for label, row, key in {
+        "table1": [("MUSE", "muse", "muse"), ("EBR (paper)", "ebr-paper", "ebr")],
+        "table2": [("GRAPE + EBR", "grape+ebr", "grape+ebr"), ("M3Care", "m3care", "m3care")],
+        "table5": [("KD, weakest to strongest", "kd", "kd"), ("KD, random order", "kd-random", "kd-random")],
+    }[name]:
+        found = cells(result, out, row)
+        assert len(found) == 2
+        for place, judge in enumerate((roc_auc_score, average_precision_score)):
+            conditions = ["missing_0.2", "missing_0.5"] if name == "table1" else ["complete"]
+            ours = [np.mean([judge(a["labels"], a[c][:, 1]) for c in conditions]) for _, a in found]
+            assert values[label][place]["mean"] == pytest.approx(np.mean(ours), rel=1e-6)
+            assert values[label][place]["sd"] == pytest.approx(np.std(ours, ddof=1), rel=1e-6)
+            assert values[label][place]["paper"] == numbers[key][place]
+    weak = {f["title"] for f in result["record"]["findings"]["mine"]["rows"].values() if f["gate"] == GATE}
+    for d in result["directions"]:
+        assert d["mark"] == ("†" if weak & set(re.split(" above | below |, mine", d["claim"])) else "")
+        side, (low, high) = math.copysign(1, d["paper"]), (d["ours"]["low"], d["ours"]["high"])
+        expected = "undecided" if low <= 0 <= high else "agrees" if side * d["ours"]["value"] > 0 else "disagrees"
+        assert d["verdict"] == expected
+    with open(out / name / "result.csv") as file:
+        kinds = [line["kind"] for line in csv.DictReader(file)]
+    assert kinds.count("direction") == len(result["directions"])
+    assert kinds.count("value") == 2 * len(table["rows"])
+
+
+def test_finished_trainings_are_taken_over_and_shared(tmp_path, seed, monkeypatch):
+    data, out = own_data(tmp_path, seed), tmp_path / "out"
+    arguments = ("--data", data, "--seeds", 1, "--jobs", 1, "--out", out, "--json")
+    first = command("table5", *arguments)
+    assert first.exit_code == 0, first.output
+    rows = []
+    compute = grid_module.compute
+    monkeypatch.setattr(grid_module, "compute", lambda cell, *rest: rows.append(cell.row) or compute(cell, *rest))
+    again = command("table5", *arguments)
+    assert rows == []
+    drop = ("seconds",)
+    a, b = ({k: v for k, v in json.loads(done.stdout).items() if k not in drop} for done in (first, again))
+    assert a == b
+    assert command("table2", *arguments).exit_code == 0
+    assert len(rows) == len(TABLE2)  # vanilla is that of table 5
+
+
+def test_all_orders_of_distillation_have_the_same_settings(tmp_path, seed):
+    data, out = own_data(tmp_path, seed), tmp_path / "out"
+    done = command("table5", "--data", data, "--seeds", 1, "--jobs", 1, "--out", out, "--json")
+    result = json.loads(done.stdout)
+    for d in result["directions"]:  # one training of each
+        assert (d["ours"]["low"], d["ours"]["high"], d["verdict"]) == (None, None, "undecided")
+    plain = []
+    for cell in result["record"]["cells"]:
+        if cell["row"] != "vanilla":
+            cell["config"]["kd"] = {k: v for k, v in cell["config"]["kd"].items() if k not in ("teachers", "order")}
+            plain.append(cell["config"])
+    assert len(plain) == len(TABLE5)
+    assert all(config == plain[0] for config in plain)
+
+
+def test_stored_choices_of_kd_hold_for_every_order(tmp_path, seed):
+    """A choice is stored for weakest-first alone; the others must not fall back to another learning rate."""
+    (kd,) = load_rows(["kd"])
+    data = own_data(tmp_path, seed).rename(tmp_path / "mfeat.toml")  # named as data that have a stored choice
+    done = command("table5", "--data", data, "--seeds", 1, "--jobs", 1, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    rates = {c["row"]: c["config"]["lr"] for c in json.loads(done.stdout)["record"]["cells"]}
+    assert {rates[name] for name in TABLE5} == {kd.chosen["mfeat"]["lr"]}
+    assert kd.chosen["mfeat"]["lr"] != kd.plugin.search[0]["lr"]
+
+
+def test_a_verdict_on_an_under_performing_row_is_marked(tmp_path, seed):
+    """Rows that cannot learn fall below vanilla: whatever is said about them carries the mark."""
+    load_source.cache_clear()
+    own_data(tmp_path, seed, epochs=12)
+    source = Source("mine", str(tmp_path / "mine.npz"), {}, BUDGET | {"epochs": 12, "lr": 0.01})
+    crippled = Row.parse("muse", {"method": "muse", "settings": {"lr": 1e-9}})
+    rows = [*load_rows(["vanilla", "late"]), crippled]
+    scored = score_rows(Plan(tmp_path / "out", seeds=(0, 1), jobs=1), rows, [source], {})
+    gate = scored.findings["mine"].rows["muse"].gate
+    assert gate == GATE, scored.findings["mine"].main.scores
+    assert scored.direction("mine", "auroc", ("late", "muse"), "complete", 1.0).mark == "†"
+    assert scored.direction("mine", "auroc", ("muse", "late"), "complete", 1.0).mark == "†"
+    assert scored.direction("mine", "auroc", ("late", "vanilla"), "complete", 1.0).mark == ""
+    assert scored.value("mine", "auroc", "muse", "complete", None).mark == "†‡"
+    assert scored.footnote == (
+        f"† {GATE}, below vanilla by more than one standard error with nothing removed; ‡ batch of 256"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table3", "table4"])
+def test_the_digits_in_both_readings(data_folder, tmp_path, name):
+    out = tmp_path / "out"
+    done = command(name, "--seeds", 1, "--epochs", 1, "--jobs", 1, "--out", out)
+    assert done.exit_code == 0, done.output
+    result = json.loads((out / name / "result.json").read_text())
+    train, test = result["tables"]
+    assert "training samples" in train["title"]
+    assert "test samples" in test["title"]
+    for reading, table in (("train", train), ("test", test)):
+        record = result["record"][reading]
+        row = next(c for c in record["cells"] if c["row"] == "muse")
+        _, arrays = read_cell(out / "grid" / row["file"])
+        values = {r["label"]: r["values"] for r in table["rows"]}
+        assert [v["paper"] for v in values["MUSE"]] == list(TABLE3["muse"])
+        key = "complete" if reading == "train" else "missing_0.95"
+        accuracy = 100 * np.mean(arrays[key].argmax(1) == arrays["labels"])
+        assert values["MUSE"][0]["mean"] == pytest.approx(accuracy)
+        assert {c["data"] for c in record["cells"]} == (
+            {f"avmnist-paper-{share}" for share in (95, 90, 85, 80)} if reading == "train" else {"avmnist-paper"}
+        )
+    if name == "table3":
+        assert [r["values"][0] for r in train["rows"] if r["label"] == "GAN (not implemented)"] == [
+            {"mean": None, "sd": None, "paper": 89.11, "mark": ""}
+        ]
+    realised = result["record"]["test"]["findings"]["avmnist-paper"]["realised"]
+    assert [r[0] for r in realised.values()] == [0.0] * 4  # images are never missing
+    assert [r[1] for r in realised.values()] == pytest.approx([0.95, 0.9, 0.85, 0.8], abs=0.06)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, seed):
+    data = own_data(tmp_path, seed, epochs=3)
+
+    def start(out: str) -> subprocess.Popen:
+        code = [sys.executable, "-m", "mmc_fast", "reproduce", "table5", "--data", str(data), "--seeds", "2"]
+        code += ["--jobs", "1", "--out", str(tmp_path / out)]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(code, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    first = start("killed")
+    end = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("grid/cells/mine/*.npz")) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(seed % 100 / 1000)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("grid/cells/mine/*.npz")}
+    assert 0 < len(done) < 12
+    assert not (tmp_path / "killed" / "table5").exists()
+    for process in (start("killed"), start("whole")):
+        assert process.wait(300) == 0, process.stderr.read().decode()
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    results = [json.loads((tmp_path / out / "table5" / "result.json").read_text()) for out in ("killed", "whole")]
+    for key in ("tables", "directions", "summary"):
+        assert results[0][key] == results[1][key]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tabel5",), "Did you mean 'table5'"),
+        (("table5", "--seeds", "0"), "give a number of seeds"),
+        (("table5", "--epochs", "0"), "give 1 or more"),
+        (("table5", "--jobs", "0"), "at least 1"),
+        (("table5", "--tune", "maybe"), "Allowed: auto, always, never"),
+        (("table5", "--reading", "train"), "leave --reading out"),
+        (("table3", "--reading", "tests"), "Did you mean 'test'"),
+        (("table3", "--data", "mfeat"), "leave --data out"),
+        (("table5", "--data", "mfeet"), "Did you mean 'mfeat'"),
+        (("table5", "--data", "mfeat,mfeat"), "each once"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_no_result(tmp_path, arguments, words):
+    out = tmp_path / "out"
+    done = command(*arguments, "--out", out)
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    check_one_line(InputError(done.output.strip()))
+    assert not list(out.glob("**/*.npz"))
+    assert not list(out.glob("**/result.*"))
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    done = command("table5", "--data", "mfeat", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "holds no reproduction" in done.output
+
+
+def test_every_experiment_says_what_it_is():
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    for name, experiment in EXPERIMENTS.items():
+        assert experiment.name == name
+        assert experiment.paper.endswith(".")
+        assert all(d.endswith(".") for d in experiment.deviations)
+        assert experiment.data
+        assert f"`{name}`" in page, name

@@ -1,0 +1,253 @@
+"""Scores: metrics counted by hand, masks that no method can influence, reliance, empty rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training_data import small, tiny
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.data import mcar
+from mmc_fast.experiments.training import evaluate, predict, train
+from mmc_fast.experiments.training import evaluate as public_evaluate
+from mmc_fast.experiments.training.evaluate import masks_at, measure
+from mmc_fast.experiments.training.metrics import score, scores
+from mmc_fast.experiments.training.model import MultimodalModel
+
+
+def vanilla(seed: int, dataset) -> MultimodalModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MultimodalModel(dataset.dims, dataset.num_classes, small("vanilla"))
+
+
+def complete(model, part, features=None, present=None) -> torch.Tensor:
+    """Probabilities with zeros in place of what is absent, without the library's prediction path."""
+    present = part.present if present is None else present
+    z = [
+        e(x) * present[:, i, None]
+        for i, (e, x) in enumerate(zip(model.encoders, features or part.features, strict=True))
+    ]
+    return model.fusion.layers(torch.cat(z, 1)).softmax(1).detach()
+
+
+def test_accuracy_and_area_by_counting(seed):
+    g = torch.Generator().manual_seed(seed)
+    p, y = torch.rand(40, 2, generator=g).softmax(1), (torch.rand(40, generator=g) < 0.4).long()
+    y[0], y[1] = 0, 1
+    hits = sum(int(p[n, 1] > p[n, 0]) == int(y[n]) for n in range(40))
+    assert score(p, y, "accuracy") == pytest.approx(hits / 40)
+    wins = [float(a > b) for a in p[y == 1, 1] for b in p[y == 0, 1]]
+    assert score(p, y, "auroc") == pytest.approx(sum(wins) / len(wins))
+    ranked = y[p[:, 1].argsort(descending=True)].tolist()
+    precision = [sum(ranked[: n + 1]) / (n + 1) for n in range(40) if ranked[n]]
+    assert scores(p, y, "auroc")["auprc"] == pytest.approx(sum(precision) / len(precision))
+    assert scores(p, y, "accuracy") == {"score": score(p, y, "accuracy")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 2), torch.zeros(2).long(), "accuracy"), "do not fit"),
+        ((torch.zeros(0, 2), torch.zeros(0).long(), "accuracy"), "no rows"),
+        ((torch.zeros(3, 2), torch.zeros(3).long(), "auroc"), "needs 2 classes"),
+        ((torch.zeros(3, 3), torch.tensor([0, 1, 2]), "auroc"), "needs 2 classes"),
+        ((torch.zeros(3, 2), torch.zeros(3).long(), "auc"), "Did you mean 'auroc'"),
+    ],
+)
+def test_scores_refuse_what_has_no_score(arguments, message):
+    with pytest.raises(InputError, match=message):
+        score(*arguments)
+
+
+def test_scores_of_a_model_by_hand(seed):
+    dataset = tiny(seed, absent=0.2)
+    model = vanilla(seed, dataset)
+    result = evaluate(model, dataset, rates=(0.2, 0.6), seed=seed, part="validation")
+    part = dataset.part("validation")
+
+    def accuracy(p):
+        return pytest.approx(float((p.argmax(1) == part.labels).double().mean()))
+
+    assert result["complete"] == accuracy(complete(model, part))
+    for entry, rate in zip(result["missing"], (0.2, 0.6), strict=True):
+        present, realised = masks_at(part.present, rate, seed, "validation")
+        lost = (part.present & ~present).sum(0) / part.present.sum(0)
+        assert entry["realised"] == realised == pytest.approx(lost.tolist())
+        assert entry["score"] == accuracy(complete(model, part, present=present))
+        assert not (present & ~part.present).any()
+    assert result["mean_missing"] == pytest.approx(sum(e["score"] for e in result["missing"]) / 2)
+    train_part = dataset.part("train")
+    means = [x[train_part.present[:, i]].mean(0).expand(30, -1) for i, x in enumerate(train_part.features)]
+    for i, name in enumerate(dataset.modalities):
+        without = [means[j] if j == i else x for j, x in enumerate(part.features)]
+        only = [x if j == i else means[j] for j, x in enumerate(part.features)]
+        assert result["reliance"][name]["without"] == accuracy(complete(model, part, without))
+        assert result["reliance"][name]["only"] == accuracy(complete(model, part, only))
+        assert result["reliance"][name]["alone"] is None
+
+
+def test_reliance_replaces_inputs_by_train_means_only(seed):
+    """Probabilities, not scores: two fillings may well give the same accuracy."""
+    dataset = tiny(seed, absent=0.2)
+    model, part, train_part = vanilla(seed, dataset), dataset.part("test"), dataset.part("train")
+    settings = {"rates": (), "seed": seed, "unimodal": None, "reliance": True, "on_empty": "error"}
+    found = measure(model, dataset, part="test", **settings)[1].probabilities
+    means = [x[train_part.present[:, i]].mean(0).expand(30, -1) for i, x in enumerate(train_part.features)]
+    for i, name in enumerate(dataset.modalities):
+        without = [means[j] if j == i else x for j, x in enumerate(part.features)]
+        only = [x if j == i else means[j] for j, x in enumerate(part.features)]
+        torch.testing.assert_close(found[f"without_{name}"], complete(model, part, without), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[f"only_{name}"], complete(model, part, only), rtol=1e-4, atol=1e-6)
+
+
+def test_masks_are_the_same_for_every_method(seed):
+    dataset = tiny(seed, absent=0.2)
+    found = {}
+    for method in ("vanilla", "dropout", "ebr"):
+        config = small(method, epochs=1, control=False) if method == "ebr" else small(method, epochs=1)
+        scores_ = train(dataset, replace(config, rates=(0.2, 0.5)), seed=seed).results["scores"]
+        found[method] = [m["realised"] for m in scores_["missing"]]
+    assert found["vanilla"] == found["dropout"] == found["ebr"]
+    a, b = masks_at(dataset.present, 0.5, seed, "test")[0], masks_at(dataset.present, 0.5, seed + 1, "test")[0]
+    assert not torch.equal(a, b)
+
+
+def test_masks_keep_every_row_alive_at_the_highest_rate(seed):
+    present = torch.ones(500, 2, dtype=torch.bool)
+    masked, realised = masks_at(present, 0.7, seed, "test")
+    assert bool(masked.any(1).all())
+    assert all(0.3 < r < 0.55 for r in realised)  # at two modalities a nominal 0.7 becomes about 0.41
+
+
+def test_alone_is_the_unimodal_model_on_rows_that_have_the_modality(seed):
+    dataset = tiny(seed, absent=0.3)
+    result = train(dataset, small("vanilla"), seed=seed)
+    part = dataset.part("test")
+    for i, name in enumerate(dataset.modalities):
+        here = part.present[:, i]
+        guess = result.unimodal.models[name](part.features[i][here]).argmax(1)
+        entry = result.results["scores"]["reliance"][name]
+        assert entry["alone"] == pytest.approx(float((guess == part.labels[here]).double().mean()))
+        assert entry["alone_rows"] == int(here.sum())
+        stored = result.predictions[0].probabilities[f"alone_{name}"]
+        assert torch.equal(stored.isnan().any(1), ~here)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "ebr"])
+def test_predictions_do_not_depend_on_the_other_rows(method, seed):
+    dataset = tiny(seed)
+    model = train(dataset, small(method, epochs=1), seed=seed).model
+    part = dataset.part("test")
+    present = mcar(part.present, 0.5, torch.Generator().manual_seed(seed)).present
+    together = predict(model, part.features, present)
+    for n in range(0, 30, 7):
+        alone = predict(model, [x[n : n + 1] for x in part.features], present[n : n + 1])
+        torch.testing.assert_close(alone[0], together[n], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_with_nothing_present(seed):
+    dataset = tiny(seed)
+    model = train(dataset, small("ebr", control=False), seed=seed).model
+    part = dataset.part("test")
+    present = part.present.clone()
+    present[[3, 5]] = False
+    with pytest.raises(InputError, match=r"2 of 30 rows .* row 3"):
+        predict(model, part.features, present)
+    prior = torch.bincount(dataset.part("train").labels).float() / 60
+    probabilities = predict(model, part.features, present, on_empty="prior")
+    torch.testing.assert_close(probabilities[[3, 5]], prior.expand(2, 3))
+    rest = [n for n in range(30) if n not in (3, 5)]
+    torch.testing.assert_close(probabilities[rest], predict(model, part.features, part.present)[rest])
+    with pytest.raises(InputError, match="Did you mean 'prior'"):
+        predict(model, part.features, present, on_empty="priors")
+
+
+def test_natural_test_rows_without_anything_get_the_prior_in_a_run(seed):
+    dataset = tiny(seed)
+    present = dataset.present.clone()
+    present[int((dataset.split == 2).nonzero()[0])] = False
+    result = train(replace(dataset, present=present), small("ebr", epochs=1), seed=seed)
+    assert len(result.predictions[0].labels) == 30
+
+
+def test_evaluation_leaves_model_and_data_alone(seed):
+    dataset = tiny(seed)
+    model = train(dataset, small("ebr", epochs=1), seed=seed).model
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    features = {k: v.clone() for k, v in dataset.features.items()}
+    model.train()
+    first, second = evaluate(model, dataset), evaluate(model, dataset)
+    assert first == second
+    assert model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, features[k]) for k, v in dataset.features.items())
+
+
+def test_strangers_are_refused(seed):
+    dataset = tiny(seed)
+    model = vanilla(seed, dataset)
+    assert public_evaluate is evaluate
+    for other, message in (
+        (tiny(seed, dims=(5, 3)), "modalities"),
+        (tiny(seed, dims=(5, 3, 6)), "modalities"),
+        (tiny(seed, num_classes=2), "classes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(model, other)
+    with pytest.raises(InputError, match="Did you mean 'test'"):
+        evaluate(model, dataset, part="tests")
+    with pytest.raises(InputError, match="rate"):
+        evaluate(model, dataset, rates=(1.0,))
+
+
+def test_measure_keeps_the_predictions_behind_each_score(seed):
+    dataset = tiny(seed, num_classes=2)
+    model = vanilla(seed, dataset)
+    settings = {"part": "test", "rates": (0.3,), "seed": seed, "unimodal": None, "reliance": False, "on_empty": "error"}
+    result, found = measure(model, dataset, **settings)
+    assert set(found.probabilities) == {"complete", "missing_0.3"}
+    assert result["complete"] == score(found.probabilities["complete"], found.labels, "auroc")
+    assert result["missing"][0]["score"] == score(found.probabilities["missing_0.3"], found.labels, "auroc")
+    assert torch.equal(dataset.labels[found.index], found.labels)
+
+
+def test_rates_of_one_modality_leave_the_others_alone(seed):
+    dataset = tiny(seed, dims=(4, 4), absent=0.2)
+    part = dataset.part("test")
+    model = vanilla(seed, dataset)
+    result = evaluate(model, dataset, rates=(0.6,), seed=seed, reliance=False, rates_modality="b")
+    (entry,) = result["missing"]
+    present = masks_at(part.present, 0.6, seed, "test", 1)[0]
+    assert torch.equal(present[:, 0], part.present[:, 0])
+    lost = part.present[:, 1] & ~present[:, 1]
+    both = part.present.all(1)
+    assert not lost[~both].any()  # no row loses the last it has
+    assert 0.25 < float(lost[both].double().mean()) < 0.95
+    assert entry["realised"][0] == 0.0
+    assert entry["score"] == pytest.approx(
+        float((complete(model, part, present=present).argmax(1) == part.labels).double().mean())
+    )
+    with pytest.raises(InputError, match="Did you mean"):
+        evaluate(model, dataset, rates=(0.6,), seed=seed, rates_modality="B")
+
+
+def test_rates_of_one_modality_select_the_epoch_and_are_recorded(seed):
+    dataset = tiny(seed, dims=(4, 4))
+    plain = replace(small("vanilla", epochs=2), selection="masked", rates=(0.5,))
+    config = replace(plain, rates_modality="b")
+    result = train(dataset, config, seed=seed)
+    assert result.results["config"]["rates_modality"] == "b"
+    assert result.results["scores"]["missing"][0]["realised"][0] == 0.0
+    assert "rates_modality" not in plain.to_dict()  # records from before the setting keep their hash
+    assert type(config).from_dict(config.to_dict()) == config
+    masks = masks_at(dataset.part("validation").present, 0.5, seed, "validation", 1)[0]
+    part = dataset.part("validation")
+    found = float((complete(result.model, part, present=masks).argmax(1) == part.labels).double().mean())
+    history = [e for e in result.results["history"] if "val_score_masked" in e]
+    selected = next(e for e in history if e["epoch"] == result.results["selected_epoch"])
+    assert selected["val_score_masked"] == pytest.approx(found)
+    with pytest.raises(InputError, match="rates_modality"):
+        train(dataset, replace(config, rates_modality="x"), seed=seed)

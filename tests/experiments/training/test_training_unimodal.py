@@ -1,0 +1,98 @@
+"""Unimodal models: trained side by side as if alone, on present rows only, judged on validation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from training_data import small, tiny
+
+from mmc_fast._util.seeds import generator, seeded_init
+from mmc_fast.experiments.training.masks import epoch_order
+from mmc_fast.experiments.training.parts import fingerprint
+from mmc_fast.experiments.training.runfolder import RunFolder
+from mmc_fast.experiments.training.unimodal import UnimodalModel, UnimodalModels, train_unimodal
+
+
+def trained(dataset, config, seed):
+    return train_unimodal(dataset, config, seed=seed, fingerprint=fingerprint(dataset))
+
+
+def test_side_by_side_equals_one_by_one(seed):
+    """An independent loop for each modality alone, with plain Adam, same initial weights and same row order."""
+    dataset, config = tiny(seed, absent=0.3), small("vanilla", epochs=2)
+    together = trained(dataset, config, seed)
+    part, held_out = dataset.part("train"), dataset.part("validation")
+    with seeded_init(seed, "unimodal", "init"):
+        fresh = [UnimodalModel(d, 3, config) for d in dataset.dims.values()]
+    for i, (name, model) in enumerate(zip(dataset.modalities, fresh, strict=True)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        order_of = generator(seed, "unimodal", "order")
+        best, kept = -1.0, {}
+        for _ in range(2):
+            for rows in epoch_order(60, order_of).split(config.batch_size):
+                rows = rows[part.present[rows, i]]
+                optimizer.zero_grad()
+                F.cross_entropy(model(part.features[i][rows]), part.labels[rows]).backward()
+                optimizer.step()
+            here = held_out.present[:, i]
+            hits = model(held_out.features[i][here]).argmax(1) == held_out.labels[here]
+            if float(hits.double().mean()) > best:
+                best, kept = float(hits.double().mean()), {k: v.clone() for k, v in model.state_dict().items()}
+        assert abs(together.scores[name] - best) < 1e-9
+        for k, v in together.models[name].state_dict().items():
+            torch.testing.assert_close(v, kept[k], rtol=1e-4, atol=1e-6)
+
+
+def test_absent_and_test_rows_are_never_used(seed):
+    dataset, config = tiny(seed, absent=0.3), small("vanilla")
+    unused = (dataset.split == 2)[:, None] | ~dataset.present
+    poisoned = {k: torch.where(unused[:, i, None], 1e6, x) for i, (k, x) in enumerate(dataset.features.items())}
+    a, b = trained(dataset, config, seed), trained(replace(dataset, features=poisoned), config, seed)
+    assert a.scores == b.scores
+    for name in dataset.modalities:
+        for p, q in zip(a.models[name].parameters(), b.models[name].parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_strongest_and_order(seed):
+    dataset = tiny(seed, sizes=(300, 300, 30))
+    told = F.one_hot(dataset.labels, 3).float()
+    noise = {
+        k: torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) for k, x in dataset.features.items()
+    }
+    b = noise["b"] + 6 * told
+    c = noise["c"]
+    c[:, :3] += 2 * told
+    config = small("vanilla", epochs=6, lr=0.01)
+    found = trained(replace(dataset, features={"a": noise["a"], "b": b, "c": c}), config, seed)
+    assert found.strongest == "b"
+    assert found.weakest_first() == ["a", "c", "b"]
+    assert not any(p.requires_grad for m in found.models.values() for p in m.parameters())
+
+
+def test_the_first_of_equals_is_the_stronger():
+    found = UnimodalModels({}, {"a": 0.5, "b": 0.7, "c": 0.7, "d": 0.5}, {})
+    assert found.strongest == "b"
+    assert found.weakest_first() == ["d", "a", "c", "b"]
+
+
+def test_share_of_the_budget(seed):
+    assert small("vanilla", epochs=10, unimodal_share=0.3).unimodal_epochs == 3
+    assert small("vanilla", epochs=1, unimodal_share=0.1).unimodal_epochs == 1
+    assert small("vanilla", unimodal_share=0.0).unimodal_epochs == 0
+
+
+def test_models_survive_a_file(seed, tmp_path):
+    dataset, config = tiny(seed), small("vanilla")
+    found = trained(dataset, config, seed)
+    folder = RunFolder(tmp_path)
+    assert folder.load_unimodal(config, dataset.dims, 3) is None
+    folder.save_unimodal(found)
+    again = folder.load_unimodal(config, dataset.dims, 3)
+    assert again is not None
+    assert (again.scores, again.key) == (found.scores, found.key)
+    for i, name in enumerate(dataset.modalities):
+        x = dataset.part("test").features[i]
+        assert torch.equal(again.predict(name, x), found.predict(name, x))

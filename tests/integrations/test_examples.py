@@ -1,0 +1,74 @@
+"""The scripts of examples/ run, and do what they say; so do the code blocks of docs/integrations.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8"), re.S)
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_game(result: dict[str, float], prefix: str = "") -> None:
+    assert 0.1 < result[f"{prefix}loss_md_over_entropy"] < 3
+    assert 0 <= result[f"{prefix}psi_accuracy"] <= 1
+    assert result[f"{prefix}grad_norm_psi"] > 0
+    assert result[f"{prefix}grad_norm_encoders"] > 0
+
+
+def test_plain_loop(capsys):
+    result = example("plain_loop").train(epochs=4, seed=1)
+    assert result["accuracy"] > 0.85
+    check_game(result)
+    assert result["loss_md"] / math.log(6) == pytest.approx(result["loss_md_over_entropy"], rel=1e-4)
+    assert "EBR on Classifier: applied" in capsys.readouterr().out
+
+
+def test_lightning_module(capsys):
+    pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'")
+    result = example("lightning_module").train(epochs=2, seed=1)
+    assert result["auroc"] > 0.7
+    check_game(result, "ebr/")
+    assert "EBR on Mortality: applied" in capsys.readouterr().out
+
+
+def test_flava(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
+    result = example("flava").train(steps=40, seed=1)
+    assert result["last_loss"] < result["first_loss"] - 0.3
+    check_game(result)
+    assert re.search(r"flava.text_model\['last_hidden_state'\] +\[2, 6, 32\]", capsys.readouterr().out)
+
+
+def test_diagnose_your_model():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
+    found = example("diagnose_your_model").diagnose(steps=60, seed=1)
+    assert list(found.modalities) == ["language", "vision"]
+    assert found.settings["agop"] == "vector-Jacobian products"
+    assert found.value("score.all") > 0.8
+    assert found.value("use_share.language") + found.value("use_share.vision") == pytest.approx(1)
+    assert found.value("use_share.language") > 0.5
+    assert len(found.arrays["neuron_shares"]) == 16
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_documented_example(number, tmp_path, monkeypatch, capsys):
+    if "lightning" in BLOCKS[number]:
+        pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(BLOCKS[number], f"docs/integrations.md, example {number + 1}", "exec"), {})
+    for promised in re.findall(r"print\(.*\)  # (.*)", BLOCKS[number]):
+        assert promised in capsys.readouterr().out

@@ -1,0 +1,316 @@
+"""The AGOP kernels with their shipped tiles in the guarded interpreter, against float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import triton_guard
+from torch import nn
+
+import mmc_fast
+from mmc_fast.agop import reference as definition
+from mmc_fast.ops import dispatch as backends
+from mmc_fast.ops.agop import op as agop
+from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.testing import assert_as_accurate
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from mmc_fast.kernels.agop import chain as agop_chain  # noqa: E402
+from mmc_fast.kernels.agop import coactivation as kernels  # noqa: E402
+
+SIZES = (1, 15, 16, 17, 63, 65, 127, 129)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(options, generator):
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def strided(values, generator):
+    """The same values in a wider buffer: odd strides, NaN (or 127) around them."""
+    filler = float("nan") if values.is_floating_point() else 127
+    rows, columns = values.shape
+    if torch.rand((), generator=generator) < 0.5:
+        wide = torch.full((rows, 2 * columns + 3), filler, dtype=values.dtype)
+        view = wide[:, 2 : 2 + 2 * columns : 2]
+    else:
+        wide = torch.full((columns + 1, rows + 5), filler, dtype=values.dtype)
+        view = wide[1:, 3 : 3 + rows].t()
+    view.copy_(values)
+    return view
+
+
+def layer(generator, dtype, samples, inputs, units):
+    """An input and a layer whose pre-activations are exact multiples of 1/4 away from the kink: ±1/4, ±3/4, …"""
+    x = torch.randint(-2, 3, (samples, inputs), generator=generator)
+    weight = torch.randint(-1, 2, (units, inputs), generator=generator)
+    bias = torch.randint(-2, 2, (units,), generator=generator)
+    return x.to(dtype), (weight / 2).to(dtype), (bias / 2 + 0.25).to(dtype)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_counts_equal_those_of_the_reference(case, seed):
+    generator = torch.Generator().manual_seed(seed + case)
+    dtype = DTYPES[case % 3]
+    samples, inputs, units = SIZES[case], draw(SIZES, generator), draw(SIZES, generator)
+    x, weight, bias = layer(generator, dtype, samples, inputs, units)
+    z = x.double() @ weight.double().t() + bias.double()
+    active = (z > 0).long()
+    before = torch.randint(-5, 5, (units, units), generator=generator)
+    counts, flag = before.clone(), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch(seed) as watch:
+        used = agop.relu_coactivation_update(
+            strided(x, generator), strided(weight, generator), bias, counts, flag, backend="triton"
+        )
+    assert used == "triton"
+    assert torch.equal(counts.triu(), (before + active.t() @ active).triu()), (samples, inputs, units)
+    assert torch.equal(counts.tril(-1), before.tril(-1)), "below the diagonal nothing may change"
+    assert flag.item() == 0
+    assert [launch.name for launch in watch.launches] == ["_hidden_fwd_kernel", "_coactivation_fwd_kernel"]
+    assert watch.launches[1].dot_flops.keys() == {"int8"}
+
+
+def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((700, 20), (150, 20), (150,)))
+    results = []
+    for chunk, programs in ((0, 264), (100, 1), (513, 20)):
+        monkeypatch.setattr("mmc_fast.kernels.common.PROGRAMS", programs)
+        counts, flag = torch.zeros(150, 150, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        with triton_guard.watch():
+            agop.relu_coactivation_update(x, weight, bias, counts, flag, chunk, backend="triton")
+        results.append(counts)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    monkeypatch.setattr(kernels, "MAX_ROWS", 130)
+    counts = torch.zeros(150, 150, dtype=torch.int64)
+    with triton_guard.watch() as watch:
+        agop.relu_coactivation_update(x, weight, bias, counts, torch.zeros(1, dtype=torch.int64), backend="triton")
+    assert torch.equal(results[0], counts)
+    assert len(watch.launches) == 1 + 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_raises_the_flag(bad, generator):
+    x, weight = torch.randn(130, 17, generator=generator), torch.randn(65, 17, generator=generator)
+    x[129, 16] = bad
+    counts, flag = torch.zeros(65, 65, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch():
+        agop.relu_coactivation_update(x, weight, None, counts, flag, backend="triton")
+    assert flag.item() > 0
+    gram, total = torch.zeros(65, 65, dtype=torch.float64), torch.zeros(65, dtype=torch.float64)
+    flag = torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch():
+        agop.derivative_gram_update(x, weight, None, "gelu", gram, total, flag, backend="triton")
+    assert flag.item() > 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("activation", sorted(agop.ACTIVATIONS))
+def test_derivative_gram_is_as_accurate_as_plain_torch(activation, deterministic, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = draw(DTYPES, generator)
+    samples, inputs, units = (draw(SIZES, generator) for _ in range(3))
+    x, weight, bias = layer(generator, dtype, samples + 600 * int(deterministic), inputs, units)
+    z = x.double() @ weight.double().t() + bias.double()
+    a = activation_derivative(z, activation, 0.3, 2.0)
+    before = torch.randn(units, units, generator=generator, dtype=torch.float64)
+    gram, total, flag = before.clone(), torch.zeros(units, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    arguments = (strided(x, generator), strided(weight, generator), bias, activation, gram, total, flag, 0.3, 2.0)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with triton_guard.watch(seed) as watch:
+            assert agop.derivative_gram_update(*arguments, backend="triton") == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain = activation_derivative(z.float(), activation, 0.3, 2.0)
+    assert_as_accurate((gram - before).triu(), (plain.t() @ plain).triu(), (a.t() @ a).triu(), what=activation)
+    assert_as_accurate(total, plain.sum(0), a.sum(0), what="total")
+    assert torch.equal(gram.tril(-1), before.tril(-1))
+    gram_launch = watch.launches[1]
+    assert (gram_launch.atomics == 0) == deterministic
+
+
+def test_deterministic_sums_do_not_depend_on_the_order_of_programs(generator):
+    rows = torch.randn(3000, 70, generator=generator)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for order in range(2):
+            gram = torch.zeros(70, 70, dtype=torch.float64)
+            with triton_guard.watch(order) as watch:
+                agop.syrk_update(rows, gram, backend="triton")
+            results.append(gram)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert watch.launches[0].programs > 6, "the rows must be split for this test to say something"
+    assert torch.equal(*results)
+    truth = (rows.double().t() @ rows.double()).triu()
+    assert_as_accurate(results[0], (rows.t() @ rows).triu(), truth)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_chain_of_rows_against_float64(case, seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed + case)
+    dtype = DTYPES[case % 3]
+    wide = case >= 4
+    if case % 2:  # several splits, or chunks, of a batch that the interpreter can afford
+        monkeypatch.setattr(agop_chain, "CHAIN_ROWS", 64)
+        monkeypatch.setattr(agop_chain, "_CHUNK_BYTES", 20_000)
+    samples, per_sample, depth = draw(SIZES[:6], generator), draw((1, 2, 3, 10), generator), draw(SIZES, generator)
+    if case % 2:
+        samples, per_sample = 65, max(per_sample, 3)
+    units = draw((129, 150), generator) if wide else draw(SIZES[:-1], generator)
+    own = bool(torch.rand((), generator=generator) < 0.5)
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    left = numbers(samples, per_sample, depth) if own else numbers(per_sample, depth)
+    inner, v = numbers(samples, depth), numbers(depth, units)
+    outer = numbers(samples, units) if torch.rand((), generator=generator) < 0.7 else None
+    gram = torch.zeros(units, units, dtype=torch.float64)
+    torch.use_deterministic_algorithms(case % 4 in (1, 2))
+    try:
+        with triton_guard.watch(seed) as watch:
+            views = (left, strided(inner, generator), strided(v, generator))
+            agop.chain_gram_update(*views, outer, gram, backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    names = [launch.name for launch in watch.launches]
+    assert names[0] == ("_rows_fwd_kernel" if wide else "_chain_fwd_kernel")
+    if case % 2:
+        assert names.count("_rows_fwd_kernel") > 1 if wide else watch.launches[0].programs > 1
+
+    def rows(dtype):
+        b = (left.to(dtype) * inner.to(dtype)[:, None, :]) @ v.to(dtype)
+        return (b if outer is None else b * outer.to(dtype)[:, None, :]).flatten(0, 1)
+
+    plain = rows(dtype)
+    truth = rows(torch.float64)
+    assert_as_accurate(
+        gram, (plain.t() @ plain).triu(), (truth.t() @ truth).triu(), what=f"{samples} {per_sample} {depth} {units}"
+    )
+    assert gram.tril(-1).eq(0).all()
+
+
+def test_allowing_tf32_changes_the_rounding_and_nothing_else(generator):
+    rows = torch.randn(700, 40, generator=generator)
+    truth = (rows.double().t() @ rows.double()).triu()
+    errors = {}
+    for allowed in ("highest", "high"):
+        torch.set_float32_matmul_precision(allowed)
+        try:
+            gram = torch.zeros(40, 40, dtype=torch.float64)
+            with triton_guard.watch() as watch:
+                agop.syrk_update(rows, gram, backend="triton")
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        errors[allowed] = float((gram - truth).norm() / truth.norm())
+        expected = "fp32:ieee" if allowed == "highest" else "fp32:tf32"
+        assert watch.launches[0].dot_flops.keys() == {expected}
+    assert errors["highest"] < 1e-6 < 1e-5 < errors["high"] < 2e-3
+
+
+def head(*sizes, activation=nn.ReLU, generator):
+    modules = []
+    for index, (a, b) in enumerate(pairwise(sizes)):
+        linear = nn.Linear(a, b)
+        for parameter in linear.parameters():
+            parameter.data.normal_(generator=generator).mul_(a**-0.5)
+        modules += [linear] if index + 2 == len(sizes) else [linear, activation()]
+    return nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "activation", "options"),
+    [
+        ((20, 70, 5), nn.ReLU, {}),
+        ((20, 70, 5), nn.ReLU, {"center": True}),
+        ((20, 33, 5), nn.GELU, {}),
+        ((20, 33, 5), nn.Tanh, {"center": True}),
+        ((20, 40, 33, 5), nn.ReLU, {}),
+        ((20, 140, 33, 5), nn.ReLU, {}),
+        ((20, 40, 33, 5), nn.GELU, {"center": True}),
+        ((20, 40, 33, 5), nn.ReLU, {"output": "probs"}),
+        ((20, 40, 33, 17, 5), nn.SiLU, {}),
+        ((20, 40, 5), nn.ReLU, {"output": "probs"}),
+    ],
+)
+def test_agop_by_triton_equals_the_definition(sizes, activation, options, generator):
+    model = head(*sizes, activation=activation, generator=generator)
+    x = torch.randn(130, sizes[0], generator=generator)
+    with triton_guard.watch() as watch:
+        got = mmc_fast.agop(model, x, backend="triton", **options)
+    assert watch.launches
+    truth = definition.agop(model.double(), x.double(), **options)
+    plain = definition.agop(model.float(), x, **options)
+    assert_as_accurate(got, plain, truth, amplification=10 if options.get("center") else 1)
+
+
+def test_rows_of_a_deep_head_never_reach_memory(generator):
+    model, x = head(20, 40, 33, 5, generator=generator), torch.randn(130, 20, generator=generator)
+    backends.reset_ran()
+    with triton_guard.watch() as watch:
+        mmc_fast.agop(model, x, backend="triton")
+    assert [launch.name for launch in watch.launches] == ["_chain_fwd_kernel"]
+    assert backends.ran()["chain_gram_update/triton"] == 1
+    assert agop_chain.FUSED_WIDTH >= 40
+
+
+@triton.jit
+def _tiles_kernel(t_ptr, i_ptr, j_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i, j = kernels.upper_tile(tl.load(t_ptr + at))
+    tl.store(i_ptr + at, i)
+    tl.store(j_ptr + at, j)
+
+
+def test_tiles_of_the_triangle_are_numbered_without_a_gap():
+    """First and last tile of columns up to 30,000: there the square root in float32 is off by more than one."""
+    columns = torch.cat([torch.arange(1, 1025), torch.arange(1, 30_000, 29)[:1024]])
+    first = columns * (columns + 1) // 2
+    t = torch.cat([first, first + columns]).to(torch.int32)
+    i, j = torch.empty_like(t), torch.empty_like(t)
+    with triton_guard.watch():
+        _tiles_kernel[(1,)](t, i, j, BLOCK=t.numel())
+    assert torch.equal(j.long(), torch.cat([columns, columns]))
+    assert torch.equal(i.long(), torch.cat([torch.zeros_like(columns), columns]))
+
+
+def test_nothing_to_add_launches_nothing():
+    counts, flag = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch() as watch:
+        agop.relu_coactivation_update(torch.ones(0, 3), torch.ones(4, 3), None, counts, flag, backend="triton")
+        agop.syrk_update(torch.ones(0, 4), counts.double(), backend="triton")
+        agop.chain_gram_update(
+            torch.ones(2, 3), torch.ones(0, 3), torch.ones(3, 4), None, counts.double(), backend="triton"
+        )
+    assert watch.launches == []
+    assert counts.sum() == 0
+
+
+def test_float64_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"bfloat16 and float16 and a tensor is torch\.float64"):
+        agop.syrk_update(torch.ones(3, 4).double(), torch.zeros(4, 4).double(), backend="triton")
+
+
+def test_strides_that_pass_32_bits(generator):
+    stride = 2**30 + 64
+    huge = torch.empty(3 * stride + 130, dtype=torch.int8)  # virtual: only the rows are touched
+    active = huge.as_strided((4, 130), (stride, 1))
+    active.copy_(torch.rand(4, 130, generator=generator) < 0.5)
+    counts = torch.zeros(4, 4, dtype=torch.int64)
+    with triton_guard.watch(in_place=[active]):
+        kernels.coactivation_fwd(active, counts)
+    values = active.long()
+    assert torch.equal(counts, (values @ values.t()).triu())
+    wide = torch.empty(2 * stride + 20, dtype=torch.bfloat16).as_strided((3, 20), (stride, 1))
+    x, weight, bias = layer(generator, torch.bfloat16, 3, 20, 17)
+    wide.copy_(x)
+    flag = torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch(in_place=[wide]):
+        signs = kernels.hidden_fwd(wide, weight, bias, flag, None)
+    assert torch.equal(signs.bool(), (x.double() @ weight.double().t() + bias.double() > 0).t())

@@ -1,0 +1,354 @@
+"""The guarded interpreter: correct kernels pass and are counted, every planted mistake is caught, numbers are a GPU's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton_guard
+from triton_guard import GuardFault
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+
+@triton.jit
+def _copy(x, y, n, BLOCK: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at + SHIFT, tl.load(x + at, mask=at < n, other=0.0), mask=at < n + LIMIT)
+
+
+@triton.jit
+def _columns(x, y, stride_x, stride_y, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(y + row * stride_y + column, tl.load(x + row * stride_x + column, mask=column < COLUMNS, other=0.0))
+
+
+@triton.jit
+def _sum(x, total, n, BLOCK: tl.constexpr, MODE: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.sum(tl.load(x + at, mask=at < n, other=0.0))
+    if MODE == "atomic":
+        tl.atomic_add(total, value)
+    else:
+        tl.store(total, tl.load(total) + value)
+
+
+@triton.jit
+def _two_steps(x, scratch, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(scratch + at, tl.load(x + at) * 2)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(y + at, tl.load(scratch + BLOCK - 1 - at))
+
+
+@triton.jit
+def _last_one_sums(x, parts, counter, y, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, BARRIER: tl.constexpr):
+    program = tl.program_id(0)
+    tl.store(parts + program, tl.sum(tl.load(x + program * BLOCK + tl.arange(0, BLOCK))))
+    if BARRIER:
+        tl.debug_barrier()
+    before = tl.atomic_add(counter, 1)
+    if before == PROGRAMS - 1:
+        tl.store(y, tl.sum(tl.load(parts + tl.arange(0, PROGRAMS))))
+
+
+@triton.jit
+def _masked(x, y, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    if OTHER:
+        value = tl.load(x + at, mask=at < n, other=0.0)
+    else:
+        value = tl.load(x + at, mask=at < n)
+    tl.store(y, tl.sum(value))
+
+
+@triton.jit
+def _product(a, b, c, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    m, k = tl.arange(0, M), tl.arange(0, K)
+    left = tl.load(a + m[:, None] * K + k[None, :])
+    right = tl.load(b + k[:, None] * M + m[None, :])
+    out = tl.dot(left, right, input_precision=PRECISION)
+    tl.store(c + m[:, None] * M + m[None, :], out.to(c.dtype.element_ty))
+
+
+@triton.jit
+def _counts(a, b, c, M: tl.constexpr, K: tl.constexpr):
+    m, k = tl.arange(0, M), tl.arange(0, K)
+    left = tl.load(a + m[:, None] * K + k[None, :])
+    right = tl.load(b + k[:, None] * M + m[None, :])
+    tl.store(c + m[:, None] * M + m[None, :], tl.dot(left, right, out_dtype=tl.int32))
+
+
+@triton.jit
+def _arithmetic(x, y, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(out + at, a * b + a)
+    tl.store(out + BLOCK + at, tl.maximum(a, b))
+    tl.store(out + 2 * BLOCK + at, tl.where(a > b, a, b))
+    tl.store(out + 3 * BLOCK + at, (a.to(tl.float32) / 3).to(a.dtype))
+
+
+@triton.jit
+def _far(x, y, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    if WIDE:
+        at = at.to(tl.int64)
+    tl.store(y + tl.arange(0, BLOCK), tl.load(x + at * stride))
+
+
+@triton.jit
+def _through_table(table, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    source = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    tl.store(y + tl.program_id(0) * BLOCK + at, tl.load(source + at))
+
+
+@triton.jit
+def _of_tuple(xs, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(len(xs)):
+        total += tl.load(xs[i] + at)
+    tl.store(y + at, total)
+
+
+def test_a_correct_kernel_runs_and_is_counted(generator):
+    x, y = torch.randn(100, generator=generator), torch.full((130,), float("nan"))
+    with triton_guard.watch(seed=3) as watch:
+        _copy[(4,)](x, y[:100], 100, BLOCK=32, SHIFT=0, LIMIT=0)
+        _copy[(4,)](x, y[:100], 100, BLOCK=32, SHIFT=0, LIMIT=0)
+    assert torch.equal(y[:100], x)
+    assert y[100:].isnan().all()
+    assert [launch.name for launch in watch.launches] == ["_copy"] * 2
+    launch = watch.launches[0]
+    assert (launch.programs, launch.read_bytes, launch.written_bytes, launch.atomics) == (4, 400, 400, 0)
+    assert (launch.loaded_bytes, launch.stored_bytes) == (400, 400)
+    assert launch.arguments == {"x": (400, 0), "y": (0, 400)}
+    assert watch.global_bytes == 1600
+
+
+def test_outside_the_watch_nothing_is_checked_or_counted():
+    x, y = torch.ones(64), torch.zeros(96)
+    _copy[(2,)](x, y, 64, BLOCK=32, SHIFT=32, LIMIT=0)
+    assert y[32:].eq(1).all()
+
+
+@pytest.mark.parametrize(("shift", "limit"), [(0, 1), (1, 0), (-1, 0), (-40, 0)])
+def test_out_of_bounds_is_caught_on_either_side(shift, limit):
+    x, y = torch.ones(100), torch.zeros(100)
+    with triton_guard.watch(), pytest.raises(GuardFault, match=r"out of bounds.*'y'"):
+        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=shift, LIMIT=limit)
+    assert y.eq(0).all(), "nothing of a failed launch is written back"
+
+
+def test_a_view_protects_what_lies_between_its_rows():
+    wide, y = torch.ones(4, 20), torch.zeros(4, 16)
+    with triton_guard.watch():
+        _columns[(4,)](wide[:, :13], y, 20, 16, COLUMNS=13, BLOCK=16)
+    assert y.sum() == 52
+    with triton_guard.watch(), pytest.raises(GuardFault, match=r"out of bounds.*load"):
+        _columns[(4,)](wide[:, :13], y, 20, 16, COLUMNS=14, BLOCK=16)
+
+
+def test_programs_that_store_to_one_element_are_caught(generator):
+    x, total = torch.randn(100, generator=generator), torch.zeros(1)
+    with triton_guard.watch() as watch:
+        _sum[(4,)](x, total, 100, BLOCK=32, MODE="atomic")
+    torch.testing.assert_close(total[0], x.sum())
+    assert watch.launches[0].atomics == 4
+    with triton_guard.watch(), pytest.raises(GuardFault, match="race"):
+        _sum[(4,)](x, total, 100, BLOCK=32, MODE="plain")
+    with triton_guard.watch(), pytest.raises(GuardFault, match=r"race: store .* and store"):
+        _columns[(4,)](x.expand(4, 100), torch.zeros(16).expand(4, 16), 0, 0, COLUMNS=16, BLOCK=16)
+
+
+def test_lanes_of_one_store_that_meet_are_caught():
+    @triton.jit
+    def meet(y, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at // 2, at)
+
+    with triton_guard.watch(), pytest.raises(GuardFault, match="two lanes"):
+        meet[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
+
+
+def test_reading_back_needs_a_barrier():
+    x = torch.arange(16.0)
+    y = torch.zeros(16)
+    with triton_guard.watch():
+        _two_steps[(1,)](x, torch.zeros(16), y, BLOCK=16, BARRIER=True)
+    assert torch.equal(y, 2 * x.flip(0))
+    with triton_guard.watch(), pytest.raises(GuardFault, match="without a barrier"):
+        _two_steps[(1,)](x, torch.zeros(16), y, BLOCK=16, BARRIER=False)
+
+
+def test_the_last_program_may_read_what_a_counter_released(seed):
+    x = torch.arange(64.0)
+    for order in range(seed, seed + 3):
+        y = torch.zeros(1)
+        with triton_guard.watch(order):
+            counter = torch.zeros(1, dtype=torch.int32)
+            _last_one_sums[(4,)](x, torch.zeros(4), counter, y, BLOCK=16, PROGRAMS=4, BARRIER=True)
+        assert y.item() == x.sum()
+        counter = torch.zeros(1, dtype=torch.int32)
+        with triton_guard.watch(order), pytest.raises(GuardFault, match=r"race|without a barrier"):
+            _last_one_sums[(4,)](x, torch.zeros(4), counter, y, BLOCK=16, PROGRAMS=4, BARRIER=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_masked_lanes_hold_garbage_unless_told_otherwise(dtype):
+    x, y = torch.ones(20, dtype=dtype), torch.zeros(1)
+    with triton_guard.watch():
+        _masked[(1,)](x.float(), y, 20, OTHER=True, BLOCK=32)
+        assert y.item() == 20
+        _masked[(1,)](x.float(), y, 20, OTHER=False, BLOCK=32)
+    assert y.isnan().all()
+
+
+def test_order_of_programs_is_shuffled():
+    @triton.jit
+    def order(y, counter):
+        tl.store(y + tl.atomic_add(counter, 1), tl.program_id(0) * 6 + tl.program_id(1) * 2 + tl.program_id(2))
+
+    seen = set()
+    for seed in range(4):
+        y = torch.full((24,), -1, dtype=torch.int32)
+        with triton_guard.watch(seed):
+            order[(4, 3, 2)](y, torch.zeros(1, dtype=torch.int32))
+        assert sorted(y.tolist()) == list(range(24))
+        seen.add(tuple(y.tolist()))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_arithmetic_is_rounded_as_by_torch(dtype, generator):
+    x, y = (torch.randn(64, generator=generator).mul(10).to(dtype) for _ in range(2))
+    out = torch.zeros(4, 64, dtype=dtype)
+    with triton_guard.watch():
+        _arithmetic[(1,)](x, y, out, BLOCK=64)
+    larger = torch.maximum(x, y)
+    expected = [x * y + x, larger, larger, (x.float() / 3).to(dtype)]
+    for got, wanted in zip(out, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_maximum_swallows_nan_as_the_instruction_does():
+    x = torch.full((16,), float("nan"))
+    out = torch.zeros(4, 16)
+    with triton_guard.watch():
+        _arithmetic[(1,)](x, torch.zeros(16), out, BLOCK=16)
+    assert out[1].eq(0).all()
+    assert out[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_each_precision(dtype, generator):
+    a, b = (torch.randn(32, 32, generator=generator).to(dtype) for _ in range(2))
+    truth = a.double() @ b.double()
+    errors = {}
+    for precision in ("ieee", "tf32", "tf32x3"):
+        c = torch.full((32, 32), float("nan"))
+        with triton_guard.watch() as watch:
+            _product[(1,)](a, b, c, M=32, K=32, PRECISION=precision)
+        assert watch.dot_flops == 2 * 32**3
+        errors[precision] = float((c.double() - truth).norm() / truth.norm())
+    assert errors["ieee"] < 1e-6
+    assert errors["tf32x3"] < 2e-6
+    assert (1e-5 < errors["tf32"] < 1e-3) if dtype == torch.float32 else errors["tf32"] < 1e-6
+
+
+def test_integer_products_are_exact_and_shallow_ones_refused(generator):
+    a, b = (torch.randint(-128, 128, (16, 64), generator=generator).to(torch.int8) for _ in range(2))
+    b = b.reshape(64, 16)
+    c = torch.zeros(16, 16, dtype=torch.int32)
+    with triton_guard.watch() as watch:
+        _counts[(1,)](a, b, c, M=16, K=64)
+    assert torch.equal(c, a.int() @ b.int())
+    assert watch.launches[0].dot_flops == {"int8": 2 * 16 * 16 * 64}
+    with triton_guard.watch(), pytest.raises(GuardFault, match="at least 32"):
+        _counts[(1,)](a[:, :16].contiguous(), b[:16], c, M=16, K=16)
+
+
+def test_offsets_past_32_bits_need_64():
+    stride = 2**30 + 64
+    huge = torch.empty(3 * stride + 1, dtype=torch.int8)  # never touched but for four bytes
+    huge[::stride] = torch.arange(4, dtype=torch.int8)
+    view, y = huge[::stride], torch.zeros(4, dtype=torch.int8)
+    small = view.as_strided((4,), (stride,))
+    with triton_guard.watch(in_place=[small]):
+        _far[(1,)](small, y, stride, BLOCK=4, WIDE=True)
+    assert y.tolist() == [0, 1, 2, 3]
+    with triton_guard.watch(in_place=[small]), pytest.raises(GuardFault, match="out of bounds"):
+        _far[(1,)](small, y, stride, BLOCK=4, WIDE=False)
+
+
+def test_wrapping_32_bit_arithmetic_is_caught_on_request():
+    x, y = torch.ones(16), torch.zeros(16)
+    with triton_guard.watch(overflow=True):
+        _columns[(1,)](x, y, 20, 16, COLUMNS=16, BLOCK=16)
+    with triton_guard.watch(overflow=True), pytest.raises(Exception, match="overflow"):
+        _columns[(3,)](x.expand(3, 16), torch.zeros(3, 16), 2**30 + 2**29, 16, COLUMNS=0, BLOCK=16)
+
+
+def test_pointer_tables_reach_the_tensors_that_are_named(generator):
+    parts = [torch.randn(16, generator=generator) for _ in range(3)]
+    table = torch.tensor([part.data_ptr() for part in parts])
+    y = torch.zeros(48)
+    with triton_guard.watch(in_place=parts):
+        _through_table[(3,)](table, y, BLOCK=16)
+    assert torch.equal(y, torch.cat(parts))
+    with triton_guard.watch(), pytest.raises(GuardFault, match="out of bounds"):
+        _through_table[(3,)](table, y, BLOCK=16)
+
+
+def test_tuples_of_tensors_are_checked_one_by_one(generator):
+    parts = tuple(torch.randn(16, generator=generator) for _ in range(3))
+    y = torch.zeros(16)
+    with triton_guard.watch() as watch:
+        _of_tuple[(1,)](parts, y, BLOCK=16)
+    torch.testing.assert_close(y, sum(parts))
+    assert watch.launches[0].read_bytes == 3 * 64
+    with triton_guard.watch(), pytest.raises(GuardFault, match=r"out of bounds.*xs\[1\]"):
+        _of_tuple[(1,)]((parts[0], parts[1][:15], parts[2]), y, BLOCK=16)
+
+
+def test_rounding_to_bfloat16_is_to_nearest_even(generator):
+    from triton_guard.numerics import from_bf16, to_bf16
+
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)
+    values = torch.cat([bits.view(torch.float32), torch.tensor([float("inf"), -float("inf"), 3.4e38, 0.0, -0.0])])
+    got = torch.from_numpy(from_bf16(to_bf16(values.numpy())))
+    assert torch.equal(got.nan_to_num(7.0), values.bfloat16().float().nan_to_num(7.0))
+    assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32)))).all()
+
+
+def test_a_sample_of_programs_shows_what_is_launched(generator):
+    x, y = torch.randn(100, generator=generator), torch.zeros(100)
+    with triton_guard.watch(sample=1) as watch:
+        _copy[(4,)](x, y, 100, BLOCK=32, SHIFT=0, LIMIT=0, num_warps=8, maxnreg=64)
+    assert torch.equal(y, torch.cat([x[:32], torch.zeros(68)]))
+    launch = watch.launches[0]
+    assert launch.programs == 1
+    found = launch.specialisation
+    assert found["signature"] == {
+        "x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr", "SHIFT": "constexpr", "LIMIT": "constexpr"
+    }  # fmt: skip
+    assert found["constants"] == [[[3], 32], [[4], 0], [[5], 0]]
+    assert found["aligned"] == [[0], [1]]
+    assert (found["kernel"], found["options"]) == ("_copy", {"num_warps": 8, "num_stages": 3, "maxnreg": 64})
+
+
+def test_masks_made_of_several_conditions_hold():
+    @triton.jit
+    def some(y, n, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, at, mask=(at < n) & (tl.program_id(0) == 0))
+
+    y = torch.full((10,), -1, dtype=torch.int32)
+    with triton_guard.watch() as watch:
+        some[(2,)](y, 7, BLOCK=16)
+    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
+    assert watch.launches[0].stored_bytes == 28

@@ -1,0 +1,43 @@
+"""Triton's CPU interpreter made strict: what a GPU would get wrong, or leave undefined, is an error here.
+
+Import this before any kernel module, in a process started with ``TRITON_INTERPRET=1``; launches inside ``watch()`` are
+checked and counted::
+
+    from mmc_fast.testing import triton_guard
+
+    with triton_guard.watch(seed=7) as watch:
+        launcher(...)
+    print(watch.launches[0].read_bytes)
+
+Checked: every address lies in an element of a tensor argument, aligned; no two programs touch one element unless both
+only read, both use atomics, or an atomic orders them behind a barrier; no two lanes of one store meet; a program reads
+back what it stored only after a barrier; ``tl.dot`` has the depth that CUDA asks for. Made true: bfloat16 arithmetic and
+rounding, TF32 operands, ``tl.maximum`` and ``tl.minimum`` that swallow NaN, masked-off lanes that hold garbage. Programs
+run in shuffled order. Not modelled: threads within a program, caches, the order of floating sums, special functions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton.language as _tl
+from triton.runtime.interpreter import InterpretedFunction as _InterpretedFunction
+
+if not isinstance(_tl.cdiv, _InterpretedFunction):
+    raise RuntimeError(
+        "triton_guard: Triton was imported for compilation in this process; start it with TRITON_INTERPRET=1"
+    )
+
+from triton_guard import launches as _launches
+from triton_guard import numerics as _numerics
+from triton_guard.launches import Launch, Watch, watch
+from triton_guard.memory import GuardFault
+
+_numerics.install()
+_launches.install()
+
+__all__ = ["GuardFault", "Launch", "Watch", "watch"]
