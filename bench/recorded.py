@@ -28,8 +28,9 @@ class Entry:
         return self.processors, self.bench, self.row, self.ratio
 
 
-def read(path: Path = TABLE) -> dict[tuple[str, str, str, str], Entry]:
+def read(path: Path | None = None) -> dict[tuple[str, str, str, str], Entry]:
     """All entries by (processor class, bench, row, ratio). Raises ``ValueError`` where two share a key."""
+    path = path or TABLE
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -41,8 +42,9 @@ def read(path: Path = TABLE) -> dict[tuple[str, str, str, str], Entry]:
     return found
 
 
-def write(entries: Iterable[Entry], path: Path = TABLE) -> None:
+def write(entries: Iterable[Entry], path: Path | None = None) -> None:
     """Put entries into the table, each in the place of an older one of its key; the others stay as they are."""
+    path = path or TABLE
     new = {e.key: replace(e, value=float(f"{e.value:.3g}")) for e in entries}
     kept = read(path) | new
     half = path.with_suffix(".new")
