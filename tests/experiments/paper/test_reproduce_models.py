@@ -324,9 +324,8 @@ def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
 
 
 def test_bad_input_is_one_line(tmp_path, seed):
-    (source,) = load_sources(["mfeat"])
     with pytest.raises(InputError, match="stored settings") as caught:
-        Bench(Plan(tmp_path, tune="always"), source)
+        EXPERIMENTS["fig6"].run(Plan(tmp_path, tune="always"))
     check_one_line(caught.value)
     load_source.cache_clear()
     data = tiny(seed).keep(["a"])
