@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TextIO, TypeVar
 import typer
 
 from mmc_fast import __version__
+from mmc_fast.cli.data import app as data_commands
 from mmc_fast.errors import InputError
 
 __all__ = ["app", "main"]
@@ -374,6 +375,11 @@ def reproduce(
         _print_json(values)
     else:
         print_outcome(output_console(), experiment, outcome, out / name)
+
+
+for registered in data_commands.registered_commands:
+    registered.callback = _clean(registered.callback)  # type: ignore[type-var]
+app.add_typer(data_commands, name="data")
 
 
 @app.command()

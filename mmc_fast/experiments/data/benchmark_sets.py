@@ -86,6 +86,15 @@ MIMIC4_DEMO = DatasetInfo(
     source="MIMIC-IV Clinical Database Demo 2.2",
     licence="ODbL 1.0",
 )
+MIMIC4 = DatasetInfo(
+    name="mimic4",
+    title="hospital admissions of adults in MIMIC-IV 2.2 or later: the data of the paper, for credentialed users",
+    modalities=("demographics", "diagnoses", "procedures", "medications", "labs", "vitals"),
+    tasks=("death", "readmission"),
+    metric="auroc",
+    source="MIMIC-IV Clinical Database, 2.2 or later",
+    licence="PhysioNet Credentialed Health Data License 1.5.0",
+)
 
 
 def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
@@ -229,6 +238,19 @@ def _mimic4_demo(task: str, variant: str | None, modalities: Sequence[str] | Non
     return _select(raw, archive.read("y_death") == 0)
 
 
+def _mimic4(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
+    """As the demo, with vital signs where the tables of intensive care were there. A view is absent for an admission
+    where nothing in it was measured or recorded."""
+    held = Archive(locate(MIMIC4.name))
+    views = [view for view in MIMIC4.modalities if f"x_{view}" in held]
+    archive, raw = _clinical(
+        MIMIC4, modalities, label="y_death" if task == "death" else "y_readmit30", ids="patient", views=views
+    )
+    lists = [view for view in raw.views if view in ("diagnoses", "procedures", "medications")]
+    raw = replace(raw, present={view: (raw.views[view] != 0).any(1) for view in lists})
+    return raw if task == "death" else _select(raw, archive.read("y_death") == 0)
+
+
 ENTRIES: tuple[Entry, ...] = (
     (AVMNIST, _avmnist_full),
     (AVMNIST_SMALL, _avmnist_small),
@@ -237,4 +259,5 @@ ENTRIES: tuple[Entry, ...] = (
     (DIABETES130, _diabetes130),
     (EICU_DEMO, _eicu_demo),
     (MIMIC4_DEMO, _mimic4_demo),
+    (MIMIC4, _mimic4),
 )

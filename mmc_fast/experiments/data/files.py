@@ -34,5 +34,5 @@ def how_to_get(name: str) -> str:
     state = f"MMC_DATA is {folder!r}" if folder else "MMC_DATA is not set"
     return (
         f"{name}: this data set is not part of the package and {state}; "
-        f"set MMC_DATA to the folder that holds {name}.npz."
+        f"set MMC_DATA to the folder that holds {name}.npz, or make it: mmc-fast data prepare {name} --from FOLDER."
     )
