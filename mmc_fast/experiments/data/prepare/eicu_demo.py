@@ -25,8 +25,34 @@ PATIENT = [
     "admissionweight", "hospitaladmitoffset", "hospitaldischargestatus", "unittype", "unitadmitsource", "unitvisitnumber",
     "unitstaytype", "unitdischargeoffset", "unitdischargestatus", "uniquepid",
 ]  # fmt: skip
-BEDSIDE = "intubated vent dialysis eyes motor verbal meds urine temperature respiratoryrate heartrate meanbp".split()
-LABS = "wbc sodium ph hematocrit creatinine albumin pao2 pco2 bun glucose bilirubin fio2".split()
+BEDSIDE = [
+    "intubated",
+    "vent",
+    "dialysis",
+    "eyes",
+    "motor",
+    "verbal",
+    "meds",
+    "urine",
+    "temperature",
+    "respiratoryrate",
+    "heartrate",
+    "meanbp",
+]
+LABS = [
+    "wbc",
+    "sodium",
+    "ph",
+    "hematocrit",
+    "creatinine",
+    "albumin",
+    "pao2",
+    "pco2",
+    "bun",
+    "glucose",
+    "bilirubin",
+    "fio2",
+]
 PRESSURES = ["noninvasivesystolic", "noninvasivediastolic", "noninvasivemean"]
 FORMS = {"FLEX", "CONT", "TABS", "SOLN", "PREMIX", "VIAL", "INJ"}  # first words of a drug's name that are not the drug
 

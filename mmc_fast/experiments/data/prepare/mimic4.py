@@ -63,7 +63,8 @@ class Rules:
 
 
 FULL = Rules(
-    {"demographics": 0.002, "diagnoses": 0.01, "procedures": 0.005, "medications": 0.02, "labs": 0.1, "vitals": 0.0}, True
+    {"demographics": 0.002, "diagnoses": 0.01, "procedures": 0.005, "medications": 0.02, "labs": 0.1, "vitals": 0.0},
+    True,
 )
 SMALL = Rules({"demographics": 8, "diagnoses": 8, "procedures": 5, "medications": 15, "labs": 80}, False, hours=None)
 
@@ -83,7 +84,7 @@ def build(originals: Originals, *, demo: bool) -> tuple[dict[str, np.ndarray], d
     split = _demo_split(person) if demo else stratified_split(expired, seed=0, ids=person)
     counted = split == 0 if rules.share else np.ones(n, bool)
     least = {
-        view: max(10 if n > 1000 else 2, math.ceil(value * counted.sum())) if rules.share else int(value)
+        view: max(2, math.ceil(value * counted.sum())) if rules.share else int(value)
         for view, value in rules.least.items()
     }
     texts = [one_hot(admissions[column], least["demographics"], counted) for column in TEXTS]
@@ -142,7 +143,10 @@ def _admissions(originals: Originals, *, adults: bool) -> Any:
         joined = frame.merge(patients, on="subject_id", how="left", validate="many_to_one")
         if joined["anchor_age"].isna().any() or joined["hadm_id"].duplicated().any():
             raise ValueError("patients that patients.csv lacks, or an admission twice")
-        joined["anchor_age"], joined["anchor_year"] = joined["anchor_age"].astype(int), joined["anchor_year"].astype(int)
+        joined["anchor_age"], joined["anchor_year"] = (
+            joined["anchor_age"].astype(int),
+            joined["anchor_year"].astype(int),
+        )
     if adults:
         joined = joined[joined["anchor_age"] + joined["admittime"].dt.year - joined["anchor_year"] >= 18]
     return joined.sort_values("hadm_id").reset_index(drop=True)
@@ -254,7 +258,9 @@ def _lab_names(originals: Originals, items: list[int]) -> list[str]:
     return [str(label.get(item, item)) for item in items]
 
 
-_TABLES = "hosp/ with admissions, patients, diagnoses_icd, procedures_icd, prescriptions, labevents, d_labitems (.csv.gz)"
+_TABLES = (
+    "hosp/ with admissions, patients, diagnoses_icd, procedures_icd, prescriptions, labevents, d_labitems (.csv.gz)"
+)
 RECIPE = Recipe(
     where=f"{_TABLES}, and for the vital signs icu/chartevents.csv.gz, from https://physionet.org/content/mimiciv (2.2 or "
     "later); credentialed users only, PhysioNet Credentialed Health Data License 1.5.0",

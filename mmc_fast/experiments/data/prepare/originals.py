@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from mmc_fast._util.names import nearest
 from mmc_fast.errors import InputError
 
 __all__ = ["Originals", "Progress"]
@@ -78,14 +78,21 @@ class Originals:
         """Refuse, in one line, all that is missing; several names of one file are given as a sequence."""
         missing = [names[0] for names in map(_names, files) if self._locate(names) is None]
         if missing:
-            similar = [(name, nearest(name, self._plain)) for name in missing]
-            hints = [f"is {path!r} the file {name!r}? then rename it" for name, path in similar if path]
+            stems = [(name, name.split(".")[0].lower()) for name in missing]
+            hints = [
+                f"is {f!r} the file {n!r}? then rename it"
+                for n, stem in stems
+                for f in self._plain
+                if stem in f.lower()
+            ]
             raise self.missing(", ".join(missing), hints[0] if hints else "")
 
     def missing(self, what: str, hint: str = "") -> InputError:
         """The error for files that are not there."""
         places = ", ".join(map(str, self.folders))
-        return InputError(f"{self.name}: missing in {places}: {what}; {f'{hint}; ' if hint else ''}get it: {self.where}")
+        return InputError(
+            f"{self.name}: missing in {places}: {what}; {f'{hint}; ' if hint else ''}get it: {self.where}"
+        )
 
     def has(self, *names: str) -> bool:
         """Whether a file is there under one of its names."""
@@ -95,10 +102,12 @@ class Originals:
         for name in names:
             paths = self._plain.get(name, [])
             if len(paths) > 1:
-                raise InputError(f"{self.name}: {name} is there twice, {paths[0]} and {paths[1]}; give the folder of one")
+                raise InputError(
+                    f"{self.name}: {name} is there twice, {paths[0]} and {paths[1]}; give the folder of one"
+                )
             if paths:
                 self._check_sum(paths[0])
-                return name, lambda: open(paths[0], "rb")
+                return name, functools.partial(open, paths[0], "rb")
         packed = self._packed()
         for member in packed:
             if member[0] in names:
@@ -185,11 +194,7 @@ class Originals:
     def collect(self, pattern: str, what: str, *, expected: int, sha256: str = "") -> dict[str, bytes]:
         """Content of all files whose whole name matches, sorted by name; ``sha256``: of names and contents in a row."""
         match, found = re.compile(pattern).fullmatch, {}
-        plain: list[Member] = [
-            (name, lambda p=paths[0]: open(p, "rb"))  # type: ignore[misc]
-            for name, paths in self._plain.items()
-            if match(name)
-        ]
+        plain = [(name, functools.partial(open, paths[0], "rb")) for name, paths in self._plain.items() if match(name)]
         for name, opener in plain or self._packed():
             if match(name):
                 with self.reading(name), opener() as stream:
@@ -212,8 +217,7 @@ def _names(names: str | Sequence[str]) -> list[str]:
 def _members(source: Path | IO[bytes]) -> Iterator[Member]:
     """Files of an archive, those of archives in it included."""
     name = source.name if isinstance(source, Path) else ""
-    where = open(source, "rb") if isinstance(source, Path) else source
-    with where:
+    with open(source, "rb") if isinstance(source, Path) else source as where:
         if name.endswith((".zip", ".whl")) or (not name and zipfile.is_zipfile(where)):
             with zipfile.ZipFile(where) as archive:
                 for info in archive.infolist():

@@ -15,6 +15,7 @@ from mmc_fast.experiments.data.prepare.recipe import Recipe
 __all__ = ["RECIPE"]
 
 ROWS = 4000  # stays of each set
+SHA256 = "61175690cde2ddcbc6983945b06ec33515ac7fadae19c4147ea94b2eb1b41274"  # of all names and contents of the records
 OUTCOMES = ["SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death"]
 STATIC = {"Age": (0, 200), "Gender": (0, 1), "Height": (100, 230), "Weight": (20, 300)}
 VITALS = {
@@ -44,7 +45,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ids += [int(row[0]) for row in table]
         outcomes += [[float(cell) for cell in row[1:]] for row in table]
         test += [part == "b"] * len(table)
-    files = originals.collect(r"\d{6}\.txt", "records (set-a, set-b)", expected=2 * ROWS)
+    files = originals.collect(r"\d{6}\.txt", "records (set-a, set-b)", expected=2 * ROWS, sha256=SHA256)
     absent = [i for i in ids if f"{i}.txt" not in files]
     if absent:
         raise originals.missing(f"{len(absent)} of {len(ids)} records, such as {absent[0]}.txt")
@@ -85,7 +86,11 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays[f"names_{view}"] = np.array(list(limits))
     arrays |= {"y": y, "split": _split(y, is_test), "outcomes": np.array(outcomes, np.float32)}
     arrays |= {"names_outcomes": np.array(OUTCOMES), "record": np.array(ids, np.int32)}
-    return arrays, {"name": "PhysioNet/CinC Challenge 2012", "views": ["static", *VIEWS], "dropped_out_of_range": dropped}
+    return arrays, {
+        "name": "PhysioNet/CinC Challenge 2012",
+        "views": ["static", *VIEWS],
+        "dropped_out_of_range": dropped,
+    }
 
 
 def _outcomes(originals: Originals, name: str) -> list[list[str]]:

@@ -62,7 +62,6 @@ def prepare_file(
             )
         path = target / f"{name}.npz"
         write_file(path, lambda temporary: _write(temporary, arrays, {**meta, **_facts(originals)}, originals.progress))
-        del arrays  # may be mapped from the scratch folder
     return path
 
 
@@ -114,7 +113,8 @@ def check_file(path: str | Path, recipe: Recipe) -> str:
     except (InputError, KeyError, ValueError, AttributeError) as error:
         return f"damaged: {error}"
     wrong = sorted(
-        {key for key, array in arrays.items() if key in stated and stated[key] != _digest(array)} | (stated.keys() - arrays)
+        {key for key, array in arrays.items() if key in stated and stated[key] != _digest(array)}
+        | (stated.keys() - arrays)
     )
     if wrong:
         return f"damaged: {', '.join(wrong)} not as written; prepare it again"
