@@ -112,7 +112,8 @@ def _principal_components(image: np.ndarray, split: np.ndarray) -> dict[str, np.
     values, vectors = values[::-1], vectors[:, ::-1]
     k = int(np.searchsorted(np.cumsum(values) / values.sum(), ENERGY) + 1)
     basis = vectors[:, :k]
-    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(k)]) * (train.max(0) > 0)[:, None]
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(k)])
+    basis = np.where(train.max(0)[:, None] > 0, basis, 0)
     coefficients = (pixels - mean) @ basis
     named = {"image_pca_coef": coefficients, "image_pca_mean": mean, "image_pca_basis": basis}
     return {name: array.astype(np.float32) for name, array in named.items()}

@@ -58,7 +58,7 @@ class Recordings:
 
 def read_recordings(originals: Originals) -> Recordings:
     """All files ``DIGIT_SPEAKER_NUMBER.wav``, 16 bit, mono, 8 kHz."""
-    files = originals.collect(_NAME.pattern, "recordings (0_george_0.wav, …)", expected=3000, sha256=SHA256)
+    files = originals.collect(_NAME.fullmatch, "recordings (0_george_0.wav, …)", expected=3000, sha256=SHA256)
     keyed = []
     for name, content in files.items():
         found = _NAME.fullmatch(name)
@@ -91,7 +91,8 @@ def _samples(name: str, content: bytes) -> np.ndarray:
 
 def _mel_bank(low: float = 60.0, high: float = 4000.0) -> np.ndarray:
     """[FFT/2 + 1, BANDS]: triangles of unit sum whose corners are equally spaced on the mel scale."""
-    mel = np.linspace(*(2595 * np.log10(1 + np.array([low, high]) / 700)), BANDS + 2)
+    ends = 2595 * np.log10(1 + np.array([low, high]) / 700)
+    mel = np.linspace(ends[0], ends[1], BANDS + 2)
     edges = 700 * (10 ** (mel / 2595) - 1)
     frequency = np.fft.rfftfreq(FFT, 1 / RATE)
     left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]

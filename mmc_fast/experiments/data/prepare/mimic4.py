@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,8 @@ def build(originals: Originals, *, demo: bool) -> tuple[dict[str, np.ndarray], d
         spill = Spill(originals.scratch, view, n)
         for at, keys, values in _EVENTS[view](originals, rows, rules):
             spill.add(at, keys, values)
-        if view == "vitals":
-            columns, names = list(VITALS), list(VITALS)
-        else:
-            columns = spill.common(least[view], counted)
-            names = _lab_names(originals, columns) if view == "labs" else columns
+        columns = list(VITALS) if view == "vitals" else spill.common(least[view], counted)
+        names = _lab_names(originals, columns) if view == "labs" else columns
         if not columns:
             raise InputError(f"{originals.name}: no {view} that {least[view]} admissions have; are the tables whole?")
         matrix = spill.means(columns) if view in ("labs", "vitals") else spill.listed(columns, dtype)
@@ -244,7 +241,7 @@ def _vitals(originals: Originals, rows: _Rows, rules: Rules) -> Events:
         yield at[kept], names[kept], scaled[kept]
 
 
-_EVENTS = {
+_EVENTS: dict[str, Callable[[Originals, _Rows, Rules], Events]] = {
     "diagnoses": functools.partial(_codes, name="diagnoses_icd"),
     "procedures": functools.partial(_codes, name="procedures_icd"),
     "medications": _drugs,
@@ -253,7 +250,7 @@ _EVENTS = {
 }
 
 
-def _lab_names(originals: Originals, items: list[int]) -> list[str]:
+def _lab_names(originals: Originals, items: list[Any]) -> list[str]:
     label = _read(originals, "d_labitems", ["itemid", "label"]).set_index("itemid")["label"].to_dict()
     return [str(label.get(item, item)) for item in items]
 

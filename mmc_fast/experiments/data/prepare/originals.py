@@ -8,14 +8,13 @@ import gzip
 import hashlib
 import io
 import os
-import re
 import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmc_fast.errors import InputError
 
@@ -107,7 +106,7 @@ class Originals:
                 )
             if paths:
                 self._check_sum(paths[0])
-                return name, functools.partial(open, paths[0], "rb")
+                return name, self._opener(name)
         packed = self._packed()
         for member in packed:
             if member[0] in names:
@@ -184,29 +183,34 @@ class Originals:
             )
         return digest
 
-    def rows(self, what: str, found: int, expected: int) -> None:
+    def rows(self, what: str, found: int, expected: int, unit: str = "rows") -> None:
         """Refuse another number of rows than the release has."""
         if self.verify and found != expected:
             raise InputError(
-                f"{self.name}: {what} has {found} rows, the release has {expected}; get it again: {self.where}; {_UNVERIFIED}"
+                f"{self.name}: {what} has {found} {unit}, the release has {expected}; get it again: {self.where}; {_UNVERIFIED}"
             )
 
-    def collect(self, pattern: str, what: str, *, expected: int, sha256: str = "") -> dict[str, bytes]:
-        """Content of all files whose whole name matches, sorted by name; ``sha256``: of names and contents in a row."""
-        match, found = re.compile(pattern).fullmatch, {}
-        plain = [(name, functools.partial(open, paths[0], "rb")) for name, paths in self._plain.items() if match(name)]
-        for name, opener in plain or self._packed():
-            if match(name):
-                with self.reading(name), opener() as stream:
-                    found[name] = stream.read()
-                self.progress(f"read {what}", len(found), expected)
+    def collect(self, match: Callable[[str], Any], what: str, *, expected: int, sha256: str = "") -> dict[str, bytes]:
+        """Content of the files whose name matches, sorted by name; ``sha256``: of names and digests of contents in a row."""
+        found: dict[str, bytes] = {}
+        for members in (((name, self._opener(name)) for name in self._plain), self._packed()):
+            for name, opener in members:
+                if match(name) and name not in found:
+                    with self.reading(name), opener() as stream:
+                        found[name] = stream.read()
+                    self.progress(f"read {what}", len(found), expected)
+            if len(found) >= expected:
+                break
         if not found:
             raise self.missing(what)
-        self.rows(what, len(found), expected)
+        self.rows(what, len(found), expected, "files")
         found = dict(sorted(found.items()))
         joined = b"".join(name.encode() + b"\0" + hashlib.sha256(data).digest() for name, data in found.items())
         self.used[what] = self.check(what, joined, sha256)
         return found
+
+    def _opener(self, name: str) -> Callable[[], IO[bytes]]:
+        return functools.partial(_open, self._plain[name][0])
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
@@ -214,10 +218,14 @@ def _names(names: str | Sequence[str]) -> list[str]:
     return [*given, *(f"{name}.gz" for name in given)]
 
 
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")
+
+
 def _members(source: Path | IO[bytes]) -> Iterator[Member]:
     """Files of an archive, those of archives in it included."""
     name = source.name if isinstance(source, Path) else ""
-    with open(source, "rb") if isinstance(source, Path) else source as where:
+    with _open(source) if isinstance(source, Path) else source as where:
         if name.endswith((".zip", ".whl")) or (not name and zipfile.is_zipfile(where)):
             with zipfile.ZipFile(where) as archive:
                 for info in archive.infolist():
@@ -227,7 +235,7 @@ def _members(source: Path | IO[bytes]) -> Iterator[Member]:
             with tarfile.open(fileobj=where) as tar:
                 for member in tar:
                     if member.isfile():
-                        yield from _unpack(member.name, lambda m=member: tar.extractfile(m))  # type: ignore[misc]
+                        yield from _unpack(member.name, lambda m=member: tar.extractfile(m))  # type: ignore
 
 
 def _unpack(name: str, opener: Callable[[], IO[bytes]]) -> Iterator[Member]:

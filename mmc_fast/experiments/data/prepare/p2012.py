@@ -14,22 +14,23 @@ from mmc_fast.experiments.data.prepare.recipe import Recipe
 
 __all__ = ["RECIPE"]
 
+Limits = dict[str, tuple[float, float]]
 ROWS = 4000  # stays of each set
 SHA256 = "61175690cde2ddcbc6983945b06ec33515ac7fadae19c4147ea94b2eb1b41274"  # of all names and contents of the records
 OUTCOMES = ["SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death"]
-STATIC = {"Age": (0, 200), "Gender": (0, 1), "Height": (100, 230), "Weight": (20, 300)}
-VITALS = {
+STATIC: Limits = {"Age": (0, 200), "Gender": (0, 1), "Height": (100, 230), "Weight": (20, 300)}
+VITALS: Limits = {
     "HR": (5, 300), "SysABP": (20, 300), "DiasABP": (5, 250), "MAP": (10, 280), "NISysABP": (20, 300),
     "NIDiasABP": (5, 250), "NIMAP": (10, 280), "RespRate": (1, 100), "Temp": (25, 45), "GCS": (3, 15),
 }  # fmt: skip
-LABS = {
+LABS: Limits = {
     "ALP": (1, 5000), "ALT": (1, 30000), "AST": (1, 30000), "Albumin": (0.5, 10), "BUN": (0.5, 300),
     "Bilirubin": (0.05, 100), "Cholesterol": (10, 1000), "Creatinine": (0.05, 50), "Glucose": (5, 2000), "HCO3": (2, 70),
     "HCT": (5, 75), "K": (1, 15), "Lactate": (0.1, 40), "Mg": (0.3, 15), "Na": (80, 200), "PaCO2": (5, 150),
     "PaO2": (10, 800), "Platelets": (1, 3000), "SaO2": (20, 100), "TroponinI": (0, 200), "TroponinT": (0, 200),
     "WBC": (0.05, 500), "pH": (6.5, 8.0),
 }  # fmt: skip
-SUPPORT = {"FiO2": (0.2, 1.0), "MechVent": (0, 1), "Urine": (0, 6000)}
+SUPPORT: Limits = {"FiO2": (0.2, 1.0), "MechVent": (0, 1), "Urine": (0, 6000)}
 VIEWS = {"vitals": (VITALS, 48), "labs": (LABS, 12), "support": (SUPPORT, 48)}
 """View -> parameters with the range outside of which a value counts as not measured, and steps in 48 hours."""
 _WHERE = {name: (view, j) for view, (limits, _) in VIEWS.items() for j, name in enumerate(limits)}
@@ -45,7 +46,8 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ids += [int(row[0]) for row in table]
         outcomes += [[float(cell) for cell in row[1:]] for row in table]
         test += [part == "b"] * len(table)
-    files = originals.collect(r"\d{6}\.txt", "records (set-a, set-b)", expected=2 * ROWS, sha256=SHA256)
+    names = {f"{i}.txt" for i in ids}
+    files = originals.collect(names.__contains__, "records (set-a, set-b)", expected=2 * ROWS, sha256=SHA256)
     absent = [i for i in ids if f"{i}.txt" not in files]
     if absent:
         raise originals.missing(f"{len(absent)} of {len(ids)} records, such as {absent[0]}.txt")

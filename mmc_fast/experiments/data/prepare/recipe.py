@@ -61,7 +61,9 @@ def prepare_file(
                 f"{name}: NumPy {np.__version__} draws another split than the one of this set; use NumPy 1.24 to 2.4"
             )
         path = target / f"{name}.npz"
-        write_file(path, lambda temporary: _write(temporary, arrays, {**meta, **_facts(originals)}, originals.progress))
+        write_file(
+            path, lambda temporary: _write(temporary, arrays, {**meta, **_facts(originals, recipe)}, originals.progress)
+        )
     return path
 
 
@@ -69,8 +71,10 @@ def _split_digest(arrays: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256(arrays["split"].tobytes()).hexdigest()[:16] if "split" in arrays else ""
 
 
-def _facts(originals: Originals) -> dict[str, Any]:
-    return {"originals": dict(sorted(originals.used.items())), "verified": originals.verify}
+def _facts(originals: Originals, recipe: Recipe) -> dict[str, Any]:
+    """``verified``: compared with the release, by its split and numbers, or by the check sums beside all of its files."""
+    compared = bool(recipe.split) or all(originals.used.values())
+    return {"originals": dict(sorted(originals.used.items())), "verified": originals.verify and compared}
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], meta: dict[str, Any], progress: Progress) -> None:
@@ -118,11 +122,11 @@ def check_file(path: str | Path, recipe: Recipe) -> str:
     )
     if wrong:
         return f"damaged: {', '.join(wrong)} not as written; prepare it again"
+    if stated and not meta.get("verified"):
+        return "whole; made from originals that no check sum verified"
     if recipe.split and _split_digest(arrays) != recipe.split:
         return "whole, but with another split than the set has"
-    if not stated:
-        return "readable; holds no check sums, it was not written by `mmc-fast data prepare`"
-    return "whole" if meta.get("verified") else "whole; made from originals that were not verified"
+    return "whole" if stated else "readable; holds no check sums, it was not written by `mmc-fast data prepare`"
 
 
 def dense(*parts: tuple[np.ndarray, Sequence[str]], dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:

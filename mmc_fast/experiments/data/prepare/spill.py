@@ -12,7 +12,7 @@ from mmc_fast.experiments.data.prepare.tables import pandas
 
 __all__ = ["Spill"]
 
-BLOCK = 8192  # rows of the data set whose events are in memory at a time
+BLOCK = 2048  # rows of the data set whose events are in memory at a time
 _RECORD = np.dtype([("row", "<i4"), ("key", "<i4"), ("value", "<f8")])
 
 

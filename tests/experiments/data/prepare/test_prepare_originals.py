@@ -57,7 +57,11 @@ def test_a_file_is_found_wherever_it_lies(file: str, content: bytes, tmp_path: P
     originals = Originals("set", [tmp_path])
     originals.require("x.csv")
     assert originals.read("x.csv", sha256=hashlib.sha256(CONTENT).hexdigest()) == CONTENT
-    assert originals.collect(r".\.csv(\.gz)?", "tables", expected=1)
+    (tmp_path / "more.zip").write_bytes(zip_bytes("y.csv", CONTENT))
+    both = Originals("set", [tmp_path]).collect(lambda name: name[0] in "xy", "tables", expected=2)
+    assert list(both)[1] == "y.csv"
+    with pytest.raises(InputError, match="tables has 2 files, the release has 3"):
+        Originals("set", [tmp_path]).collect(lambda name: name[0] in "xy", "tables", expected=3)
     assert table(originals, "x.csv", ["b"])["b"].tolist() == [2, 4]
     assert [len(piece) for piece in chunks(originals, "x.csv", ["a"], 1)] == [1, 1]
 
