@@ -63,9 +63,8 @@ class Originals:
         for folder in self.folders:
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder; give the one that holds the files of {name}: {where}")
-            for root, _, files in os.walk(folder):
-                for file in sorted(files):
-                    self._plain.setdefault(file, []).append(Path(root, file))
+        for path in sorted({Path(root, file) for f in self.folders for root, _, files in os.walk(f) for file in files}):
+            self._plain.setdefault(path.name, []).append(path)
         for path in self._plain.get(_SUMS, []):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 digest, _, file = line.strip().partition(" ")
