@@ -241,23 +241,17 @@ def tool_named(name: str) -> Any:
     return tool
 
 
-def test_the_readme_table_is_that_of_the_recorded_demo():
-    tool = tool_named("update_readme")
-    readme = text_of(ROOT / "README.md")
-    block = tool.render(json.loads(text_of(tool.RECORD))) if tool.RECORD.exists() else tool.NOT_RUN
-    assert tool.replace(readme, block) == readme, "run tools/update_readme.py on a finished demo"
-
-
-def test_the_readme_comparison_is_that_of_the_recorded_results():
+def test_the_readme_tables_are_those_of_the_recorded_results():
     tool = tool_named("render_results")
-    lines = tool.read(tool.RECORD)
     readme, results = text_of(tool.README), text_of(tool.RESULTS)
-    assert tool.replace(readme, tool.COMPARISON, tool.render(lines)) == readme, (
-        "run tools/render_results.py on a finished comparison"
-    )
-    for line in lines:  # the long page comes from the same run
+    comparison = tool.render_comparison(tool.read("comparison"))
+    assert tool.replace(readme, "demo", tool.render_demo(tool.read("demo"))) == readme, "run tools/render_results.py"
+    assert tool.replace(readme, "comparison", comparison) == readme, "run tools/render_results.py"
+    assert comparison in results, "run tools/render_results.py"
+    details = text_of(tool.RECORDS / "comparison.md")
+    for line in tool.read("comparison"):  # the long tables come from the same run
         if line["mean"] and line["condition"] == "mean missing":
-            assert f"{float(line['mean']):.3f}" in results, f"docs/results.md lacks {line['row']} on {line['data']}"
+            assert f"{float(line['mean']):.3f}" in details, f"comparison.md lacks {line['method']} on {line['data']}"
 
 
 def test_documented_commands_exist():

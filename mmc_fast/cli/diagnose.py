@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,10 +19,11 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import load
 from mmc_fast.experiments.training import evaluate, load_run
 
+from .base import AsJson, command, takes_data_options
 from .evaluate import dataset_of
-from .terminal import PassDisplay, error_console, print_table
+from .terminal import PassDisplay, error_console, output_console, print_table
 
-__all__ = ["print_diagnosis", "run_diagnose"]
+__all__ = ["COMMAND", "print_diagnosis", "run_diagnose"]
 
 
 def run_diagnose(
@@ -117,3 +119,49 @@ def _make(adapter: str, weights: Path) -> Any:
     except (RuntimeError, KeyError) as error:  # such as weights of another model
         first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"--adapter {adapter}: it failed on {weights} ({type(error).__name__}: {first})") from error
+
+
+@takes_data_options
+def diagnose_command(
+    run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of a model of yours, safetensors.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes an adapter from these weights.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set, npz file, or what the adapter loads. (default: the run's data)")
+    ] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier diagnosis (what --json printed) to compare with.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train networks without each modality, as a control.")
+    ] = False,
+    groups: Annotated[int, typer.Option(help="Random groups of samples, for the intervals.")] = 16,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of them.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of groups, samples and probes.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="Where unfinished sums are kept. (default: beside the run or the weights)")
+    ] = None,
+    options: dict[str, Any] = {},  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show which modality a model uses, which it lost, and why. A killed diagnosis goes on where it stopped."""
+    other = None if compare is None else Diagnosis.from_json(compare)
+    settings = {"groups": groups, "resamples": resamples, "seed": seed, "control": control}
+    found = run_diagnose(run, weights, adapter, data, part=part, options=options, state=state, settings=settings)
+    if other is not None:
+        found.compare(other)  # refuse what cannot be compared before anything is written
+    if html is not None:
+        found.save_html(html, other)
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    print_diagnosis(output_console(), found, other)
+    if html is not None:
+        typer.echo(f"Page: {html}")
+
+
+COMMAND = command(diagnose_command)

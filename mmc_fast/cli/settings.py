@@ -1,4 +1,4 @@
-"""A run's configuration from a TOML file, options and ``--set`` assignments."""
+"""Settings of a run from a TOML file, options and ``--set`` assignments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.training import TrainConfig
 from mmc_fast.experiments.training.parse import read_toml
 
 if sys.version_info >= (3, 11):
@@ -16,10 +15,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["build_config", "parse_assignments", "read_toml"]
+__all__ = ["collect_settings", "parse_assignments"]
 
 
-def build_config(path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]) -> TrainConfig:
+def collect_settings(
+    path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]
+) -> dict[str, Any]:
     """The file first, then the options, then the assignments. Without any method it is EBR."""
     values = {} if path is None else read_toml(path)
     if method is not None:
@@ -29,7 +30,7 @@ def build_config(path: Path | None, method: str | None, epochs: int | None, assi
     merge(values, parse_assignments(assignments))
     if "method" not in values and values.get("ebr") is None and values.get("kd") is None:
         values["method"] = "dropout" if values.get("modality_dropout") else "ebr"
-    return TrainConfig.from_dict(values)
+    return values
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:

@@ -18,8 +18,11 @@ from typer.testing import CliRunner
 
 from mmc_fast import __version__
 from mmc_fast._env import VARIABLES
-from mmc_fast.cli import _clean, app
-from mmc_fast.cli.settings import build_config, parse_assignments
+from mmc_fast.cli import COMMANDS, app
+from mmc_fast.cli.base import clean
+from mmc_fast.cli.settings import collect_settings, parse_assignments
+from mmc_fast.cli.terminal import output_console, print_table
+from mmc_fast.experiments.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +77,7 @@ def test_version_by_option_and_as_a_module():
 
 
 def test_a_warning_is_one_line_without_source_code(capsys):
-    @_clean
+    @clean
     def command() -> None:
         warnings.warn("checkpoint 3 is damaged\n(no such file)", UserWarning, stacklevel=1)
 
@@ -144,6 +147,42 @@ def test_info_names_versions_data_sets_and_every_variable():
         assert word in shown
 
 
+def test_help_lists_every_command_and_imports_none_of_them():
+    shown = run("--help")[0]
+    assert all(name in shown for name in COMMANDS)
+    code = "import sys, mmc_fast.cli; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line of an interpreter that lacks a package."""
+    code = f"import sys; sys.modules[{package!r}] = None; from mmc_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_missing_extra_is_one_line_and_core_commands_do_without():
+    done = without("sklearn", "compare", "--methods", "vanilla")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr
+        == "mmc-fast: compare needs the package sklearn; install it with: pip install 'mmc-fast[experiments]'\n"
+    )
+    done = without("sklearn", "info")
+    assert done.returncode == 0, done.stderr
+    assert "native library" in done.stdout
+
+
+def test_names_of_a_user_are_no_markup(capsys):
+    print_table(output_console(), "[bold]t[/bold]", ["[red]c"], [["[/x]"]])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[bold]t[/bold]", "[red]c", "[/x]"))
+
+
 # Settings
 
 
@@ -160,7 +199,7 @@ def test_assignments_are_toml_values_in_nested_tables():
 def test_file_then_options_then_assignments(tmp_path: Path):
     path = tmp_path / "c.toml"
     path.write_text('method = "ebr"\nepochs = 7\nlr = 0.5\n[ebr]\nreversal = 0.25\nlatent_dim = 9\n')
-    config = build_config(path, None, 8, ["ebr.reversal=0.125", "batch_size=16"])
+    config = TrainConfig.from_dict(collect_settings(path, None, 8, ["ebr.reversal=0.125", "batch_size=16"]))
     assert (config.method, config.epochs, config.lr, config.batch_size) == ("ebr", 8, 0.5, 16)
     assert config.ebr is not None
     assert (config.ebr.reversal, config.ebr.latent_dim) == (0.125, 9)
@@ -171,7 +210,7 @@ def test_file_then_options_then_assignments(tmp_path: Path):
     [([], "ebr"), (["kd.epochs=3"], "kd"), (["modality_dropout=0.5"], "dropout"), (["ebr.reversal=2"], "ebr")],
 )
 def test_the_method_follows_from_the_settings_where_it_is_not_named(assignments, method):
-    assert build_config(None, None, None, assignments).method == method
+    assert TrainConfig.from_dict(collect_settings(None, None, None, assignments)).method == method
 
 
 # Bad input
