@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from mmc_fast import __version__
 from mmc_fast._env import VARIABLES
@@ -25,15 +25,6 @@ from mmc_fast.cli import _clean, app
 from mmc_fast.cli.settings import build_config, parse_assignments
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error of one call in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
 
 
 @pytest.fixture(autouse=True)

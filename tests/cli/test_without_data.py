@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import run
-from test_compare import own_data
-from training_data import check_one_line
+from command_line import run
+from training_data import check_one_line, own_data
 
 from mmc_fast.cli import compare as compare_command
 from mmc_fast.errors import InputError
