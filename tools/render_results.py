@@ -21,7 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, RECORDS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "img"
 # README's methods of the comparison: those of the default grid.
-METHODS = ["vanilla", "unimodal", "consistency", "late", "transformer", "kd", "ebr-paper", "ebr-robust", "shaspec", "muse"]
+METHODS = [
+    "vanilla",
+    "unimodal",
+    "consistency",
+    "late",
+    "transformer",
+    "kd",
+    "ebr-paper",
+    "ebr-robust",
+    "shaspec",
+    "muse",
+]
 DEMO_CONDITIONS = ("complete", "0.1 missing", "0.4 missing", "0.7 missing", "mean missing")
 DEMO_PICTURES = ("missing-rates", "reliance-vanilla")
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
 from mmc_fast import __version__
 
-from .base import say
+try:
+    import typer
+    from typer.core import TyperCommand, TyperGroup
+except ModuleNotFoundError as error:
+    print(f"mmc-fast: the command line needs {error.name}: pip install 'mmc-fast[cli]'", file=sys.stderr)
+    raise SystemExit(2) from error
+
+from .base import BAD_INPUT, say
 
 __all__ = ["app", "main"]
 
@@ -43,17 +48,18 @@ class _Lazy(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, _load(str(name)), rest
+        return name, load_command(str(name)), rest
 
 
-def _load(name: str) -> Any:
+def load_command(name: str) -> Any:
+    """The command as its file defines it; one line and an exit where a package is missing."""
     try:
         return import_module(f"{__name__}.{name}").COMMAND
     except ModuleNotFoundError as error:
         if (error.name or "mmc_fast").split(".")[0] == "mmc_fast":
             raise
         say(f"{name} needs the package {error.name}; install it with: pip install 'mmc-fast[{COMMANDS[name][1]}]'")
-        raise typer.Exit(1) from error
+        raise typer.Exit(BAD_INPUT) from error
 
 
 app = typer.Typer(

@@ -16,14 +16,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import data_here, load_data_configs, load_method_configs
 from mmc_fast.experiments.compare.findings import Findings, find
 from mmc_fast.experiments.compare.grid import Grid, run_grid
-from mmc_fast.experiments.compare.output import (
-    TEST_COLUMNS,
-    footnotes,
-    score_rows,
-    tested_rows,
-    tests_title,
-    write_outputs,
-)
+from mmc_fast.experiments.compare.output import footnotes, score_rows, tests_table, tests_title, write_outputs
 from mmc_fast.experiments.compare.runs import check as check_run
 from mmc_fast.experiments.jobs import own_folder
 from mmc_fast.experiments.pool import check_workers
@@ -47,7 +40,7 @@ def print_comparison(console: Console, findings: Sequence[Findings], out: Path) 
         if notes := footnotes(f):
             console.print(f"{notes}.", markup=False)
         if f.tests:
-            print_table(console, f"{f.data}: {tests_title(f)}", TEST_COLUMNS, tested_rows(f))
+            print_table(console, f"{f.data}: {tests_title(f)}", *tests_table(f))
     console.print(f"Tables, figures and report: {out}", markup=False)
 
 

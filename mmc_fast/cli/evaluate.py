@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data import MultimodalDataset, load
 from mmc_fast.experiments.data.dataset import PARTS
 from mmc_fast.experiments.training import evaluate, load_run
@@ -48,6 +49,8 @@ def evaluate_command(
     """Score a finished run on complete data and at missing rates."""
     choose("part", part, PARTS)
     wanted = parse_rates(rates)
+    if seed is not None:
+        check_seed(seed)
     loaded = load_run(run)
     dataset = dataset_of(loaded.results, data, options)
     scores = evaluate(

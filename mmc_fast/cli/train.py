@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data import load
 from mmc_fast.experiments.training import TrainConfig, train
+from mmc_fast.experiments.training.device import check_device
 from mmc_fast.experiments.training.world import first_process
 
 from .base import AsJson, command, print_json, takes_data_options
@@ -66,10 +68,14 @@ def train_command(
     """Train one model, select its best epoch and score it on test data."""
     values = collect_settings(config, method, epochs, assignments or [])
     settings = TrainConfig.from_dict(values)
+    check_seed(seed)
+    check_device(device)
     dataset = load(data, **options)
     # Kept with the results, so that `evaluate` finds the data again.
     dataset = replace(dataset, info={**dataset.info, "loaded": {"data": data} | options})
-    folder = run_dir or Path("runs") / f"{dataset.name}-{values.get('method', settings.method)}-{seed}"
+    forms = [options[name] for name in ("task", "variant") if name in options]
+    called = values.get("method", settings.method)
+    folder = run_dir or Path("runs") / "-".join([dataset.name, *forms, called, str(seed)])
     again: bool | Literal["auto"] = "auto" if auto_resume else resume
     with RunDisplay(error_console()) as display:
         result = train(dataset, settings, seed=seed, run_dir=folder, resume=again, progress=display, device=device)

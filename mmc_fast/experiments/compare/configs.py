@@ -12,7 +12,8 @@ from typing import Any
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
-from ..data import MultimodalDataset, available, load
+from ..data import MultimodalDataset, load
+from ..data.registry import check_options, why_missing
 from ..methods import METHODS, Method, get
 from ..methods.base import merged
 from ..training import TrainConfig
@@ -100,6 +101,7 @@ class DataConfig:
         if not isinstance(budget, Mapping):
             raise InputError(f"data {name}: 'budget' is {budget!r}; give a table of settings")
         options = {k: v for k, v in values.items() if k not in ("data", "budget")}
+        check_options(data, **options)
         config = cls(name, data, options, budget)
         config.budget_with({})
         return config
@@ -147,18 +149,24 @@ def _data_config(name: str) -> DataConfig:
 
 
 def data_here(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The names whose data are on this machine; and of the others, name -> what is missing."""
-    found = {d.name for d in available() if d.found}
-    reason = "Its data are not on this machine; docs/data.md says where they come from."
-    left_out = {config.name: reason for config in load_data_configs(names) if config.data not in found}
-    return [name for name in names if name not in left_out], left_out
+    """The names whose data can be loaded here; and of the others, name -> what is missing and how to get it."""
+    reasons = {name: why_missing(c.data) for name, c in zip(names, load_data_configs(names), strict=True)}
+    return [n for n, r in reasons.items() if r is None], {n: r for n, r in reasons.items() if r is not None}
 
 
 @lru_cache(maxsize=2)
 def load_data(key: str) -> MultimodalDataset:
     """The data set of :attr:`DataConfig.key`; the last two are kept."""
     data, options = json.loads(key)
-    return load(data, **options)
+    try:
+        return load(data, **options)
+    except InputError as error:
+        asked = next((option for option in ("split_seed", "nan_policy") if option in str(error)), None)
+        if asked is None:
+            raise
+        value = {"split_seed": "0", "nan_policy": '"mean"'}[asked]
+        advice = f'Here that is a line `{asked} = {value}` below `data = "{data}"` in a TOML file for --data.'
+        raise InputError(f"{error} {advice}") from error
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import check_seed, make_plain
 from mmc_fast.diagnose.document import Block, Callout, Details
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.verdict import ModalityVerdict, overall
@@ -66,6 +67,8 @@ class DemoPlan:
         return cls(seeds=(0,), epochs=2, quick=True)
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        object.__setattr__(self, "seeds", tuple(map(check_seed, self.seeds)))
         if not self.data or not self.seeds or _FIRST not in self.methods:
             raise InputError(f"demo: give at least one data set, one seed, and {_FIRST} among the methods")
         for method in self.methods:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mmc_fast._util.atomic import write_json
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
 from ..jobs import Event, Job, Result, finish
@@ -55,7 +56,8 @@ class Grid:
     def __post_init__(self) -> None:
         check_once("methods", [m.name for m in self.methods])
         check_once("data", [d.name for d in self.data])
-        check_once("seeds", list(self.seeds))
+        object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
+        check_once("seeds", self.seeds)
         for data in self.data:  # refuse settings that do not fit each other before any data are looked for
             budget = data.budget_with(self.changes)
             for method in self.methods:

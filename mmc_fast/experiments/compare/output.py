@@ -27,13 +27,13 @@ from mmc_fast.diagnose.figures import Drawing
 
 from ..report.comparison import Score
 from ..report.drawings import draw_rates, metric_name
-from .findings import UNDER_PERFORMING, Findings, Paired
+from .findings import UNDER_PERFORMING, Findings
 
-__all__ = ["TEST_COLUMNS", "csv_text", "footnotes", "markdown", "markdown_table", "score_rows", "tested_rows",
+__all__ = ["READING", "csv_text", "footnotes", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
            "write_outputs", "write_text"]  # fmt: skip
 
 SCHEMA_VERSION = 2
-TEST_COLUMNS = ("difference", "estimate", "95 % interval", "p", "p (Holm)", "p (signed ranks)", "pairs")
+_P_COLUMNS = ("p", "p (Holm)", "p (signed ranks)")
 _LINES = 8  # that a drawing can tell apart
 _CSV_COLUMNS = (
     "data", "method", "plug_in", "metric", "condition", "mean", "sd", "se", "low", "high", "best", "seeds", "threshold",
@@ -41,7 +41,7 @@ _CSV_COLUMNS = (
 )  # fmt: skip
 READING = (
     "Mean ± s.d. over seeds. **Bold**: the paired 95 % intervals (seeds and test samples) against every other method lie "
-    "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report; none with one seed. A "
+    "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report; with one seed there is none. A "
     "re-implementation whose score on complete data is below that of vanilla by more than one standard error is marked "
     f"“{UNDER_PERFORMING}”: its numbers say little about the method."
 )
@@ -104,7 +104,7 @@ def _blocks(f: Findings, drawings: Mapping[str, Drawing]) -> list[Block]:
         blocks.append(Table(["method", *comparison.conditions], score_rows(f, metric), caption))
     blocks.append(Panels([d.figure() for d in drawings.values()]))
     if f.tests:
-        table = Table(TEST_COLUMNS, tested_rows(f), tests_title(f))
+        table = Table(*tests_table(f), tests_title(f))
         blocks.append(Details("Tests against the reference", [table]))
     settings = [[facts.title, str(dict(facts.settings) or "as declared"), facts.source] for facts in f.methods.values()]
     blocks.append(Details("Settings", [Table(["method", "selected", "source"], settings)]))
@@ -135,24 +135,22 @@ def footnotes(f: Findings) -> str:
 
 def tests_title(f: Findings) -> str:
     """What the table of tests holds."""
-    if f.tests[0].p is None:
-        return "Against the reference, one seed: no test"
+    if not f.tests[0].family:
+        return "Against the reference, one seed: intervals of these trainings alone"
     return f"Against the reference, {f.tests[0].pairs} pairs of seeds, Holm over {f.tests[0].family} tests"
 
 
-def tested_rows(f: Findings) -> list[list[Cell | str]]:
-    """One line per test, in the order of :data:`TEST_COLUMNS`."""
-    return [_test_row(t, {name: facts.title for name, facts in f.methods.items()}) for t in f.tests]
-
-
-def _test_row(t: Paired, titles: Mapping[str, str]) -> list[Cell | str]:
-    return [
-        f"{titles[t.method]} − {titles[t.reference]}, {t.metric}, {t.condition}",
-        Cell(signed(t.difference), strong=t.p_holm is not None and t.p_holm < 0.05),
-        f"{signed(t.low)} … {signed(t.high)}",
-        *(_p(p) for p in (t.p, t.p_holm, t.p_wilcoxon)),
-        str(t.pairs),
-    ]
+def tests_table(f: Findings) -> tuple[list[str], list[list[Cell | str]]]:
+    """Headings, and one line per test; without p-values where there are none."""
+    several = bool(f.tests[0].family)
+    titles = {name: facts.title for name, facts in f.methods.items()}
+    rows: list[list[Cell | str]] = []
+    for t in f.tests:
+        name = f"{titles[t.method]} − {titles[t.reference]}, {t.metric}, {t.condition}"
+        clear = t.p_holm is not None and t.p_holm < 0.05
+        line: list[Cell | str] = [name, Cell(signed(t.difference), strong=clear), f"{signed(t.low)} … {signed(t.high)}"]
+        rows.append([*line, *map(_p, (t.p, t.p_holm, t.p_wilcoxon))] if several else line)
+    return ["difference", "estimate", "95 % interval", *(_P_COLUMNS if several else ())], rows
 
 
 def markdown(findings: Sequence[Findings], title: str = "Comparison of methods") -> str:
@@ -166,7 +164,7 @@ def markdown(findings: Sequence[Findings], title: str = "Comparison of methods")
         if notes := footnotes(f):
             parts.append(f"{notes}.")
         if f.tests:
-            parts += [f"{tests_title(f)}:", markdown_table(TEST_COLUMNS, tested_rows(f))]
+            parts += [f"{tests_title(f)}:", markdown_table(*tests_table(f))]
         rates = "; ".join(
             f"{k.removeprefix('missing_')}: {', '.join(f'{v:.2f}' for v in r)}" for k, r in f.realised.items()
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, mean_sd
 from mmc_fast.errors import InputError
@@ -45,6 +46,9 @@ class Plan:
     tune: Tune = "never"
     reading: Literal["both", "train", "test"] = "both"
     on_event: Event = field(default=lambda event: None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
 
     @property
     def grid(self) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
-from training_data import check_one_line, tiny
+from training_data import BUDGET, check_one_line, own_data
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
@@ -25,7 +25,6 @@ from mmc_fast.experiments.compare.configs import (
     DataConfig,
     MethodConfig,
     configs_folder,
-    data_here,
     fingerprint_of,
     load_data,
     load_data_configs,
@@ -40,33 +39,11 @@ from mmc_fast.experiments.methods import METHODS
 from mmc_fast.experiments.training.parse import read_toml
 
 ROOT = Path(__file__).resolve().parents[3]
-BUDGET = {
-    "epochs": 1,
-    "batch_size": 16,
-    "encoder_width": 8,
-    "encoder_dim": 8,
-    "fusion_hidden": [8],
-    "rates": [0.2, 0.5],
-}
-
-
-def own_data(folder: Path, seed: int, num_classes: int = 2, spoil_test: bool = False) -> Path:
-    """An npz file and, beside it, the TOML file that is all a user has to write."""
-    load_data.cache_clear()
-    fingerprint_of.cache_clear()
-    dataset = tiny(seed, num_classes=num_classes)
-    arrays = {f"x_{name}": x.numpy().copy() for name, x in dataset.features.items()}
-    if spoil_test:
-        for x in arrays.values():
-            x[dataset.split.numpy() == 2] = 7.0
-    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
-    budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in BUDGET.items())
-    path = folder / "mine.toml"
-    path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')
-    return path
 
 
 def data_config(folder: Path, seed: int, **options) -> DataConfig:
+    load_data.cache_clear()
+    fingerprint_of.cache_clear()
     own_data(folder, seed, **options)
     return DataConfig("mine", str(folder / "mine.npz"), {}, BUDGET)
 
@@ -287,17 +264,6 @@ def test_every_stored_config_can_be_read():
     data = sorted(p.stem for p in (configs_folder() / "data").glob("*.toml"))
     assert {"mfeat", "support2", "avmnist-hard"} <= set(data)
     load_data_configs(data)
-
-
-def test_data_that_are_not_here_are_left_out_and_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("MMC_DATA", str(tmp_path))
-    assert data_here(["mfeat", "avmnist-hard"])[0] == ["mfeat"]
-    assert set(data_here(["mfeat", "avmnist-hard"])[1]) == {"avmnist-hard"}
-    done = command("--methods", "vanilla", "--seeds", 1, "--epochs", 1, "--tune", "never", "--jobs", 1, "--rates", "none",
-                   "--out", tmp_path / "out")  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert "avmnist-hard is left out" in done.stderr
-    assert {p.name for p in (tmp_path / "out" / "runs").iterdir()} == {"mfeat", "support2"}
 
 
 @pytest.mark.parametrize(

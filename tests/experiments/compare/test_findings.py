@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
+from mmc_fast.cli.compare import print_comparison
 from mmc_fast.diagnose.statistics import ResampledScores, holm
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import MethodConfig
 from mmc_fast.experiments.compare.findings import UNDER_PERFORMING, find
 from mmc_fast.experiments.compare.grid import Finished, Run
-from mmc_fast.experiments.compare.output import markdown, write_outputs
+from mmc_fast.experiments.compare.output import READING, markdown, write_outputs
 from mmc_fast.experiments.compare.runs import score
 from mmc_fast.experiments.jobs import Job, Result
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE
@@ -96,17 +99,49 @@ def test_threshold_tests_and_family(seed):
     assert test.low < test.difference < test.high
 
 
-def test_one_seed_and_no_vanilla(seed):
+def test_without_vanilla_the_first_method_is_the_reference(seed):
     methods = METHODS[1:]
-    finished = fabricated(seed, seeds=1, methods=methods)
+    finished = fabricated(seed, seeds=2, methods=methods)
     (found,) = find(finished, methods, resamples=50)
     assert found.methods["muse"].threshold == "not judged"
     assert {t.reference for t in found.tests} == {"dropout"}
-    assert {(t.p, t.p_holm, t.p_wilcoxon, t.family) for t in found.tests} == {(None, None, None, 0)}
-    assert not any(s.best for by in found.main.scores.values() for s in by.values())
-    assert "one seed: no test" in markdown([found])
     with pytest.raises(InputError, match="none of the methods"):
         find(finished, methods, reference="vanilla")
+
+
+def test_one_seed_gives_no_p_value_and_nothing_bold(tmp_path, seed, capsys):
+    """The methods are so far apart that two seeds would make the best one bold."""
+    for seeds in (1, 2):
+        folder = tmp_path / str(seeds)
+        folder.mkdir()
+        findings = find(fabricated(seed, seeds=seeds), METHODS, resamples=200)
+        write_outputs(findings, folder, {"machine": "made"}, {"kind": "comparison"})
+        print_comparison(Console(width=200), findings, folder)
+        printed, text = capsys.readouterr().out, markdown(findings)
+        stored = json.loads((folder / "results.json").read_text())["data_sets"][0]
+        with open(folder / "results.csv") as file:
+            lines = list(csv.DictReader(file))
+        tests = stored["tests"]
+        assert len(tests) == 12
+        p_values = [t[name] for t in tests for name in ("p", "p_holm", "p_wilcoxon")]
+        p_values += [d["p"] for c in stored["comparisons"].values() for d in c["differences"]]
+        p_values += [line[name] or None for line in lines for name in ("p", "p_holm", "p_wilcoxon")]
+        bold = [s["best"] for c in stored["comparisons"].values() for row in c["scores"].values() for s in row.values()]
+        page = (folder / "report.html").read_text()
+        body = text.replace(READING, "")
+        if seeds == 1:
+            assert set(p_values) == {None}
+            assert not any(bold)
+            assert {t["family"] for t in tests} == {0}
+            assert "**" not in body
+            assert not re.search(r"\*\d|p \(|Holm", printed)
+            assert "p (Holm)" not in page
+            assert "one seed" in printed
+        else:
+            assert all(isinstance(t["p_holm"], float) for t in tests)
+            assert "p (Holm)" in printed
+            assert "p (Holm)" in page
+            assert "Holm over 12 tests" in body
 
 
 def test_all_outputs_say_the_same(tmp_path, seed):

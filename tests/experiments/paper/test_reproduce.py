@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_compare import BUDGET, own_data
-from training_data import check_one_line
+from training_data import BUDGET, check_one_line, own_data
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
@@ -268,7 +267,8 @@ def test_a_verdict_on_an_under_performing_baseline_is_marked(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table3", "table4"])
-def test_the_digits_in_both_readings(data_folder, tmp_path, name):
+def test_the_digits_in_both_readings(needs_data, tmp_path, name):
+    needs_data("avmnist")
     out = tmp_path / "out"
     done = command(name, "--seeds", 1, "--epochs", 1, "--jobs", 1, "--out", out)
     assert done.exit_code == 0, done.output

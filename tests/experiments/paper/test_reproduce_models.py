@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
-from test_compare import own_data
-from training_data import check_one_line, small, tiny
+from training_data import check_one_line, own_data, small, tiny
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
