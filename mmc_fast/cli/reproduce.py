@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -91,7 +91,13 @@ def reproduce(
         outcome = replace(outcome, notes=[*outcome.notes, *notes])
     else:
         outcome = Outcome([], [], notes=[f"Nothing is measured: {name} needs {', '.join(names)}.", *notes])
-    about = {"data": here, "left_out": left_out, "seeds": list(plan.seeds), "epochs": epochs, "tune": tune}
+    about: dict[str, Any] = {
+        "data": here,
+        "left_out": left_out,
+        "seeds": list(plan.seeds),
+        "epochs": epochs,
+        "tune": tune,
+    }
     about |= {"reading": reading} if experiment.readings else {}
     about |= {"seconds": round(time.monotonic() - started, 1), "jobs": jobs}
     if here:

@@ -93,7 +93,9 @@ class Result:
 def perform(job: Job, folder: Path, progress: Progress | None = None) -> Result:
     """Run the job's function here and now; a diverged training is a result, nothing is written."""
     started = time.perf_counter()
-    values, arrays, failed = {}, {}, None
+    values: Values = {}
+    arrays: dict[str, np.ndarray] = {}
+    failed = None
     try:
         values, arrays = job.function(job.settings, Workspace(folder, folder / job.own, progress))
     except TrainingDiverged as error:

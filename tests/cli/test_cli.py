@@ -190,7 +190,7 @@ def test_a_missing_extra_is_one_line_and_core_commands_do_without():
 
 
 def test_names_of_a_user_are_no_markup(capsys):
-    print_table(output_console(), "[bold]t[/bold]", ["[red]c"], [["[/x]"]])
+    print_table(output_console(), "[bold]t[/bold]", ["[red]c"], [["[/x]" + 30 * "-"]])
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("[bold]t[/bold]", "[red]c", "[/x]"))
 
@@ -360,7 +360,7 @@ def test_messages_name_only_options_that_their_command_has():
     named = set()
     for place, option, callers in advice():
         named.add(option)
-        assert any(option in known for known in OPTIONS.values()), f"{place}: {option}"
+        assert option == "--version" or any(option in known for known in OPTIONS.values()), f"{place}: {option}"
         for command in callers:
             assert option in OPTIONS[command], f"{place}: {command} has no {option}"
     assert named >= {"--out", "--tune", "--data", "--weights", "--set", "--rates"}

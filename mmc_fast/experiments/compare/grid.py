@@ -91,15 +91,14 @@ def run_grid(grid: Grid, folder: Path, *, workers: int, on_event: Event) -> Fini
         if grid.searched(method, data)
     }
     candidates = [job for jobs in tried.values() for job in jobs]
-    found = dict(zip([job.path for job in candidates],
-                     finish(candidates, folder, workers=workers, on_event=on_event), strict=True))  # fmt: skip
+    searched = finish(candidates, folder, workers=workers, on_event=on_event)
+    found = {job.path: result for job, result in zip(candidates, searched, strict=True)}
     selected = {}
     for data in grid.data:
         for method in grid.methods:
             pair = (method.name, data.name)
             if pair in tried:
-                results = [(job.path, found[job.path]) for job in tried[pair]]
-                selected[pair] = _select(method, data, results, folder)
+                selected[pair] = _select(method, data, [(job.path, found[job.path]) for job in tried[pair]], folder)
             else:
                 selected[pair] = method.selected.get(data.name, method.plugin.search[0])
     named = [

@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose.figures import Drawing
-from mmc_fast.diagnose.statistics import ResampledScores, mean_sd
+from mmc_fast.diagnose.statistics import Interval, ResampledScores, mean_sd
 from mmc_fast.errors import InputError
 
 from ..compare.configs import configs_folder
 from ..compare.grid import Tune, check_once
 from ..jobs import Event
+from ..report.comparison import Difference
 from ..training.parse import read_toml
 
 __all__ = [
@@ -99,15 +100,6 @@ class ResultTable:
                 raise ValueError(f"{self.title}: row {label} has {len(values)} values for {len(self.columns)} columns")
 
 
-class _Bounded(Protocol):
-    @property
-    def estimate(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A paired difference with its 95 % interval; infinite ends where one seed says nothing about the spread."""
@@ -117,8 +109,8 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, found: _Bounded) -> Estimate:
-        """From an ``Interval`` of ``analysis.statistics`` or a ``Difference`` of a comparison."""
+    def of(cls, found: Interval | Difference) -> Estimate:
+        """From an interval, or a difference of a comparison."""
         return cls(found.estimate, found.low, found.high)
 
 
@@ -234,6 +226,6 @@ class Experiment:
 
 def declare(name: str, body: Callable[[Plan], Outcome]) -> Experiment:
     """The experiment of this name with its texts from configs/paper.toml."""
-    about = read_toml(configs_folder() / "paper.toml")[name]
-    lists = {key: tuple(about.pop(key)) for key in ("deviations", "data")}
-    return Experiment(name, body=body, **about, **lists)
+    about: dict[str, Any] = read_toml(configs_folder() / "paper.toml")[name]
+    about |= {key: tuple(about[key]) for key in ("deviations", "data")}
+    return Experiment(name, body=body, **about)

@@ -269,17 +269,11 @@ def test_every_stored_config_can_be_read():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--methods", "muze"), "Did you mean 'muse'"),
         (("--methods", "vanilla,vanilla"), "name at least one, and each once"),
         (("--methods", "vanilla", "--data", "mfeet"), "Did you mean 'mfeat'"),
         (("--methods", "vanilla", "--data", "nowhere.npz"), "nowhere.npz"),
         (("--methods", "nowhere.toml"), "cannot be read"),
-        (("--seeds", "0"), "give a number of seeds"),
-        (("--rates", "1.5"), "missing rates are at least 0 and below 1"),
         (("--rates", "x"), "separated by commas"),
-        (("--tune", "maybe"), "Allowed: auto, always, never"),
-        (("--methods", "vanilla", "--reference", "late"), "none of the methods"),
-        (("--jobs", "0"), "at least 1"),
         (("--check", "nowhere.npz"), "cannot be read"),
     ],
 )

@@ -391,7 +391,7 @@ def test_the_papers_numbers_are_those_that_it_prints(table, numbers):
     printed = {}
     for entry in PRINTED[table].split("; "):
         name, _, values = entry.rpartition(" ")
-        found = tuple(float(v) for v in values.split("/"))
+        found = [float(v) for v in values.split("/")]
         printed[name] = found if len(found) > 1 else found[0]
     assert dict(numbers) == printed
 
