@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.report.trained import RELIANCE
 
 from .terminal import print_table
 
@@ -37,7 +38,7 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
     ]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
-        kinds = {"alone": "unimodal", "without": "leave-one-out", "only": "single-modality"}
+        kinds = dict(zip(RELIANCE.values(), ("unimodal", "leave-one-out", "single-modality"), strict=True))
         rows = [
             [modality, *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
             for modality, entry in scores["reliance"].items()

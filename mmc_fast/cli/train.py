@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data import load
+from mmc_fast.experiments.report.trained import probe, without_effect
 from mmc_fast.experiments.training import TrainConfig, train
 from mmc_fast.experiments.training.device import check_device
 from mmc_fast.experiments.training.world import first_process
@@ -27,12 +28,11 @@ def print_results(console: Console, results: dict[str, Any], folder: Path) -> No
     """Scores, the modality probe where there was an adversary, and the folder."""
     data = results["data"]
     title = f"{results['label']} on {data['name']}, seed {results['seed']}"
-    if results["label"] == "inactive":
+    if without_effect(results):
         title = f"{results['method']} (adversary without effect) on {data['name']}, seed {results['seed']}"
     print_scores(console, title, results["scores"], data["modalities"])
-    game = results["game"]
-    if game and game["fresh_discriminator"]:
-        found = game["fresh_discriminator"]
+    found = probe(results)
+    if found is not None:
         console.print(
             f"A post-hoc probe names the modality of a latent with balanced accuracy "
             f"{found['balanced_accuracy']:.3f} (chance {found['chance']:.3f})."

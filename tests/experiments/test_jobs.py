@@ -10,11 +10,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.jobs import Job, finish
 from mmc_fast.experiments.pool import run_pool
+from mmc_fast.experiments.training import TrainingDiverged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +52,29 @@ def test_the_first_error_is_raised_as_it_was(workers):
 def test_no_worker_is_refused():
     with pytest.raises(InputError, match="workers is 0"):
         run_pool([1], square, workers=0, on_event=lambda event: None)
+
+
+def halve(settings, workspace):
+    """A job's function: half of a number; odd ones diverge."""
+    if settings["n"] % 2:
+        raise TrainingDiverged("the loss\nbecame nan")
+    return {"half": settings["n"] // 2}, {"n": np.array([settings["n"]])}
+
+
+def test_every_job_leaves_one_result_and_a_diverged_one_says_why(tmp_path):
+    jobs = [Job(f"some/{name}", halve, {"n": n}) for name, n in (("four", 4), ("three", 3), ("four", 4))]
+    events = []
+    results = finish(jobs, tmp_path, workers=1, on_event=events.append)
+    assert [r.values for r in results] == [{"half": 2}, {}, {"half": 2}]
+    assert [r.failed for r in results] == [None, "the loss became nan", None]
+    assert results[0].arrays["n"].tolist() == [4]
+    assert [(kind, job.name, value) for kind, job, value in events] == [
+        ("plan", "some/four", 2), ("done", "some/four", None), ("done", "some/three", None),
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("some/*.npz"))) == 2
+    assert Job("other name", halve, {"n": 4}).key == jobs[0].key != jobs[1].key
+    finish(jobs, tmp_path, workers=1, on_event=events.append)
+    assert events[3:] == [("plan", jobs[0], 0)]
 
 
 SCRIPT = """

@@ -26,6 +26,7 @@ from ..report.trained import (
     reliance_table,
     settings_table,
     verdicts,
+    without_effect,
 )
 from ..training import PRESETS, TrainConfig, load_predictions, load_run
 from ..training.metrics import scores
@@ -151,7 +152,7 @@ def _scored(result: Result, stored: Results, own: Path) -> Result:
         "batch_rows": None,
         "scores": {name: scores(p, test.labels, metric) for name, p in test.probabilities.items()},
         "realised": {f"missing_{e['rate']:g}": e["realised"] for e in stored["scores"]["missing"]},
-        "without_effect": stored["label"] == "inactive",
+        "without_effect": without_effect(stored),
     }
     arrays = {"labels": test.labels.numpy()} | {name: p.numpy() for name, p in test.probabilities.items()}
     return replace(result, values=values, arrays=arrays)

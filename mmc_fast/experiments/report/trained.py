@@ -13,11 +13,24 @@ from mmc_fast.diagnose.statistics import mean_sd
 from mmc_fast.diagnose.verdict import ModalityVerdict, judge_modality
 
 __all__ = [
-    "Results", "chance_score", "history", "probe", "probe_table", "reliance", "reliance_table", "settings_table", "verdicts",
-]  # fmt: skip
+    "RELIANCE",
+    "Results",
+    "chance_score",
+    "history",
+    "probe",
+    "probe_table",
+    "reliance",
+    "reliance_table",
+    "settings_table",
+    "verdicts",
+    "without_effect",
+]
 
 Results = Mapping[str, Any]
 """The content of a run's results.json."""
+
+RELIANCE = {"alone": "alone", "without": "without", "only": "only"}
+"""Score of a verdict -> its key under "reliance" in results.json."""
 
 
 def chance_score(metric: str, labels: ArrayLike) -> float:
@@ -31,10 +44,8 @@ def chance_score(metric: str, labels: ArrayLike) -> float:
 def reliance(runs: Sequence[Results]) -> tuple[float, dict[str, dict[str, float]]]:
     """Means over the runs: score on complete data, and "alone", "without" and "only" of every modality that has all."""
     scored = [run["scores"]["reliance"] for run in runs]
-    modalities = [m for m, entry in scored[0].items() if entry.get("alone") is not None]
-    means = {
-        m: {kind: mean_sd([s[m][kind] for s in scored])[0] for kind in ("alone", "without", "only")} for m in modalities
-    }
+    modalities = [m for m, entry in scored[0].items() if entry.get(RELIANCE["alone"]) is not None]
+    means = {m: {kind: mean_sd([s[m][key] for s in scored])[0] for kind, key in RELIANCE.items()} for m in modalities}
     return mean_sd([run["scores"]["complete"] for run in runs])[0], means
 
 
@@ -58,6 +69,11 @@ def probe(run: Results) -> Mapping[str, Any] | None:
     """What the post-hoc modality probe found on the frozen latents of a run; None without adversary."""
     found: Mapping[str, Any] | None = (run.get("game") or {}).get("fresh_discriminator")
     return found
+
+
+def without_effect(run: Results) -> bool:
+    """Whether λ changed nothing in a run with an adversary."""
+    return bool(run["label"] == "inactive")
 
 
 def reliance_table(by_method: Mapping[str, Sequence[Results]], chance: float) -> Table:
