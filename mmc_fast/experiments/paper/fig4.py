@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.figures import Drawing, Reference, bars
+from mmc_fast.diagnose.figures import Drawing, Reference
 from mmc_fast.diagnose.measures.probes import linear_probe, prefix_gap
 
 from ..jobs import Values, Workspace
 from ..training import MultimodalModel
 from .base import Outcome, Plan, ResultTable, declare
-from .inside import METHODS, Bench, Found, Models, alone, by_data, direction, value
+from .inside import METHODS, Bench, Found, Models, alone, by_data, direction, draw_bars, value
 
 __all__ = ["FIGURE_4", "measure"]
 
@@ -77,20 +77,16 @@ def _one(bench: Bench) -> Outcome:
 
 def _draw(bench: Bench, found: Found, weakest: str) -> Drawing:
     whole = [m for m in METHODS if value(found.series(m, "fused")).mean is not None]
-    values = {kind: [value(found.series(m, kind)) for m in whole] for kind in ("fused", "own", "alone")}
-    heights = {_COLUMNS[kind]: [v.mean or 0.0 for v in some] for kind, some in values.items()}
-    described = "; ".join(f"{name}: {', '.join(f'{v:.3f}' for v in some)}" for name, some in heights.items())
+    series = {_COLUMNS[kind]: [value(found.series(m, kind)) for m in whole] for kind in ("fused", "own", "alone")}
     chance = next((r.values["chance"] for r in found.results.values() if not r.failed), None)
     titles = [bench.titles[m] for m in whole]
-    return bars(
+    return draw_bars(
         f"{bench.data.name}: what the encoder of {weakest} learned",
         titles,
-        heights,
-        y_label="accuracy of a linear probe",
-        alt=f"Probe accuracy on {weakest} of {bench.data.name} for {', '.join(titles)}. {described}.",
-        caption="Bars: mean over seeds, whiskers: s.d.",
+        series,
+        "accuracy of a linear probe",
+        f"Probe accuracy on {weakest} of {bench.data.name} for {', '.join(titles)}.",
         references=[] if chance is None else [Reference("largest class", chance)],
-        errors={_COLUMNS[kind]: [v.sd for v in some] for kind, some in values.items()},
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmc_fast.diagnose.adapter import RunAdapter, flat
-from mmc_fast.diagnose.figures import Drawing, Line, lines
+from mmc_fast.diagnose.figures import Drawing, Line, bars, lines
 from mmc_fast.diagnose.statistics import ResampledScores, resample_counts, weighted_scores
 from mmc_fast.errors import InputError
 
@@ -26,7 +26,7 @@ from .base import Direction, Estimate, Outcome, Plan, Value, paired
 from .scores import machine_facts
 
 __all__ = [
-    "METHODS", "Bench", "Found", "Models", "Series", "alone", "by_data", "curve", "direction", "draw_curves", "estimate",
+    "METHODS", "Bench", "Found", "Models", "Series", "alone", "by_data", "curve", "direction", "draw_bars", "draw_curves", "estimate",
     "fused", "number", "resampled", "value",
 ]  # fmt: skip
 
@@ -271,6 +271,17 @@ def draw_curves(
     )
     alt, caption = f"{about} {ends}.", "Band: s.d. over seeds."
     return lines(title, curves, x_label=x_label, y_label=y_label, alt=alt, caption=caption, markers=markers)
+
+
+def draw_bars(
+    title: str, groups: Sequence[str], series: Mapping[str, Sequence[Value]], y_label: str, about: str, **options: Any
+) -> Drawing:
+    """Groups of bars, one for each name in ``series``, whose text says ``about`` and every height; whiskers are s.d."""
+    heights = {name: [v.mean or 0.0 for v in values] for name, values in series.items()}
+    ends = "; ".join(f"{name}: {', '.join(f'{h:.3f}' for h in some)}" for name, some in heights.items())
+    errors = {name: [v.sd for v in values] for name, values in series.items()}
+    alt, caption = f"{about} {ends}.", "Bars: mean over seeds, whiskers: s.d."
+    return bars(title, groups, heights, y_label=y_label, alt=alt, caption=caption, errors=errors, **options)
 
 
 # Representations

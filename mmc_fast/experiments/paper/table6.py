@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmc_fast._util.seeds import generator
 from mmc_fast.diagnose.adapter import RunAdapter, flat
-from mmc_fast.diagnose.figures import Drawing, bars
+from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
@@ -19,7 +19,7 @@ from ..jobs import Job, Values, Workspace
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict
 from .base import Direction, Outcome, Plan, ResultTable, Value, declare
-from .inside import Bench, Models, by_data, estimate, resampled
+from .inside import Bench, Models, by_data, draw_bars, estimate, resampled
 from .paper import TABLE6
 
 __all__ = ["FILLED", "MODELS", "TABLE_6", "fillings", "hide", "measure"]
@@ -190,17 +190,13 @@ def _directions(data: str, means: Scores) -> list[Direction]:
 
 def _draw(bench: Bench, scores: Mapping[str, Scores]) -> Drawing:
     shown = ("zeros", "nearest neighbour", "mean with class", "late", "ebr-paper", "ebr-robust", "target")
-    series = {_LABELS[rule]: [float(s.plain.mean()) for s in scores[rule].values() if s is not None] for rule in shown}
-    ends = "; ".join(f"{label}: {', '.join(f'{v:.3f}' for v in values)}" for label, values in series.items())
-    return bars(
-        f"{bench.data.name}: one modality missing",
-        bench.modalities,
-        series,
-        y_label=metric_name(bench.metric),
-        alt=f"Test score on {bench.data.name} without {', '.join(bench.modalities)} in turn. {ends}.",
-        caption="Mean over the seeds. The axis does not start at 0.",
-        y_limits=(min(min(v) for v in series.values()) * 0.95, None),
+    series = {_LABELS[rule]: [_value(s) for s in scores[rule].values()] for rule in shown}
+    lowest = min(v.mean or 0.0 for values in series.values() for v in values)
+    about = (
+        f"Test score on {bench.data.name} without {', '.join(bench.modalities)} in turn; the axis does not start at 0."
     )
+    heading, y_label = f"{bench.data.name}: one modality missing", metric_name(bench.metric)
+    return draw_bars(heading, bench.modalities, series, y_label, about, y_limits=(lowest * 0.95, None))
 
 
 TABLE_6 = declare("table6", _run)
