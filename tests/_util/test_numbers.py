@@ -14,6 +14,7 @@ from mmc_fast import agop, apply_ebr, diagnose
 from mmc_fast._util.numbers import check_seed, integer, plain
 from mmc_fast.diagnose.measures.weights import collision_bound
 from mmc_fast.errors import InputError
+from mmc_fast.experiments import data
 from mmc_fast.experiments.compare.configs import DataConfig, MethodConfig
 from mmc_fast.experiments.compare.demo import DemoPlan
 from mmc_fast.experiments.compare.grid import Grid
@@ -71,10 +72,10 @@ def test_settings_are_stored_as_json():
 
 
 def test_grids_plans_and_data():
-    method, data = MethodConfig.parse("vanilla", {"method": "vanilla"}), DataConfig("m", "mfeat")
+    method, config = MethodConfig.parse("vanilla", {"method": "vanilla"}), DataConfig("m", "mfeat")
     keys = [
-        [grid.job(method, data, {}, "test", seed).key for seed in grid.seeds]
-        for grid in (Grid([method], [data], range(2)), Grid([method], [data], np.arange(2)))
+        [grid.job(method, config, {}, "test", seed).key for seed in grid.seeds]
+        for grid in (Grid([method], [config], range(2)), Grid([method], [config], np.arange(2)))
     ]
     assert keys[0] == keys[1]
     assert json.dumps(list(Plan(Path("out"), ("mfeat",), np.arange(2)).seeds)) == "[0, 1]"

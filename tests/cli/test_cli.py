@@ -343,9 +343,9 @@ SPEAK_FOR = {name: {name} for name in OPTIONS} | {"paper": {"reproduce"}}
 
 
 def advice() -> Iterator[tuple[str, str, set[str]]]:
-    """Place, option and commands, for each option in a string that is no docstring; declarations in cli.py are left out."""
+    """Place, option and commands, for each option in a string that is no docstring."""
     for path in sorted((ROOT / "mmc_fast").rglob("*.py")):
-        if path.name == "cli.py" or path.parent.name == "report":  # the latter has variables of style sheets
+        if path.name == "figures.py":  # it has variables of style sheets
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         statements = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
