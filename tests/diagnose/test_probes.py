@@ -70,14 +70,14 @@ def test_denoising_r2(generator: torch.Generator) -> None:
     assert math.isnan(probes.denoising_r2(student, torch.ones(500, 2)))
 
 
-def test_fresh_discriminator(generator: torch.Generator) -> None:
+def test_modality_probe(generator: torch.Generator) -> None:
     same = {name: torch.randn(600, 8, generator=generator) for name in "ab"}
-    found = probes.fresh_discriminator(same, hidden=(32,), seed=1)
+    found = probes.modality_probe(same, hidden=(32,), seed=1)
     assert abs(found["balanced_accuracy"] - 0.5) < 0.1
     assert found["chance"] == 0.5
     assert found["rows"] == 600
     apart = {"a": same["a"], "b": same["b"] + 2}
-    assert probes.fresh_discriminator(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
+    assert probes.modality_probe(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
 
 
 # Cross-modal polysemanticity
@@ -223,7 +223,7 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="NaN"):
         probes.linear_probe(x * math.nan, torch.arange(40) % 2, x, torch.zeros(40))
     with pytest.raises(InputError, match="two or more"):
-        probes.fresh_discriminator({"a": x})
+        probes.modality_probe({"a": x})
     with pytest.raises(InputError, match="same rows"):
         probes.denoising_r2(x, x[:30])
     with pytest.raises(InputError, match=r"2\^m"):

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
 from ..statistics import resample_counts, resampled_scores
@@ -164,20 +162,29 @@ def train_afresh(
     if names:
         x = np.concatenate([features[name].detach().flatten(1).double().cpu().numpy() for name in names], 1)
         # The stopping rows are drawn by class, which needs enough of each.
-        stop = bool(counts.min() >= 20)
-        scaler = StandardScaler().fit(x[train])
-        x = scaler.transform(x)
-        probability = np.zeros((len(test), len(classes)))
-        for start in range(_NETWORKS):
-            network = MLPClassifier(
-                (hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                probability += network.fit(x[train], y[train]).predict_proba(x[test])
+        probability = _fitted(x, y, train, test, hidden, bool(counts.min() >= 20), max_iter, seed)
     else:
         probability = np.tile(counts / counts.sum(), (len(test), 1))
     predicted = probability[:, 1] if metric == "auroc" else classes[probability.argmax(1)]
     draws = resample_counts(len(test), 100, np.random.default_rng([seed, 1]))
     scored = resampled_scores(metric, y[test], [predicted], draws)
     return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
+
+
+def _fitted(
+    x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: int, stop: bool, max_iter: int, seed: int
+) -> np.ndarray:
+    """Summed class probabilities of the networks on the rows ``test``."""
+    require("sklearn", extra="diagnose")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    x = StandardScaler().fit(x[train]).transform(x)
+    probability = np.zeros((len(test), len(np.unique(y[train]))))
+    for start in range(_NETWORKS):
+        network = MLPClassifier((hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            probability += network.fit(x[train], y[train]).predict_proba(x[test])
+    return probability
