@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,7 +48,7 @@ class Batches:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"diagnose: loader is {type(loader).__name__}; give an iterable of batches")
         self.loader = loader
-        self.total: int | None = len(loader) if hasattr(loader, "__len__") else None
+        self.total: int | None = len(loader) if isinstance(loader, Sized) else None
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return enumerate(self.loader)

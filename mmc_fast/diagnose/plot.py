@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +25,28 @@ def plot(d: DiagnosisData, kind: str, ax: Axes | None = None) -> Axes:
     """Draw one of :data:`PLOTS` on ``ax`` or on new axes, which are returned; InputError where ``d`` lacks what it shows."""
     if kind not in PLOTS:
         raise unknown("plot", kind, list(PLOTS))
-    title, needed, draw = PLOTS[kind]
-    if needed and needed not in d.measures and needed not in d.arrays:
+    chosen = PLOTS[kind]
+    if not chosen.shows(d):
         notes = " ".join(d.notes) or "it was not asked for"
-        raise InputError(f"plot {kind!r}: this diagnosis has no {needed}: {notes}")
-    axes = new_axes(title) if ax is None else ax
-    axes.set_title(title)
-    draw(d, axes)
+        raise InputError(f"plot {kind!r}: this diagnosis has no {chosen.needs}: {notes}")
+    axes = new_axes(chosen.title) if ax is None else ax
+    axes.set_title(chosen.title)
+    chosen.draw(d, axes)
     return axes
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: its title, what draws it, its numbers in words, and the measure or array without which there is none."""
+
+    title: str
+    draw: Callable[[DiagnosisData, Any], None]
+    numbers: Callable[[DiagnosisData], str]
+    needs: str = "block_energies"
+
+    def shows(self, d: DiagnosisData) -> bool:
+        """Whether ``d`` holds what the picture shows."""
+        return self.needs in d.measures or self.needs in d.arrays
 
 
 def _use_shares(d: DiagnosisData, ax: Axes) -> None:
@@ -144,18 +159,40 @@ def _ranks(d: DiagnosisData, ax: Axes) -> None:
     ax.set_ylabel("rank")
 
 
-PLOTS: dict[str, tuple[str, str, Callable[[DiagnosisData, Any], None]]] = {
-    "use_shares": ("Use share of each modality", "", _use_shares),
-    "blocks": ("Blocks of the whitened AGOP", "", _blocks),
-    "spectra": ("Spectra", "", _spectra),
-    "reliance": ("Reliance on each modality", "score.all", _reliance),
-    "shapley": ("Shapley value of each modality", "score.all", _shapley),
-    "neurons": ("Neurons by modality share", "neuron_shares", _neurons),
-    "responses": ("Most and least entangled neuron", "responses", _responses),
-    "similarity": ("Likeness of the fused representation", "", _similarity),
-    "ranks": ("Ranks", "", _ranks),
+def _listed(d: DiagnosisData, *prefixes: str) -> str:
+    names = [f"{prefix}.{name}" for name in d.modalities for prefix in prefixes]
+    return "; ".join(f"{name} {d.measures[name]}" for name in names if name in d.measures)
+
+
+def _energies(d: DiagnosisData) -> str:
+    names, energies = list(d.modalities), d.arrays["block_energies"]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+    return "; ".join(f"{names[i]}, {names[j]} {energies[i][j]:.3f}" for i, j in pairs)
+
+
+def _overlaps(d: DiagnosisData) -> str:
+    found = [(r["neuron"], r["overlap"]) for r in d.arrays["responses"]]
+    return "; ".join(f"neuron {k}" + ("" if o is None else f": overlap of active ranges {o:.2f}") for k, o in found)
+
+
+PLOTS = {
+    "use_shares": Plot("Use share of each modality", _use_shares, lambda d: _listed(d, "use_share")),
+    "blocks": Plot("Blocks of the whitened AGOP", _blocks, _energies),
+    "spectra": Plot("Spectra", _spectra, lambda d: "leading values of each spectrum"),
+    "ranks": Plot("Ranks", _ranks, lambda d: "; ".join(f"{k} {m}" for k, m in d.measures.items() if "_rank" in k)),
+    "reliance": Plot(
+        "Reliance on each modality",
+        _reliance,
+        lambda d: f"all {d['score.all']}, chance {d['score.chance']}; {_listed(d, 'alone', 'without', 'only')}",
+        "score.all",
+    ),
+    "shapley": Plot("Shapley value of each modality", _shapley, lambda d: _listed(d, "shapley"), "score.all"),
+    "neurons": Plot(
+        "Neurons by modality share", _neurons, lambda d: f"{len(d.arrays['neuron_shares'])} units", "neuron_shares"
+    ),
+    "responses": Plot("Most and least entangled neuron", _responses, _overlaps, "responses"),
+    "similarity": Plot("Likeness of the fused representation", _similarity, lambda d: _listed(d, "cka")),
 }
-"""Kind -> title, the measure or array without which there is nothing to draw, and what draws it."""
 
 
 def _measures(d: DiagnosisData, prefix: str) -> list[Measure | None]:
