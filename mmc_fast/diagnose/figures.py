@@ -202,7 +202,9 @@ def draw_bars(
                 low, high = spread if isinstance(spread, tuple) else (spread, spread)
                 axes.errorbar([x], [y], yerr=[[low], [high]], fmt="none", ecolor=INK, elinewidth=1)
     slanted = sum(map(len, groups)) > 34
-    axes.set_xticks(range(len(groups)), list(groups), rotation=25 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_xticks(
+        range(len(groups)), list(groups), rotation=25 if slanted else 0, ha="right" if slanted else "center"
+    )
     axes.tick_params(axis="x", length=0)
     return slanted
 

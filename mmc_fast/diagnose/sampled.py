@@ -17,7 +17,7 @@ from .layers import ChainSums, jacobian_rows
 from .measures import weights
 from .measures.polysemanticity import NeuronResponse, neuron_response
 from .measures.probes import modality_probe
-from .measures.reliance import retrained_without, train_afresh
+from .measures.reliance import train_afresh
 from .result import Measure
 
 __all__ = ["latent_measures", "neuron_measures", "probe_measures"]
@@ -51,24 +51,23 @@ def probe_measures(
     if training is not None:
         judged = (features, labels)
         features, labels = features_of(collector, training), training.columns["labels"]
+    names = list(features)
+    wanted = {f"alone.{name}": (name,) for name in names if name not in given}
+    if control:
+        wanted |= {f"retrained_without.{name}": tuple(n for n in names if n != name) for name in names}
+        wanted["retrained_all"] = tuple(names)
     try:
-        if control:
-            found = retrained_without(features, labels, metric=metric, seed=seed, judged=judged)
-            alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
-            named["retrained_all"] = found.all
-        else:
-            wanted = [name for name in features if name not in given]
-            alone = {
-                name: train_afresh(features, labels, [name], metric=metric, seed=seed, judged=judged) for name in wanted
-            }
-            named = {}
+        found = {
+            subset: train_afresh(features, labels, subset, metric=metric, seed=seed, judged=judged)
+            for subset in dict.fromkeys(wanted.values())
+        }
     except MissingExtra:
         raise
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return
-    named |= {f"alone.{name}": s for name, s in alone.items() if name not in given}
-    for name, s in named.items():
+    for name, subset in wanted.items():
+        s = found[subset]
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
         measures[name] = Measure(s.score, s.error, max(0.0, low), min(1.0, high))
 

@@ -18,10 +18,8 @@ from ..statistics import resample_counts, resampled_scores
 
 __all__ = [
     "Afresh",
-    "RetrainedControl",
     "coalition_outputs",
     "coalitions",
-    "retrained_without",
     "shapley_values",
     "train_afresh",
 ]
@@ -73,7 +71,7 @@ def coalition_outputs(
 
     "all" is the last, "none" the first, "without i" all but bit i, "only i" bit i alone. 2^m calls of ``fuse``.
     Limits: a mean is a place where the model may never have been, so a low "only" is partly surprise; compare with
-    :func:`retrained_without`, or with a model trained with modality dropout.
+    a network retrained without it (:func:`train_afresh`), or with a model trained with modality dropout.
     """
     names = list(features)
     outputs = []
@@ -94,38 +92,6 @@ class Afresh:
     error: float
 
 
-@dataclass(frozen=True)
-class RetrainedControl:
-    """Small networks trained afresh: on all features, and for each modality without it and on it alone."""
-
-    all: Afresh
-    without: dict[str, Afresh]
-    alone: dict[str, Afresh]
-
-
-def retrained_without(
-    features: Mapping[str, Tensor],
-    labels: Tensor,
-    *,
-    metric: str = "accuracy",
-    hidden: int = 64,
-    seed: int = 0,
-    judged: Rows | None = None,
-) -> RetrainedControl:
-    """The fair control for "without": a network that never saw the modality, trained on the same frozen features.
-
-    If it loses nothing without a modality that the fused model also does without, the modality is redundant rather than
-    lost. Trains 2 m + 1 networks (:func:`train_afresh`, which says what ``judged`` is).
-    """
-
-    def fresh(names: list[str]) -> Afresh:
-        return train_afresh(features, labels, names, metric=metric, hidden=hidden, seed=seed, judged=judged)
-
-    names = list(features)
-    without = {name: fresh([n for n in names if n != name]) for name in names}
-    return RetrainedControl(fresh(names), without, {name: fresh([name]) for name in names})
-
-
 def train_afresh(
     features: Mapping[str, Tensor],
     labels: Tensor,
@@ -139,6 +105,9 @@ def train_afresh(
     judged: Rows | None = None,
 ) -> Afresh:
     """Held-out score of one hidden ReLU layer on the named features ``[N, ...]``, or of the class shares for no name.
+
+    With one name: what a modality allows by itself. With all but one: the fair control for "without", a network that never saw
+    the modality; where it loses nothing either, the modality is redundant rather than lost.
 
     The mean probability of three networks: Adam, L2 penalty 1, early stopping on a tenth of the training rows (scikit-learn),
     on standardised features. ``held_out`` of the rows judge, or all the ``judged`` (features, labels) where given, and then every row here trains. ``metric``:
