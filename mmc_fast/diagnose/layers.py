@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator
 from mmc_fast.agop.head import linear_chain
-from mmc_fast.agop.state import from_triangle, to_triangle
 from mmc_fast.errors import InputError
 
 __all__ = ["ChainSums", "JacobianSums"]
@@ -107,12 +106,10 @@ class JacobianSums:
         return "vector-Jacobian products"
 
     def to_state(self) -> list[Any]:
-        return [] if self.grams is None else [len(self.grams[0]), *(to_triangle(g) for g in self.grams)]
+        return list(self.grams or [])
 
     def load_state(self, stored: list[Any]) -> None:
-        if stored:
-            upper = [from_triangle(t, stored[0]) for t in stored[1:]]
-            self.grams = [u + u.triu(1).t() for u in upper]
+        self.grams = list(stored) or None
 
 
 def jacobian_rows(

@@ -52,7 +52,7 @@ def probe_measures(
         judged = (features, labels)
         features, labels = features_of(collector, training), training.columns["labels"]
     names = list(features)
-    wanted = {f"alone.{name}": (name,) for name in names if name not in given}
+    wanted: dict[str, tuple[str, ...]] = {f"alone.{name}": (name,) for name in names if name not in given}
     if control:
         wanted |= {f"retrained_without.{name}": tuple(n for n in names if n != name) for name in names}
         wanted["retrained_all"] = tuple(names)
