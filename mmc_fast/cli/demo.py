@@ -140,7 +140,10 @@ def _summary(f: DemoFindings) -> dict[str, Any]:
     return {
         "comparison": f.comparison.to_dict(),
         "chance": f.chance,
-        "verdicts": {method: [vars(v) for v in verdicts] for method, verdicts in f.verdicts.items()},
+        "verdicts": {
+            method: [{"modality": v.modality, "kind": v.kind} | v.evidence for v in verdicts]
+            for method, verdicts in f.verdicts.items()
+        },
     }
 
 

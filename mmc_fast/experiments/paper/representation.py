@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from mmc_fast.diagnose.adapter import RunAdapter, flat
+from mmc_fast.diagnose.adapter import flat
 from mmc_fast.diagnose.measures.blocks import Ranks, ranks, spectrum
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, Part
+from ..diagnosis import RunAdapter
 from ..training import LoadedRun, MultimodalModel, UnimodalModels
 
 __all__ = ["alone", "fused", "number", "ranks_of", "strength_order"]

@@ -8,11 +8,12 @@ from typing import cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import RunAdapter, chain_of
+from mmc_fast.diagnose.adapter import chain_of
 from mmc_fast.diagnose.figures import Drawing, lines
 from mmc_fast.diagnose.measures.similarity import covariance_of, variance_inflation
 
 from ..data import Part
+from ..diagnosis import RunAdapter
 from ..training import MultimodalModel
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
 from .bench import METHODS, Bench, Series, by_source, curve, described, direction, value

@@ -7,11 +7,12 @@ from typing import cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import RunAdapter, chain_of, flat
+from mmc_fast.diagnose.adapter import chain_of, flat
 from mmc_fast.diagnose.measures.polysemanticity import cross_modal_polysemanticity
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.diagnose.measures.weights import modality_entropy, neuron_modality_shares
 
+from ..diagnosis import RunAdapter
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
 from .bench import METHODS, Bench, by_source, direction, value
 from .paper import TABLE9

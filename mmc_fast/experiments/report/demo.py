@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from mmc_fast.diagnose.document import Callout, Report, Section
 from mmc_fast.diagnose.figures import Drawing
+from mmc_fast.diagnose.verdict import ModalityVerdict
 
 from .comparison import Comparison, compare
 from .drawings import draw_fresh_discriminator, draw_game, draw_missing_rates, draw_reliance
-from .reliance import Verdict
 from .runs import RunSet, group_runs, method_of
 from .sections import chance_score, game_section, results_section, settings_section, summary_section
 from .words import reliance_verdicts
@@ -40,7 +40,7 @@ class DemoFindings:
     runs: RunSet
     comparison: Comparison
     chance: float
-    verdicts: Mapping[str, Sequence[Verdict]]
+    verdicts: Mapping[str, Sequence[ModalityVerdict]]
 
 
 def demo_findings(

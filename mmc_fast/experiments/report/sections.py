@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmc_fast.diagnose.document import Block, Callout, Cell, Details, Facts, Panels, Section, Table, Text, signed
+from mmc_fast.diagnose.verdict import THRESHOLDS
 
 from .comparison import Comparison, table_rows
 from .drawings import draw_fresh_discriminator, draw_game, draw_history, draw_missing_rates, draw_reliance, metric_name
-from .reliance import KEPT_MAX, LOSS_MAX, SIGNAL_MIN
 from .runs import RunSet, display_name
 from .words import collapse_summary, collapse_words, comparison_words, game_words, reliance_verdicts
 
@@ -100,8 +100,8 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
         "bootstrap variance over test samples; the quantile is Student's t with the degrees of freedom of Welch and "
         "Satterthwaite. With few seeds these intervals are wide, and they should be.\n\n"
         f"**Collapse.** On a scale from chance (0) to the fused model (1), a modality has collapsed when it reaches "
-        f"{SIGNAL_MIN:g} or more alone, its absence costs {LOSS_MAX:g} or less, and the fused model keeps "
-        f"{KEPT_MAX:g} or less of its signal when it gets nothing else. Absent modalities are filled with the train "
+        f"{THRESHOLDS.signal:g} or more alone, its absence costs {THRESHOLDS.loss:g} or less, and the fused model keeps "
+        f"{THRESHOLDS.kept:g} or less of its signal when it gets nothing else. Absent modalities are filled with the train "
         "mean for this test. Models that have never seen that can fail on it for that reason alone; the model trained "
         "with modality dropout is the control."
     )

@@ -6,38 +6,46 @@ from collections.abc import Sequence
 
 from mmc_fast.diagnose.document import signed
 from mmc_fast.diagnose.statistics import mean_sd
+from mmc_fast.diagnose.verdict import THRESHOLDS, ModalityVerdict, verdicts_from_scores
 
 from .comparison import AVERAGE, COMPLETE, Comparison, Difference
-from .reliance import Verdict, judge, sentence
 from .runs import RunSet, display_name
 
-__all__ = ["collapse_summary", "collapse_words", "comparison_words", "game_words", "reliance_verdicts"]
+__all__ = [
+    "collapse_sentence",
+    "collapse_summary",
+    "collapse_words",
+    "comparison_words",
+    "game_words",
+    "reliance_verdicts",
+]
 
 INVARIANT_MAX = 0.1
 """Share of the way from chance to certainty up to which a fresh discriminator counts as beaten."""
 
 
-def reliance_verdicts(runs: RunSet, method: str, chance: float) -> list[Verdict]:
-    """The verdict on every modality that has a unimodal model."""
+def reliance_verdicts(runs: RunSet, method: str, chance: float) -> list[ModalityVerdict]:
+    """The verdict on every modality that has a unimodal model, from means over seeds."""
     scored = {m: s for m, s in runs.reliance(method).items() if "alone" in s}
-    return judge(scored, runs.complete(method), chance)
+    return verdicts_from_scores(scored, runs.complete(method), chance)
 
 
 def collapse_summary(runs: RunSet, method: str, chance: float) -> str:
     """One sentence: which modalities collapsed in the method's model."""
     verdicts = reliance_verdicts(runs, method, chance)
     model = display_name(method)
-    if not verdicts:
+    if not verdicts or any(v.kind == "undecided" for v in verdicts):
         return f"On {runs.dataset} the {model} model is not above chance; collapse cannot be judged."
     collapsed = [v for v in verdicts if v.kind == "collapsed"]
     if not collapsed:
         return f"On {runs.dataset} no modality collapsed in the {model} model."
-    worst = max(collapsed, key=lambda v: v.signal * (1 - v.kept))
+    worst = max(collapsed, key=lambda v: v.evidence["signal"] * (1 - v.evidence["kept"]))
     others = len(collapsed) - 1
+    e = worst.evidence
     text = (
-        f"On {runs.dataset} **{worst.modality}** collapsed in the {model} model: {worst.alone:.3f} alone, but the "
-        f"fused model scores {worst.without:.3f} without it against {worst.all:.3f} with it, and {worst.only:.3f} when "
-        f"it is all there is (chance {worst.chance:.3f})."
+        f"On {runs.dataset} **{worst.modality}** collapsed in the {model} model: {e['alone']:.3f} alone, but the "
+        f"fused model scores {e['without']:.3f} without it against {e['all']:.3f} with it, and {e['only']:.3f} when "
+        f"it is all there is (chance {e['chance']:.3f})."
     )
     if others:
         names = _join([f"**{v.modality}**" for v in collapsed if v is not worst])
@@ -49,10 +57,33 @@ def collapse_words(runs: RunSet, method: str, chance: float, masked: str | None 
     """One sentence per collapsed modality. ``masked``: a method that met missing modalities in training."""
     rescued = runs.reliance(masked) if masked is not None else {}
     return [
-        sentence(v, display_name(method), rescued.get(v.modality, {}).get("only"))
+        collapse_sentence(v, display_name(method), rescued.get(v.modality, {}).get("only"))
         for v in reliance_verdicts(runs, method, chance)
         if v.kind == "collapsed"
     ]
+
+
+def collapse_sentence(verdict: ModalityVerdict, model: str, trained_with_masks: float | None = None) -> str:
+    """What a collapsed modality could give and gives, with its numbers.
+
+    ``trained_with_masks``: the "only" score of a model trained with modality dropout, where there is one.
+    """
+    e, name = verdict.evidence, verdict.modality
+    text = (
+        f"**{name}** has collapsed in the {model} model: alone it reaches {e['alone']:.3f} (chance {e['chance']:.3f}); the "
+        f"fused model scores {e['all']:.3f} with all modalities, {e['without']:.3f} without {name}, and {e['only']:.3f} with "
+        "nothing else."
+    )
+    if trained_with_masks is None:
+        return text
+    if trained_with_masks - e["chance"] > THRESHOLDS.kept * (e["alone"] - e["chance"]):
+        return text + (
+            " The signal is there for a fused model: trained with modality dropout, the same architecture gets "
+            f"{trained_with_masks:.3f} from {name} with nothing else."
+        )
+    return text + (
+        f" Modality dropout does not bring it back either: there {name} with nothing else gives {trained_with_masks:.3f}."
+    )
 
 
 def comparison_words(comparison: Comparison, method: str) -> list[str]:

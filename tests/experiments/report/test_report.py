@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mmc_fast.diagnose.figures import VARIABLES, Line, lines
+from mmc_fast.diagnose.verdict import verdicts_from_scores
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.report import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare, table_rows
 from mmc_fast.experiments.report.drawings import draw_missing_rates, draw_reliance
-from mmc_fast.experiments.report.reliance import judge, sentence
 from mmc_fast.experiments.report.runs import group_runs
 from mmc_fast.experiments.report.sections import (
     chance_score,
@@ -24,7 +24,7 @@ from mmc_fast.experiments.report.sections import (
     settings_section,
     summary_section,
 )
-from mmc_fast.experiments.report.words import collapse_summary, comparison_words, game_words
+from mmc_fast.experiments.report.words import collapse_sentence, collapse_summary, comparison_words, game_words
 
 RATES = (0.0, 0.2, 0.5)
 LABELS = np.random.default_rng(0).integers(0, 4, 600)
@@ -124,29 +124,7 @@ def toy_runs(**changes) -> list[dict]:
 # What is said
 
 
-@pytest.mark.parametrize(
-    ("alone", "without", "only", "kind"),
-    [
-        (0.60, 0.90, 0.30, "collapsed"),
-        (0.60, 0.70, 0.30, "relied on"),
-        (0.60, 0.90, 0.55, "redundant"),
-        (0.30, 0.90, 0.26, "weak"),
-        (0.20, 0.90, 0.26, "weak"),  # below chance alone: no signal of its own to keep
-    ],
-)
-def test_verdict_per_modality(alone, without, only, kind):
-    (verdict,) = judge({"x": {"alone": alone, "without": without, "only": only}}, complete=0.9, chance=0.25)
-    assert verdict.kind == kind
-    assert all(f"{value:.3f}" in sentence(verdict, "vanilla") for value in (alone, without, only))
-
-
-def test_shares_are_measured_from_chance():
-    (v,) = judge({"x": {"alone": 0.575, "without": 0.77, "only": 0.31}}, complete=0.9, chance=0.25)
-    assert (v.signal, v.loss, v.kept) == (pytest.approx(0.5), pytest.approx(0.2), pytest.approx(0.06 / 0.325))
-
-
 def test_a_model_at_chance_gives_no_verdict():
-    assert judge({"x": {"alone": 0.6, "without": 0.2, "only": 0.2}}, complete=0.25, chance=0.25) == []
     runs = [run("vanilla", 0)]
     runs[0]["scores"]["complete"] = 0.2
     assert "not above chance" in collapse_summary(group_runs(runs)[0], "vanilla", 0.25)
@@ -164,9 +142,13 @@ def test_collapse_is_named_with_its_numbers_and_only_when_it_is_there():
 
 
 def test_modality_dropout_is_the_control():
-    (verdict,) = judge({"faint": {"alone": 0.6, "without": 0.9, "only": 0.3}}, complete=0.9, chance=0.25)
-    assert "The signal is there" in sentence(verdict, "vanilla", trained_with_masks=0.58)
-    assert "does not bring it back" in sentence(verdict, "vanilla", trained_with_masks=0.31)
+    scores = {"faint": {"alone": 0.6, "without": 0.9, "only": 0.3}}
+    (verdict,) = verdicts_from_scores(scores, complete=0.9, chance=0.25)
+    assert verdict.kind == "collapsed"
+    plain = collapse_sentence(verdict, "vanilla")
+    assert all(number in plain for number in ("0.600", "0.900", "0.300", "0.250"))
+    assert "The signal is there" in collapse_sentence(verdict, "vanilla", trained_with_masks=0.58)
+    assert "does not bring it back" in collapse_sentence(verdict, "vanilla", trained_with_masks=0.31)
 
 
 def test_words_on_ebr_follow_the_sign_of_the_difference():
@@ -325,7 +307,7 @@ def test_text_is_escaped_but_keeps_its_two_marks():
     assert "<script>" not in page
     assert "<strong>b</strong>" in page
     assert "<code>c&lt;d</code>" in page
-    assert 'aria-label="alt &#34;quoted&#34; &lt;x&gt;"' in page
+    assert 'aria-label="alt &quot;quoted&quot; &lt;x&gt;"' in page
     assert Outline(page).open == []
 
 
