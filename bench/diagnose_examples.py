@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.diagnose.figures import PAGE, STYLE
 from mmc_fast.experiments.data import MultimodalDataset, load
+from mmc_fast.experiments.diagnosis import RunAdapter
 from mmc_fast.experiments.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def fit(name: str, method: str, seed: int) -> Diagnosis:
     shown = shuffled(dataset, "audio", seed) if method == PLANTED else dataset
     settings = SETTINGS["vanilla" if method == PLANTED else method] | budget
     result = train(shown, TrainConfig.from_dict(settings), seed=seed, evaluate_on=("validation",))
-    return diagnose(result.model, dataset, control=True)
+    return diagnose(RunAdapter(result.model), dataset, control=True)
 
 
 def shuffled(dataset: MultimodalDataset, modality: str, seed: int) -> MultimodalDataset:
@@ -65,7 +66,7 @@ def draw(found: dict[str, Diagnosis], path: Path) -> None:
         grid = canvas.subplots(len(found), len(SHOWN))
         for row, (method, d) in zip(grid, found.items(), strict=True):
             for axes, kind in zip(row, SHOWN, strict=True):
-                getattr(d, f"plot_{kind}")(axes)
+                d.plot(kind, axes)
                 axes.set_title(f"{method}: {axes.get_title('left').lower()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, dpi=80, facecolor=PAGE)

@@ -21,6 +21,7 @@ __all__ = [
     "OpaqueHead",
     "ParsedHead",
     "fingerprint",
+    "linear_chain",
     "parse_head",
     "refuse_training_mode",
     "tensor_versions",
@@ -141,6 +142,15 @@ def parse_head(
     _check_widths(modules)
     chain = _affine_chain(tail, compute)
     return ParsedHead(prefix, chain, layer, head_dtype, chain[0].weight.device)
+
+
+def linear_chain(head: nn.Module) -> tuple[list[nn.Module], list[int]] | None:
+    """The modules of a head that begins with a Linear layer and is a chain of such and activations, and the positions of the
+    Linear layers among them; None for any other head."""
+    modules = _flatten(head)
+    if not modules or not _is_linear(modules[0]) or not all(map(_is_chain_member, modules)):
+        return None
+    return modules, [i for i, module in enumerate(modules) if _is_linear(module)]
 
 
 def refuse_training_mode(head: nn.Module) -> None:

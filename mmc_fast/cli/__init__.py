@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 from mmc_fast import __version__
+from mmc_fast._util.extras import MissingExtra
 
 try:
     import typer
@@ -55,10 +56,14 @@ def load_command(name: str) -> Any:
     """The command as its file defines it; one line and an exit where a package is missing."""
     try:
         return import_module(f"{__name__}.{name}").COMMAND
+    except MissingExtra as error:
+        say(f"{name}: {error}")
+        raise typer.Exit(BAD_INPUT) from error
     except ModuleNotFoundError as error:
-        if (error.name or "mmc_fast").split(".")[0] == "mmc_fast":
+        package = (error.name or "mmc_fast").partition(".")[0]
+        if package == "mmc_fast":
             raise
-        say(f"{name} needs the package {error.name}; install it with: pip install 'mmc-fast[{COMMANDS[name][1]}]'")
+        say(f"{name}: {package} is not installed; run: pip install 'mmc-fast[{COMMANDS[name][1]}]'")
         raise typer.Exit(BAD_INPUT) from error
 
 

@@ -55,7 +55,7 @@ def _version(package: str) -> str | None:
 def _data_sets() -> list[dict[str, Any]] | None:
     try:
         from mmc_fast.experiments.data import available
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     return [
         {"name": d.name, "title": d.title, "found": d.found, "metric": d.metric, "licence": d.licence}

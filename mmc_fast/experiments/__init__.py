@@ -2,9 +2,8 @@
 
 from importlib.util import find_spec as _find_spec
 
+from mmc_fast._util.extras import MissingExtra as _MissingExtra
+
 for _package in ("scipy", "sklearn", "matplotlib", "jinja2", "safetensors", "filelock"):
     if _find_spec(_package) is None:
-        raise ModuleNotFoundError(
-            f"mmc_fast.experiments needs {_package}; install it with: pip install 'mmc-fast[experiments]'",
-            name=_package,
-        )
+        raise _MissingExtra(f"{_package} is not installed; run: pip install 'mmc-fast[experiments]'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from command_line import run
 from training_data import check_one_line, own_data
 
-from mmc_fast.cli import compare as compare_command
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
 from mmc_fast.experiments.compare.configs import data_here, fingerprint_of, load_data
 from mmc_fast.experiments.paper import EXPERIMENTS
+
+compare_command = importlib.import_module("mmc_fast.cli.compare")  # the name in the package is the command
 
 
 @pytest.fixture(autouse=True)

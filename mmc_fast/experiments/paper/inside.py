@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmc_fast.diagnose.adapter import RunAdapter, flat
+from mmc_fast.diagnose.adapter import flat
 from mmc_fast.diagnose.figures import Drawing, Line, bars, lines
 from mmc_fast.diagnose.statistics import ResampledScores, resample_counts, weighted_scores
 from mmc_fast.errors import InputError
@@ -19,6 +19,7 @@ from mmc_fast.errors import InputError
 from ..compare.configs import DataConfig, load_data, load_data_configs, load_method_configs
 from ..compare.runs import settings_of, train_and_keep
 from ..data import MultimodalDataset, Part
+from ..diagnosis import RunAdapter
 from ..jobs import Job, Result, Values, Workspace, finish
 from ..methods.base import merged
 from ..training import LoadedRun, MultimodalModel, UnimodalModels, load_run

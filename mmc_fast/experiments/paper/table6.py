@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.seeds import generator
-from mmc_fast.diagnose.adapter import RunAdapter, flat
+from mmc_fast.diagnose.adapter import flat
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
+from ..diagnosis import RunAdapter
 from ..jobs import Job, Values, Workspace
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict

@@ -8,10 +8,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import RunAdapter, chain_of
+from mmc_fast.diagnose.adapter import chain_of
 from mmc_fast.diagnose.measures.similarity import covariance_of, variance_inflation
 
 from ..data import Part
+from ..diagnosis import RunAdapter
 from ..jobs import Values, Workspace
 from ..training import MultimodalModel
 from .base import Direction, Outcome, Plan, ResultTable, declare

@@ -8,11 +8,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import RunAdapter, chain_of, flat
+from mmc_fast.diagnose.adapter import chain_of, flat
 from mmc_fast.diagnose.measures.polysemanticity import cross_modal_polysemanticity
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.diagnose.measures.weights import modality_entropy, neuron_modality_shares
 
+from ..diagnosis import RunAdapter
 from ..jobs import Values, Workspace
 from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import Bench, Models, by_data, direction, number, value

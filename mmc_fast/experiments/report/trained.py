@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from mmc_fast.diagnose.document import Cell, Table
 from mmc_fast.diagnose.statistics import mean_sd
-from mmc_fast.diagnose.verdict import ModalityVerdict, judge_modality
+from mmc_fast.diagnose.verdict import ModalityVerdict, verdicts_from_scores
 
 __all__ = [
     "RELIANCE",
@@ -52,9 +52,7 @@ def reliance(runs: Sequence[Results]) -> tuple[float, dict[str, dict[str, float]
 def verdicts(runs: Sequence[Results], chance: float) -> list[ModalityVerdict]:
     """The verdict of the diagnosis on every modality, from the scores alone: no use share is measured here."""
     everything, scored = reliance(runs)
-    return [
-        judge_modality(m, None, len(scored), s | {"all": everything, "chance": chance}) for m, s in scored.items()
-    ]  # fmt: skip
+    return verdicts_from_scores(scored, everything, chance)
 
 
 def history(runs: Sequence[Results], key: str) -> tuple[list[int], list[float], list[float | None]]:

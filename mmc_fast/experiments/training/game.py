@@ -7,23 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sklearn.metrics import balanced_accuracy_score
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmc_fast._util.seeds import generator, seeded_init
+from mmc_fast._util.seeds import generator
+from mmc_fast.diagnose.measures.probes import fit_modality_probe
 
 from ..data import Part
 from .model import MultimodalModel
 from .parts import stream_rows
 from .world import World
 
-__all__ = ["fresh_discriminator", "judge_rows", "parameter_distance", "probe"]
+__all__ = ["fresh_discriminator", "parameter_distance", "probe"]
 
-_FRESH_EPOCHS, _FRESH_PATIENCE, _FRESH_ROWS = 200, 8, 4096
-_FRESH_STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
-# Nats by which the stopping loss must fall to count: a perfect discriminator would otherwise sharpen for ever.
-_FRESH_PROGRESS = 1e-3
+_FRESH_EPOCHS, _FRESH_ROWS = 200, 4096
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> float:
@@ -106,74 +102,10 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
     if len(train) > _FRESH_ROWS:
         train = train.select(torch.randperm(len(train), generator=random)[:_FRESH_ROWS].to(train.labels.device))
     held_x, held_y, _ = _latent_rows(model, held_out)
-    return judge_rows(*_latent_rows(model, train), held_x, held_y, model.head.psi_dims, heads, seed, random)
-
-
-def judge_rows(
-    x: Tensor,
-    y: Tensor,
-    sample: Tensor,
-    held_x: Tensor,
-    held_y: Tensor,
-    hidden: Sequence[int],
-    classes: int,
-    seed: int,
-    random: torch.Generator,
-) -> dict[str, Any]:
-    """The judge of :func:`fresh_discriminator` on rows ``x [R, k]`` of modality ``y [R]`` and sample ``sample [R]``."""
-    x, y, sample, held_x, held_y = (t.cpu() for t in (x, y, sample, held_x, held_y))
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
-    x = (x - mean) / scale
-    samples = int(sample.max()) + 1
-    stop_sample = torch.zeros(samples, dtype=torch.bool)
-    stop_sample[torch.randperm(samples, generator=random)[: max(1, samples // 5)]] = True
-    stopping = stop_sample[sample]
-    widths = [x.shape[1], *hidden, classes]
-    with seeded_init(seed, "fresh", "init"):
-        layers: list[nn.Module] = []
-        for n in range(len(widths) - 1):
-            layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
-        judge = nn.Sequential(*layers[:-1])
-    epochs, converged = _fit_judge(judge, x[~stopping], y[~stopping], x[stopping], y[stopping], random)
-    with torch.no_grad():
-        guess = judge((held_x - mean) / scale).argmax(-1)
-    return {
-        "balanced_accuracy": float(balanced_accuracy_score(held_y.numpy(), guess.numpy())),
-        "chance": 1.0 / classes,
-        "epochs": epochs,
-        "converged": converged,
-        "rows": len(held_y),
-    }
-
-
-def _fit_judge(
-    judge: nn.Sequential, x: Tensor, y: Tensor, stop_x: Tensor, stop_y: Tensor, random: torch.Generator
-) -> tuple[int, bool]:
-    """Adam on cross-entropy until the loss on the stopping rows has not improved for some epochs; keeps the best.
-
-    Returns its epoch, and whether the loss had settled before the epochs ran out.
-    """
-    optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3, fused=True)
-    best, bad, best_epoch = math.inf, 0, 0
-    state = {k: v.clone() for k, v in judge.state_dict().items()}
-    batch = min(512, max(32, len(x) // _FRESH_STEPS))
-    for epoch in range(1, _FRESH_EPOCHS + 1):
-        order = torch.randperm(len(x), generator=random)
-        for rows in order.split(batch):
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(judge(x[rows]), y[rows]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            loss = float(F.cross_entropy(judge(stop_x), stop_y))
-        if loss < best - _FRESH_PROGRESS:
-            best, bad, best_epoch = loss, 0, epoch
-            state = {k: v.clone() for k, v in judge.state_dict().items()}
-        else:
-            bad += 1
-            if bad >= _FRESH_PATIENCE:
-                break
-    judge.load_state_dict(state)
-    return best_epoch, bad >= _FRESH_PATIENCE
+    psi = model.head.psi_dims
+    return fit_modality_probe(
+        *_latent_rows(model, train), held_x, held_y, psi, heads, seed, random=random, epochs=_FRESH_EPOCHS
+    )
 
 
 def parameter_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Iterable[str]) -> float:
