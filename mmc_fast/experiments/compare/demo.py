@@ -147,14 +147,16 @@ def _scored(result: Result, stored: Results, own: Path) -> Result:
     """The result with what a comparison needs: test predictions, scores, realised missing rates."""
     test = load_predictions(own)["test"]
     metric = stored["data"]["metric"]
+    # Predictions of unimodal models are stored beside these and are NaN where their modality is absent.
+    found = {n: p for n, p in test.probabilities.items() if n == "complete" or n.startswith("missing_")}
     values = {
         "metric": metric,
         "batch_rows": None,
-        "scores": {name: scores(p, test.labels, metric) for name, p in test.probabilities.items()},
+        "scores": {name: scores(p, test.labels, metric) for name, p in found.items()},
         "realised": {f"missing_{e['rate']:g}": e["realised"] for e in stored["scores"]["missing"]},
         "without_effect": without_effect(stored),
     }
-    arrays = {"labels": test.labels.numpy()} | {name: p.numpy() for name, p in test.probabilities.items()}
+    arrays = {"labels": test.labels.numpy()} | {name: p.numpy() for name, p in found.items()}
     return replace(result, values=values, arrays=arrays)
 
 

@@ -259,7 +259,7 @@ def test_text_is_escaped_but_keeps_its_two_marks():
     assert "<script>" not in page
     assert "<strong>b</strong>" in page
     assert "<code>c&lt;d</code>" in page
-    assert 'aria-label="alt &#34;quoted&#34; &lt;x&gt;"' in page
+    assert 'aria-label="alt &quot;quoted&quot; &lt;x&gt;"' in page
     assert Outline(page).open == []
 
 
