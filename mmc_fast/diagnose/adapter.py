@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmc_fast.agop.head import _flatten, _is_chain_member, _is_linear, refuse_training_mode
+from mmc_fast.agop.head import flatten, is_chain_member, is_linear, refuse_training_mode
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import Part
 from mmc_fast.experiments.training.model import MultimodalModel
@@ -111,8 +111,8 @@ def chain_of(head: nn.Module | None) -> list[nn.Module] | None:
     """The layers of a head that begins with a Linear layer and is a chain of such and activations; else None."""
     if head is None:
         return None
-    modules = _flatten(head)
-    if not modules or not _is_linear(modules[0]) or not all(_is_chain_member(m) for m in modules):
+    modules = flatten(head)
+    if not modules or not is_linear(modules[0]) or not all(is_chain_member(m) for m in modules):
         return None
     return modules
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator
-from mmc_fast.agop.head import _is_linear
+from mmc_fast.agop.head import is_linear
 from mmc_fast.agop.state import from_triangle, to_triangle
 from mmc_fast.errors import InputError
 
@@ -25,7 +25,7 @@ class ChainSums:
 
     def __init__(self, modules: list[nn.Module], groups: int) -> None:
         self.modules = modules
-        self.positions = [i for i, module in enumerate(modules) if _is_linear(module)]
+        self.positions = [i for i, module in enumerate(modules) if is_linear(module)]
         self.tails = [nn.Sequential(*modules[i:]) for i in self.positions]
         self.accumulators = [[AGOPAccumulator(tail) for _ in range(groups)] for tail in self.tails]
 

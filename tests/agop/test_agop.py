@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmc_fast.agop import finish as _agop_finish
+from mmc_fast.agop import result as agop_result
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
 from mmc_fast.agop.reference import agop as reference_agop
 from mmc_fast.agop.reference import jacobians
@@ -124,7 +124,7 @@ def test_random_heads_in_float32(head, n, data):
 def test_counts_do_not_depend_on_chunks_threads_or_batches(backend, generator):
     head = chain([37, 129, 4], "relu", generator)
     x = torch.randn(700, 37, generator=generator)
-    whole = AGOPAccumulator(head, backend=backend).update(x)._method.states()[0].counts
+    whole = AGOPAccumulator(head, backend=backend).update(x).method.state.counts
     exact = (nn.functional.linear(x.double(), head[0].weight.double(), head[0].bias.double()) > 0).long()
     assert (torch.triu(exact.t() @ exact) - whole).abs().max() <= 2  # signs at the last bit may differ from float64
     threads = torch.get_num_threads()
@@ -132,12 +132,12 @@ def test_counts_do_not_depend_on_chunks_threads_or_batches(backend, generator):
         for count in (1, 2):
             torch.set_num_threads(count)
             for chunk in (1, 192, 1000):
-                counts = AGOPAccumulator(head, backend=backend, chunk_size=chunk).update(x)._method.states()[0].counts
+                counts = AGOPAccumulator(head, backend=backend, chunk_size=chunk).update(x).method.state.counts
                 assert torch.equal(counts, whole), (count, chunk)
     finally:
         torch.set_num_threads(threads)
     pieces = AGOPAccumulator(head, backend=backend).update(x[cut : cut + 100] for cut in range(0, 700, 100))
-    assert torch.equal(pieces._method.states()[0].counts, whole)
+    assert torch.equal(pieces.method.state.counts, whole)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native library is not built")
@@ -309,7 +309,7 @@ def test_panels_of_the_final_product_change_rounding_only(center, generator, mon
         return result.matrix, result.diagonal(), result.eigh(2)[0]
 
     whole = parts()
-    monkeypatch.setattr(_agop_finish, "_PANEL", 16)
+    monkeypatch.setattr(agop_result, "_PANEL", 16)
     for some, all_at_once in zip(parts(), whole, strict=True):
         # in the norm: a small entry is a sum that nearly cancels
         assert relative_error(some, all_at_once.double()) < 2e-6

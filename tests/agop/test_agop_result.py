@@ -8,7 +8,7 @@ from agop_heads import chain, jacrev_agop
 from torch import nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
-from mmc_fast.agop.finish import centered_counts
+from mmc_fast.agop.state import centered_counts
 from mmc_fast.errors import InputError
 from mmc_fast.testing import relative_error
 

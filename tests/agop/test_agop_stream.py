@@ -74,7 +74,7 @@ def test_integer_counts_merge_bitwise(generator):
     total = AGOPAccumulator(head, center=True)
     for part in reversed(x.split(130)):
         total.merge(AGOPAccumulator(head, center=True).update(part))
-    assert torch.equal(total._method.states()[0].counts, one._method.states()[0].counts)
+    assert torch.equal(total.method.state.counts, one.method.state.counts)
     assert torch.equal(total.compute().matrix, one.compute().matrix)
 
 
@@ -177,7 +177,7 @@ for head, options in runs:
             pass
         else:
             raise SystemExit("counted twice")
-    state = total._method.states()[0]
+    state = total.method.state
     result = total.compute()
     out.append((total.n, result.matrix, getattr(state, "counts", None), result.input_cov))
 other = chain([6, 40, 4], "relu", torch.Generator().manual_seed(rank))
