@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-from .head import Affine, fingerprint, parse_head, refuse_training_mode, tensor_versions
+from .head import Affine, parse_head, refuse_training_mode
 from .methods import AutogradMethod, Method, Options, choose_method
 from .result import AGOPResult, resolve_blocks
 from .rows import AutogradRows, check_independent_rows, forward_chain, run_prefix
@@ -20,7 +20,6 @@ from .state import MomentState, State, all_reduce_sums
 __all__ = ["AGOPAccumulator", "agop"]
 
 STATE_VERSION = 1
-_Result = TypeVar("_Result")
 _CACHE_BYTES = 16 * 2**20  # a chunk's working set, unless the budget is smaller
 
 
@@ -88,17 +87,6 @@ def agop(
     return accumulator.update(inputs).compute().matrix
 
 
-def _without_autograd(method: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Run a method that changes the sums without autograd, and so that they can change outside inference mode too."""
-
-    @wraps(method)
-    def run(self: AGOPAccumulator, *args: Any, **kwargs: Any) -> _Result:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(self, *args, **kwargs)
-
-    return run
-
-
 class AGOPAccumulator:
     """Sums for an AGOP over batches, restarts and processes, in memory ``O(h² + d²)`` and a chunk.
 
@@ -133,7 +121,7 @@ class AGOPAccumulator:
         self._head, self._blocks = head, blocks
         self._parsed = parse_head(head, layer, self.options.compute_dtype)
         refuse_training_mode(head)
-        self._versions = tensor_versions(head)
+        self._versions = _tensor_versions(head)
         self._fingerprint: str | None = None
         self._method: Method | None = None
         self._covariance: MomentState | None = None
@@ -179,7 +167,6 @@ class AGOPAccumulator:
             self._update(inputs.detach())
         return self
 
-    @_without_autograd
     def merge(self, other: AGOPAccumulator) -> AGOPAccumulator:
         """Add the sums of another accumulator of the same head and options; returns self."""
         if not isinstance(other, AGOPAccumulator):
@@ -201,16 +188,16 @@ class AGOPAccumulator:
         theirs = other._method
         if theirs is None:
             return self
-        mine = self._method or self._start_autograd(*self._shape(theirs))
-        self._unshare(mine)
-        for state, further in zip(self._states(mine), other._states(theirs), strict=True):
-            state.merge(further)
-        mine.nonfinite += theirs.nonfinite.to(mine.device)
+        with torch.inference_mode(False), torch.no_grad():
+            mine = self._method or self._start_autograd(*self._shape(theirs))
+            self._unshare(mine)
+            for state, further in zip(self._states(mine), other._states(theirs), strict=True):
+                state.merge(further)
+            mine.nonfinite += theirs.nonfinite.to(mine.device)
         mine.backend = mine.backend or theirs.backend
         self._n += other._n
         return self
 
-    @_without_autograd
     def sync(self, group: Any = None) -> AGOPAccumulator:
         """Sum over the processes of a ``torch.distributed`` group with one all-reduce; returns self.
 
@@ -226,9 +213,10 @@ class AGOPAccumulator:
                 "agop: this process has seen no batch, and the widths of this head are known only from one; "
                 "update() with an empty batch of the right width first"
             )
-        self._unshare(method)
         seed = self.options.seed if self.options.probes else None
-        self._n = all_reduce_sums(self._states(method), method.nonfinite, self._n, self.fingerprint, seed, group)
+        with torch.inference_mode(False), torch.no_grad():
+            self._unshare(method)
+            self._n = all_reduce_sums(self._states(method), method.nonfinite, self._n, self.fingerprint, seed, group)
         self._synced = True
         return self
 
@@ -258,7 +246,7 @@ class AGOPAccumulator:
         """SHA-256 of the head and of the options that give the sums their meaning."""
         if self._fingerprint is None:
             self._check_head()
-            self._fingerprint = fingerprint(self._head, self.options.meaning())
+            self._fingerprint = _fingerprint(self._head, self.options.meaning())
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,7 +263,6 @@ class AGOPAccumulator:
             state["sums"] = [part.to_tensors() for part in self._states(method)]
         return state
 
-    @_without_autograd
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sums by stored ones; InputError for a state of another head, other options or another version."""
         if not isinstance(state, Mapping) or "fingerprint" not in state or "version" not in state:
@@ -290,15 +277,14 @@ class AGOPAccumulator:
                 "center, probes, precision, input_cov); make the accumulator from the same head and options"
             )
         if state["started"]:
-            method = self._method or self._start_autograd(*state["shape"])
-            self._unshare(method)
-            for part, tensors in zip(self._states(method), state["sums"], strict=True):
-                part.load_tensors(dict(tensors))
-            method.nonfinite.fill_(state["nonfinite"])
+            with torch.inference_mode(False), torch.no_grad():
+                method = self._method or self._start_autograd(*state["shape"])
+                self._unshare(method)
+                for part, tensors in zip(self._states(method), state["sums"], strict=True):
+                    part.load_tensors(dict(tensors))
+                method.nonfinite.fill_(state["nonfinite"])
             method.backend = state["backend"]
         self._n, self._synced = int(state["n"]), bool(state["synced"])
-
-    # -- one batch ---------------------------------------------------------------------------------------------------
 
     def _update(self, x: Tensor) -> None:
         prefix = self._parsed.prefix
@@ -333,8 +319,6 @@ class AGOPAccumulator:
         per_sample = torch.finfo(method.dtype).bits // 8 * (method.floats_per_sample + columns)
         rows = min(_CACHE_BYTES, self.options.memory_budget) // per_sample // 64 * 64
         return rows or max(1, min(64, self.options.memory_budget // per_sample))
-
-    # -- set-up ------------------------------------------------------------------------------------------------------
 
     def _start(self, method: Method) -> Method:
         resolve_blocks(self._blocks, method.inputs)
@@ -377,10 +361,8 @@ class AGOPAccumulator:
         covariance = (upper + upper.triu(1).t()) / self._n
         return covariance if finite else covariance.fill_(float("nan")), self._covariance.mean[0].clone()
 
-    # -- checks ------------------------------------------------------------------------------------------------------
-
     def _check_head(self) -> None:
-        if tensor_versions(self._head) != self._versions:
+        if _tensor_versions(self._head) != self._versions:
             raise RuntimeError(
                 "agop: the head's weights changed after the accumulator was made, so its sums would mix two heads; "
                 "make a new accumulator (a copy of the head if training goes on)"
@@ -422,6 +404,23 @@ class AGOPAccumulator:
                 f"agop: {name}.agop_layers() does not compute what the head computes on the same "
                 "rows; list every layer and activation in forward order, or remove the method"
             )
+
+
+def _fingerprint(head: nn.Module, options: Sequence[object]) -> str:
+    """SHA-256 of the head's structure, of its weights and of the options that give the sums their meaning."""
+    digest = hashlib.sha256(repr((str(head), *options)).encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            data = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensor_versions(head: nn.Module) -> list[tuple[int, int]]:
+    """Identity and in-place version of every weight and buffer: other values after an optimiser step or a load."""
+    tensors = [*head.parameters(), *head.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _batches(inputs: Any) -> Iterable[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,19 +14,7 @@ from torch.nn import functional as F
 
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "Activation",
-    "Affine",
-    "ParsedHead",
-    "collapse",
-    "fingerprint",
-    "flatten",
-    "is_chain_member",
-    "is_linear",
-    "parse_head",
-    "refuse_training_mode",
-    "tensor_versions",
-]
+__all__ = ["Affine", "ParsedHead", "flatten", "is_chain_member", "is_linear", "parse_head", "refuse_training_mode"]
 
 _ELEMENTWISE = (
     nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus,
@@ -124,27 +111,6 @@ def parse_head(head: nn.Module, layer: int | str, compute_dtype: Callable[[torch
     return ParsedHead(layer, weight.dtype, weight.device, prefix, _affine_chain(tail, compute))
 
 
-def collapse(chain: Sequence[Affine]) -> tuple[Tensor, list[Tensor]]:
-    """Multiply runs of weights without an activation between them: ``W1 [h, d]`` and the weights ``V_1 .. V_r`` in
-
-    ``∂y/∂u = V_r D_r … V_1 D_1 W1`` with ``D_q`` the diagonal of the q-th activation's derivative. Where the output
-    itself is activated, ``V_r`` is the identity.
-    """
-    factors: list[Tensor] = []
-    run: Tensor | None = None
-    for affine in chain:
-        weight = affine.weight
-        run = weight if run is None else (weight.double() @ run.double()).to(weight.dtype)
-        if affine.activation is not None:
-            factors.append(run)
-            run = None
-    if run is None:
-        last = factors[-1]
-        run = torch.eye(last.shape[0], dtype=last.dtype, device=last.device)
-    factors.append(run)
-    return factors[0], factors[1:]
-
-
 def refuse_training_mode(head: nn.Module) -> None:
     """Raise where batch normalisation or dropout would make the rows of a batch depend on each other or on chance."""
     for name, module in head.named_modules():
@@ -159,23 +125,6 @@ def refuse_training_mode(head: nn.Module) -> None:
                 f"agop: {where} ({type(module).__name__}, p={module.p}) is in training mode, so Jacobians are random; "
                 "call head.eval() first"
             )
-
-
-def fingerprint(head: nn.Module, options: Sequence[object]) -> str:
-    """SHA-256 of the head's structure, of its weights and of the options that give the sums their meaning."""
-    digest = hashlib.sha256(repr((str(head), *options)).encode())
-    for name, tensor in sorted(head.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            data = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(data.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tensor_versions(head: nn.Module) -> list[tuple[int, int]]:
-    """Identity and in-place version of every weight and buffer: other values after an optimiser step or a load."""
-    tensors = [*head.parameters(), *head.buffers()]
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def flatten(head: nn.Module) -> list[nn.Module]:

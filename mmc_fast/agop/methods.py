@@ -14,23 +14,16 @@ from mmc_fast.errors import InputError
 from mmc_fast.ops.agop import op as primitives
 from mmc_fast.ops.dispatch import choose
 
-from .head import Affine, collapse
+from .head import Affine
 from .result import Factored
-from .rows import (
-    AutogradRows,
-    ChainRows,
-    flag_nonfinite,
-    forward_chain,
-    stable_linear,
-    step,
-    value_and_derivative,
-)
-from .state import CountState, MomentState, Panel, ProbeState, State, add_gram
+from .rows import AutogradRows, ChainRows, forward_chain, step
+from .state import SUMMING_KERNELS, CountState, MomentState, Panel, ProbeState, State, add_gram
 
 __all__ = ["AutogradMethod", "Method", "Options", "choose_method"]
 
 _BACKENDS = ("auto", "cpp", "triton", "cuda", "torch")
-_PRECISIONS = {
+_PRECISIONS: dict[object, torch.dtype | None] = {
+    None: None,
     "float64": torch.float64, torch.float64: torch.float64,
     "float32": torch.float32, torch.float32: torch.float32,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16,
@@ -63,7 +56,7 @@ class Options:
         ):
             if value not in allowed:
                 raise InputError(f"agop: {name}={value!r}; allowed are {', '.join(map(repr, allowed))}")
-        if self.precision is not None and self.precision not in _PRECISIONS:
+        if self.precision not in _PRECISIONS:
             raise InputError(
                 f"agop: precision={self.precision!r}; allowed are None (the head's dtype), 'float64', 'float32', 'bf16'"
             )
@@ -77,22 +70,20 @@ class Options:
 
     def compute_dtype(self, head_dtype: torch.dtype) -> torch.dtype:
         """Precision of the forward pass: at least float32, whatever the rows of deep heads are rounded to."""
-        asked = _PRECISIONS[self.precision] if self.precision is not None else head_dtype
-        if not asked.is_floating_point:
-            raise InputError(f"agop: the head's weights are {asked}; a floating dtype is needed")
-        if asked == torch.bfloat16:
-            asked = head_dtype
+        if not head_dtype.is_floating_point:
+            raise InputError(f"agop: the head's weights are {head_dtype}; a floating dtype is needed")
+        asked = head_dtype if self.bf16 else _PRECISIONS[self.precision] or head_dtype
         return torch.float64 if asked == torch.float64 else torch.float32
 
     @property
     def bf16(self) -> bool:
         """Whether the Jacobian rows are taken in bfloat16."""
-        return self.precision is not None and _PRECISIONS[self.precision] == torch.bfloat16
+        return _PRECISIONS[self.precision] == torch.bfloat16
 
     def meaning(self) -> tuple[object, ...]:
         """The options that give accumulated numbers their meaning (not speed, not the final division)."""
-        precision = None if self.precision is None else str(_PRECISIONS[self.precision])
-        return (self.layer, self.output, self.center, self.probes, precision, self.input_cov)
+        precision = _PRECISIONS[self.precision]
+        return (self.layer, self.output, self.center, self.probes, precision and str(precision), self.input_cov)
 
     def refuse_backend(self, what: str) -> None:
         """Raise for an explicit backend that has no kernel for ``what``."""
@@ -179,12 +170,15 @@ class _OneActivation(Method):
     """One activation left: ``S = (W2ᵀW2) ∘ AᵀA`` with ``A = s'(z)``."""
 
     whole_batches = True
+    _floats_per_unit: int
 
     def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
         super().__init__(chain[0].weight.shape[1], w1.dtype, w1.device, w1, w2)
         index = next(i for i, affine in enumerate(chain) if affine.activation is not None)
         self._lead, self._affine = chain[:index], chain[index]
         self._center, self._request = options.center, options.backend
+        units, columns = self._affine.weight.shape
+        self.floats_per_sample = columns + self._floats_per_unit * units
 
     def _finishes_natively(self) -> bool:
         return self._request in ("auto", "cpp") and choose("agop_finalise", "auto", self._w1) == "cpp"
@@ -195,14 +189,13 @@ class _CountMethod(_OneActivation):
 
     name = "co-activation counts"
     primitive = "relu_coactivation_update"
+    _floats_per_unit = 3
 
     def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
         super().__init__(chain, w1, w2, options)
         activation = self._affine.activation
         self._slope = activation.alpha if activation is not None and activation.kind == "leaky_relu" else 0.0
         self.state: CountState = CountState(len(w1), w1.device, self._slope, options.center)
-        units, columns = self._affine.weight.shape
-        self.floats_per_sample = columns + 3 * units
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         for affine in self._lead:
@@ -222,13 +215,12 @@ class _SmoothMethod(_OneActivation):
 
     name = "derivative Gram"
     primitive = "derivative_gram_update"
+    _floats_per_unit = 4
 
     def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
         super().__init__(chain, w1, w2, options)
         self._gram_backend = choose("syrk_update", options.backend, w1)
         self.state: MomentState = MomentState(1, len(w1), options.center, w1.device)
-        units, columns = self._affine.weight.shape
-        self.floats_per_sample = columns + 4 * units
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         samples, activation = len(u), self._affine.activation
@@ -236,35 +228,36 @@ class _SmoothMethod(_OneActivation):
             return
         for affine in self._lead:
             u, _ = step(u, affine, self.nonfinite)
-        gram, sums = self.state.gram, torch.zeros_like(self.state.gram[0])
-        shift = None
+        batch, shift = self.state, None
         if self._center:
-            gram, shift = torch.zeros_like(gram), self._typical_derivative(u)
+            batch, shift = MomentState(1, len(batch.gram), True, self.device), self._typical_derivative(u)
+        sums = torch.zeros_like(batch.gram[0])
         if shift is None and activation.kind in primitives.ACTIVATIONS:
             self.backend = primitives.derivative_gram_update(
-                u, self._affine.weight, self._affine.bias, activation.kind, gram, sums, self.nonfinite,
+                u, self._affine.weight, self._affine.bias, activation.kind, batch.gram, sums, self.nonfinite,
                 alpha=activation.alpha, chunk_rows=chunk_rows, backend=self._request,
             )  # fmt: skip
         else:
             for part in u.split(chunk_rows or _STEP_ROWS):
-                self._add_shifted(part, shift, gram, sums)
+                self._add_shifted(part, shift, batch.gram, sums)
             self.backend = self._gram_backend
+        batch.advance(samples)
         if shift is not None:
-            gram.addr_(sums, sums, alpha=-1 / samples)
-            self.state.add_moments(samples, gram, (sums / samples + shift.double())[None])
-        self.state.advance(samples)
+            batch.gram.addr_(sums, sums, alpha=-1 / samples)
+            batch.mean = (sums / samples + shift.double())[None]
+            self.state.merge(batch)
 
     def _add_shifted(self, u: Tensor, shift: Tensor | None, gram: Tensor, sums: Tensor) -> None:
         """Add ``AᵀA`` and ``Σ A`` of ``A = s'(z) − shift`` to ``gram`` and ``sums``, float64.
 
         A shift near the mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation.
         """
-        z = stable_linear(u, self._affine.weight, self._affine.bias)
-        flag_nonfinite(z, self.nonfinite)
-        _, a = value_and_derivative(self._affine.activation.function, z)  # type: ignore[union-attr]
+        _, a = step(u, self._affine, self.nonfinite)
+        if a is None:
+            return
         a = a if shift is None else a - shift
-        if kernel := _own_kernel(self._gram_backend):
-            primitives.syrk_update(a, gram, backend=kernel)
+        if self._gram_backend in SUMMING_KERNELS:
+            primitives.syrk_update(a, gram, backend=self._gram_backend)
         else:
             total = a.new_zeros(len(gram), len(gram))
             add_gram(a, total)
@@ -295,7 +288,7 @@ class _RowMethod(Method):
         self.backend = choose("syrk_update", options.backend, w1)
         self.floats_per_sample = rows.floats_per_sample
         self._chain = chain
-        self.state = _row_state(options, rows.count, rows.outputs, rows.width, w1.device, _own_kernel(self.backend))
+        self.state = _row_state(options, rows.count, rows.outputs, rows.width, w1.device, self.backend)
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         y, derivatives = forward_chain(u, self._chain, self.nonfinite)
@@ -339,7 +332,7 @@ class AutogradMethod(Method):
 
 def choose_method(chain: Sequence[Affine], options: Options) -> Method:
     """For a chain of layers: a closed form where one activation is left and the output is logits; rows otherwise."""
-    w1, v = collapse(chain)
+    w1, v = _collapse(chain)
     if options.output == "probs" or options.probes is not None or len(v) > 1:
         return _RowMethod(chain, w1, v, options)
     if not v:
@@ -349,14 +342,30 @@ def choose_method(chain: Sequence[Affine], options: Options) -> Method:
     return closed(chain, w1, v[0], options)
 
 
+def _collapse(chain: Sequence[Affine]) -> tuple[Tensor, list[Tensor]]:
+    """Multiply runs of weights without an activation between them: ``W1 [h, d]`` and the weights ``V_1 .. V_r`` in
+
+    ``∂y/∂u = V_r D_r … V_1 D_1 W1`` with ``D_q`` the diagonal of the q-th activation's derivative. Where the output
+    itself is activated, ``V_r`` is the identity.
+    """
+    factors: list[Tensor] = []
+    run: Tensor | None = None
+    for affine in chain:
+        weight = affine.weight
+        run = weight if run is None else (weight.double() @ run.double()).to(weight.dtype)
+        if affine.activation is not None:
+            factors.append(run)
+            run = None
+    if run is None:
+        last = factors[-1]
+        run = torch.eye(last.shape[0], dtype=last.dtype, device=last.device)
+    factors.append(run)
+    return factors[0], factors[1:]
+
+
 def _row_state(
     options: Options, rows: int, outputs: int, width: int, device: torch.device, kernel: str | None
 ) -> State:
     if options.probes is None:
         return MomentState(rows, width, options.center, device, kernel)
     return ProbeState(options.probes, outputs, width, options.center, device, options.seed, kernel)
-
-
-def _own_kernel(backend: str) -> str | None:
-    """The backend where its ``syrk_update`` sums in float64 by itself, None for plain PyTorch."""
-    return backend if backend in ("cpp", "triton") else None

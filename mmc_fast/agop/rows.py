@@ -15,51 +15,28 @@ from mmc_fast.ops.agop.coactivation import flag_nonfinite
 
 from .head import Affine, ParsedHead
 
-__all__ = [
-    "AutogradRows",
-    "ChainRows",
-    "check_independent_rows",
-    "flag_nonfinite",
-    "forward_chain",
-    "run_prefix",
-    "stable_linear",
-    "step",
-    "value_and_derivative",
-]
+__all__ = ["AutogradRows", "ChainRows", "check_independent_rows", "forward_chain", "run_prefix", "step"]
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + b`` whose rows do not depend on how the samples are cut into calls (see ``row_stable_linear``)."""
-    rows = x.shape[0]
-    ragged = rows % 64
-    if not ragged:
-        return _fast_linear(x, weight, bias)
-    padded = x.new_zeros(rows + 64 - ragged, x.shape[1])
-    padded[:rows] = x
-    return _fast_linear(padded, weight, bias)[:rows]
-
-
-def value_and_derivative(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """``s(z)`` and ``s'(z)`` of an elementwise function, with PyTorch's own choice at kinks (0 for ReLU)."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        value = function(leaf)
-        (derivative,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), derivative
-
-
 def step(x: Tensor, affine: Affine, nonfinite: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One affine map and its activation: ``(s(z), s'(z))``, the derivative None where no activation follows."""
-    z = stable_linear(x, affine.weight, affine.bias)
+    """One affine map and its activation: ``(s(z), s'(z))``, the derivative None where no activation follows.
+
+    At kinks the derivative is PyTorch's own choice (0 for ReLU).
+    """
+    z = _stable_linear(x, affine.weight, affine.bias)
     flag_nonfinite(z, nonfinite)
     if affine.activation is None:
         return z, None
     if affine.activation.kind == "relu":
         value = torch.relu(z)
-        return value, value.sign()  # 0 at 0, as the derivative of ReLU is here
-    return value_and_derivative(affine.activation.function, z)
+        return value, value.sign()
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        value = affine.activation.function(leaf)
+        (derivative,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), derivative
 
 
 def run_prefix(x: Tensor, prefix: Sequence[nn.Module | Affine], nonfinite: Tensor) -> Tensor:
@@ -275,6 +252,17 @@ def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         flat = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
         return flat.view(*x.shape[:-1], weight.shape[0])
     return nn.functional.linear(x, weight, bias)
+
+
+def _stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + b`` whose rows do not depend on how the samples are cut into calls (see ``row_stable_linear``)."""
+    rows = x.shape[0]
+    ragged = rows % 64
+    if not ragged:
+        return _fast_linear(x, weight, bias)
+    padded = x.new_zeros(rows + 64 - ragged, x.shape[1])
+    padded[:rows] = x
+    return _fast_linear(padded, weight, bias)[:rows]
 
 
 def _scaled(b: Tensor, diagonal: Tensor) -> Tensor:

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmc_fast.ops.agop import op as primitives
 
-__all__ = [
-    "CountState",
-    "MomentState",
-    "Panel",
-    "ProbeState",
-    "State",
-    "add_gram",
-    "all_reduce_sums",
-    "centered_counts",
-    "from_triangle",
-    "to_triangle",
-]
-
 # entries [start:stop, start:] of a symmetric matrix, float64 or the int64 of counts
 Panel = Callable[[int, int], Tensor]
 
+SUMMING_KERNELS = ("cpp", "triton")
+"""Backends whose ``syrk_update`` sums in float64 by itself."""
 _STEP_ROWS = 1024  # rows summed in the working precision before they go to float64
 _NARROW = 64  # BLAS sums narrow products in one chain, so these are summed in float64 at once
 _EXACT = 2**53  # integers below are exact in float64
-
-
-class State(Protocol):
-    """Sums over samples. ``panels(n)``: the matrix that they stand for, then independent estimates of it if any."""
-
-    def panels(self, n: int) -> list[Panel]: ...
-    def merge(self, other: Any) -> None: ...
-    def to_tensors(self) -> dict[str, Tensor]: ...
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
-    def to_sums(self) -> Iterator[Tensor]:
-        """Quantities that add up across processes, float64."""
-        ...
-
-    def load_sums(self, sums: Iterator[Tensor]) -> None: ...
 
 
 class CountState:
@@ -98,7 +73,7 @@ class MomentState:
         self.n = 0
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)  # upper triangle
         self.mean = torch.zeros(rows, width, dtype=torch.float64, device=device) if center else None
-        self._kernel = kernel  # a backend whose kernel adds to float64 by itself
+        self._kernel = kernel if kernel in SUMMING_KERNELS else None
 
     def panels(self, n: int) -> list[Panel]:
         gram = self.gram
@@ -124,19 +99,14 @@ class MomentState:
                 add_gram(part, total)
                 self.gram += total
 
-    def add_moments(self, samples: int, gram: Tensor, mean: Tensor | None) -> None:
-        """Add a batch given by its (centred) Gram matrix and its mean rows."""
-        self.gram += gram
-        if mean is not None and samples:
-            self._move_mean(samples, mean)
-
     def advance(self, samples: int) -> None:
         """Close a batch of so many samples."""
         self.n += samples
 
     def merge(self, other: MomentState) -> None:
-        device = self.gram.device
-        self.add_moments(other.n, other.gram.to(device), None if other.mean is None else other.mean.to(device))
+        self.gram += other.gram.to(self.gram.device)
+        if other.mean is not None and other.n:
+            self._move_mean(other.n, other.mean.to(self.gram.device))
         self.advance(other.n)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -271,6 +241,9 @@ class ProbeState:
         for second, signed in zip(self.second, self.signed, strict=True):
             second.load_sums(sums)
             signed.copy_(next(sums).reshape(signed.shape))
+
+
+State = CountState | MomentState | ProbeState
 
 
 def all_reduce_sums(
