@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmc_fast._util.numbers import plain
 from mmc_fast.errors import InputError
 
 __all__ = ["Affine", "ParsedHead", "flatten", "is_chain_member", "is_linear", "parse_head", "refuse_training_mode"]
@@ -72,6 +73,7 @@ def parse_head(head: nn.Module, layer: int | str, compute_dtype: Callable[[torch
         )
     if any(t.is_complex() for t in head.parameters()):
         raise InputError("agop: the head has complex parameters; real ones are supported")
+    layer = plain(layer)
     if isinstance(layer, bool) or not isinstance(layer, (int, str)):
         raise TypeError(
             f"agop: layer is {type(layer).__name__}; pass an index over the Linear layers or a module's name"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import integer, make_plain
 from mmc_fast.errors import InputError
 from mmc_fast.ops.agop import op as primitives
 from mmc_fast.ops.dispatch import choose
@@ -60,13 +61,15 @@ class Options:
             raise InputError(
                 f"agop: precision={self.precision!r}; allowed are None (the head's dtype), 'float64', 'float32', 'bf16'"
             )
-        for name, number in (("probes", self.probes), ("chunk_size", self.chunk_size), ("seed", self.seed),
-                             ("memory_budget", self.memory_budget)):  # fmt: skip
-            if number is None and name in ("probes", "chunk_size"):
-                continue
-            if isinstance(number, bool) or not isinstance(number, int) or (number < 1 and name != "seed"):
-                least = "" if name == "seed" else " >= 1"
-                raise InputError(f"agop: {name}={number!r}; pass an integer{least}")
+        for name, number, rest in (
+            ("probes", self.probes, " or None"), ("chunk_size", self.chunk_size, " or None"),
+            ("memory_budget", self.memory_budget, ""),
+        ):  # fmt: skip
+            if not (number is None and rest) and (integer(number) or 0) < 1:
+                raise InputError(f"agop: {name}={number!r}; pass an integer >= 1{rest}")
+        if integer(self.seed) is None:
+            raise InputError(f"agop: seed={self.seed!r}; pass an integer")
+        make_plain(self)
 
     def compute_dtype(self, head_dtype: torch.dtype) -> torch.dtype:
         """Precision of the forward pass: at least float32, whatever the rows of deep heads are rounded to."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
 from mmc_fast.ops.agop import op as primitives
 
@@ -98,8 +99,9 @@ class AGOPResult:
         is close to d. Signs of the vectors are free; the largest entry of each is positive here.
         """
         d = self._factored.size
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d:
+        if not 1 <= (integer(k) or 0) <= d:
             raise InputError(f"AGOPResult.eigh: k={k!r}; pass an integer in 1..{d}")
+        k = int(k)
         device = self._factored.device
         if not self._finite:
             nan = torch.full((d, k), float("nan"), dtype=torch.float64, device=device)
@@ -124,8 +126,9 @@ def resolve_blocks(blocks: Mapping[str, int] | Sequence[int] | None, width: int)
         return {"input": width}
     named = dict(blocks) if isinstance(blocks, Mapping) else {str(i): size for i, size in enumerate(blocks)}
     for name, size in named.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if (whole := integer(size)) is None or whole < 0:
             raise InputError(f"agop: block {name!r} has width {size!r}; pass whole numbers >= 0")
+        named[name] = whole
     if sum(named.values()) != width:
         raise InputError(
             f"agop: the blocks {named} add up to {sum(named.values())} but the layer's input has width {width}"
