@@ -94,15 +94,6 @@ def test_probes_are_unbiased_and_know_their_error(sizes, output, center, generat
             assert 0.85 * spread <= float(told.square().mean().sqrt()) <= 1.15 * spread + 1e-9 * scale
 
 
-def test_probes_of_no_samples(generator):
-    for sizes in ([6, 3], [6, 9, 3]):
-        result = (
-            AGOPAccumulator(chain(sizes, "tanh", generator), probes=2, center=True).update(torch.empty(0, 6)).compute()
-        )
-        assert not result.matrix.any()
-        assert result.probe_error == 0
-
-
 def test_probes_repeat_with_their_seed_whatever_the_chunks(generator):
     class Custom(nn.Module):
         def __init__(self):
