@@ -135,8 +135,13 @@ def candidates(row: Row) -> dict[str, Candidate]:
 def check(row: Row) -> None:
     """Refuse to time a wrong result: every exact candidate against float64 on a part of the samples."""
     if not row.d:
-        z, counts = torch.randn(450, 50, generator=torch.Generator().manual_seed(2)), torch.zeros(50, 50, dtype=torch.int64)
-        primitives.relu_coactivation_update(z, torch.eye(50), None, counts, torch.zeros(1, dtype=torch.int64), backend="cpp")
+        z, counts = (
+            torch.randn(450, 50, generator=torch.Generator().manual_seed(2)),
+            torch.zeros(50, 50, dtype=torch.int64),
+        )
+        primitives.relu_coactivation_update(
+            z, torch.eye(50), None, counts, torch.zeros(1, dtype=torch.int64), backend="cpp"
+        )
         active = (z > 0).long()
         if not torch.equal(counts, torch.triu(active.t() @ active)):
             raise SystemExit(f"{row.name}: the counts are wrong, so no speed is reported")

@@ -15,7 +15,7 @@ from .head import Affine, parse_head, refuse_training_mode
 from .methods import AutogradMethod, Method, Options, choose_method
 from .result import AGOPResult, resolve_blocks
 from .rows import AutogradRows, check_independent_rows, forward_chain, run_prefix
-from .state import MomentState, State, all_reduce_sums
+from .state import MomentState, all_reduce_sums
 
 __all__ = ["AGOPAccumulator", "agop"]
 
@@ -345,7 +345,7 @@ class AGOPAccumulator:
         """What ``_start_autograd`` makes such a method from."""
         return method.inputs, method.outputs, str(method.dtype).removeprefix("torch.")
 
-    def _states(self, method: Method) -> list[State]:
+    def _states(self, method: Method) -> list[Any]:
         return [state for state in (method.state, self._covariance) if state is not None]
 
     def _unshare(self, method: Method) -> None:
