@@ -206,7 +206,6 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     import triton_guard  # noqa: F401  before any kernel
-
     from mmc_fast.kernels.ebr import plan
 
     for tiles in plan.TILES.values():  # fewer and larger programs: the same elements, counted sooner

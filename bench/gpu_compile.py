@@ -134,7 +134,9 @@ def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> l
             news.append(f"{row.get('blocks_per_sm', 0)} blocks per SM, recorded {old['blocks_per_sm']}")
         found += [f"{row['kernel']} on sm_{row['arch']}: {news_}" for news_ in news]
     gone = [key for key in before if key[1:] in targets]
-    return found + [f"{name} on sm_{arch}: in the record but not compiled; run make gpu-report" for name, arch, _ in gone]
+    return found + [
+        f"{name} on sm_{arch}: in the record but not compiled; run make gpu-report" for name, arch, _ in gone
+    ]
 
 
 def compiled_rows(arches: list[int], jobs: int, only: str) -> list[dict[str, Any]]:
@@ -177,7 +179,9 @@ def main() -> int:
     rows = compiled_rows(arches, options.jobs, options.only)
     for row in rows:
         spilled = f", {row['spill_bytes']} B spilled" if row.get("spill_bytes") else ""
-        print(f"sm_{row['arch']} {row['kernel']}: {row.get('registers')} registers{spilled} {'; '.join(row['problems'])}")
+        print(
+            f"sm_{row['arch']} {row['kernel']}: {row.get('registers')} registers{spilled} {'; '.join(row['problems'])}"
+        )
     recorded = json.loads(options.check.read_text()) if options.check else []
     problems = regressions(rows, [row for row in recorded if options.only in row["kernel"]])
     if options.json:

@@ -86,7 +86,9 @@ def ebr_head(sizes: Ebr, dtype: torch.dtype) -> Any:
     from mmc_fast.nn import EBRHead
 
     dims = [sizes.features] * sizes.modalities
-    return EBRHead(dims, latent_dim=sizes.latent, hidden_dim=sizes.hidden, psi_dims=sizes.psi, backend="triton").to(dtype)
+    return EBRHead(dims, latent_dim=sizes.latent, hidden_dim=sizes.hidden, psi_dims=sizes.psi, backend="triton").to(
+        dtype
+    )
 
 
 def ebr_step(sizes: Ebr, dtype: torch.dtype, kind: str = "plain") -> tuple[Callable[[], Any], Callable[[Any], None]]:

@@ -243,7 +243,17 @@ def test_no_number_of_a_step_is_read_by_the_host(seed, source, monkeypatch):
     def watched(function):
         def call(*args, **kwargs):
             with pytest.MonkeyPatch.context() as patch:
-                for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+                for name in (
+                    "item",
+                    "tolist",
+                    "cpu",
+                    "numpy",
+                    "nonzero",
+                    "__bool__",
+                    "__int__",
+                    "__float__",
+                    "__index__",
+                ):
                     patch.setattr(torch.Tensor, name, refuse)
                 return function(*args, **kwargs)
 
