@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 from mmc_fast.kernels import common
 from mmc_fast.kernels.ebr import launch as ebr
 
-from mmc_fast import functional
 from mmc_fast.nn import EBRHead
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops.ebr import triton as ebr_triton
@@ -217,19 +216,6 @@ def test_the_operator_keeps_its_contract(seed):
     )
 
 
-def test_functional_takes_a_modality_that_is_absent(seed):
-    head, features = small_call(seed, m=3, batch=9)
-    heads = [list(seq.parameters()) for seq in (*head.encoders, *head.decoders)]
-    psi = list(head.discriminator.parameters())
-    one, two = (
-        functional.ebr_step([features[0], None, features[2]], heads[:3], heads[3:], psi, backend=name)
-        for name in ("triton", "torch")
-    )
-    torch.testing.assert_close(one.latents, two.latents, rtol=1e-4, atol=1e-5)
-    assert one.latents[1].abs().sum() == 0
-    torch.testing.assert_close(one.discrimination_loss, two.discrimination_loss)
-
-
 @pytest.mark.parametrize("source", ["own", "integers", "weights"])
 def test_no_number_of_a_step_is_read_by_the_host(seed, source, monkeypatch):
     """What a CUDA graph needs: sizes come from shapes; λ and the denominators stay tensors."""
@@ -368,22 +354,6 @@ def test_a_latent_of_weight_zero_adds_nothing_to_the_gradient_of_its_weight(seed
         results.append(torch.autograd.grad(out.recovered[0].square().sum(), source)[0])
     assert torch.isfinite(results[0][7, 0]).all()
     torch.testing.assert_close(results[0][:, 0], results[1][:, 0], rtol=1e-4, atol=1e-5)
-
-
-def test_a_target_that_points_to_an_absent_latent_is_empty(seed):
-    head, features = small_call(seed, m=3)
-    present = torch.ones(18, 3, dtype=torch.bool)
-    present[:, 1] = False
-    present[3:9] = False
-    source = torch.tensor([1, 2, 2]).repeat(18, 1)  # target 0 decodes a latent that is nowhere
-    with triton_guard.watch(seed):
-        out = head(features, present, source)
-    assert torch.equal(out.recovered[0], torch.where(present[:, :1] & head.residual, features[0], 0.0))
-    assert out.recovered[1][0].abs().sum() > 0
-    assert torch.equal(out.recovered[1][3:9], torch.zeros(6, head.dims[1]))
-    grads = gradients(head, features, present=present, source=source)
-    assert torch.equal(grads[1], torch.zeros_like(features[1]))
-    assert all(torch.isfinite(g).all() for g in grads)
 
 
 def test_launches_do_not_depend_on_the_number_of_modalities(seed):

@@ -82,23 +82,6 @@ def _arithmetic(x, y, out, BLOCK: tl.constexpr):
     tl.store(out + 3 * BLOCK + at, (a.to(tl.float32) / 3).to(a.dtype))
 
 
-@triton.jit
-def _far(x, y, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    if WIDE:
-        at = at.to(tl.int64)
-    tl.store(y + tl.arange(0, BLOCK), tl.load(x + at * stride))
-
-
-@triton.jit
-def _of_tuple(xs, y, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(len(xs)):
-        total += tl.load(xs[i] + at)
-    tl.store(y + at, total)
-
-
 def test_a_correct_kernel_runs_and_is_counted(generator):
     x, y = torch.randn(100, generator=generator), torch.full((130,), float("nan"))
     with triton_guard.watch(seed=3) as watch:
@@ -242,30 +225,6 @@ def test_integer_products_are_exact_and_shallow_ones_refused(generator):
     assert watch.launches[0].dot_flops == {"int8": 2 * 16 * 16 * 64}
     with triton_guard.watch(), pytest.raises(GuardFault, match="at least 32"):
         _product[(1,)](a[:, :16].contiguous(), b[:16], c, M=16, K=16, PRECISION=None)
-
-
-def test_offsets_past_32_bits_need_64():
-    stride = 2**30 + 64
-    huge = torch.empty(3 * stride + 1, dtype=torch.int8)  # never touched but for four bytes
-    huge[::stride] = torch.arange(4, dtype=torch.int8)
-    view, y = huge[::stride], torch.zeros(4, dtype=torch.int8)
-    small = view.as_strided((4,), (stride,))
-    with triton_guard.watch(in_place=[small]):
-        _far[(1,)](small, y, stride, BLOCK=4, WIDE=True)
-    assert y.tolist() == [0, 1, 2, 3]
-    with triton_guard.watch(in_place=[small]), pytest.raises(GuardFault, match="out of bounds"):
-        _far[(1,)](small, y, stride, BLOCK=4, WIDE=False)
-
-
-def test_tuples_of_tensors_are_checked_one_by_one(generator):
-    parts = tuple(torch.randn(16, generator=generator) for _ in range(3))
-    y = torch.zeros(16)
-    with triton_guard.watch() as watch:
-        _of_tuple[(1,)](parts, y, BLOCK=16)
-    torch.testing.assert_close(y, sum(parts))
-    assert watch.launches[0].read_bytes == 3 * 64
-    with triton_guard.watch(), pytest.raises(GuardFault, match=r"out of bounds.*xs\[1\]"):
-        _of_tuple[(1,)]((parts[0], parts[1][:15], parts[2]), y, BLOCK=16)
 
 
 def test_a_sample_of_programs_shows_what_is_launched(generator):
