@@ -1,7 +1,8 @@
 """Speed of the AGOP against what an expert would write, and against the forward product.
 
-``python bench/bench_agop.py --gate``            every row: correctness, then ratios; exit code 1 above a gate
-``python bench/bench_agop.py --gate --row NAME`` one row; ``--list`` names them
+``python bench/bench_agop.py``                  every row: correctness, then ratios beside what was recorded
+``python bench/bench_agop.py --row NAME``       one row; ``--list`` names them
+``python bench/bench_agop.py --gate``           exit code 1 above a gate; ``--record`` writes what the gates come from
 ``python bench/bench_agop.py --scan --plots DIR`` cost against N, C, h and d
 ``python bench/bench_agop.py --grid``            how often backend="auto" takes native code; exit code 1 below 90 %
 ``pytest bench/bench_agop.py --benchmark-only``  the same rows through pytest-benchmark
@@ -13,6 +14,7 @@ those out. ``--memory`` adds the peak memory of each candidate, measured in a pr
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +22,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import correctness
 import gate
+import machine
 import torch
 from agop_baselines import BASELINES, sum_trick
 from agop_memory import peak_of
@@ -101,6 +105,13 @@ def make_head(row: Row) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def samples(row: Row, head: nn.Sequential) -> Tensor:
+    """The inputs ``[n, d]`` of a row, none of whose pre-activations lies at a kink."""
+    generator = torch.Generator().manual_seed(1)
+    exact = copy.deepcopy(head).double()
+    return correctness.away_from_kinks(exact, exact, lambda n: torch.randn(n, row.d, generator=generator), row.n)
+
+
 def candidates(row: Row) -> dict[str, Candidate]:
     """The functions to time; each does one whole job."""
     generator = torch.Generator().manual_seed(1)
@@ -113,7 +124,7 @@ def candidates(row: Row) -> dict[str, Candidate]:
         }
         return {name: both[name] for name in row.candidates}
     head = make_head(row)
-    x = torch.randn(row.n, row.d, generator=generator)
+    x = samples(row, head)
     weight, bias, out = head[0].weight.detach(), head[0].bias.detach(), torch.empty(row.n, row.h)
     everything: dict[str, Candidate] = {
         "ours": lambda: agop(head, x),
@@ -139,31 +150,41 @@ def check(row: Row) -> None:
             raise SystemExit(f"{row.name}: the counts are wrong, so no speed is reported")
         return
     small = replace(row, n=200, candidates=tuple({**dict.fromkeys(row.candidates), "ours": None}), compiled=())
-    x = torch.randn(200, row.d, generator=torch.Generator().manual_seed(1))
-    truth = sum_trick(make_head(small).double())(x.double())
+    head = make_head(small)
+    x = samples(small, head)
+    truth = sum_trick(copy.deepcopy(head).double())(x.double())
     for name, run in candidates(small).items():
         if name not in INEXACT:
-            _refuse_wrong(row, name, run(), truth, 2e-2 if "bf16" in name else 2e-5)
+            _refuse_wrong(row, name, run(), truth, eager_errors(head, x, truth, "bf16" in name))
+
+
+def eager_errors(head: nn.Sequential, x: Tensor, truth: Tensor, low: bool = False) -> correctness.Errors:
+    """The errors of the sum trick, eagerly in float32 or, where ``low``, under bfloat16 autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        return correctness.errors([sum_trick(head)(x)], [truth])
 
 
 def check_compiled(row: Row, runs: dict[str, Candidate]) -> None:
     """The same for compiled candidates, against our own result in the shape that is timed; this compiles them."""
     if not row.compiled:
         return
-    ours = agop(make_head(row), torch.randn(row.n, row.d, generator=torch.Generator().manual_seed(1)))
+    head = make_head(row)
+    x = samples(row, head)
+    ours = agop(head, x)
+    eager = eager_errors(head, x, ours)
     for name, run in runs.items():
         if name.endswith("_compiled"):
             result = run()
             if name.removesuffix("_compiled") not in INEXACT:
-                _refuse_wrong(row, name, result, ours, 2e-5)
+                _refuse_wrong(row, name, result, ours, eager)
 
 
-def _refuse_wrong(row: Row, name: str, result: object, truth: Tensor | None, limit: float) -> None:
-    error = float("inf")
-    if isinstance(result, Tensor) and truth is not None:
-        error = float((result.double() - truth.double()).norm() / truth.double().norm())
-    if not error < limit:
-        raise SystemExit(f"{row.name}: {name} is off by {error:.1e}, so no speed is reported")
+def _refuse_wrong(row: Row, name: str, result: object, truth: Tensor | None, eager: correctness.Errors) -> None:
+    got = result if isinstance(result, Tensor) else None
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    why = correctness.refused(name, correctness.errors([got], [truth]), eager, dtype)
+    if why:
+        raise SystemExit(f"{row.name}: {why}; no speed is reported")
 
 
 def clock(threads: int) -> float:
@@ -176,33 +197,36 @@ def measure(row: Row, rounds: int) -> dict:
     torch.set_num_threads(row.threads)
     runs = candidates(row)
     check_compiled(row, runs)
-    times = {name: float("inf") for name in runs}
-    single = dict(times)
+    repeats: dict[str, list[float]] = {name: [] for name in runs}
+    alone: dict[str, list[float]] = {name: [] for name in runs}
     backends.reset_ran()
+    begin = machine.Moment.now()
     for round_index in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
             if row.runs_once(name) and round_index != 1:
                 continue
-            for threads, best in ((row.threads, times), *(((1, single),) if row.threads > 1 else ())):
+            for threads, taken in ((row.threads, repeats), *(((1, alone),) if row.threads > 1 else ())):
                 torch.set_num_threads(threads)
                 start = clock(row.threads)
                 run()
                 seconds = clock(row.threads) - start
                 if round_index:
-                    best[name] = min(best[name], seconds)
+                    taken[name].append(seconds)
+    load = gate.load_since(begin, row.threads, repeats.values())
     ran = backends.ran()
     torch.set_num_threads(1)
-    values = {name: 1e3 * seconds for name, seconds in times.items()}
+    values = {name: 1e3 * min(taken) for name, taken in repeats.items()}
     if not row.d:  # milliseconds per multiply-add of the upper triangle
         work = row.h * (row.h + 1) / 2 * row.n
         values = {name: value / (work / (16 if name == "syrk_rate" else 1)) for name, value in values.items()}
         values["register_rate"] = 1e3 / library.native().register_only_rate()
         values["kernel_rate"] = 1e3 / library.native().coactivation_kernel_rate(row.h, row.n // 64)
     if row.threads > 1:
-        values["ours_scaling"], values["gemm_scaling"] = (single[k] / times[k] for k in ("ours", "forward"))
-    ratios = gate.judged(row.targets, values)
+        values["ours_scaling"], values["gemm_scaling"] = (min(alone[k]) / min(repeats[k]) for k in ("ours", "forward"))
+    ratios = gate.ratios(row.targets, values)
     return {"row": row.name, "N": row.n, "d": row.d, "h": row.h, "C": row.outputs, "threads": row.threads,
-            "isa": library.current_isa(), "ran": ran, "milliseconds": values, "ratios": ratios}  # fmt: skip
+            "isa": library.current_isa(), "ran": ran, "load": load, "milliseconds": values,
+            "ratios": ratios}  # fmt: skip
 
 
 def measured(row: Row, rounds: int) -> dict:
@@ -244,9 +268,6 @@ def show(result: dict) -> None:
             f"{k.removesuffix('_rate')} {1e-9 / v:.2f}e12 MAC/s" for k, v in result["milliseconds"].items() if v > 0
         )
     print(f"{result['row']} ({shape}, {result['threads']} thread(s), {result['isa']}): {times}")
-    for ratio in result["ratios"]:
-        state = "met" if ratio["met"] else "NOT MET"
-        print(f"    {ratio['ratio']} = {ratio['value']:.3f}, target {ratio['target']:.3f}: {state}")
     if "peak_mib" in result:
         print("    peak memory, MiB: " + ", ".join(f"{k} {v:.0f}" for k, v in result["peak_mib"].items()))
     print(f"    ran: {result['ran']}")
@@ -285,12 +306,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{row.name}: skipped, this processor has no {row.isa}")
             continue
         chosen = replace(row, compiled=()) if options.no_compile else row
-        result = gate.tried(partial(measured, chosen, options.rounds), options.gate)
+        result = gate.tried(partial(measured, chosen, options.rounds), "agop", options.record)
         if options.memory and row.d:
             result["peak_mib"] = {name: peak_of(row.name, name) for name in row.names if name in result["milliseconds"]}
         results.append(result)
         show(results[-1])
-    return gate.finish(results, options, ("N", "d", "h", "C", "threads", "isa"), ("peak_mib",))
+    return gate.finish("agop", results, options, ("N", "d", "h", "C", "threads", "isa"), ("peak_mib",))
 
 
 def pytest_generate_tests(metafunc) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
-if not os.environ.get("MMC_DATA") and _BESIDE.is_dir():
-    os.environ["MMC_DATA"] = str(_BESIDE)
+# The folder of the benchmark sets is hidden from every test but those that ask for a set by name (``needs_data``), so that
+# all others run as they do where no data are.
+_FOLDER = Path(os.environ.pop("MMC_DATA", "") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 torch.set_num_threads(1)
 
@@ -43,10 +44,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    """The folder of the benchmark data sets that are not part of the package; skips where there is none."""
-    folder = os.environ.get("MMC_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("the benchmark data sets are not here: set MMC_DATA to their folder")
-    return Path(folder)
+@pytest.fixture
+def needs_data(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``needs_data("avmnist")``: the folder of the benchmark sets, in which this one is; skips the test where it is not."""
+
+    def folder(*names: str) -> Path:
+        missing = [name for name in names if not (_FOLDER / f"{name}.npz").is_file()]
+        if missing:
+            pytest.skip(f"needs the data set {', '.join(missing)}: set MMC_DATA to the folder that holds it")
+        monkeypatch.setenv("MMC_DATA", str(_FOLDER))
+        return _FOLDER
+
+    return folder

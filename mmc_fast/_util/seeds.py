@@ -8,16 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mmc_fast.errors import InputError
-
-__all__ = ["check_seed", "derive_seed", "generator", "seeded_init"]
-
-
-def check_seed(seed: int) -> int:
-    """Return ``seed`` if it is an integer in 0 .. 2^63 - 1, else raise InputError."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed!r}; give an integer from 0 to 2^63 - 1")
-    return seed
+__all__ = ["derive_seed", "generator", "seeded_init"]
 
 
 def derive_seed(seed: int, *names: object) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.numbers import plain
 from mmc_fast.errors import InputError
 
 __all__ = [
@@ -100,6 +101,7 @@ def parse_head(
     dtype = floating[0].dtype if floating else None
     device = floating[0].device if floating else None
     modules: list[Any] = _flatten(head)
+    layer = plain(layer)
     if isinstance(layer, bool) or not isinstance(layer, (int, str)):
         raise TypeError(
             f"agop: layer is {type(layer).__name__}; pass an index over the Linear layers or a module's name"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mmc_fast._util.numbers import integer, make_plain
 from mmc_fast.errors import InputError
 
 __all__ = ["Options", "resolve_blocks"]
@@ -46,7 +47,8 @@ class Options:
         _whole("probes", self.probes, optional=True)
         _whole("chunk_size", self.chunk_size, optional=True)
         _whole("memory_budget", self.memory_budget, optional=False)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        make_plain(self)
+        if integer(self.seed) is None:
             raise InputError(f"agop: seed={self.seed!r}; pass an integer")
 
     def compute_dtype(self, head_dtype: torch.dtype) -> torch.dtype:
@@ -88,8 +90,9 @@ def resolve_blocks(blocks: Mapping[str, int] | Sequence[int] | None, width: int)
         return {"input": width}
     named = dict(blocks) if isinstance(blocks, Mapping) else {str(i): size for i, size in enumerate(blocks)}
     for name, size in named.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if (whole := integer(size)) is None or whole < 0:
             raise InputError(f"agop: block {name!r} has width {size!r}; pass whole numbers >= 0")
+        named[name] = whole
     if sum(named.values()) != width:
         raise InputError(
             f"agop: the blocks {named} add up to {sum(named.values())} but the layer's input has width {width}"
@@ -105,5 +108,5 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _whole(name: str, value: object, optional: bool) -> None:
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if (integer(value) or 0) < 1:
         raise InputError(f"agop: {name}={value!r}; pass an integer >= 1{' or None' if optional else ''}")

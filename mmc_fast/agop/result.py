@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
 
 from .finish import Factored
@@ -99,8 +100,9 @@ class AGOPResult:
         close to d. Signs of the vectors are free; the largest entry of each is positive here.
         """
         d = self._factored.size
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d:
+        if not 1 <= (integer(k) or 0) <= d:
             raise InputError(f"AGOPResult.eigh: k={k!r}; pass an integer in 1..{d}")
+        k = int(k)
         device = self._factored.device
         if not self._finite:
             nan = torch.full((d, k), float("nan"), dtype=torch.float64, device=device)

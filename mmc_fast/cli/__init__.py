@@ -164,16 +164,21 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one model, select its best epoch and score it on test data."""
-    from mmc_fast.cli.settings import build_config
+    from mmc_fast.cli.settings import collect_settings
     from mmc_fast.cli.terminal import output_console
     from mmc_fast.cli.train import print_results, run_train
+    from mmc_fast.experiments.training import TrainConfig
     from mmc_fast.experiments.training.world import first_process
 
-    settings = build_config(config, method, epochs, assignments or [])
+    values = collect_settings(config, method, epochs, assignments or [])
+    settings = TrainConfig.from_dict(values)
     options: dict[str, Any] = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}
     options["memory_budget"] = memory_budget
     again: bool | Literal["auto"] = "auto" if auto_resume else resume
-    results = run_train(data, settings, seed=seed, run_dir=run_dir, resume=again, device=device, options=options)
+    results = run_train(
+        data, settings, method=values.get("method", settings.method), seed=seed, run_dir=run_dir, resume=again,
+        device=device, options=options,
+    )  # fmt: skip
     if not first_process():
         return
     if as_json:
@@ -278,8 +283,12 @@ def compare(
         "vanilla,unimodal,consistency,late,transformer,kd,ebr-paper,ebr-robust,shaspec,muse"
     ),
     data: Annotated[
-        str, typer.Option(help="Data, separated by commas: data sets, npz files, or TOML files with a budget.")
-    ] = "mfeat,support2,avmnist-hard",
+        str | None,
+        typer.Option(
+            help="Data, separated by commas: data sets, npz files, or TOML files with a budget. "
+            "[default: mfeat, support2 and avmnist-hard, those that are here]"
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 5,
     rates: Annotated[
         str | None,
@@ -315,7 +324,7 @@ def compare(
     wanted = () if rates is not None and rates.strip() == "none" else parse_rates(rates)
     findings = run_compare(
         methods.split(","),
-        data.split(","),
+        None if data is None else data.split(","),
         out,
         seeds=seeds,
         rates=None if wanted is None else tuple(wanted),
@@ -337,7 +346,10 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Budget of every training. [default: that of the data]")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data, separated by commas, as in compare. [default: the experiment's own]")
+        str | None,
+        typer.Option(
+            help="Data, separated by commas, as in compare. [default: the experiment's own, those that are here]"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes with one thread each.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder of all experiments; what is finished there is taken over.")] = Path(

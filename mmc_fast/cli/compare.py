@@ -15,21 +15,22 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.cells import recompute
 from mmc_fast.experiments.compare.folder import own_folder
 from mmc_fast.experiments.compare.grid import Grid, run_grid
-from mmc_fast.experiments.compare.output import TEST_COLUMNS, footnotes, score_rows, tested_rows, write_outputs
-from mmc_fast.experiments.compare.rows import load_rows, load_sources
+from mmc_fast.experiments.compare.output import family, footnotes, score_rows, tests_table, write_outputs
+from mmc_fast.experiments.compare.rows import load_rows, load_sources, sources_here
 from mmc_fast.experiments.compare.table import Findings, find
 from mmc_fast.experiments.training.pool import check_workers
 
-from .terminal import GridDisplay, error_console, print_table
+from .terminal import GridDisplay, error_console, print_table, tell_left_out
 
-__all__ = ["check_cell", "print_comparison", "run_compare"]
+__all__ = ["DATA", "check_cell", "print_comparison", "run_compare"]
 
 SCHEMA_VERSION = 1
+DATA = ("mfeat", "support2", "avmnist-hard")
 
 
 def run_compare(
     methods: Sequence[str],
-    data: Sequence[str],
+    data: Sequence[str] | None,
     out: Path,
     *,
     seeds: int,
@@ -39,8 +40,11 @@ def run_compare(
     tune: Literal["auto", "always", "never"],
     reference: str | None,
 ) -> list[Findings]:
-    """Finish the grid in ``out`` and write its tables; what is there already is taken over."""
-    check_workers(jobs)
+    """Finish the grid in ``out`` and write its tables; what is there already is taken over.
+
+    ``data``: None is those of :data:`DATA` that are here; the others are named.
+    """
+    check_workers(jobs, "jobs")
     if seeds < 1:
         raise InputError(f"compare: seeds is {seeds}; give a number of seeds, 1 or more")
     changes: dict[str, Any] = {} if rates is None else {"rates": list(rates)}
@@ -48,10 +52,12 @@ def run_compare(
         changes["selection"] = "complete"
     if epochs is not None:
         changes["epochs"] = epochs
-    grid = Grid(load_rows(methods), load_sources(data), range(seeds), changes, tune)
+    here, left_out = (data, {}) if data is not None else sources_here(DATA)
+    grid = Grid(load_rows(methods), load_sources(here), range(seeds), changes, tune)
     names = [row.name for row in grid.rows]
     if reference is not None and reference not in names:
         raise InputError(f"compare: the reference {reference!r} is none of the rows {', '.join(names)}")
+    tell_left_out(left_out)
     own_folder(out, "comparison")
     started = time.monotonic()
     with GridDisplay(error_console()) as display:
@@ -67,6 +73,7 @@ def run_compare(
         "time of this call": f"{seconds:.0f} s with {jobs} job(s) of one thread",
         "time of all test cells": f"{sum(r.seconds * seeds for f in findings for r in f.rows.values()):.0f} s",
     }
+    facts |= {f"left out: {name}": reason for name, reason in left_out.items()}
     write_outputs(findings, out, facts, about | {"seeds": list(grid.seeds), "facts": facts})
     return findings
 
@@ -86,6 +93,5 @@ def print_comparison(console: Console, findings: Sequence[Findings], out: Path) 
             console.print(f"{notes}.", markup=False, highlight=False)
         if f.tests:
             titles = {name: facts.title for name, facts in f.rows.items()}
-            title = f"{f.data}: against the reference, Holm over {f.tests[0].family} tests"
-            print_table(console, title, TEST_COLUMNS, tested_rows(f.tests, titles))
+            print_table(console, f"{f.data}: against the reference, {family(f.tests)}", *tests_table(f.tests, titles))
     console.print(f"Tables, figures and report: {out}", markup=False)

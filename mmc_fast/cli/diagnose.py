@@ -13,9 +13,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose import Diagnosis, diagnose
+from mmc_fast.diagnose.run import check_options
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import load
+from mmc_fast.experiments.data.dataset import PARTS
 from mmc_fast.experiments.training import evaluate, load_run
 
 from .evaluate import dataset_of
@@ -43,6 +47,9 @@ def run_diagnose(
     """
     if (run is None) == (adapter is None):
         raise InputError("diagnose: give either --run, or --weights, --adapter and --data")
+    choose("part", part, PARTS)
+    check_options(**{name: settings[name] for name in ("groups", "resamples") if name in settings})
+    check_seed(settings.get("seed", 0))
     model: Any
     loader: Any
     if run is not None:

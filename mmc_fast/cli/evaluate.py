@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset, load
+from mmc_fast.experiments.data.dataset import PARTS
 from mmc_fast.experiments.training import evaluate, load_run
 from mmc_fast.experiments.training.parts import fingerprint
 
@@ -18,6 +21,9 @@ def run_evaluate(
     run: Path, data: str | None, *, part: str, rates: Sequence[float] | None, seed: int | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Score the run. ``same_data`` says whether the data are those that it was trained on."""
+    choose("part", part, PARTS)
+    if seed is not None:
+        check_seed(seed)
     loaded = load_run(run)
     dataset = dataset_of(loaded.results, data, options)
     known = loaded.results["data"]
@@ -41,13 +47,16 @@ def run_evaluate(
 
 
 def parse_rates(text: str | None) -> list[float] | None:
-    """``"0.1,0.4"`` as numbers. Raises ``InputError`` for anything else."""
+    """``"0.1,0.4"`` as numbers. Raises ``InputError`` for anything else, and for numbers that are no missing rate."""
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        rates = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--rates {text!r}: give missing rates separated by commas, such as 0.1,0.4") from None
+    if not all(0 <= rate < 1 for rate in rates):
+        raise InputError(f"--rates {text!r}: missing rates are at least 0 and below 1")
+    return rates
 
 
 def dataset_of(results: dict[str, Any], data: str | None, options: dict[str, Any]) -> MultimodalDataset:

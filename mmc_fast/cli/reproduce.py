@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.folder import own_folder
-from mmc_fast.experiments.compare.rows import load_source, load_sources
+from mmc_fast.experiments.compare.rows import load_source, load_sources, sources_here
 from mmc_fast.experiments.paper import Experiment, Outcome, Plan, get
-from mmc_fast.experiments.paper.base import READINGS
 from mmc_fast.experiments.paper.output import (
     DIRECTION_COLUMNS,
     direction_rows,
@@ -24,7 +23,7 @@ from mmc_fast.experiments.paper.output import (
 )
 from mmc_fast.experiments.training.pool import check_workers
 
-from .terminal import GridDisplay, error_console, print_table
+from .terminal import GridDisplay, error_console, print_table, tell_left_out
 
 __all__ = ["print_outcome", "run_reproduce"]
 
@@ -40,31 +39,45 @@ def run_reproduce(
     tune: str,
     reading: str,
 ) -> tuple[Experiment, Outcome, dict[str, Any]]:
-    """Finish the experiment and write its files; what is there already is taken over. Also returns the JSON values."""
+    """Finish the experiment and write its files; what is there already is taken over. Also returns the JSON values.
+
+    Of the experiment's own data those are taken that are here, and the others are named; where none is here nothing is
+    measured and no file is written.
+    """
     experiment = get(name)
-    check_workers(jobs)
+    check_workers(jobs, "jobs")
     if seeds < 1:
         raise InputError(f"reproduce: seeds is {seeds}; give a number of seeds, 1 or more")
     if epochs is not None and epochs < 1:
         raise InputError(f"reproduce: epochs is {epochs}; give 1 or more")
-    for what, value, allowed in (("tune", tune, ("auto", "always", "never")), ("reading", reading, READINGS)):
-        if value not in allowed:
-            raise unknown(f"--{what}", value, allowed)
-    if reading != "both" and not experiment.readings:
-        raise InputError(f"reproduce: {name} has no readings of 'missing'; leave --reading out")
     names = None if data is None else tuple(part.strip() for part in data.split(","))
-    for source in load_sources(names or experiment.data):
+    plan = Plan(out, range(seeds), jobs, epochs, names, tune, reading)  # type: ignore[arg-type]
+    experiment.check(plan)
+    here, left_out = (names, {}) if names is not None else sources_here(experiment.data)
+    plan = replace(plan, data=tuple(here))
+    for source in load_sources(here):
         load_source(source.key)  # refuse data that cannot be used before anything is written
-    own_folder(out, "reproduction")
+    tell_left_out(left_out)
+    notes = [f"{source} is left out. {reason}" for source, reason in left_out.items()]
     started = time.monotonic()
-    tuning: Literal["auto", "always", "never"] = tune  # type: ignore[assignment]
-    with GridDisplay(error_console()) as display:
-        plan = Plan(out, range(seeds), jobs, epochs, names, tuning, reading, display.on_event)  # type: ignore[arg-type]
-        outcome = experiment.run(plan)
-    about = {"data": list(experiment.sources(plan)), "seeds": list(plan.seeds), "epochs": epochs, "tune": tune}
+    if here:
+        own_folder(out, "reproduction")
+        with GridDisplay(error_console()) as display:
+            outcome = experiment.run(replace(plan, on_event=display.on_event))
+        outcome = replace(outcome, notes=[*outcome.notes, *notes])
+    else:
+        outcome = Outcome([], [], notes=[f"Nothing is measured: {name} needs {', '.join(experiment.data)}.", *notes])
+    about = {
+        "data": list(here),
+        "seeds": list(plan.seeds),
+        "epochs": epochs,
+        "tune": tune,
+    }
+    about |= {"left_out": left_out}
     about |= {"reading": reading} if experiment.readings else {}
     about |= {"seconds": round(time.monotonic() - started, 1), "jobs": jobs}
-    write_outcome(experiment, outcome, out / name, about)
+    if here:
+        write_outcome(experiment, outcome, out / name, about)
     return experiment, outcome, to_dict(experiment, outcome, about)
 
 
@@ -79,5 +92,6 @@ def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, fo
         print_table(console, "Directions", DIRECTION_COLUMNS, direction_rows(outcome))
     for note in (*experiment.deviations, *outcome.notes):
         console.print(f"- {note}", markup=False)
-    console.print(f"Tables, figures and report: {folder}", markup=False)
-    console.print(outcome.summary, markup=False)
+    if outcome.tables:
+        console.print(f"Tables, figures and report: {folder}", markup=False)
+        console.print(outcome.summary, markup=False)

@@ -16,10 +16,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["build_config", "parse_assignments", "read_toml"]
+__all__ = ["build_config", "collect_settings", "parse_assignments", "read_toml"]
 
 
 def build_config(path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]) -> TrainConfig:
+    """The configuration of :func:`collect_settings`."""
+    return TrainConfig.from_dict(collect_settings(path, method, epochs, assignments))
+
+
+def collect_settings(
+    path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]
+) -> dict[str, Any]:
     """The file first, then the options, then the assignments. Without any method it is EBR."""
     values = {} if path is None else read_toml(path)
     if method is not None:
@@ -29,7 +36,7 @@ def build_config(path: Path | None, method: str | None, epochs: int | None, assi
     merge(values, parse_assignments(assignments))
     if "method" not in values and values.get("ebr") is None and values.get("kd") is None:
         values["method"] = "dropout" if values.get("modality_dropout") else "ebr"
-    return TrainConfig.from_dict(values)
+    return values
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:

@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from mmc_fast.experiments.compare.cells import Unit
 
 __all__ = ["DemoDisplay", "GridDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
+__all__ += ["tell_left_out"]
 
 
 def error_console() -> Console:
     """Console on standard error: progress and errors never mix with results on standard output."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def tell_left_out(reasons: Mapping[str, str]) -> None:
+    """One line on standard error for each default data source that is not here: which, and how to get it."""
+    for name, reason in reasons.items():
+        error_console().print(f"mmc-fast: {name} is left out. {reason}", markup=False)
 
 
 def output_console() -> Console:

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data import load
 from mmc_fast.experiments.training import TrainConfig, train
+from mmc_fast.experiments.training.device import check_device
 
 from .scores import print_scores
 from .terminal import RunDisplay, error_console
@@ -21,18 +23,26 @@ def run_train(
     data: str,
     config: TrainConfig,
     *,
+    method: str,
     seed: int,
     run_dir: Path | None,
     resume: bool | Literal["auto"],
     device: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Load, train, score; returns the results. ``options``: keyword arguments of ``mmc_fast.experiments.data.load``."""
+    """Load, train, score; returns the results. ``options``: keyword arguments of ``mmc_fast.experiments.data.load``.
+
+    Without ``run_dir`` the folder is named after the data (with task and variant where they are chosen), ``method`` (what the
+    user calls the configuration) and the seed.
+    """
+    check_seed(seed)
+    check_device(device)
     dataset = load(data, **options)
     # Kept with the results, so that `evaluate` finds the data again.
     source = {"data": data} | {key: value for key, value in options.items() if value is not None}
     dataset = replace(dataset, info={**dataset.info, "loaded": source})
-    folder = run_dir or Path("runs") / f"{dataset.name}-{config.method}-{seed}"
+    forms = [options[name] for name in ("task", "variant") if options.get(name) is not None]
+    folder = run_dir or Path("runs") / "-".join([dataset.name, *forms, method, str(seed)])
     with RunDisplay(error_console()) as display:
         result = train(dataset, config, seed=seed, run_dir=folder, resume=resume, progress=display, device=device)
     return result.results | {"run_dir": str(folder)}

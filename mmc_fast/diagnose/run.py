@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset, Part
 from mmc_fast.experiments.training.model import MultimodalModel
@@ -30,7 +31,7 @@ from .result import Diagnosis, Measure, plain
 from .sampled import fresh_measures, neuron_measures, probe_measures
 from .verdict import THRESHOLDS, ModalityVerdict, Thresholds, agreement, as_settings, judge_modality
 
-__all__ = ["diagnose"]
+__all__ = ["check_options", "diagnose"]
 
 
 def diagnose(
@@ -99,7 +100,8 @@ def diagnose(
     if probe_data is None and isinstance(loader, MultimodalDataset) and len(loader.part("train")):
         probe_data = loader.part("train")
     training = None if probe_data is None else Batches(probe_data)
-    _check_options(groups, resamples, level, metric, sample_rows, alone)
+    check_options(groups, resamples, level, metric, sample_rows, alone)
+    groups, resamples, sample_rows, seed = int(groups), int(resamples), int(sample_rows), check_seed(seed)
     batches = Batches(loader)
     meaning = [groups, seed, sample_rows, metric]
     stored = Stored(state, save_every, meaning)
@@ -141,8 +143,8 @@ def diagnose(
         notes.append(f"Collision bound: {bound.warning}.")
     verdicts = [_verdict(name, collector, measures, draws, scores, thresholds, seed) for name in collector.widths]
     settings = {
-        "groups": groups, "resamples": resamples, "level": level, "seed": seed, "tolerance": tolerance, "tau": tau,
-        "energy": energy, "ridge": ridge, "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
+        "groups": groups, "resamples": resamples, "level": float(level), "seed": seed, "tolerance": float(tolerance), "tau": float(tau),
+        "energy": float(energy), "ridge": float(ridge), "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
         "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
         "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": as_settings(thresholds),
@@ -171,9 +173,15 @@ def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter
     raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
 
 
-def _check_options(
-    groups: int, resamples: int, level: float, metric: str | None, rows: int, alone: Mapping[str, float] | None
+def check_options(
+    groups: int = 16,
+    resamples: int = 100,
+    level: float = 0.95,
+    metric: str | None = None,
+    rows: int = 1,
+    alone: Mapping[str, float] | None = None,
 ) -> None:
+    """Raise InputError for options of :func:`diagnose` that no data could make right."""
     if not 1 <= groups <= 1024 or resamples < 0 or not 0 < level < 1:
         raise InputError(
             f"diagnose: groups {groups}, resamples {resamples}, level {level}; need 1 to 1024 groups, resamples >= 0 and a "

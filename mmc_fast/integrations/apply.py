@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRHead
 
@@ -141,7 +142,7 @@ def _build_head(widths: Mapping[str, int], seed: int | None, dry_run: bool, **si
             return _head(widths, **sizes)
     with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(check_seed(seed))
         return _head(widths, **sizes)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
 
 from .report import Placement
@@ -84,7 +85,7 @@ def place(
     for modality, given in dims.items():
         if modality not in sites:
             raise unknown("modality in dims", modality, list(sites))
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        if (integer(given) or 0) < 1:
             raise InputError(f"apply_ebr: dims['{modality}'] is {given!r}; give a width of 1 or more")
     placements = []
     for modality, site in sites.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmc_fast._util.numbers import make_plain
+
 __all__ = ["EBRConfig"]
 
 _CHOICES = {
@@ -62,6 +64,7 @@ class EBRConfig:
         object.__setattr__(self, "psi_dims", tuple(self.psi_dims))
         if self.modalities is not None:
             object.__setattr__(self, "modalities", tuple(self.modalities))
+        make_plain(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"EBRConfig: {name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")

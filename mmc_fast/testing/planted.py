@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
 __all__ = ["PlantedHead", "planted_head"]
@@ -84,7 +85,7 @@ def planted_head(
             f"planted_head: {m} modalities, {predictive} of {width} features predictive, sharing {sharing}, {neurons} neurons; "
             "need two modalities, 0 < predictive < width, sharing in [0, 1], and a neuron for each modality"
         )
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(check_seed(seed))
     labels = torch.randint(num_classes, (num_samples,), generator=random)
     draws = _features(labels, num_classes, m, width, predictive, random)
     weight = torch.zeros(neurons, m * width, dtype=torch.float64)

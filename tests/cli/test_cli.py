@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run
+from typer.main import get_command
 
 from mmc_fast import __version__
 from mmc_fast._env import VARIABLES
@@ -22,15 +25,6 @@ from mmc_fast.cli import _clean, app
 from mmc_fast.cli.settings import build_config, parse_assignments
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error of one call in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +96,25 @@ def test_train_shows_a_table_of_the_stored_scores(finished: Path, own_file: Path
         assert re.search(rf"{entry['rate']:g}\s+{entry['score']:.3f}", out)
     for modality, entry in stored["scores"]["reliance"].items():
         assert re.search(rf"{modality}\s+{entry['alone']:.3f}\s+{entry['without']:.3f}\s+{entry['only']:.3f}", out)
+
+
+def test_the_default_folder_carries_the_name_that_the_method_was_called_by(own_file: Path, tmp_path: Path):
+    """Two forms of one method are two runs, in whichever way the form was named."""
+    (tmp_path / "robust.toml").write_text('method = "robust"\n')
+    arguments = ["train", "--data", own_file, "--epochs", "1", "--set", "unimodal_share=1"]
+    for call, folder in (
+        (["--method", "robust"], "own-robust-0"),
+        (["--method", "ebr"], "own-ebr-0"),
+        (["--config", "robust.toml", "--seed", "1"], "own-robust-1"),
+        (["--set", "method=robust", "--seed", "2"], "own-robust-2"),
+        (["--seed", "3"], "own-ebr-3"),
+        (["--set", "kd.epochs=1"], "own-kd-0"),
+    ):
+        out, _ = run(*arguments, *call, "--json")
+        assert json.loads(out)["run_dir"] == f"runs/{folder}"
+        assert (tmp_path / "runs" / folder / "results.json").is_file()
+    forms = ["--data", "mfeat", "--task", "digit", "--method", "vanilla", "--epochs", "1", "--set", "unimodal_share=0"]
+    assert json.loads(run("train", *forms, "--json")[0])["run_dir"] == "runs/mfeat-digit-vanilla-0"
 
 
 def test_evaluate_repeats_the_scores_of_the_run(finished: Path):
@@ -282,6 +295,37 @@ def test_a_diverged_run_is_one_line_and_exit_1(own_file: Path):
     assert err.count("\n") == 1
     assert "in epoch 1" in err
     assert "lower the learning rate" in err
+
+
+# Advice
+
+OPTIONS = {name: {o for p in c.params for o in p.opts} for name, c in get_command(app).commands.items()}
+SPEAK_FOR = {name: {name} for name in OPTIONS} | {"comparison": {"compare", "reproduce"}, "reproduction": {"reproduce"}}
+"""Module or package -> the commands whose user reads its messages; those of others are for any command."""
+
+
+def advice() -> Iterator[tuple[str, str, set[str]]]:
+    """Place, option and commands, for each option in a string that is no docstring; declarations in cli.py are left out."""
+    for path in sorted((ROOT / "mmc_fast").rglob("*.py")):
+        if path.name == "cli.py" or path.parent.name == "report":  # the latter has variables of style sheets
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        statements = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        callers = SPEAK_FOR.get(path.parent.name) or SPEAK_FOR.get(path.stem) or set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements:
+                for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", option, callers
+
+
+def test_messages_name_only_options_that_their_command_has():
+    named = set()
+    for place, option, callers in advice():
+        named.add(option)
+        assert any(option in known for known in OPTIONS.values()), f"{place}: {option}"
+        for command in callers:
+            assert option in OPTIONS[command], f"{place}: {command} has no {option}"
+    assert named >= {"--out", "--tune", "--data", "--weights", "--set", "--rates"}
 
 
 # Ctrl-C

@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
 from .weights import modality_entropy, neuron_modality_shares
@@ -74,6 +75,7 @@ def cross_modal_polysemanticity(
         return WeightClassifier(None, None, None, None, "a unimodal layer has fewer than 8 neurons to learn from")
     width = min(width, *blocks.values())
     widest = max(blocks.values())
+    seed = check_seed(seed)
     random = torch.Generator().manual_seed(seed)
     projection = torch.randn(width, widest, dtype=torch.float64, generator=random)
     names = list(blocks)

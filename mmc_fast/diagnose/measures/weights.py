@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import integer
 from mmc_fast.agop.options import resolve_blocks
 from mmc_fast.errors import InputError
 
@@ -86,8 +87,9 @@ def collision_bound(widths: Sequence[int]) -> CollisionBound:
     widths give ``1 − 1/m``. m = 1: both 0. Source: lemma 1 of the collapse paper.
     Limits: a property of the widths alone; it says nothing about a trained model.
     """
-    if not widths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in widths):
+    if not widths or any((integer(d) or 0) < 1 for d in widths):
         raise InputError(f"collision_bound: widths are {list(widths)}; give a positive integer for each modality")
+    widths = [int(d) for d in widths]
     m, total = len(widths), sum(widths)
     if m == 1:
         return CollisionBound(0.0, 0.0, False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmc_fast._util.atomic import write_json
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
 from ..training import Progress
@@ -18,7 +19,7 @@ from ..training.pool import Emit, run_jobs
 from .cells import Cell, Unit, claimed, compute, mean_missing, read_cell, write_cell
 from .rows import Row, Source, load_source
 
-__all__ = ["Event", "Grid", "Job", "finish", "run_grid", "work_on"]
+__all__ = ["Event", "Grid", "Job", "check_once", "finish", "run_grid", "work_on"]
 
 SEARCH_SEED = 900  # of the trainings that only choose settings
 _WAIT = 1.0  # seconds between looks at cells that another process holds
@@ -39,11 +40,15 @@ class Grid:
     tune: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
-        for what, names in (("methods", [r.name for r in self.rows]), ("data", [s.name for s in self.sources])):
-            if not names or len(set(names)) < len(names):
-                raise InputError(f"compare: {what} is {names}; name at least one, and each once")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"compare: seeds are {list(self.seeds)}; give at least one, and each once")
+        check_once("methods", [row.name for row in self.rows])
+        check_once("data", [source.name for source in self.sources])
+        object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
+        check_once("seeds", self.seeds)
+        for source in self.sources:  # refuse settings that do not fit each other before any data are looked for
+            budget = source.budget_with(self.changes)
+            for row in self.rows:
+                for settings in (*self.candidates(row), *row.chosen.values()):
+                    row.resolve(settings, budget)
 
     def searched(self, row: Row, source: Source) -> bool:
         """Whether the settings of this row on these data are searched for."""
@@ -55,6 +60,12 @@ class Grid:
     def cell(self, row: Row, source: Source, settings: Mapping[str, Any], part: str, seed: int, print_: str) -> Cell:
         config, options = row.resolve(settings, source.budget_with(self.changes))
         return Cell(row.name, row.method, source.name, source.key, print_, part, seed, config.to_dict(), options)
+
+
+def check_once(what: str, names: Sequence[Any]) -> None:
+    """Raise InputError where there is no name, or one of them twice."""
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"compare: {what} is {list(names)}; name at least one, and each once")
 
 
 Event = Callable[[tuple[str, Unit, Any]], None]
@@ -108,7 +119,8 @@ def _choose(grid: Grid, row: Row, source: Source, cells: Sequence[Cell], folder:
     usable = [v for v in values if v is not None]
     if not usable:
         raise InputError(
-            f"{row.name} on {source.name}: every candidate of the search diverged; lower its learning rate"
+            f"{row.name} on {source.name}: every candidate of the search diverged; give a row with a smaller lr "
+            "among its settings (a TOML file)"
         )
     best = values.index(max(usable))
     chosen = grid.candidates(row)[best]

@@ -18,14 +18,16 @@ from ..report.comparison import Score
 from ..report.drawings import draw_rates, metric_name
 from .table import GATE, Findings, Paired
 
-__all__ = ["footnotes", "markdown", "markdown_table", "score_rows", "write_outputs", "write_text"]
+__all__ = ["family", "footnotes", "markdown", "markdown_table", "score_rows", "tests_table", "write_outputs"]
+__all__ += ["write_text"]
 
 _LINES = 8  # that a drawing can tell apart
 READING = (
     "Mean ± s.d. over seeds. **Bold**: the paired 95 % intervals (seeds and test samples) against every other row lie "
     "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report. Settings were chosen on "
     "validation data by searches of equal size. A re-implementation whose score on complete data is below that of vanilla "
-    f"by more than one standard error is marked “{GATE}”: its numbers say little about the method."
+    f"by more than one standard error is marked “{GATE}”: its numbers say little about the method. With one seed nothing is "
+    "bold and there are no p-values: it says nothing about other trainings."
 )
 
 
@@ -65,23 +67,23 @@ def footnotes(f: Findings) -> str:
     return ". ".join(f"{note}: {', '.join(titles)}" for note, titles in sorted(meaning.items()))
 
 
-def tested_rows(tests: Sequence[Paired], titles: Mapping[str, str]) -> list[list[Cell | str]]:
-    """One line per test."""
-    return [
-        [
-            f"{titles[t.row]} − {titles[t.reference]}, {t.metric}, {t.condition}",
-            Cell(signed(t.difference), strong=t.p_holm < 0.05),
-            f"{signed(t.low)} … {signed(t.high)}",
-            _p(t.p),
-            _p(t.p_holm),
-            "–" if t.p_wilcoxon is None else _p(t.p_wilcoxon),
-            str(t.pairs),
-        ]
-        for t in tests
-    ]
+def tests_table(tests: Sequence[Paired], titles: Mapping[str, str]) -> tuple[list[str], list[list[Cell | str]]]:
+    """Headings, and one line per test; without p-values where there are none."""
+    columns = ["difference", "estimate", "95 % interval"]
+    columns += ["p", "p (Holm)", "p (signed ranks)", "pairs"] if tests[0].family else []
+    rows: list[list[Cell | str]] = []
+    for t in tests:
+        name = f"{titles[t.row]} − {titles[t.reference]}, {t.metric}, {t.condition}"
+        clear = t.p_holm is not None and t.p_holm < 0.05
+        line: list[Cell | str] = [name, Cell(signed(t.difference), strong=clear), f"{signed(t.low)} … {signed(t.high)}"]
+        rows.append(line + ([*map(_p, (t.p, t.p_holm, t.p_wilcoxon)), str(t.pairs)] if t.family else []))
+    return columns, rows
 
 
-TEST_COLUMNS = ("difference", "estimate", "95 % interval", "p", "p (Holm)", "p (signed ranks)", "pairs")
+def family(tests: Sequence[Paired]) -> str:
+    """How many tests Holm's correction is over, or why there is none."""
+    count = tests[0].family
+    return f"Holm over {count} tests" if count else "one seed: intervals of these trainings alone"
 
 
 def markdown(findings: Sequence[Findings]) -> str:
@@ -95,8 +97,8 @@ def markdown(findings: Sequence[Findings]) -> str:
         if notes := footnotes(f):
             parts.append(f"{notes}.")
         if f.tests:
-            parts.append(f"Against the reference ({f.tests[0].family} tests in the family):")
-            parts.append(markdown_table(TEST_COLUMNS, tested_rows(f.tests, _titles(f))))
+            parts.append(f"Against the reference ({family(f.tests)}):")
+            parts.append(markdown_table(*tests_table(f.tests, _titles(f))))
         rates = "; ".join(
             f"{k.removeprefix('missing_')}: {', '.join(f'{v:.2f}' for v in r)}" for k, r in f.realised.items()
         )
@@ -127,10 +129,9 @@ def report(findings: Sequence[Findings], drawings: Mapping[str, Sequence[Drawing
             blocks.append(Table(["row", *comparison.conditions], score_rows(f, metric), _caption(f, metric)))
         blocks.append(Panels([d.figure() for d in drawings[f.data]]))
         if f.tests:
-            caption = f"{f.tests[0].family} tests in the family; {f.tests[0].pairs} pairs of seeds in each."
-            blocks.append(
-                Details("Tests against the reference", [Table(TEST_COLUMNS, tested_rows(f.tests, _titles(f)), caption)])
-            )
+            caption = f"{family(f.tests)}; {f.tests[0].pairs} pair(s) of seeds in each."
+            table = Table(*tests_table(f.tests, _titles(f)), caption)
+            blocks.append(Details("Differences from the reference", [table]))
         chosen = [[facts.title, str(dict(facts.settings) or "as declared"), facts.source] for facts in f.rows.values()]
         blocks.append(Details("Settings", [Table(["row", "chosen", "source"], chosen)]))
         page.add_section(Section(f.data, blocks))
@@ -149,7 +150,9 @@ def _mean(score: Score) -> str:
     return f"{score.mean:.3f}" + ("" if score.sd is None else f" ± {score.sd:.3f}")
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
     return "< .001" if value < 0.001 else f"{value:.3f}"
 
 

@@ -13,12 +13,13 @@ from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, load
+from ..data.registry import check_options, why_missing
 from ..methods import METHODS, Method, get
 from ..methods.base import merged
 from ..training import TrainConfig
 from ..training.parse import read_toml
 
-__all__ = ["BUDGET", "Row", "Source", "configs_folder", "load_rows", "load_source", "load_sources"]
+__all__ = ["BUDGET", "Row", "Source", "configs_folder", "load_rows", "load_source", "load_sources", "sources_here"]
 
 BUDGET = TrainConfig(epochs=30, batch_size=64, selection="masked", unimodal_share=0.0, control=False)
 """What every method gets where a data source says nothing else."""
@@ -98,6 +99,7 @@ class Source:
         options = {k: v for k, v in values.items() if k not in ("data", "budget")}
         source = cls(name, data, options, budget)
         source.budget_with({})
+        check_options(data, **options)
         return source
 
     def budget_with(self, changes: Mapping[str, Any]) -> TrainConfig:
@@ -142,11 +144,25 @@ def _source(name: str) -> Source:
     return Source.parse(path.stem if name.endswith(".npz") else name, {"data": name})
 
 
+def sources_here(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The names whose data can be loaded here; and of the others, name -> what is missing and how to get it."""
+    reasons = {name: why_missing(source.data) for name, source in zip(names, load_sources(names), strict=True)}
+    return [n for n, r in reasons.items() if r is None], {n: r for n, r in reasons.items() if r is not None}
+
+
 @lru_cache(maxsize=2)
 def load_source(key: str) -> MultimodalDataset:
     """The data set of :attr:`Source.key`; the last two are kept."""
     data, options = json.loads(key)
-    return load(data, **options)
+    try:
+        return load(data, **options)
+    except InputError as error:
+        asked = next((option for option in ("split_seed", "nan_policy") if option in str(error)), None)
+        if asked is None:
+            raise
+        value = {"split_seed": "0", "nan_policy": '"mean"'}[asked]
+        advice = f'Here that is a line `{asked} = {value}` below `data = "{data}"` in a TOML file for --data.'
+        raise InputError(f"{error} {advice}") from error
 
 
 def _check_keys(where: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:

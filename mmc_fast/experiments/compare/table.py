@@ -64,7 +64,8 @@ class Paired:
 
     ``p``: of the difference's t statistic, whose variance is that over seeds plus the bootstrap's over test samples;
     ``p_holm``: adjusted over all tests of the report (``family``). ``p_wilcoxon``: signed ranks of the seeds alone, which
-    cannot be below ``2 / 2**pairs``; None where all differences are 0.
+    cannot be below ``2 / 2**pairs``; None where all differences are 0. With one seed, which says nothing about other
+    trainings, there is none of the three and the family is 0.
     """
 
     data: str
@@ -76,8 +77,8 @@ class Paired:
     difference: float
     low: float
     high: float
-    p: float
-    p_holm: float
+    p: float | None
+    p_holm: float | None
     p_wilcoxon: float | None
     family: int
 
@@ -126,13 +127,17 @@ def find(
         by_data.setdefault(cell.data, {}).setdefault(cell.row, []).append(read_cell(folder / cell.path))
     found = [_one(data, by_row, rows, settings, base, resamples) for data, by_row in by_data.items()]
     raw = [test for f in found for test in f.tests]
-    adjusted = iter(holm([test.p for test in raw]))
+    values = [test.p for test in raw if test.p is not None]
+    adjusted = iter(holm(values))
     return [
         Findings(
             f.data,
             f.comparisons,
             f.rows,
-            [Paired(**asdict(t) | {"p_holm": next(adjusted), "family": len(raw)}) for t in f.tests],
+            [
+                Paired(**asdict(t) | {"p_holm": None if t.p is None else next(adjusted), "family": len(values)})
+                for t in f.tests
+            ],
             f.realised,
         )
         for f in found
@@ -149,7 +154,7 @@ def _one(
 ) -> Findings:
     whole = {name: cells for name, cells in by_row.items() if not any(meta["diverged"] for meta, _ in cells)}
     if not whole:
-        raise InputError(f"compare: every row diverged on {data}; lower the learning rate")
+        raise InputError(f"compare: every row diverged on {data}; give rows with a smaller lr (TOML files)")
     first_meta, first = next(iter(whole.values()))[0]
     seeds = [meta["cell"]["seed"] for meta, _ in next(iter(whole.values()))]
     metrics = [first_meta["metric"]] + (["auprc"] if first_meta["metric"] == "auroc" else [])
@@ -206,11 +211,12 @@ def _tests(data: str, metric: str, comparison: Comparison, whole: Mapping[str, A
         for name in (n for n in whole if n != base):
             d = comparison.difference(name, base, condition)
             by_seed = [[_score(meta["scores"], condition, key) for meta, _ in whole[which]] for which in (name, base)]
-            p = 1.0 if d.p is None else d.p
+            ranks = None if d.p is None else _signed_ranks(by_seed)
             tests.append(
-                Paired(data, metric, condition, name, base, len(by_seed[0]), d.estimate, d.low, d.high, p, p,
-                     _signed_ranks(by_seed), 1)
-            )  # fmt: skip
+                Paired(
+                    data, metric, condition, name, base, len(by_seed[0]), d.estimate, d.low, d.high, d.p, d.p, ranks, 1
+                )
+            )
     return tests
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-__all__ = ["find", "locate"]
+__all__ = ["find", "how_to_get", "locate"]
 
 
 def find(name: str) -> Path | None:
@@ -24,10 +24,15 @@ def locate(name: str) -> Path:
     """The same, or :class:`~mmc_fast.errors.InputError` that says how to get it."""
     path = find(name)
     if path is None:
-        folder = env("MMC_DATA")
-        state = f"MMC_DATA is {folder!r}" if folder else "MMC_DATA is not set"
-        raise InputError(
-            f"{name}: this data set is not part of the package and {state}; "
-            f"set MMC_DATA to the folder that holds {name}.npz."
-        )
+        raise InputError(how_to_get(name))
     return path
+
+
+def how_to_get(name: str) -> str:
+    """One line on a data set that is not here: why, and what to do."""
+    folder = env("MMC_DATA")
+    state = f"MMC_DATA is {folder!r}" if folder else "MMC_DATA is not set"
+    return (
+        f"{name}: this data set is not part of the package and {state}; "
+        f"set MMC_DATA to the folder that holds {name}.npz."
+    )

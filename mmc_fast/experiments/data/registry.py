@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmc_fast._util.names import choose, nearest
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.benchmark_sets import ENTRIES as BENCHMARK
 from mmc_fast.experiments.data.dataset import MultimodalDataset
 from mmc_fast.experiments.data.embedded_sets import ENTRIES as EMBEDDED
-from mmc_fast.experiments.data.files import find
+from mmc_fast.experiments.data.files import find, how_to_get
 from mmc_fast.experiments.data.info import DatasetInfo, Entry
 from mmc_fast.experiments.data.npz import read_npz
 from mmc_fast.experiments.data.raw import RawDataset, build
+from mmc_fast.experiments.data.scaler import NAN_POLICIES
 from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
 
-__all__ = ["available", "load"]
+__all__ = ["available", "check_options", "load", "why_missing"]
 
 _ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in (*EMBEDDED, *BENCHMARK)}
 
@@ -62,22 +64,74 @@ def load(
     Raises:
         InputError: an unknown name, task or variant, a missing file, or data that cannot be used; one line.
     """
-    if not isinstance(name_or_path, str | Path):
-        raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
+    check_options(
+        name_or_path,
+        task=task,
+        variant=variant,
+        nan_policy=nan_policy,
+        split_seed=split_seed,
+        memory_budget=memory_budget,
+    )
     room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
     if scratch is not None and room is None:
         raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
     if isinstance(name_or_path, Path) or _is_path(name_or_path):
-        if variant is not None:
-            raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
         raw = read_npz(name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room)
     else:
-        if room is not None:
-            raise InputError(f"{name_or_path}: memory_budget is for npz files; this set is small, leave it out.")
-        if split_seed is not None:
-            raise InputError(f"{name_or_path}: the set has a fixed split; leave split_seed out.")
         raw = _load_registered(name_or_path, task, variant, modalities)
     return build(raw, nan_policy=nan_policy, standardise=standardise, drop_empty=modalities is not None, scratch=room)
+
+
+def check_options(
+    name_or_path: str | Path,
+    *,
+    task: str | None = None,
+    variant: str | None = None,
+    nan_policy: str | None = None,
+    split_seed: int | None = None,
+    memory_budget: int | str | None = None,
+    modalities: Sequence[str] | None = None,
+) -> None:
+    """Refuse options of :func:`load` that are wrong whether or not the data are here; no file is looked for.
+
+    Raises InputError; ``modalities``, and the ``task`` of a file, are left to :func:`load`, which knows the data.
+    """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
+    if nan_policy is not None:
+        choose("nan_policy", nan_policy, NAN_POLICIES)
+    if split_seed is not None:
+        check_seed(split_seed)
+    if memory_budget is not None:
+        budget_bytes(memory_budget)
+    if isinstance(name_or_path, Path) or _is_path(name_or_path):
+        if variant is not None:
+            raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
+        return
+    name = name_or_path
+    if name not in _ENTRIES:
+        guess = nearest(name, _ENTRIES)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise InputError(
+            f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file."
+        )
+    if memory_budget is not None:
+        raise InputError(f"{name}: memory_budget is for npz files; this set is small, leave it out.")
+    if split_seed is not None:
+        raise InputError(f"{name}: the set has a fixed split; leave split_seed out.")
+    info, _ = _ENTRIES[name]
+    choose(f"task of {name}", task, info.tasks)
+    if variant is not None and not info.variants:
+        raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
+    if info.variants:
+        choose(f"variant of {name}", variant, info.variants)
+
+
+def why_missing(name_or_path: str) -> str | None:
+    """Why a registered set cannot be loaded here, and how to get it; None where it can, and for files."""
+    if _is_path(name_or_path) or find(name_or_path) is not None:
+        return None
+    return f"{how_to_get(name_or_path)} Origin: {_ENTRIES[name_or_path][0].source} (docs/data.md)."
 
 
 def _is_path(name: str) -> bool:
@@ -85,17 +139,11 @@ def _is_path(name: str) -> bool:
 
 
 def _load_registered(name: str, task: str | None, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    if name not in _ENTRIES:
-        guess = nearest(name, _ENTRIES)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise InputError(
-            f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file."
-        )
+    """``task`` and ``variant`` are known to exist."""
     info, loader = _ENTRIES[name]
-    task = choose(f"task of {name}", task, info.tasks)
-    if variant is not None and not info.variants:
-        raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
-    variant = choose(f"variant of {name}", variant, info.variants) if info.variants else None
+    task = task or info.tasks[0]
+    if variant is None and info.variants:
+        variant = info.variants[0]
     raw = loader(task, variant, modalities)
     origin = {"task": task, "variant": variant, "source": info.source, "licence": info.licence}
     return replace(raw, name=name, metric=info.metric, info={**raw.info, **origin, "split": "fixed"})

@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 
+from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
 
 __all__ = ["Scratch", "budget_bytes"]
@@ -26,9 +27,10 @@ def budget_bytes(budget: int | str) -> int:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", budget)
         if found and found[2].lower() in _UNITS:
             budget = int(float(found[1]) * _UNITS[found[2].lower()])
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+    size = integer(budget)
+    if size is None or size < 1:
         raise InputError(f"memory_budget is {budget!r}; give a number of bytes, or a text such as 2GB or 512MiB")
-    return budget
+    return size
 
 
 class Scratch:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import check_seed, integer
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.dataset import MultimodalDataset
 from mmc_fast.experiments.data.missing import mcar
@@ -84,10 +85,12 @@ def synthetic(
     """
     if planted_collapse:
         modalities = PLANTED_COLLAPSE
-    if isinstance(modalities, int):
-        if not 1 <= modalities <= 26:
-            raise InputError(f"synthetic: {modalities} modalities; allowed are 1 to 26, or a mapping.")
-        modalities = {chr(ord("a") + i): SyntheticModality() for i in range(modalities)}
+    if not isinstance(modalities, Mapping):
+        count = integer(modalities)
+        if count is None or not 1 <= count <= 26:
+            raise InputError(f"synthetic: {modalities!r} modalities; allowed are 1 to 26, or a mapping.")
+        modalities = {chr(ord("a") + i): SyntheticModality() for i in range(count)}
+    seed = check_seed(seed)
     if num_classes < 2 or num_samples < 10 * num_classes:
         raise InputError(
             f"synthetic: {num_samples} samples of {num_classes} classes; need 2 classes and 10 samples of each."

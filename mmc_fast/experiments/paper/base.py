@@ -10,15 +10,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, mean_sd
 from mmc_fast.errors import InputError
 
-from ..compare.grid import Event
+from ..compare.grid import Event, check_once
 
 __all__ = ["READINGS", "Direction", "Estimate", "Experiment", "Outcome", "Plan", "ResultTable", "Value", "paired"]
 
 READINGS = ("both", "train", "test")
+TUNES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Plan:
     tune: Literal["auto", "always", "never"] = "never"
     reading: Literal["both", "train", "test"] = "both"
     on_event: Event = field(default=lambda event: None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
 
     @property
     def grid(self) -> Path:
@@ -183,7 +189,7 @@ class Experiment:
     """A table or figure of the paper on open data.
 
     ``paper``: what the paper shows, and where. ``deviations``: how ours differs, plain sentences. ``data``: default sources.
-    ``readings``: whether ``Plan.reading`` concerns it.
+    ``readings``, ``searches``: whether ``Plan.reading`` and ``Plan.tune`` concern it. ``fixed``: defined on ``data`` alone.
     """
 
     name: str
@@ -191,8 +197,30 @@ class Experiment:
     paper: str
     deviations: tuple[str, ...]
     data: tuple[str, ...]
-    run: Callable[[Plan], Outcome]
+    body: Callable[[Plan], Outcome]
     readings: bool = False
+    searches: bool = False
+    fixed: bool = False
+
+    def run(self, plan: Plan) -> Outcome:
+        """Train, measure and judge what is not there yet. Raises InputError as :meth:`check`."""
+        self.check(plan)
+        return self.body(plan)
+
+    def check(self, plan: Plan) -> None:
+        """Raise InputError for options that this experiment does not have; no data are looked for."""
+        for what, value, allowed in (("tune", plan.tune, TUNES), ("reading", plan.reading, READINGS)):
+            if value not in allowed:
+                raise unknown(what, value, allowed)
+        if plan.reading != "both" and not self.readings:
+            raise InputError(f"reproduce: {self.name} has no readings of 'missing'; leave --reading out")
+        if plan.tune != "never" and not self.searches:
+            raise InputError(f"reproduce: {self.name} takes stored settings; leave --tune out, or tune with compare")
+        if plan.data is None:
+            return
+        if self.fixed and plan.data != self.data:
+            raise InputError(f"{self.name}: its protocol is defined on {', '.join(self.data)} alone; leave --data out")
+        check_once("data", plan.data)
 
     def sources(self, plan: Plan) -> tuple[str, ...]:
         """The plan's data, or the default."""

@@ -46,8 +46,6 @@ class Bench:
     def __init__(
         self, plan: Plan, source: Source, rows: Sequence[str] = METHODS, selection: Selection = "complete"
     ) -> None:
-        if plan.tune != "never":
-            raise InputError("reproduce: this experiment takes stored settings; leave --tune out, or tune with compare")
         self.plan, self.source, self.selection = plan, source, selection
         self.rows = {row.name: row for row in load_rows(list(dict.fromkeys(("vanilla", *rows))))}
         self.fingerprint = fingerprint(load_source(source.key))
@@ -90,7 +88,8 @@ class Bench:
         whole = [t for t in trainings if t.diverged(self.plan.grid) is None]
         if not whole:
             raise InputError(
-                f"reproduce: vanilla diverged on {self.source.name} with every seed; lower its learning rate"
+                f"reproduce: vanilla diverged on {self.source.name} with every seed; set a smaller lr in the "
+                "budget of the data (a TOML file for --data)"
             )
         return strength_order([load_run(self.plan.grid / t.run) for t in whole])
 

@@ -165,6 +165,7 @@ TABLE_1 = Experiment(
     ),
     ("support2", "diabetes130-readmission"),
     _table1,
+    searches=True,
 )
 TABLE_2 = Experiment(
     "table2",
@@ -178,6 +179,7 @@ TABLE_2 = Experiment(
     ),
     ("support2", "diabetes130-readmission"),
     _table2,
+    searches=True,
 )
 TABLE_5 = Experiment(
     "table5",
@@ -191,4 +193,5 @@ TABLE_5 = Experiment(
     ),
     ("support2",),
     _table5,
+    searches=True,
 )

@@ -28,7 +28,8 @@ AVERAGE = "mean missing"
 
 @dataclass(frozen=True)
 class Score:
-    """A method's score under one condition. ``best``: its paired intervals against all other methods lie above 0.
+    """A method's score under one condition. ``best``: its paired intervals against all other methods lie above 0, which
+    one seed never decides.
 
     ``se``: standard error over seeds and test samples; None in records that were written before it existed.
     """
@@ -45,7 +46,7 @@ class Score:
 class Difference:
     """Paired difference ``first − second`` under one condition, with its interval and the p-value of no difference.
 
-    ``p`` is None in records that were written before it existed.
+    ``p`` is None with one seed, which says nothing about other trainings.
     """
 
     first: str
@@ -134,7 +135,8 @@ def compare(
         by_method[method] = scored | ({AVERAGE: average(missing)} if missing else {})
 
     conditions = tuple(next(iter(by_method.values())))
-    best = {c: separated_best({m: s[c] for m, s in by_method.items()}, level) for c in conditions}
+    several = len(seeds) > 1
+    best = {c: separated_best({m: s[c] for m, s in by_method.items()}, level) if several else None for c in conditions}
     scores = {
         method: {c: _score(scored[c], level, best[c] == method) for c in conditions}
         for method, scored in by_method.items()
@@ -169,7 +171,8 @@ def _score(scores: ResampledScores, level: float, best: bool) -> Score:
 
 def _difference(first: str, second: str, condition: str, scores: ResampledScores, level: float) -> Difference:
     interval = scores.interval(level)
-    return Difference(first, second, condition, interval.estimate, interval.low, interval.high, interval.p_zero)
+    p = interval.p_zero if interval.seeds > 1 else None
+    return Difference(first, second, condition, interval.estimate, interval.low, interval.high, p)
 
 
 def _cell(score: Score) -> Cell:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import make_plain
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
 
@@ -61,6 +62,7 @@ class KDConfig:
     kl_temperature: float = 4.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_choices("kd", self)
         _at_least("kd", {"epochs": self.epochs, "embedding_dim": self.embedding_dim}, 1)
         _at_least("kd", {"batch_size": self.batch_size}, 2)
@@ -149,6 +151,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion_hidden", tuple(self.fusion_hidden))
         object.__setattr__(self, "rates", tuple(self.rates))
+        make_plain(self)
         where = "config"
         check_choices(where, self)
         counts: tuple[str, ...] = ("epochs", "batch_size", "lr_decay_every", "encoder_width", "encoder_dim")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import check_seed, make_plain
 from mmc_fast.errors import InputError
 
 from ..data import load
@@ -52,6 +53,8 @@ class DemoPlan:
         return cls(seeds=(0,), epochs=2, quick=True)
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        object.__setattr__(self, "seeds", tuple(map(check_seed, self.seeds)))
         if not self.datasets or not self.methods or not self.seeds:
             raise InputError("demo: give at least one data set, one method and one seed")
         for method in self.methods:

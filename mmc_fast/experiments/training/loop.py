@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.seeds import check_seed, seeded_init
+from mmc_fast._util.numbers import check_seed
+from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import ran
 

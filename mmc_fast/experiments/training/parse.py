@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import plain
 from mmc_fast.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -75,6 +76,7 @@ def _convert(value: Any, hint: Any, current: Any, where: str) -> Any:
 
 
 def _scalar(value: Any, kind: type, where: str) -> Any:
+    value = plain(value)
     fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -59,10 +59,10 @@ def run_jobs(
         events.close()
 
 
-def check_workers(workers: int) -> None:
-    """Raise ``InputError`` unless there is at least one worker."""
+def check_workers(workers: int, name: str = "workers") -> None:
+    """Raise ``InputError`` unless there is at least one worker; ``name``: what the caller calls them."""
     if workers < 1:
-        raise InputError(f"workers is {workers}; it must be at least 1")
+        raise InputError(f"{name} is {workers}; it must be at least 1")
 
 
 def _start(

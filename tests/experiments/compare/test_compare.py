@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
-from training_data import check_one_line, tiny
+from training_data import BUDGET, check_one_line, own_data
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
@@ -28,28 +28,6 @@ from mmc_fast.experiments.methods import METHODS
 from mmc_fast.experiments.training.parse import read_toml
 
 ROOT = Path(__file__).resolve().parents[3]
-BUDGET = {
-    "epochs": 1,
-    "batch_size": 16,
-    "encoder_width": 8,
-    "encoder_dim": 8,
-    "fusion_hidden": [8],
-    "rates": [0.2, 0.5],
-}
-
-
-def own_data(folder: Path, seed: int, num_classes: int = 2, spoil_test: bool = False) -> Path:
-    """An npz file and, beside it, the TOML file that is all a user has to write."""
-    dataset = tiny(seed, num_classes=num_classes)
-    arrays = {f"x_{name}": x.numpy().copy() for name, x in dataset.features.items()}
-    if spoil_test:
-        for x in arrays.values():
-            x[dataset.split.numpy() == 2] = 7.0
-    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
-    budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in BUDGET.items())
-    path = folder / "mine.toml"
-    path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')
-    return path
 
 
 def source(folder: Path, seed: int, **options) -> Source:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from mmc_fast.cli.compare import print_comparison
 from mmc_fast.diagnose.statistics import ResampledScores, holm
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.cells import Cell, write_cell
-from mmc_fast.experiments.compare.output import markdown, write_outputs
+from mmc_fast.experiments.compare.output import READING, markdown, write_outputs
 from mmc_fast.experiments.compare.rows import Row
 from mmc_fast.experiments.compare.table import GATE, find
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE
@@ -107,6 +110,41 @@ def test_without_vanilla_the_gate_is_not_judged_and_the_first_row_is_the_referen
     assert {t.reference for t in found.tests} == {"dropout"}
     with pytest.raises(InputError, match="none of the rows"):
         find(cells, tmp_path, rows, {(r.name, "made"): {} for r in rows}, reference="vanilla")
+
+
+def test_one_seed_gives_no_p_value_and_nothing_bold(tmp_path, seed, capsys):
+    """The rows are so far apart that two seeds would make the best one bold."""
+    for seeds in (1, 2):
+        folder = tmp_path / str(seeds)
+        cells = fabricated(folder, seed, seeds=seeds)
+        findings = find(cells, folder, ROWS, {(r.name, "made"): {} for r in ROWS}, resamples=200)
+        write_outputs(findings, folder, {"machine": "made"}, {"kind": "comparison"})
+        print_comparison(Console(width=200), findings, folder)
+        printed, text = capsys.readouterr().out, markdown(findings)
+        stored = json.loads((folder / "results.json").read_text())["data_sets"][0]
+        with open(folder / "results.csv") as file:
+            lines = list(csv.DictReader(file))
+        tests = stored["tests"]
+        assert len(tests) == 12
+        p_values = [t[name] for t in tests for name in ("p", "p_holm", "p_wilcoxon")]
+        p_values += [d["p"] for c in stored["comparisons"].values() for d in c["differences"]]
+        p_values += [line[name] or None for line in lines for name in ("p", "p_holm", "p_wilcoxon")]
+        bold = [s["best"] for c in stored["comparisons"].values() for row in c["scores"].values() for s in row.values()]
+        page = (folder / "report.html").read_text()
+        body = text.replace(READING, "")
+        if seeds == 1:
+            assert set(p_values) == {None}
+            assert not any(bold)
+            assert {t["family"] for t in tests} == {0}
+            assert "**" not in body
+            assert not re.search(r"\*\d|p \(|Holm", printed)
+            assert "p (Holm)" not in page
+            assert "one seed" in printed
+        else:
+            assert all(isinstance(t["p_holm"], float) for t in tests)
+            assert "p (Holm)" in printed
+            assert "p (Holm)" in page
+            assert "Holm over 12 tests" in body
 
 
 def test_all_outputs_say_the_same(tmp_path, seed):

@@ -95,10 +95,30 @@ def test_a_split_keeps_groups_whole(seed: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(shares, [0.6, 0.1, 0.3], atol=0.1)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_class_reaches_train(count: int, seed: int) -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("count", range(3, 21))
+def test_every_class_of_three_or_more_is_in_every_part(count: int, grouped: bool, seed: int) -> None:
     labels = np.repeat([0, 1], [50, count])
-    assert (stratified_split(labels, seed=seed)[labels == 1] == 0).any()
+    ids = np.arange(50 + count) if grouped else None
+    if grouped:  # two rows to each group
+        labels, ids = np.repeat(labels, 2), np.repeat(np.arange(50 + count), 2)
+    code = stratified_split(labels, seed=seed, ids=ids)
+    parts = np.bincount(code[labels == 1], minlength=3) // (1 + grouped)
+    assert parts.min() >= 1
+    assert parts.sum() == count
+    wanted = count * np.array([0.6, 0.1, 0.3])
+    assert (np.abs(parts - wanted) <= 1).all(), parts
+    assert np.bincount(code[labels == 0]).tolist() == [30 * (1 + grouped), 5 * (1 + grouped), 15 * (1 + grouped)]
+
+
+@pytest.mark.parametrize(("count", "lacking"), [(1, "validation and test"), (2, "validation")])
+def test_a_class_that_a_part_lacks_is_told_and_reaches_train(count: int, lacking: str, seed: int) -> None:
+    labels = np.repeat([0, 7], [50, count])
+    with pytest.warns(UserWarning, match=f"class 7 has none in {lacking}: with fewer than three rows"):
+        code = stratified_split(labels, seed=seed)
+    assert (code[labels == 7] == 0).any()
+    with pytest.warns(UserWarning, match="fewer than three groups"):
+        stratified_split(np.repeat(labels, 4), seed=seed, ids=np.repeat(np.arange(len(labels)), 4))
 
 
 def test_selected_modalities_are_the_only_ones_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

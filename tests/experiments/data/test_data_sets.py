@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
 
 ROOT = Path(__file__).resolve().parents[3]
+NeedsData = Callable[..., Path]
 
 # name, task, variant -> rows of train, validation, test; widths before indicator columns
 EXPECTED: dict[tuple[str, str | None, str | None], tuple[list[int], list[int]]] = {
@@ -60,9 +62,9 @@ def test_the_registry_is_what_is_tested() -> None:
 
 
 @pytest.mark.parametrize(("name", "task", "variant"), EXPECTED)
-def test_every_set_loads(name: str, task: str | None, variant: str | None, request: pytest.FixtureRequest) -> None:
+def test_every_set_loads(name: str, task: str | None, variant: str | None, needs_data: NeedsData) -> None:
     if name not in EMBEDDED:
-        request.getfixturevalue("data_folder")
+        needs_data(name)
     parts, widths = EXPECTED[name, task, variant]
     got = data.load(name, task=task, variant=variant)
     info = next(i for i in data.available() if i.name == name)
@@ -85,9 +87,9 @@ def test_every_set_loads(name: str, task: str | None, variant: str | None, reque
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_embedded_sets_equal_the_benchmark_files(name: str, data_folder: Path) -> None:
+def test_embedded_sets_equal_the_benchmark_files(name: str, needs_data: NeedsData) -> None:
     embedded = np.load(str(files("mmc_fast.experiments.data.embedded") / f"{name}.npz"), allow_pickle=False)
-    with np.load(data_folder / f"{name}.npz", allow_pickle=False) as other:
+    with np.load(needs_data(name) / f"{name}.npz", allow_pickle=False) as other:
         for key in embedded.files:
             if key != "meta":
                 assert embedded[key].dtype == other[key].dtype
@@ -140,12 +142,12 @@ def test_the_tool_writes_the_same_file_from_the_same_arrays(name: str) -> None:
         assert all(m.date_time == (1980, 1, 1, 0, 0, 0) for m in again.infolist())
 
 
-def raw(folder: Path, name: str) -> Any:
-    return np.load(folder / f"{name}.npz", allow_pickle=False)
+def raw(needs_data: NeedsData, name: str) -> Any:
+    return np.load(needs_data(name) / f"{name}.npz", allow_pickle=False)
 
 
-def test_avmnist_pairs(data_folder: Path) -> None:
-    file = raw(data_folder, "avmnist")
+def test_avmnist_pairs(needs_data: NeedsData) -> None:
+    file = raw(needs_data, "avmnist")
     for variant, index in (("plain", "audio_index"), ("speaker", "audio_index_speaker")):
         got = data.load("avmnist", variant=variant, standardise=False)
         np.testing.assert_array_equal(got.features["image"], file["image"].reshape(18000, 784))
@@ -156,9 +158,9 @@ def test_avmnist_pairs(data_folder: Path) -> None:
     assert len({(int(s), int(p)) for s, p in zip(speakers, got.split, strict=True)}) == len(set(speakers.tolist()))
 
 
-def test_avmnist_hard(data_folder: Path) -> None:
+def test_avmnist_hard(needs_data: NeedsData) -> None:
     """The image is its four leading principal components, found again here from the basis in the file."""
-    file = raw(data_folder, "avmnist")
+    file = raw(needs_data, "avmnist")
     got = data.load("avmnist", variant="hard", standardise=False)
     np.testing.assert_array_equal(got.features["audio"], file["audio_babble"].reshape(18000, 400))
     pixels = file["image"].reshape(18000, 784) / 255.0
@@ -166,9 +168,9 @@ def test_avmnist_hard(data_folder: Path) -> None:
     np.testing.assert_allclose(got.features["image"], coefficients, atol=1e-3)
 
 
-def test_avmnist_of_the_paper(data_folder: Path) -> None:
+def test_avmnist_of_the_paper(needs_data: NeedsData) -> None:
     """Three speakers with all their recordings, no image twice, equal shares; nested sets of rows without audio."""
-    file = raw(data_folder, "avmnist")
+    file = raw(needs_data, "avmnist")
     got = data.load("avmnist", variant="paper", standardise=False)
     speaker, digit = file["rec_speaker"][got.ids], file["rec_digit"][got.ids]
     np.testing.assert_array_equal(digit, got.labels)
@@ -199,8 +201,8 @@ def test_avmnist_of_the_paper(data_folder: Path) -> None:
         assert not (heard[-1] & ~heard[-2]).any()
 
 
-def test_diabetes_tasks(data_folder: Path) -> None:
-    file = raw(data_folder, "diabetes130")
+def test_diabetes_tasks(needs_data: NeedsData) -> None:
+    file = raw(needs_data, "diabetes130")
     death = data.load("diabetes130", task="death", modalities=["demographics"])
     np.testing.assert_array_equal(death.labels, file["y_died"])
     with pytest.raises(InputError, match="Unknown modality 'disposition'"):
@@ -213,8 +215,8 @@ def test_diabetes_tasks(data_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["hospital_death", "readmission"])
-def test_eicu_absence_and_rows(task: str, data_folder: Path) -> None:
-    file = raw(data_folder, "eicu_demo")
+def test_eicu_absence_and_rows(task: str, needs_data: NeedsData) -> None:
+    file = raw(needs_data, "eicu_demo")
     got = data.load("eicu_demo", task=task)
     if task == "hospital_death":
         rows, label = file["y_hospital_death"] < 2, file["y_hospital_death"]
@@ -229,15 +231,15 @@ def test_eicu_absence_and_rows(task: str, data_folder: Path) -> None:
     assert not got.present.all()
 
 
-def test_mimic_tasks(data_folder: Path) -> None:
-    file = raw(data_folder, "mimic4_demo")
+def test_mimic_tasks(needs_data: NeedsData) -> None:
+    file = raw(needs_data, "mimic4_demo")
     got = data.load("mimic4_demo", task="readmission")
     np.testing.assert_array_equal(got.labels, file["y_readmit30"][file["y_death"] == 0])
     np.testing.assert_array_equal(data.load("mimic4_demo").labels, file["y_death"])
 
 
-def test_p2012_sequences(data_folder: Path) -> None:
-    file = raw(data_folder, "p2012")
+def test_p2012_sequences(needs_data: NeedsData) -> None:
+    file = raw(needs_data, "p2012")
     got = data.load("p2012", modalities=["labs"], nan_policy="mean")
     names, x = got.feature_names["labs"], file["x_labs"].astype(np.float64)
     step, lab = 7, 5
@@ -250,7 +252,6 @@ def test_p2012_sequences(data_folder: Path) -> None:
 
 
 def test_without_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("MMC_DATA", raising=False)
     with pytest.raises(
         InputError, match=r"p2012: .*MMC_DATA is not set; set MMC_DATA to the folder that holds p2012\.npz"
     ):

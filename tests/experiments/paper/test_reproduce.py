@@ -285,7 +285,8 @@ def test_a_verdict_on_an_under_performing_row_is_marked(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table3", "table4"])
-def test_the_digits_in_both_readings(data_folder, tmp_path, name):
+def test_the_digits_in_both_readings(needs_data, tmp_path, name):
+    needs_data("avmnist")
     out = tmp_path / "out"
     done = command(name, "--seeds", 1, "--epochs", 1, "--jobs", 1, "--out", out)
     assert done.exit_code == 0, done.output

@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
-from test_compare import own_data
-from training_data import check_one_line, small, tiny
+from training_data import check_one_line, own_data, small, tiny
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
@@ -324,9 +323,8 @@ def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
 
 
 def test_bad_input_is_one_line(tmp_path, seed):
-    (source,) = load_sources(["mfeat"])
     with pytest.raises(InputError, match="stored settings") as caught:
-        Bench(Plan(tmp_path, tune="always"), source)
+        EXPERIMENTS["fig6"].run(Plan(tmp_path, tune="always"))
     check_one_line(caught.value)
     load_source.cache_clear()
     data = tiny(seed).keep(["a"])
