@@ -20,7 +20,7 @@ def check(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot run on these tensors, None where they can."""
     try:
         from mmc_fast.kernels.ebr import launch as kernels
-        from mmc_fast.kernels.common import DTYPES
+        from mmc_fast.kernels.ebr.plan import DTYPES
     except ImportError as error:
         return f"Triton is not installed ({error}); pip install 'mmc-fast[triton]'"
     given = [t for t in tensors if t is not None]
