@@ -18,8 +18,11 @@ def compiled(rows: list[dict[str, Any]]) -> str:
     parts = [f"Triton {versions}; most registers / most bytes spilled among the compilations of a kernel:", ""]
     parts.append("| kernel | compilations | " + " | ".join(f"sm_{a}" for a in arches) + " | matrix units |")
     parts.append("|---" * (len(arches) + 3) + "|")
-    for kernel in sorted({row["kernel"].split(" [")[0] for row in rows}):
-        mine = [row for row in rows if row["kernel"].startswith(f"{kernel} [")]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        odd = ", widths that 16 does not divide" if "odd widths" in row["kernel"] else ""
+        groups.setdefault(row["kernel"].split(" [")[0] + odd, []).append(row)
+    for kernel, mine in sorted(groups.items()):
         cells = []
         for arch in arches:
             here = [row for row in mine if row["arch"] == arch]
