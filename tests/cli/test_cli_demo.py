@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score
 
 from mmc_fast.cli.demo import print_demo, write_demo
 from mmc_fast.cli.terminal import JobsDisplay, error_console, output_console
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.compare import demo as demo_module
 from mmc_fast.experiments.compare.demo import DemoPlan, demo_config, run_demo
-from mmc_fast.experiments.jobs import Job
-from mmc_fast.experiments.training import load_run
+from mmc_fast.experiments.jobs import Job, Result
+from mmc_fast.experiments.training import Predictions, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = DemoPlan(data=("mfeat",), seeds=(5,), epochs=1, quick=True)
@@ -87,6 +89,18 @@ def test_a_finished_demo_is_taken_over_and_shown_as_stored(done: Path, capsys: p
         assert all(f"{score['mean']:.3f}" in shown for score in by_condition.values())
     assert "numbers mean nothing" in shown
     assert "modality dropout" in shown
+
+
+def test_predictions_of_unimodal_models_which_have_gaps_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    p = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    shown = {"complete": p, "missing_0.1": p, "alone_a": p * torch.nan}
+    found = Predictions("test", torch.tensor([1, 0]), torch.arange(2), shown)
+    monkeypatch.setattr(demo_module, "load_predictions", lambda folder: {"test": found})
+    stored = {"data": {"metric": "accuracy"}, "label": "vanilla"}
+    stored |= {"scores": {"missing": [{"rate": 0.1, "realised": [0.1]}]}}
+    result = demo_module._scored(Result({}, {}, {}, None, 1.0, 1), stored, Path())
+    assert set(result.arrays) == {"labels", "complete", "missing_0.1"}
+    assert result.values["scores"]["complete"]["score"] == 1.0
 
 
 def test_an_interrupted_demo_goes_on_where_it_stopped(tmp_path: Path):
