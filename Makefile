@@ -25,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-bare defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -51,6 +51,13 @@ demo: setup
 
 test: setup
 	@$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+# The core in an environment of its own that holds torch, numpy and pytest: no extras.
+CORE := build/core-venv
+test-core: setup
+	@test -x $(CORE)/bin/python || $(PYTHON) -m venv $(CORE)
+	@$(CORE)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(STAMPS)/constraints.txt torch pytest hypothesis .
+	@cd build && core-venv/bin/python ../tests/core_only.py
 
 test-all: setup
 	@$(PY) -m pytest -n $(WORKERS) $(ARGS)

@@ -3,7 +3,7 @@
     python tools/render_results.py --demo runs/demo --comparison runs/compare --experiments runs/reproduce
 
 Demo and comparison: copies results.csv to docs/results/ and pictures to docs/img/, and replaces what stands between the markers of
-README.md by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
+README.md (demo) and docs/results.md (comparison) by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
 docs/results/comparison.md. Experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts in
 docs/results.md.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, RECORDS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "img"
-# README's methods of the comparison: those of the default grid.
+# The methods of the short table: those of the default grid.
 METHODS = [
     "vanilla",
     "unimodal",
@@ -33,7 +33,7 @@ METHODS = [
     "shaspec",
     "muse",
 ]
-DEMO_CONDITIONS = ("complete", "0.1 missing", "0.4 missing", "0.7 missing", "mean missing")
+README_CONDITIONS = ("complete", "mean missing")
 DEMO_PICTURES = ("missing-rates", "reliance-vanilla")
 
 Line = dict[str, str]
@@ -69,7 +69,6 @@ def _comparison(folder: Path) -> None:
         shutil.copyfile(picture, IMAGES / f"comparison-{picture.name}")
     shown = [f"![{p.stem.replace('-', ' ')}](img/comparison-{p.name})" for p in pictures]
     _put(RESULTS, "comparison", "\n".join([render_comparison(read("comparison")), "", *shown]))
-    _put(README, "comparison", render_comparison(read("comparison")))
 
 
 def _experiments(folder: Path) -> None:
@@ -95,24 +94,20 @@ def read(name: str) -> list[Line]:
 
 
 def render_demo(lines: Sequence[Line]) -> str:
-    """One table and two pictures per data set."""
-    blocks = []
-    for data in dict.fromkeys(line["data"] for line in lines):
-        some = [line for line in lines if line["data"] == data and line["metric"] != "auprc"]
-        cells = {(line["method"], line["condition"]): line for line in some}
-        conditions = [c for c in DEMO_CONDITIONS if any(line["condition"] == c for line in some)]
-        blocks.append(f"**{data}**, test {some[0]['metric']}:")
-        table = [f"| method | {' | '.join(conditions)} |", "|---|" + "---:|" * len(conditions)]
-        for method in dict.fromkeys(line["method"] for line in some):
-            numbers = [_number(cells[method, c], bold=bool(cells[method, c]["best"])) for c in conditions]
-            table.append(f"| {method} | {' | '.join(numbers)} |")
-        blocks.append("\n".join(table))
-        blocks.append(" ".join(f"![{data}: {p}](docs/img/{data}-{p}.png)" for p in DEMO_PICTURES))
-    seeds = " or ".join(sorted({line["seeds"] for line in lines}))
-    blocks.append(
-        f"Mean ± s.d. over {seeds} seeds. Bold: the paired 95 % intervals against every other method lie above 0."
+    """One table: each data set on complete data, and on average over the missing rates."""
+    main = [line for line in lines if line["metric"] != "auprc"]
+    cells = {(line["data"], line["method"], line["condition"]): line for line in main}
+    columns = [(data, condition) for data in dict.fromkeys(x["data"] for x in main) for condition in README_CONDITIONS]
+    metrics = {line["data"]: line["metric"] for line in main}
+    table = [f"| method | {' | '.join(f'{data} ({metrics[data]}), {c}' for data, c in columns)} |"]
+    table.append("|---|" + "---:|" * len(columns))
+    for method in dict.fromkeys(line["method"] for line in main):
+        picked = [cells[data, method, c] for data, c in columns]
+        table.append(f"| {method} | {' | '.join(_number(c, bold=bool(c['best'])) for c in picked)} |")
+    note = (
+        "Test scores, mean ± s.d. over 3 seeds. Bold: the paired 95 % intervals against every other method lie above 0."
     )
-    return "\n\n".join(blocks)
+    return "\n".join([*table, "", note])
 
 
 def render_comparison(lines: Sequence[Line]) -> str:
