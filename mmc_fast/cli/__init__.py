@@ -167,7 +167,7 @@ def train(
     from mmc_fast.cli.settings import build_config
     from mmc_fast.cli.terminal import output_console
     from mmc_fast.cli.train import print_results, run_train
-    from mmc_fast.experiments.training.world import first_process
+    from mmc_fast.experiments.training.processes import first_process
 
     settings = build_config(config, method, epochs, assignments or [])
     options: dict[str, Any] = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed}

@@ -14,7 +14,6 @@ from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
-from .autosave import Autosave
 from .checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -25,7 +24,7 @@ from .checkpoint import (
     stripped,
 )
 from .config import KDConfig
-from .interrupt import InterruptGuard
+from .interrupt import Autosave, InterruptGuard
 from .masks import epoch_order
 from .model import MultimodalModel
 from .parts import to_device
@@ -153,8 +152,7 @@ class _Distillation:
                 if on_epoch is not None:
                     record = {"stage": "distillation", "epoch": pair.epoch, "loss": pair.losses[-1]}
                     on_epoch(record | {"teacher": pair.teacher, "student": pair.student})
-                if autosave.guard.stop:
-                    autosave.stop()
+                autosave.after_epoch()
             self.done.append({"teacher": pair.teacher, "student": pair.student, "loss": pair.losses})
             self.pair = None
 

@@ -1,15 +1,18 @@
-"""Ctrl-C or SIGTERM during a run: the first asks for an orderly end, the second ends at once."""
+"""How a stage ends in order: signals that ask for it, and the state that it saves then and from time to time."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from .checkpoint import Checkpoint, CheckpointStore
 from .progress import Interrupted, ProcessLost
 
-__all__ = ["InterruptGuard"]
+__all__ = ["Autosave", "InterruptGuard"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster that takes its machine back
 
@@ -54,3 +57,45 @@ class InterruptGuard:
         """Raise Interrupted where a signal came during a stage that is repeated rather than saved."""
         if self.stop:
             raise Interrupted(f"interrupted during {stage}; a resumed run repeats this stage")
+
+
+class Autosave:
+    """Calls ``capture() -> (state, epoch, step)`` and writes to ``store`` whenever ``seconds`` have passed.
+
+    ``store`` None saves nothing. Saving changes no number of the run.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        store: CheckpointStore | None,
+        guard: InterruptGuard,
+        seconds: float,
+        capture: Callable[[], tuple[Checkpoint, int, int]],
+    ) -> None:
+        self.stage, self.store, self.guard, self.seconds, self.capture = stage, store, guard, seconds, capture
+        self._saved = time.monotonic()
+
+    def save(self) -> None:
+        if self.store is not None:
+            self.store.save(*self.capture())
+        self._saved = time.monotonic()
+
+    def after_step(self) -> None:
+        """Save where it is time to; end the stage where a signal asks for it.
+
+        Raises:
+            Interrupted: the guard saw a signal; the state was saved.
+        """
+        if self.guard.stop:
+            if self.store is None:
+                raise Interrupted(f"interrupted in stage {self.stage}; nothing was saved by this process")
+            self.save()
+            raise Interrupted(f"interrupted; saved {self.store.newest()}")
+        if self.store is not None and time.monotonic() - self._saved >= self.seconds:
+            self.save()
+
+    def after_epoch(self) -> None:
+        """The same, without looking at the clock."""
+        if self.guard.stop:
+            self.after_step()

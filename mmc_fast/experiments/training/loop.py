@@ -21,18 +21,17 @@ from ..data import MultimodalDataset
 from ..data.dataset import PARTS
 from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
 from .config import TrainConfig
-from .device import check_device, device_of
 from .distillation import distil
 from .evaluate import Predictions, measure
 from .interrupt import InterruptGuard
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint
+from .processes import Processes, join
 from .progress import ProcessesDiffer, Progress, Silent
-from .record import SCHEMA_VERSION, game_figures, results_of
+from .record import SCHEMA_VERSION, adversarial_figures, results_of
 from .runfolder import RunFolder, load_run
 from .trainer import Trainer
 from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
-from .world import World, join_world
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
@@ -67,7 +66,7 @@ def train(
 ) -> TrainResult:
     """Train, select and score one model; the same function for every method.
 
-    Stages: unimodal models, distillation (KD), the run, its control run with lambda 0 (EBR), evaluation.
+    Stages: unimodal models, distillation (KD), the run, its λ = 0 control (EBR), evaluation.
 
     Args:
         seed: everything random is derived from it; the same seed and number of threads give the same numbers on
@@ -79,8 +78,7 @@ def train(
         evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
             so ``("validation",)`` never touches it. ``()`` scores nothing.
         device: "cpu", "cuda" or "cuda:N". Bitwise repeats are promised on the CPU only.
-        distributed: share each batch among processes: None where torchrun started this one or a process group is there,
-            True always, False never. All processes call ``train`` with the same arguments and get the same result; the
+        distributed: share each batch among processes: None where torchrun started several, True always, False never. All processes call ``train`` with the same arguments and get the same result; the
             first one writes. With "cuda" each takes the device of its LOCAL_RANK.
 
     Raises:
@@ -90,8 +88,7 @@ def train(
         SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
         ProcessLost: another process of a distributed run died.
     """
-    world = join_world(check_device(device), distributed)
-    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device, world)
+    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), join(device, distributed))
     return run.execute(run_dir, resume, unimodal)
 
 
@@ -103,25 +100,23 @@ class _Run:
         seed: int,
         progress: Progress,
         evaluate_on: tuple[str, ...],
-        device: str,
-        world: World,
+        processes: Processes,
     ) -> None:
         for part in evaluate_on:
             if part not in PARTS:
                 raise unknown("part", part, PARTS)
         if config.kd is not None and len(dataset.modalities) < 2:
             raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
-        if config.emphasis_modality is not None and config.emphasis_modality not in dataset.modalities:
-            raise unknown("emphasis_modality", config.emphasis_modality, dataset.modalities)
+        if config.reweight_modality is not None and config.reweight_modality not in dataset.modalities:
+            raise unknown("reweight_modality", config.reweight_modality, dataset.modalities)
         self.heads = 0
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
-        self.progress, self.evaluate_on = progress if world.first else Silent(), evaluate_on
-        self.device = device_of(check_device(device), world)
-        self.world = world
+        self.progress, self.evaluate_on = progress if processes.first else Silent(), evaluate_on
+        self.processes, self.device = processes, processes.device
         self.guard = InterruptGuard()
-        self.guard.agreed = None if world.size == 1 else False
+        self.guard.agreed = None if processes.size == 1 else False
         self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
@@ -131,7 +126,7 @@ class _Run:
 
     @property
     def trivial(self) -> bool:
-        """Whether lambda cannot change anything, so that the control run would be the run itself."""
+        """Whether λ cannot change anything, so that the λ = 0 control would be the run itself."""
         ebr = self.config.ebr
         return ebr is None or ebr.reversal == 0 or self.heads < 2
 
@@ -162,10 +157,10 @@ class _Run:
             raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to continue")
-        self._check_world()
+        self._check_processes()
         if run_dir is not None:
-            self.world.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
-            if self.world.agree(lambda: self._open(run_dir, resume)):
+            self.processes.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
+            if self.processes.agree(lambda: self._open(run_dir, resume)):
                 loaded = load_run(run_dir)
                 return TrainResult(loaded.model, loaded.results, loaded.unimodal, Path(run_dir))
         try:
@@ -182,11 +177,11 @@ class _Run:
             self.folder.close()
         return self.folder.finished
 
-    def _check_world(self) -> None:
+    def _check_processes(self) -> None:
         advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
         try:
             identity = json.dumps(self.identity(), sort_keys=True).encode()
-            self.world.check_same("arguments", identity, advice)
+            self.processes.check_same("arguments", identity, advice)
         except ProcessesDiffer as error:
             raise InputError(f"train: {error}") from error
 
@@ -194,7 +189,9 @@ class _Run:
         started = time.perf_counter()
         stored = self._stored_unimodal()
         self.unimodal = unimodal or stored
-        self.world.check_same("unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none")
+        self.processes.check_same(
+            "unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none"
+        )
         main = self._checkpoint("train")
         control = self._checkpoint("control")
         alone = self._checkpoint("unimodal") if self.unimodal is None else None
@@ -206,18 +203,18 @@ class _Run:
             self.folder.save_unimodal(self.unimodal)
             self.folder.checkpoints("unimodal", 1).clear()
         run = self._fit("train", self.config, main, taught["train"])
-        twin = None
+        control_run = None
         if self.config.control and not self.trivial and self.config.ebr is not None:
-            twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
-            twin = self._fit("control", twin_config, control, taught["control"])
-        game = self._timed("game", lambda: game_figures(run, twin, self.trivial))
+            zero = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
+            control_run = self._fit("control", zero, control, taught["control"])
+        adversarial = self._timed("adversarial", lambda: adversarial_figures(run, control_run, self.trivial))
         self._check_guard("the evaluation")
         scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
         self._check_guard("the evaluation")
         self.timing["total_seconds"] = time.perf_counter() - started
-        results = self.world.agree(
+        results = self.processes.agree(
             lambda: results_of(
-                run, game=game, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
+                run, adversarial=adversarial, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
                 data=self.identity()["data"], ran_before=self.ran_before, timing=self.timing,
             )
         )  # fmt: skip
@@ -235,8 +232,8 @@ class _Run:
         self.guard.check(stage)
 
     def _agree_to_stop(self) -> None:
-        if self.world.size > 1:
-            self.guard.agreed = self.world.any(self.guard.requested)
+        if self.processes.size > 1:
+            self.guard.agreed = self.processes.any(self.guard.requested)
 
     def _on_stage_epoch(self, record: dict[str, Any]) -> None:
         """Progress of a stage that every process goes through by itself; it ends in all of them at the same epoch."""
@@ -252,7 +249,7 @@ class _Run:
     def _stored_unimodal(self) -> UnimodalModels | None:
         dims, classes = self.dataset.dims, self.dataset.num_classes
         found = None if self.folder is None else self.folder.load_unimodal(self.config, dims, classes)
-        if not self.world.any(found is not None):
+        if not self.processes.any(found is not None):
             return None
         if found is None:
             models = {name: UnimodalModel(dim, classes, self.config) for name, dim in dims.items()}
@@ -261,16 +258,16 @@ class _Run:
 
     def _same_unimodal(self, mine: UnimodalModels) -> UnimodalModels:
         """Those of the first process, in all of them."""
-        if self.world.size == 1:
+        if self.processes.size == 1:
             return mine
         tensors: dict[str, Tensor] = {}
         for name, model in mine.models.items():
             tensors |= prefixed(name, model.state_dict())
-        tensors = self.world.share(tensors)
+        tensors = self.processes.share(tensors)
         for name, model in mine.models.items():
             model.load_state_dict(stripped(name, tensors))
             model.eval().requires_grad_(False)
-        scores, key = self.world.agree(lambda: [mine.scores, mine.key])
+        scores, key = self.processes.agree(lambda: [mine.scores, mine.key])
         return UnimodalModels(mine.models, scores, key)
 
     def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
@@ -291,7 +288,7 @@ class _Run:
 
     def _checkpoint(self, stage: str) -> Checkpoint | None:
         store = self._store(stage)
-        if self.world.size == 1:
+        if self.processes.size == 1:
             return None if store is None else store.latest()
         found: Checkpoint | None = None
 
@@ -300,11 +297,11 @@ class _Run:
             found = None if store is None else store.latest()
             return None if found is None else found.meta
 
-        meta = self.world.agree(read)
+        meta = self.processes.agree(read)
         if meta is None:
             return None
-        weights = self.world.share({} if found is None else found.weights)
-        return Checkpoint(weights, self.world.share({} if found is None else found.tensors), meta)
+        weights = self.processes.share({} if found is None else found.weights)
+        return Checkpoint(weights, self.processes.share({} if found is None else found.tensors), meta)
 
     def _epochs_left(
         self,
@@ -347,16 +344,16 @@ class _Run:
             store=self._store(stage),
             guard=self.guard,
             on_epoch=self.progress.on_epoch,
-            world=self.world,
+            processes=self.processes,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
             store = self._store(f"{stage}-distillation")
             self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
-            model.load_state_dict(self.world.share(model.state_dict()))
+            model.load_state_dict(self.processes.share(model.state_dict()))
             trainer.about = {"distilled": self.distilled}
-            trainer.save()
+            trainer.autosave.save()
             if store is not None:
                 store.clear()
         self._timed(stage, trainer.fit)
@@ -387,16 +384,9 @@ class _Run:
         scores, predictions = [], []
         for part in self.evaluate_on:
             result, found = measure(
-                model,
-                self.dataset,
-                part=part,
-                rates=self.config.rates,
-                seed=self.seed,
-                unimodal=self.unimodal,
-                reliance=True,
-                on_empty="prior",
-                rates_modality=self.config.rates_modality,
-            )
+                model, self.dataset, part, self.config.rates, self.seed, self.unimodal, True, "prior",
+                self.config.rates_modality,
+            )  # fmt: skip
             scores.append(result)
             predictions.append(found)
         return scores, predictions

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset, Part
-from .autosave import Autosave
 from .checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -24,7 +23,7 @@ from .checkpoint import (
     stripped,
 )
 from .config import TrainConfig
-from .interrupt import InterruptGuard
+from .interrupt import Autosave, InterruptGuard
 from .masks import epoch_order
 from .metrics import NotFiniteError, score
 from .model import build_encoder
@@ -185,8 +184,7 @@ class _SideBySide:
                 scores = dict(zip(names, self.best_score, strict=True))
                 record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
                 on_epoch(record | {"scores": scores})
-            if autosave.guard.stop:
-                autosave.stop()
+            autosave.after_epoch()
 
     def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:
         batches = Batches(self.train, order, self.config.batch_size)

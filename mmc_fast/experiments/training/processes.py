@@ -1,41 +1,41 @@
-"""The processes of one run: who takes which rows, what they sum, and what they agree on."""
+"""The processes of one run, on lightning-fabric: who takes which rows, what they sum, what they agree on."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from mmc_fast.errors import InputError
 
 from .progress import ProcessesDiffer, ProcessLost
 
-__all__ = ["World", "first_process", "join_world"]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Processes", "first_process", "join"]
 
 _TIMEOUT = timedelta(minutes=30)
 
 
-class World:
+class Processes:
     """The processes that train one model together; with one process every method returns what it was given.
 
     Each process holds the same weights and draws the same random numbers; of every batch it takes its own rows. What
-    the first process (``first``) decides, reads or writes holds for all.
+    the first process (``first``) decides, reads or writes holds for all. ``device``: where this process trains.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.size = rank, size
-        self.device = device or torch.device("cpu")
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        self.fabric = fabric
+        self.rank, self.size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
+        self.device = torch.device("cpu") if fabric is None else fabric.device
         self.kept: Callable[[], str] = lambda: "start again with resume"  # what a message says about checkpoints
 
     @property
@@ -48,12 +48,10 @@ class World:
 
     def sum(self, value: Tensor) -> Tensor:
         """``value`` summed over the processes (on the device of ``value``)."""
-        if self.size == 1:
+        if self.fabric is None or self.size == 1:
             return value
-        moved = value.detach().to(self.device, copy=True)
         with self._together():
-            dist.all_reduce(moved)
-        return moved.to(value.device)
+            return self.fabric.all_reduce(value.detach().clone(), reduce_op="sum").to(value.device)  # type: ignore[union-attr]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one of the processes."""
@@ -76,67 +74,58 @@ class World:
         if self.size == 1:
             return extras
         grads = [p.grad for p in parameters]
-        parts = [torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1) for p, g in zip(parameters, grads)]  # noqa: B905
+        parts = [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, grads, strict=True)]
         has = torch.tensor([g is not None for g in grads], dtype=torch.float32, device=extras.device)
         flat = self.sum(torch.cat([*parts, has, extras]))
         pieces = flat.split([*(len(part) for part in parts), len(grads), len(extras)])
-        wanted = pieces[-2].tolist()
-        for p, piece, found in zip(parameters, pieces, wanted, strict=False):
+        for p, piece, found in zip(parameters, pieces, pieces[-2].tolist(), strict=False):
             p.grad = piece.view_as(p) if found else None
         return pieces[-1]
 
+    def broadcast(self, value: Any) -> Any:
+        """What the first process gives."""
+        if self.fabric is None or self.size == 1:
+            return value
+        with self._together():
+            return self.fabric.broadcast(value)
+
     def agree(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` (JSON values) returns in the first process; its error is raised in all.
+        """What ``work`` returns in the first process; its error is raised in all.
 
         Raises:
             InputError, ProcessLost: where ``work`` failed in the first process.
         """
         if self.size == 1:
             return work()
-        answer: dict[str, Any] = {}
-        failure: BaseException | None = None
+        value, told, failure = None, None, None
         if self.first:
             try:
-                answer = {"value": work()}
+                value = work()
             except BaseException as error:
-                failure = error
-                answer = {"error": str(error), "input": isinstance(error, InputError)}
-        answer = json.loads(self._broadcast(json.dumps(answer).encode()).decode())
+                told, failure = (str(error), isinstance(error, InputError)), error
+        value, told = self.broadcast((value, told))
         if failure is not None:
             raise failure
-        if "error" in answer:
-            raise (InputError if answer["input"] else ProcessLost)(f"in the first process: {answer['error']}")
-        return answer["value"]
+        if told is not None:
+            raise (InputError if told[1] else ProcessLost)(f"in the first process: {told[0]}")
+        return value
 
     def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The named tensors of the first process, on the CPU; the others give anything."""
         if self.size == 1:
             return dict(tensors)
-        content = b""
-        if self.first:
-            content = tensors_to_bytes({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()})
-        return tensors_from_bytes(self._broadcast(content))
+        return self.broadcast({k: t.detach().cpu() for k, t in tensors.items()} if self.first else None)
 
     def check_same(self, what: str, content: bytes, advice: str) -> None:
         """Raise ``ProcessesDiffer`` unless ``content`` is the same in all processes."""
         if self.size == 1:
             return
-        mine = int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
-        slots = torch.zeros(self.size, dtype=torch.float64)  # 48 bits are exact
-        slots[self.rank] = mine
-        found = self.sum(slots).tolist()
-        others = [rank for rank, value in enumerate(found) if value != found[0]]
+        mine = hashlib.sha256(content).hexdigest()
+        differs = torch.zeros(self.size)
+        differs[self.rank] = float(self.broadcast(mine) != mine)
+        others = self.sum(differs).nonzero().flatten().tolist()
         if others:
             raise ProcessesDiffer(f"process {others[0]} of {self.size} has other {what} than process 0; {advice}")
-
-    def _broadcast(self, content: bytes) -> bytes:
-        length = self.sum(torch.tensor([float(len(content))], dtype=torch.float64) * self.first)
-        buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.first:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        with self._together():
-            dist.broadcast(buffer, src=0)
-        return buffer.cpu().numpy().tobytes()
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -151,28 +140,30 @@ class World:
             ) from error
 
 
-def join_world(device: torch.device, distributed: bool | None) -> World:
-    """The world of this process.
+def join(device: str, distributed: bool | None) -> Processes:
+    """The processes of a run on ``device``: those that torchrun started, or this one alone.
 
-    ``distributed`` None: all processes of the default process group where there is one, or those that torchrun started;
-    True: the same, and an error where there is neither; False: this process alone. A group that is made here (gloo on
-    the CPU, nccl on CUDA) lives as long as the process: under torchrun a second one could not be made.
+    ``distributed`` None: several where torchrun started several; True: the same, and an error without torchrun; False:
+    this process alone. The process group (gloo on the CPU, nccl on CUDA) lives as long as the process.
+
+    Raises:
+        InputError: no such device here, or ``distributed=True`` without torchrun.
     """
-    if distributed is False or not dist.is_available():
-        return World()
-    if not dist.is_initialized():
-        if not dist.is_torchelastic_launched():
-            if distributed:
-                raise InputError("distributed=True needs a process group; start the program with torchrun")
-            return World()
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return World()
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        atexit.register(_leave)
-    where = device if dist.get_backend() == "nccl" else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), where)
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+
+    found, launched = _check_device(device), TorchElasticEnvironment.detect()
+    if distributed and not launched:
+        raise InputError("distributed=True needs several processes; start the program with torchrun")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if distributed is False or not launched or size == 1:
+        return Processes(Fabric(accelerator=found.type, strategy=SingleDeviceStrategy(found)))
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), timeout=_TIMEOUT)
+    fabric = Fabric(accelerator=found.type, devices=here, num_nodes=size // here, strategy=strategy)
+    fabric.launch()
+    return Processes(fabric)
 
 
 def first_process() -> bool:
@@ -180,6 +171,13 @@ def first_process() -> bool:
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _check_device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; allowed are cpu, cuda and cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {device!r} but {torch.cuda.device_count()} CUDA devices are visible; use cpu")
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
