@@ -182,7 +182,7 @@ def _facts(
 ) -> RowFacts:
     metas = [meta for meta, _ in cells]
     gate = ""
-    if row.plugin.peer:
+    if row.plugin.baseline:
         gate = "not judged"
         if scores is not None and floor is not None and floor.se is not None:
             gate = "passed" if scores[COMPLETE].mean >= floor.mean - floor.se else GATE

@@ -6,7 +6,6 @@ Source: Zhang et al., KDD 2022.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +13,19 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import TransformerFusion
 
-from ..data import MultimodalDataset
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["M3CARE", "M3Care"]
 
 
-class M3Care(PeerModel):
+class M3Care(BaselineModel):
     """Similarity of samples -> thresholded graph -> two graph convolutions per modality -> gated mix -> transformer.
 
     Similarity: mean over the modalities that both samples have of ``exp(-mean (u_a - u_b)²)`` with learned projections
     u; below ``threshold`` it counts as 0. Modality i of sample a is gathered only from samples that have i and share at
-    least one modality with a. A slot for which there is nobody stays empty. Depends on the batch.
+    least one modality with a. A modality for which there is nobody stays absent. Depends on the batch.
     """
 
     batch_dependent = True
@@ -56,7 +54,7 @@ class M3Care(PeerModel):
         return total / shared.clamp(min=1)
 
     def gather(self, slots: Sequence[Tensor], here: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the neighbours say about every slot, and bool ``[b, m]``: whether there is one."""
+        """What the neighbours say about every modality, and bool ``[b, m]``: whether there is one."""
         near = self.nearness(slots, here)
         near = torch.where(near >= self.threshold, near, 0.0)
         near = near * (1 - torch.eye(len(here)))  # its own value comes in through the gate
@@ -72,7 +70,7 @@ class M3Care(PeerModel):
         return result, torch.stack(found, 1)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.slots(features, present)
+        slots, filled, _ = self.filled(features, present)
         return self.fuse(slots, filled)
 
     def fuse(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
@@ -87,20 +85,16 @@ class M3Care(PeerModel):
         return self.transformer(mixed, filled | found)
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.slots(batch.features, batch.present)
+        slots, filled, extra = self.filled(batch.features, batch.present)
         return F.cross_entropy(self.fuse(slots, filled), batch.labels) + extra
-
-
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> M3Care:
-    return M3Care(dataset.dims, dataset.num_classes, config, **options)
 
 
 M3CARE = Method(
     "m3care",
     "M3Care",
     "Zhang et al., KDD 2022",
-    fit_peer(_build),
+    fit_baseline(M3Care),
     tuple({"modality_dropout": p, "options": {"threshold": t}} for t in (0.5, 0.8) for p in (0.5, 0.0)),
     batch_dependent=True,
-    peer=True,
+    baseline=True,
 )

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import ConcatFusion
 
-from ..data import MultimodalDataset, Part
+from ..data import Part
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["SMIL", "Smil"]
 
 _FITTED_ROWS = 4096  # rows that the priors are computed on
 
 
-class Smil(PeerModel):
+class Smil(BaselineModel):
     """``ẑ_i = Σ_k w_k c_ik`` with K-means centres ``c_i`` of the features of modality i on complete train rows.
 
     The weights are the softplus of a small net on the present features, divided by their sum. In training a feature f
@@ -80,12 +80,12 @@ class Smil(PeerModel):
         self, features: Sequence[Tensor], present: Tensor, natural: Tensor | None = None, epsilon: Tensor | None = None
     ) -> Any:
         """Logits; with ``natural`` logits with gaps and without, MSE of what was filled in, and the heads' loss."""
-        slots, filled, extra = self.slots(features, present)
+        slots, filled, extra = self.filled(features, present)
         guesses = self.impute(slots, filled)
         logits = self._classify(slots, guesses, filled, epsilon)
         if natural is None:
             return logits
-        clean, known, _ = self.slots(features, natural)
+        clean, known, _ = self.filled(features, natural)
         complete = self._classify(clean, self.impute(clean, known), known, epsilon)
         hidden = known & ~filled
         error = sum(
@@ -127,19 +127,15 @@ class Smil(PeerModel):
         return {name: p - self.inner_lr * g for (name, p), g in zip(own.items(), slopes, strict=True)}
 
 
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> Smil:
-    return Smil(dataset.dims, dataset.num_classes, config, **options)
-
-
 SMIL = Method(
     "smil",
     "SMIL",
     "Ma et al., AAAI 2021",
-    fit_peer(_build),
+    fit_baseline(Smil),
     tuple(
         {"modality_dropout": p, "options": {"inner_lr": lr, "clusters": 10, "match": 0.01, "noise": 0.1}}
         for lr in (1e-3, 1e-2)
         for p in (0.5, 0.3)
     ),
-    peer=True,
+    baseline=True,
 )
