@@ -8,18 +8,16 @@ from pathlib import Path
 
 from mmc_fast._util.names import choose, nearest
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data.benchmark_sets import ENTRIES as BENCHMARK
 from mmc_fast.experiments.data.dataset import MultimodalDataset
-from mmc_fast.experiments.data.embedded_sets import ENTRIES as EMBEDDED
-from mmc_fast.experiments.data.files import find
-from mmc_fast.experiments.data.info import DatasetInfo, Entry
+from mmc_fast.experiments.data.info import DatasetInfo, Entry, find
 from mmc_fast.experiments.data.npz import read_npz
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
+from mmc_fast.experiments.data.sets import ENTRIES
 
 __all__ = ["available", "load"]
 
-_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in (*EMBEDDED, *BENCHMARK)}
+_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in ENTRIES}
 
 
 def available() -> list[DatasetInfo]:

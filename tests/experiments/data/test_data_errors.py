@@ -197,8 +197,8 @@ def unusual_packing(path: Path) -> None:
         (other_member, "'readme.txt': not an array"),
         (same_member_twice, "'y.npy': .*twice"),
         (lying_header, "declares float32 .*500000000000.*damaged"),
-        (broken_header, "header is not valid"),
-        (unknown_version, "npy version"),
+        (broken_header, "damaged"),
+        (unknown_version, "damaged"),
         (unusual_packing, "unusual"),
     ],
 )

@@ -88,7 +88,7 @@ _LIMITED = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from training_data import small
-from mmc_fast import data
+from mmc_fast.experiments import data
 from mmc_fast.experiments.training import train
 import mmc_fast.experiments.training.loop, sklearn.metrics, numpy
 def anonymous():
