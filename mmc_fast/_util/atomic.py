@@ -80,20 +80,13 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors with a checksum over content and metadata; tensors may live on any device and share memory."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     about = dict(metadata or {})
     about[_CHECKSUM] = _digest(plain, about)
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(plain, temporary, metadata=about)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    write_file(path, write)
+    content = save(plain, metadata=about)
+    write_file(path, lambda temporary: temporary.write_bytes(content) and None)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -64,7 +64,7 @@ def _one(bench: Bench) -> Outcome:
     def changes(form: str, beta: int) -> dict[str, object]:
         if beta == 0:
             return {}
-        return {"emphasis_modality": order[-1], "emphasis": float(beta), "emphasis_form": form}
+        return {"reweight_modality": order[-1], "reweight": float(beta), "reweight_form": form}
 
     found = bench.measure(
         {

@@ -32,10 +32,10 @@ class Processes:
     the first process (``first``) decides, reads or writes holds for all. ``device``: where this process trains.
     """
 
-    def __init__(self, fabric: Fabric | None = None) -> None:
+    def __init__(self, fabric: Fabric | None = None, device: torch.device | None = None) -> None:
         self.fabric = fabric
         self.rank, self.size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
-        self.device = torch.device("cpu") if fabric is None else fabric.device
+        self.device = device or torch.device("cpu") if fabric is None else fabric.device
         self.kept: Callable[[], str] = lambda: "start again with resume"  # what a message says about checkpoints
 
     @property
@@ -149,16 +149,16 @@ def join(device: str, distributed: bool | None) -> Processes:
     Raises:
         InputError: no such device here, or ``distributed=True`` without torchrun.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import TorchElasticEnvironment
-    from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
-
-    found, launched = _check_device(device), TorchElasticEnvironment.detect()
+    found, launched = _check_device(device), dist.is_available() and dist.is_torchelastic_launched()
     if distributed and not launched:
         raise InputError("distributed=True needs several processes; start the program with torchrun")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if distributed is False or not launched or size == 1:
-        return Processes(Fabric(accelerator=found.type, strategy=SingleDeviceStrategy(found)))
+        return Processes(device=found)
+    from lightning_fabric import Fabric  # takes seconds
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy
+
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), timeout=_TIMEOUT)
     fabric = Fabric(accelerator=found.type, devices=here, num_nodes=size // here, strategy=strategy)

@@ -11,13 +11,12 @@ from test_methods import BUDGET
 from training_data import tiny
 
 from mmc_fast.experiments.methods import get
+from mmc_fast.experiments.methods.baseline import Batch
 from mmc_fast.experiments.methods.cm_ae import CrossModalAutoencoder
-from mmc_fast.experiments.methods.grape import Grape
+from mmc_fast.experiments.methods.graph import Grape, Muse, supervised_contrastive
 from mmc_fast.experiments.methods.imputation import ImputedConcat
 from mmc_fast.experiments.methods.m3care import M3Care
 from mmc_fast.experiments.methods.mt import SubsetTransformer, subsets
-from mmc_fast.experiments.methods.muse import Muse, supervised_contrastive
-from mmc_fast.experiments.methods.peer import Batch
 from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
 from mmc_fast.experiments.methods.smil import Smil
 
@@ -82,7 +81,7 @@ def test_smil_fills_in_mixtures_of_the_priors_of_complete_rows(seed):
     z = model.encoders[1](train.features[1][complete])
     centres = model.centres.split(model.widths, 1)[1]
     assert bool((centres >= z.min(0).values - 1e-5).all() & (centres <= z.max(0).values + 1e-5).all())
-    slots, filled, _ = model.slots(train.features, train.present)
+    slots, filled, _ = model.filled(train.features, train.present)
     guess = model.impute(slots, filled)[1]
     solved = torch.linalg.lstsq(
         torch.cat([centres.t(), torch.ones(1, 4)]).double(), torch.cat([guess.t(), torch.ones(1, len(guess))]).double()
@@ -95,7 +94,7 @@ def test_smil_fills_in_mixtures_of_the_priors_of_complete_rows(seed):
 def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
     model = build(SubsetTransformer, seed, fusion_layer=1).eval()
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
+    slots, filled, _ = model.filled(batch.features, batch.present)
     changed = [torch.where(filled[:, i, None], z, torch.randn(z.shape)) for i, z in enumerate(slots)]
     torch.testing.assert_close(model.fuse(changed, filled), model.fuse(slots, filled), rtol=0, atol=0)
     seen = [torch.where(filled[:, i, None], z + 1, z) for i, z in enumerate(slots)]
@@ -126,7 +125,7 @@ def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
 def test_absent_edges_carry_nothing(kind, seed):
     model = build(kind, seed)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
+    slots, filled, _ = model.filled(batch.features, batch.present)
     slots = [z.detach().requires_grad_() for z in slots]
     out = model.graph(slots, filled)
     out.square().sum().backward()
@@ -144,7 +143,7 @@ def test_absent_edges_carry_nothing(kind, seed):
 def test_a_modality_node_sends_to_samples_that_have_it_only(seed):
     model = build(Grape, seed)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
+    slots, filled, _ = model.filled(batch.features, batch.present)
     model.graph.start_modality.grad = None
     first = (filled[:, 1]).nonzero().flatten()[0]
     layer = model.graph.rounds[0]
@@ -165,7 +164,7 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
     present[1] = torch.tensor([False, True, False])  # has b, shares nothing with row 0
     present[2] = torch.tensor([True, False, True])  # shares a, has no b
     present[3] = torch.tensor([True, True, False])  # shares a and has b
-    slots, filled, _ = model.slots(batch.features, present)
+    slots, filled, _ = model.filled(batch.features, present)
     slots = [z.detach().requires_grad_() for z in slots]
     gathered, found = model.gather(slots, filled)
     slopes = torch.autograd.grad(gathered[1][0].square().sum(), slots, retain_graph=True)
@@ -180,7 +179,7 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
     lonely = torch.zeros_like(present)
     lonely[:, 0] = True
     lonely[1] = torch.tensor([False, True, False])
-    slots, filled, _ = model.slots(batch.features, lonely)
+    slots, filled, _ = model.filled(batch.features, lonely)
     found = model.gather(slots, filled)[1]
     assert not bool(found[1].any())
     assert not bool(found[:, 1:].any()), "nobody else has b or c"
@@ -190,7 +189,7 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
 def test_m3care_threshold_cuts_what_is_less_similar(seed):
     model = build(M3Care, seed, threshold=1.0)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
+    slots, filled, _ = model.filled(batch.features, batch.present)
     assert not bool(model.gather(slots, filled)[1].any())
 
 
@@ -203,7 +202,7 @@ def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
         fitted = method.fit(dataset, changes, 0, budget=BUDGET)
         model = fitted.answer.__self__
         part = dataset.part("validation")
-        slots, filled, _ = model.slots(part.features, part.present)
+        slots, filled, _ = model.filled(part.features, part.present)
         shared, _ = model.parts(slots)
         distances.append(float(shared_distance(shared, filled).detach()) / float(shared.std().detach() + 1e-3))
     assert distances[1] < 0.3 * distances[0], distances
@@ -212,7 +211,7 @@ def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
 def test_shaspec_puts_the_mean_shared_feature_into_an_empty_slot(seed):
     model = build(ShaSpec, seed)
     batch = rows(seed)
-    slots, _, _ = model.slots(batch.features, batch.present)
+    slots, _, _ = model.filled(batch.features, batch.present)
     shared, specific = model.parts(slots)
     own = model.project(torch.cat([shared, specific], -1)) + shared
     mean = (shared[0, 0] + shared[2, 0]) / 2  # row 0 has a and c

@@ -50,7 +50,7 @@ def runs_or_says_why(dataset, config, seed):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _brief_judge():
+def _brief_probe():
     with pytest.MonkeyPatch.context() as m:
         m.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 2)
         yield

@@ -1,4 +1,4 @@
-"""The figures that watch the game, against data where the answer is known and gradients written out."""
+"""The figures that watch the adversarial training, against data where the answer is known and gradients written out."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
     seen = []
     original = Stepper.losses
 
-    def losses(self, phase, features, present, labels, *rest):
-        seen.append((features, present, labels))
-        return original(self, phase, features, present, labels, *rest)
+    def losses(self, phase, rows, counts):
+        seen.append((rows.features, rows.present, rows.labels))
+        return original(self, phase, rows, counts)
 
     monkeypatch.setattr(Stepper, "losses", losses)
     config = small("vanilla", epochs=2, modality_dropout=rate)
@@ -165,7 +165,7 @@ def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
     assert len(seen) == 8
 
 
-def test_validation_under_masks_uses_the_ranking_of_the_weights_it_judges(seed):
+def test_validation_under_masks_uses_the_ranking_of_the_weights_it_scores(seed):
     dataset, config = tiny(seed), small("ebr", selection="masked", lr=0.05)
     model = model_of(seed, dataset)
     found = []
