@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmc_fast._util.seeds import generator
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.training.game import judge_rows
+from mmc_fast.experiments.training.adversarial import judge_rows
 
 __all__ = [
     "PrefixGap",

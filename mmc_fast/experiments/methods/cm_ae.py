@@ -35,16 +35,16 @@ class CrossModalAutoencoder(BaselineModel):
         self.classifier = nn.Linear(code, num_classes)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.classifier(self.code(slots, filled))
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.code(encoded, filled))
 
-    def code(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
+    def code(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """The shared code ``[b, code]``; an absent modality enters as zeros."""
-        return self.to_code(torch.cat([torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)], -1))
+        return self.to_code(torch.cat([torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)], -1))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.present)
-        code = self.code(slots, filled)
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        code = self.code(encoded, filled)
         error = code.new_zeros(())
         for i, (decoder, x) in enumerate(zip(self.decoders, batch.features, strict=True)):
             rows = batch.natural[:, i]

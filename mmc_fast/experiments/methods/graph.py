@@ -66,9 +66,9 @@ class BipartiteGraph(nn.Module):
         self.start_modality = nn.Parameter(torch.randn(len(widths), width))
         self.rounds = nn.ModuleList(SageLayer(width, width, width) for _ in range(layers))
 
-    def forward(self, slots: list[Tensor], here: Tensor) -> Tensor:
+    def forward(self, encoded: list[Tensor], here: Tensor) -> Tensor:
         """Sample embeddings ``[b, width]`` from features ``[b, width_i]`` of which those in ``here`` are edges."""
-        masked = [torch.where(here[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+        masked = [torch.where(here[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         edges = torch.stack([enter(z) for enter, z in zip(self.enter, masked, strict=True)], 1)
         samples, modalities = self.start_sample.expand(len(here), -1), self.start_modality
         for layer in self.rounds:
@@ -91,12 +91,12 @@ class Grape(BaselineModel):
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.classifier(self.graph(slots, filled))
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.graph(encoded, filled))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.present)
-        return F.cross_entropy(self.classifier(self.graph(slots, filled)), batch.labels) + extra
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        return F.cross_entropy(self.classifier(self.graph(encoded, filled)), batch.labels) + extra
 
 
 GRAPE = Method(
@@ -134,13 +134,13 @@ class Muse(BaselineModel):
         self.classifier = nn.Linear(config.fusion_hidden[0], num_classes)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.classifier(self.graph(slots, filled))
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.graph(encoded, filled))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.present)
-        first = self.graph(slots, filled)
-        second = self.graph(slots, training_masks(filled, self.edge_dropout, batch.random))
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        first = self.graph(encoded, filled)
+        second = self.graph(encoded, training_masks(filled, self.edge_dropout, batch.random))
         a, b = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         labels = batch.labels
         return (

@@ -38,9 +38,9 @@ class ImputedConcat(BaselineModel):
         if self.fill == "zeros":
             inputs = [torch.where(present[:, i, None], x, 0.0) for i, x in enumerate(features)]
             return self.layers(self.encode(inputs))
-        slots, filled, _ = self.filled(features, present)
+        encoded, filled, _ = self.filled(features, present)
         means = self.mean.split(self.widths)
-        return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(slots)])
+        return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(encoded)])
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch.features, batch.present), batch.labels)

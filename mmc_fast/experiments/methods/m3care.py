@@ -41,10 +41,10 @@ class M3Care(BaselineModel):
             self.widths, num_classes, config.fusion_dim, config.fusion_heads, config.fusion_depth
         )
 
-    def nearness(self, slots: Sequence[Tensor], here: Tensor) -> Tensor:
+    def nearness(self, encoded: Sequence[Tensor], here: Tensor) -> Tensor:
         """``[b, b]`` in [0, 1]; 0 between samples without a modality in common."""
         total = shared = torch.zeros(len(here), len(here))
-        for i, (project, z) in enumerate(zip(self.compare, slots, strict=True)):
+        for i, (project, z) in enumerate(zip(self.compare, encoded, strict=True)):
             u = project(torch.where(here[:, i, None], z, 0.0))
             square = u.square().mean(-1)
             distance = (square[:, None] + square - 2 * u @ u.t() / u.shape[1]).clamp(min=0)
@@ -53,13 +53,13 @@ class M3Care(BaselineModel):
             shared = shared + both
         return total / shared.clamp(min=1)
 
-    def gather(self, slots: Sequence[Tensor], here: Tensor) -> tuple[list[Tensor], Tensor]:
+    def gather(self, encoded: Sequence[Tensor], here: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the neighbours say about every modality, and bool ``[b, m]``: whether there is one."""
-        near = self.nearness(slots, here)
+        near = self.nearness(encoded, here)
         near = torch.where(near >= self.threshold, near, 0.0)
         near = near * (1 - torch.eye(len(here)))  # its own value comes in through the gate
         result, found = [], []
-        for i, (first, second, z) in enumerate(zip(self.first, self.second, slots, strict=True)):
+        for i, (first, second, z) in enumerate(zip(self.first, self.second, encoded, strict=True)):
             weights = near * here[:, i].to(near.dtype)
             total = weights.sum(1, keepdim=True)
             weights = weights / total.clamp(min=1e-12)
@@ -70,14 +70,14 @@ class M3Care(BaselineModel):
         return result, torch.stack(found, 1)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.fuse(slots, filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(encoded, filled)
 
-    def fuse(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """Logits: own and gathered features mixed by a gate where both are there."""
-        gathered, found = self.gather(slots, filled)
+        gathered, found = self.gather(encoded, filled)
         mixed = []
-        for i, (gate, z, others) in enumerate(zip(self.gate, slots, gathered, strict=True)):
+        for i, (gate, z, others) in enumerate(zip(self.gate, encoded, gathered, strict=True)):
             here, near = filled[:, i, None], found[:, i, None]
             own = torch.where(here, z, 0.0)
             share = torch.where(near, torch.sigmoid(gate(torch.cat([own, others], -1))), 1.0)
@@ -85,8 +85,8 @@ class M3Care(BaselineModel):
         return self.transformer(mixed, filled | found)
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.present)
-        return F.cross_entropy(self.fuse(slots, filled), batch.labels) + extra
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        return F.cross_entropy(self.fuse(encoded, filled), batch.labels) + extra
 
 
 M3CARE = Method(

@@ -37,13 +37,13 @@ class SubsetTransformer(BaselineModel):
         self.transformer = TransformerFusion(self.widths, num_classes, config.fusion_dim, config.fusion_heads, depth)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.fuse(slots, filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(encoded, filled)
 
-    def fuse(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """Logits from the modalities in ``filled`` ``[b, m]``."""
         t, batch = self.transformer, len(filled)
-        masked = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+        masked = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         tokens = torch.stack([p(z) for p, z in zip(t.projections, masked, strict=True)], 1) + t.modality
         tokens = torch.cat([t.class_token.expand(batch, 1, -1), tokens], 1)
         seen = F.pad(filled, (1, 0), value=True)[:, None, None, :]
@@ -53,12 +53,12 @@ class SubsetTransformer(BaselineModel):
         return t.classifier(t.norm(tokens[:, 0]))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.natural)
+        encoded, filled, extra = self.filled(batch.features, batch.natural)
         tasks = subsets(filled.shape[1], batch.random)
         here = (tasks[:, None] & filled).flatten(0, 1)  # [S * b, m]
         rows = here.any(1)
         labels = batch.labels.repeat(len(tasks))[rows]
-        repeated = [z.repeat(len(tasks), 1)[rows] for z in slots]
+        repeated = [z.repeat(len(tasks), 1)[rows] for z in encoded]
         return F.cross_entropy(self.fuse(repeated, here[rows]), labels) + extra
 
 

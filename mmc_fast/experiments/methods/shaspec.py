@@ -44,9 +44,9 @@ class ShaSpec(BaselineModel):
         self.name_modality = nn.Linear(width, m)
         self.layers = ConcatFusion([width] * m, num_classes, config.fusion_hidden)
 
-    def parts(self, slots: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def parts(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shared and specific features, each ``[m, b, width]``."""
-        entered = [enter(z) for enter, z in zip(self.enter, slots, strict=True)]
+        entered = [enter(z) for enter, z in zip(self.enter, encoded, strict=True)]
         shared = torch.stack([self.share(e) for e in entered])
         specific = torch.stack([p(e) for p, e in zip(self.specific, entered, strict=True)])
         return shared, specific
@@ -59,15 +59,15 @@ class ShaSpec(BaselineModel):
         return self.layers(list(torch.where(here, own, mean)))
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.filled(features, present)
-        return self.fuse(*self.parts(slots), filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(*self.parts(encoded), filled)
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.filled(batch.features, batch.present)
-        shared, specific = self.parts(slots)
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        shared, specific = self.parts(encoded)
         task = F.cross_entropy(self.fuse(shared, specific, filled), batch.labels)
         here = filled.t()
-        names = torch.arange(len(slots))[:, None].expand_as(here)[here]
+        names = torch.arange(len(encoded))[:, None].expand_as(here)[here]
         domain = F.cross_entropy(self.name_modality(specific[here]), names)
         return task + extra + self.alignment * shared_distance(shared, filled) + self.domain * domain
 

@@ -66,9 +66,9 @@ class Smil(BaselineModel):
             found.append(torch.as_tensor(centres, dtype=z.dtype)[torch.arange(self.clusters) % k])
         self.centres.copy_(torch.cat(found, 1))
 
-    def impute(self, slots: Sequence[Tensor], filled: Tensor) -> list[Tensor]:
-        """The mixture of priors for every slot, whether it is empty or not."""
-        known = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+    def impute(self, encoded: Sequence[Tensor], filled: Tensor) -> list[Tensor]:
+        """The mixture of priors for every modality, whether it is there or not."""
+        known = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         seen = torch.cat([*known, filled.to(known[0].dtype)], -1)
         result = []
         for weigh, centres in zip(self.weigh, self.centres.split(self.widths, 1), strict=True):
@@ -80,9 +80,9 @@ class Smil(BaselineModel):
         self, features: Sequence[Tensor], present: Tensor, natural: Tensor | None = None, epsilon: Tensor | None = None
     ) -> Any:
         """Logits; with ``natural`` logits with gaps and without, MSE of what was filled in, and the heads' loss."""
-        slots, filled, extra = self.filled(features, present)
-        guesses = self.impute(slots, filled)
-        logits = self._classify(slots, guesses, filled, epsilon)
+        encoded, filled, extra = self.filled(features, present)
+        guesses = self.impute(encoded, filled)
+        logits = self._classify(encoded, guesses, filled, epsilon)
         if natural is None:
             return logits
         clean, known, _ = self.filled(features, natural)
@@ -95,9 +95,9 @@ class Smil(BaselineModel):
         return logits, complete, error / hidden.sum().clamp(min=1), extra
 
     def _classify(
-        self, slots: Sequence[Tensor], guesses: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None
+        self, encoded: Sequence[Tensor], guesses: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None
     ) -> Tensor:
-        pairs = zip(slots, guesses, strict=True)
+        pairs = zip(encoded, guesses, strict=True)
         fused = torch.cat([torch.where(filled[:, i, None], z, guess) for i, (z, guess) in enumerate(pairs)], -1)
         if epsilon is not None:
             fused = fused + epsilon * F.softplus(self.regularise(fused))

@@ -58,7 +58,7 @@ class TrainConfig:
         fusion: "concat", "late" or "transformer". fusion_hidden: hidden widths of concat and late.
         fusion_dim, fusion_heads, fusion_depth: token width, heads and blocks of the transformer.
         modality_dropout: probability that a present modality is hidden from a training row (no row loses all).
-        substitute_in_training: fill hidden slots during training as at inference (EBR only).
+        substitute_in_training: fill hidden modalities during training as at inference (EBR only).
         consistency: weight c of KL(prediction on complete data, held fixed || prediction on masked data); the step then
             takes both, and L_sem is the mean of the two. Needs ``modality_dropout``.
         noise_modality, noise_rate: uniform noise on one modality in training, ``(1 - r) x + r U std(x)``.

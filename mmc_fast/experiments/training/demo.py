@@ -28,7 +28,7 @@ __all__ = ["DATASETS", "DemoPlan", "DemoProgress", "DemoRun", "demo_config", "lo
 DATASETS = ("mfeat", "support2")
 
 # Rough relative times, for the remaining time on the screen only. Vanilla comes first and trains the unimodal models;
-# EBR trains its λ = 0 twin as well.
+# EBR trains its λ = 0 control as well.
 _COST_METHOD = {"vanilla": 2.0, "dropout": 1.0, "kd": 2.0, "ebr": 10.0, "robust": 15.0}
 _COST_DATA = {"mfeat": 1.0, "support2": 2.6}
 

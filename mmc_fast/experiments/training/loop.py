@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import check_seed, seeded_init
@@ -19,7 +18,7 @@ from mmc_fast.ops.dispatch import ran
 
 from ..data import MultimodalDataset
 from ..data.dataset import PARTS
-from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
+from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
 from .distillation import distil
 from .evaluate import Predictions, measure
@@ -31,7 +30,7 @@ from .progress import ProcessesDiffer, Progress, Silent
 from .record import SCHEMA_VERSION, adversarial_figures, results_of
 from .runfolder import RunFolder, load_run
 from .trainer import Trainer
-from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
+from .unimodal import UnimodalModels, train_unimodal, unimodal_key
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
@@ -120,7 +119,6 @@ class _Run:
         self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
-        self.distilled: list[dict[str, Any]] | None = None
         self.fingerprint = fingerprint(dataset)
         self.ran_before = ran()
 
@@ -187,7 +185,8 @@ class _Run:
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()
-        stored = self._stored_unimodal()
+        folder, dims, classes = self.folder, self.dataset.dims, self.dataset.num_classes
+        stored = self.processes.agree(lambda: folder and folder.load_unimodal(self.config, dims, classes))
         self.unimodal = unimodal or stored
         self.processes.check_same(
             "unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none"
@@ -198,7 +197,9 @@ class _Run:
         taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
         self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
         if self.unimodal is None and self.config.unimodal_epochs:
-            self.unimodal = self._same_unimodal(self._timed("unimodal", lambda: self._train_unimodal(alone)))
+            self.unimodal = self.processes.broadcast(self._timed("unimodal", lambda: self._train_unimodal(alone)))
+        for model in self.unimodal.models.values() if self.unimodal is not None else ():
+            model.to(self.device)  # those of the first process come from its device
         if self.folder is not None and stored is None and self.unimodal is not None:
             self.folder.save_unimodal(self.unimodal)
             self.folder.checkpoints("unimodal", 1).clear()
@@ -246,30 +247,6 @@ class _Run:
         self.timing[f"{name}_seconds"] = time.perf_counter() - started
         return result
 
-    def _stored_unimodal(self) -> UnimodalModels | None:
-        dims, classes = self.dataset.dims, self.dataset.num_classes
-        found = None if self.folder is None else self.folder.load_unimodal(self.config, dims, classes)
-        if not self.processes.any(found is not None):
-            return None
-        if found is None:
-            models = {name: UnimodalModel(dim, classes, self.config) for name, dim in dims.items()}
-            found = UnimodalModels(models, {}, {})
-        return self._same_unimodal(found)
-
-    def _same_unimodal(self, mine: UnimodalModels) -> UnimodalModels:
-        """Those of the first process, in all of them."""
-        if self.processes.size == 1:
-            return mine
-        tensors: dict[str, Tensor] = {}
-        for name, model in mine.models.items():
-            tensors |= prefixed(name, model.state_dict())
-        tensors = self.processes.share(tensors)
-        for name, model in mine.models.items():
-            model.load_state_dict(stripped(name, tensors))
-            model.eval().requires_grad_(False)
-        scores, key = self.processes.agree(lambda: [mine.scores, mine.key])
-        return UnimodalModels(mine.models, scores, key)
-
     def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
         return train_unimodal(
             self.dataset,
@@ -288,20 +265,7 @@ class _Run:
 
     def _checkpoint(self, stage: str) -> Checkpoint | None:
         store = self._store(stage)
-        if self.processes.size == 1:
-            return None if store is None else store.latest()
-        found: Checkpoint | None = None
-
-        def read() -> dict[str, Any] | None:
-            nonlocal found
-            found = None if store is None else store.latest()
-            return None if found is None else found.meta
-
-        meta = self.processes.agree(read)
-        if meta is None:
-            return None
-        weights = self.processes.share({} if found is None else found.weights)
-        return Checkpoint(weights, self.processes.share({} if found is None else found.tensors), meta)
+        return self.processes.agree(lambda: None if store is None else store.latest())
 
     def _epochs_left(
         self,
@@ -350,35 +314,24 @@ class _Run:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
             store = self._store(f"{stage}-distillation")
-            self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
-            model.load_state_dict(self.processes.share(model.state_dict()))
-            trainer.about = {"distilled": self.distilled}
+            teachers, kd = self.unimodal, config.kd
+            done = self._timed(
+                "distillation",
+                lambda: distil(
+                    model, self.dataset, teachers, kd,
+                    seed=self.seed, on_epoch=self._on_stage_epoch, nonfinite=config.nonfinite,
+                    checkpoint_seconds=config.checkpoint_seconds, stage=f"{stage}-distillation", store=store,
+                    guard=self.guard, checkpoint=taught,
+                ),
+            )  # fmt: skip
+            model.load_state_dict(self.processes.broadcast(model.state_dict()))
+            trainer.about = {"distilled": done}
             trainer.autosave.save()
             if store is not None:
                 store.clear()
         self._timed(stage, trainer.fit)
         self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
         return trainer
-
-    def _distil(
-        self, model: MultimodalModel, stage: str, store: CheckpointStore | None, taught: Checkpoint | None
-    ) -> list[dict[str, Any]]:
-        if self.unimodal is None or self.config.kd is None:
-            raise RuntimeError("distillation needs unimodal models and a 'kd' section")
-        return distil(
-            model,
-            self.dataset,
-            self.unimodal,
-            self.config.kd,
-            seed=self.seed,
-            on_epoch=self._on_stage_epoch,
-            nonfinite=self.config.nonfinite,
-            checkpoint_seconds=self.config.checkpoint_seconds,
-            stage=f"{stage}-distillation",
-            store=store,
-            guard=self.guard,
-            checkpoint=taught,
-        )
 
     def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
         scores, predictions = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +83,11 @@ class Processes:
         return pieces[-1]
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process gives."""
+        """What the first process gives; the others may give anything."""
         if self.fabric is None or self.size == 1:
             return value
         with self._together():
-            return self.fabric.broadcast(value)
+            return self.fabric.broadcast(value if self.first else None)
 
     def agree(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns in the first process; its error is raised in all.
@@ -109,12 +109,6 @@ class Processes:
         if told is not None:
             raise (InputError if told[1] else ProcessLost)(f"in the first process: {told[0]}")
         return value
-
-    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The named tensors of the first process, on the CPU; the others give anything."""
-        if self.size == 1:
-            return dict(tensors)
-        return self.broadcast({k: t.detach().cpu() for k, t in tensors.items()} if self.first else None)
 
     def check_same(self, what: str, content: bytes, advice: str) -> None:
         """Raise ``ProcessesDiffer`` unless ``content`` is the same in all processes."""

@@ -15,8 +15,8 @@ from mmc_fast import __version__
 from mmc_fast.ops.dispatch import ran
 
 from ..data.dataset import PARTS
+from .adversarial import fresh_discriminator, parameter_distance
 from .distillation import teaching_plan
-from .game import fresh_discriminator, parameter_distance
 from .model import MultimodalModel
 from .parts import to_device
 from .substitution import describe

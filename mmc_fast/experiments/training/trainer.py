@@ -15,6 +15,7 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import generator
 
 from ..data import MultimodalDataset
+from .adversarial import probe
 from .checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -26,7 +27,6 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .evaluate import hidden_column, masks_at, predict
-from .game import probe
 from .interrupt import Autosave, InterruptGuard
 from .masks import epoch_order, presence_entropy, training_masks
 from .metrics import NotFiniteError, score

@@ -15,39 +15,11 @@ from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Counts, Rows, Stepper
 from mmc_fast.experiments.training.trainer import Trainer
-from mmc_fast.nn.alignment import contrastive_alignment
-from mmc_fast.nn.substitution import foreign_source
 
 
 def stepper_for(config, data):
     model = MultimodalModel(data.dims, data.num_classes, config)
     return Stepper(model, build_optimizer(model.groups(), config), config)
-
-
-def test_contrastive_alignment_sees_only_rows_that_have_both(generator):
-    latents = torch.randn(2, 9, 5, generator=generator)
-    present = torch.rand(9, 2, generator=generator) < 0.7
-    both = present.all(1)
-    unit = F.normalize(latents[:, both], dim=-1)
-    logits = unit[0] @ unit[1].t() / 0.1
-    truth = torch.arange(len(logits))
-    want = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
-    assert float(contrastive_alignment(latents, present)) == pytest.approx(float(want), rel=1e-4)
-
-
-def test_foreign_source_is_another_present_modality_drawn_evenly(generator):
-    present = torch.rand(3000, 4, generator=generator) < 0.7
-    source = foreign_source(present, 3000, 4, generator)
-    for i in range(4):
-        others = present.clone()
-        others[:, i] = False
-        assert torch.equal(source[:, i] >= 0, others.any(1))
-        chosen = source[:, i].clamp(min=0)
-        assert bool(others.gather(1, chosen[:, None])[source[:, i] >= 0].all())
-    full = foreign_source(None, 3000, 4, generator)
-    share = torch.bincount(full[:, 0], minlength=4) / 3000
-    assert share[0] == 0
-    assert bool(((share[1:] - 1 / 3).abs() < 0.06).all())
 
 
 @pytest.mark.parametrize("method", ["dropout", "ebr"])
@@ -134,27 +106,3 @@ def test_robust_preset_is_ebr_with_what_the_study_found():
 def test_unknown_noise_modality_is_named():
     with pytest.raises(InputError, match="noise_modality"):
         train(tiny(0), small("vanilla", noise_modality="z", noise_rate=0.1), seed=0)
-
-
-def test_every_option_together_resumes_bitwise(tmp_path, seed):
-    """The generators of noise and of cross-modal sources are part of a checkpoint."""
-    changes = {
-        "modality_dropout": 0.5, "substitute_in_training": True, "consistency": 1.0, "noise_modality": "c",
-        "noise_rate": 0.2, "ebr_alignment": "contrastive",
-        "ebr_cross_recovery": 0.5, "ebr_reversal": 0.5,
-    }  # fmt: skip
-    data, config = tiny(seed), small(**changes)
-    whole = train(data, config, seed=seed)
-
-    class StopAfterOne:
-        def on_start(self, total, label): ...
-        def on_end(self, results): ...
-        def on_epoch(self, record):
-            if record["stage"] == "train" and record["epoch"] == 1:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(data, config, seed=seed, run_dir=tmp_path / "run", progress=StopAfterOne())
-    again = train(data, config, seed=seed, run_dir=tmp_path / "run", resume=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name

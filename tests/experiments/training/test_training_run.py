@@ -23,7 +23,7 @@ from mmc_fast.experiments.training.steps import Stepper
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
     """The modality probe has tests of its own; here it need not converge."""
-    monkeypatch.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 3)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 3)
 
 
 class At(Silent):
@@ -109,8 +109,6 @@ def test_every_fusion_with_every_substitution(fusion, substitute, seed):
         ("dropout", "train", 2),
         ("kd", "unimodal", 1),
         ("kd", "distillation", 1),
-        ("kd", "train", 2),
-        ("ebr", "train", 2),
         ("ebr", "control", 1),
     ],
 )
@@ -148,14 +146,6 @@ def test_ctrl_c_within_an_epoch_finishes_the_step_and_resumes_bitwise(optimizer,
     resumed = train(dataset, config, seed=seed, run_dir=tmp_path / "run", resume=True)
     assert equal_weights(weights(whole), weights(resumed))
     assert same_numbers(whole.results, resumed.results)
-
-
-def test_ctrl_c_between_checkpoints_saves_what_is_done(seed, tmp_path):
-    dataset, config = tiny(seed), small("dropout", checkpoint_every=3)
-    with pytest.raises(Interrupted, match="epoch-000002-step-000000"):
-        train(dataset, config, seed=seed, run_dir=tmp_path / "run", progress=At("train", 2, ctrl_c))
-    resumed = train(dataset, config, seed=seed, run_dir=tmp_path / "run", resume=True)
-    assert equal_weights(weights(resumed), weights(train(dataset, config, seed=seed)))
 
 
 def test_ctrl_c_without_a_folder_says_that_nothing_was_saved_and_restores_the_handler(seed):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator
-from mmc_fast.experiments.training.game import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.adversarial import fresh_discriminator, parameter_distance, probe
 from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.steps import Stepper

@@ -1,4 +1,4 @@
-"""Watching the two-player game: who wins, how hard both pull, and whether it changed anything."""
+"""Figures of the adversarial training: gradients of both sides, what a post-hoc probe finds, what λ changed."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def _norm(gradients: Iterable[Tensor | None]) -> float:
 def probe(
     model: MultimodalModel, part: Part, reversal: float, processes: Processes | None = None
 ) -> dict[str, float | None]:
-    """Gradient norms of both players under ``L_md`` and the accuracy of psi, on the rows of ``part``.
+    """Gradient norms of psi and encoders under ``L_md`` and the accuracy of psi, on the rows of ``part``.
 
     "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)``
     that the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs, None where
     there is none. The processes of ``processes`` share the rows.
     """
     if model.head is None:
-        raise RuntimeError("probe: this model has no EBR heads, so there is no game to watch")
+        raise RuntimeError("probe: this model has no EBR heads, so there is nothing to probe")
     processes = processes or Processes()
     groups = model.groups()
-    players = groups["discriminator"] + groups["encoders"]
+    parameters = groups["discriminator"] + groups["encoders"]
     pairs, normalizer = model.head_present(part.present).sum().double(), None
     if processes.size > 1:
         mine = processes.rows(len(part))
@@ -52,14 +52,14 @@ def probe(
         normalizer = pairs.float()
     present = None if bool(part.present.all()) else part.present
     out = model.apply_head(model.encode(part.features, present), present, None, reversal, normalizer)
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, players, allow_unused=True)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, parameters, allow_unused=True)
     with torch.no_grad():
         guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
         truth = torch.arange(guess.shape[0], device=guess.device)[:, None]
         here = model.head_present(part.present).t()
         right = (guess == truth)[here].double().sum()
     if processes.size > 1:
-        gradients, right = _over_processes(gradients, players, right, processes)
+        gradients, right = _over_processes(gradients, parameters, right, processes)
     n = len(groups["discriminator"])
     return {
         "grad_norm_psi": _norm(gradients[:n]),
@@ -69,9 +69,9 @@ def probe(
 
 
 def _over_processes(
-    gradients: Sequence[Tensor | None], players: Sequence[Tensor], right: Tensor, processes: Processes
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], right: Tensor, processes: Processes
 ) -> tuple[list[Tensor | None], Tensor]:
-    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(players, gradients, strict=True)]
+    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     *flat, right = processes.sum(torch.cat([*(p.double().reshape(-1) for p in parts), right.reshape(1)])).split(
         [*(p.numel() for p in parts), 1]
     )
