@@ -19,7 +19,7 @@ from ..data import Part
 from ..training import TrainConfig, TrainingDiverged, UnimodalModels
 from ..training.distillation import distil
 from ..training.evaluate import hidden_column, masks_at
-from ..training.interrupt import InterruptGuard
+from ..training.interrupt import InterruptGuard, Stage
 from ..training.masks import epoch_order, training_masks
 from ..training.metrics import NotFiniteError, score
 from ..training.model import MultimodalModel
@@ -165,12 +165,16 @@ class _Fit:
             self.config,
             seed=self.task.seed,
             fingerprint=fingerprint(self.dataset),
-            on_epoch=self.progress.on_epoch,
-            guard=self.guard,
+            stage=Stage("unimodal", self.progress.on_epoch, guard=self.guard),
         )
         if self.config.kd is not None:
             pairs = distil(
-                self.model, self.dataset, self.unimodal, self.config.kd, seed=self.task.seed, guard=self.guard
+                self.model,
+                self.dataset,
+                self.unimodal,
+                self.config.kd,
+                seed=self.task.seed,
+                stage=Stage(guard=self.guard),
             )
             self.fitted.record["distillation"] = {"pairs": pairs}
 

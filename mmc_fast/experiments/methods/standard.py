@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..training import predict, train
+from ..training.interrupt import Stage
 from ..training.parts import fingerprint
+from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
 from .base import Fitted, Method, Settings, Task, class_prior
 
@@ -39,10 +41,10 @@ def fit_standard(task: Task) -> Fitted:
 def fit_unimodal(task: Task) -> Fitted:
     """One model per modality; the strongest one that a row has answers for it."""
     dataset = task.dataset
-    if task.progress is not None:
-        task.progress.on_start(task.config.unimodal_epochs, "unimodal")
-    on_epoch = None if task.progress is None else task.progress.on_epoch
-    models = train_unimodal(dataset, task.config, seed=task.seed, fingerprint=fingerprint(dataset), on_epoch=on_epoch)
+    progress = task.progress or Silent()
+    progress.on_start(task.config.unimodal_epochs, "unimodal")
+    stage = Stage("unimodal", progress.on_epoch)
+    models = train_unimodal(dataset, task.config, seed=task.seed, fingerprint=fingerprint(dataset), stage=stage)
 
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
         result = torch.zeros(len(present), dataset.num_classes)

@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 from .checkpoint import Checkpoint, CheckpointStore
 from .progress import Interrupted, ProcessLost
 
-__all__ = ["Autosave", "InterruptGuard"]
+__all__ = ["Autosave", "InterruptGuard", "Stage"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster that takes its machine back
 
@@ -59,21 +60,24 @@ class InterruptGuard:
             raise Interrupted(f"interrupted during {stage}; a resumed run repeats this stage")
 
 
+@dataclass
+class Stage:
+    """A stage of a run: its name, who hears of its epochs, where it saves itself and how often, what may interrupt it,
+    and the state that it continues from. ``store`` None saves nothing."""
+
+    name: str = "train"
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
+    store: CheckpointStore | None = None
+    guard: InterruptGuard = field(default_factory=InterruptGuard)
+    seconds: float = 300.0
+    checkpoint: Checkpoint | None = None
+
+
 class Autosave:
-    """Calls ``capture() -> (state, epoch, step)`` and writes to ``store`` whenever ``seconds`` have passed.
+    """Saves what ``capture() -> (state, epoch, step)`` gives whenever it is time to; that changes no number of the run."""
 
-    ``store`` None saves nothing. Saving changes no number of the run.
-    """
-
-    def __init__(
-        self,
-        stage: str,
-        store: CheckpointStore | None,
-        guard: InterruptGuard,
-        seconds: float,
-        capture: Callable[[], tuple[Checkpoint, int, int]],
-    ) -> None:
-        self.stage, self.store, self.guard, self.seconds, self.capture = stage, store, guard, seconds, capture
+    def __init__(self, stage: Stage, capture: Callable[[], tuple[Checkpoint, int, int]]) -> None:
+        self.store, self.guard, self.stage, self.capture = stage.store, stage.guard, stage, capture
         self._saved = time.monotonic()
 
     def save(self) -> None:
@@ -89,10 +93,10 @@ class Autosave:
         """
         if self.guard.stop:
             if self.store is None:
-                raise Interrupted(f"interrupted in stage {self.stage}; nothing was saved by this process")
+                raise Interrupted(f"interrupted in stage {self.stage.name}; nothing was saved by this process")
             self.save()
             raise Interrupted(f"interrupted; saved {self.store.newest()}")
-        if self.store is not None and time.monotonic() - self._saved >= self.seconds:
+        if self.store is not None and time.monotonic() - self._saved >= self.stage.seconds:
             self.save()
 
     def after_epoch(self) -> None:

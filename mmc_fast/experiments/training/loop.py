@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
 from .distillation import distil
 from .evaluate import Predictions, measure
-from .interrupt import InterruptGuard
+from .interrupt import InterruptGuard, Stage
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint
 from .processes import Processes, join
@@ -247,25 +247,21 @@ class _Run:
         self.timing[f"{name}_seconds"] = time.perf_counter() - started
         return result
 
-    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
-        return train_unimodal(
-            self.dataset,
-            self.config,
-            seed=self.seed,
-            fingerprint=self.fingerprint,
-            device=self.device,
-            on_epoch=self._on_stage_epoch,
-            store=self._store("unimodal"),
-            guard=self.guard,
-            checkpoint=checkpoint,
-        )
-
     def _store(self, stage: str) -> CheckpointStore | None:
         return None if self.folder is None else self.folder.checkpoints(stage, self.config.keep_checkpoints)
 
     def _checkpoint(self, stage: str) -> Checkpoint | None:
         store = self._store(stage)
         return self.processes.agree(lambda: None if store is None else store.latest())
+
+    def _stage(self, name: str, on_epoch: Callable[[dict[str, Any]], None], checkpoint: Checkpoint | None) -> Stage:
+        return Stage(name, on_epoch, self._store(name), self.guard, self.config.checkpoint_seconds, checkpoint)
+
+    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
+        stage = self._stage("unimodal", self._on_stage_epoch, checkpoint)
+        return train_unimodal(
+            self.dataset, self.config, seed=self.seed, fingerprint=self.fingerprint, device=self.device, stage=stage
+        )
 
     def _epochs_left(
         self,
@@ -303,32 +299,26 @@ class _Run:
             self.dataset,
             config,
             seed=self.seed,
-            stage=stage,
             reference=self.reference,
-            store=self._store(stage),
-            guard=self.guard,
-            on_epoch=self.progress.on_epoch,
+            stage=self._stage(stage, self.progress.on_epoch, checkpoint),
             processes=self.processes,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
-            store = self._store(f"{stage}-distillation")
             teachers, kd = self.unimodal, config.kd
+            lesson = self._stage(f"{stage}-distillation", self._on_stage_epoch, taught)
             done = self._timed(
                 "distillation",
                 lambda: distil(
-                    model, self.dataset, teachers, kd,
-                    seed=self.seed, on_epoch=self._on_stage_epoch, nonfinite=config.nonfinite,
-                    checkpoint_seconds=config.checkpoint_seconds, stage=f"{stage}-distillation", store=store,
-                    guard=self.guard, checkpoint=taught,
+                    model, self.dataset, teachers, kd, seed=self.seed, nonfinite=config.nonfinite, stage=lesson
                 ),
-            )  # fmt: skip
+            )
             model.load_state_dict(self.processes.broadcast(model.state_dict()))
             trainer.about = {"distilled": done}
             trainer.autosave.save()
-            if store is not None:
-                store.clear()
+            if lesson.store is not None:
+                lesson.store.clear()
         self._timed(stage, trainer.fit)
         self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
         return trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -18,7 +17,6 @@ from ..data import MultimodalDataset
 from .adversarial import probe
 from .checkpoint import (
     Checkpoint,
-    CheckpointStore,
     fits_checkpoint,
     optimizer_tensors,
     prefixed,
@@ -27,7 +25,7 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .evaluate import hidden_column, masks_at, predict
-from .interrupt import Autosave, InterruptGuard
+from .interrupt import Autosave, Stage
 from .masks import epoch_order, presence_entropy, training_masks
 from .metrics import NotFiniteError, score
 from .model import MultimodalModel
@@ -61,17 +59,14 @@ class Trainer:
         config: TrainConfig,
         *,
         seed: int,
-        stage: str = "train",
         reference: str | None = None,
-        store: CheckpointStore | None = None,
-        guard: InterruptGuard | None = None,
-        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        stage: Stage | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.processes = processes or Processes()
         self.model, self.dataset, self.config, self.seed = model, dataset, config, seed
-        self.stage, self.reference, self.on_epoch = stage, reference, on_epoch
-        self.guard = guard or InterruptGuard()
+        self.stage, self.reference = stage or Stage(), reference
+        self.guard = self.stage.guard
         self.device = model.class_prior.device
         self.train_part = to_device(dataset.part("train"), self.device)
         self.validation = dataset.part("validation")
@@ -109,7 +104,7 @@ class Trainer:
         self.ranking_current = False
         self.ranked = config.ebr is not None and config.ebr.substitute == "ranked"
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
-        self.autosave = Autosave(stage, store, self.guard, config.checkpoint_seconds, self.state)
+        self.autosave = Autosave(self.stage, self.state)
 
     def fit(self) -> None:
         """Run the epochs that are left; saves a checkpoint after each ``checkpoint_every`` of them.
@@ -209,7 +204,7 @@ class Trainer:
     def _finish_epoch(self, phase: Phase, rate: float, entropy: float) -> None:
         config = self.config
         self._check_weights()
-        record: dict[str, Any] = {"stage": self.stage, "epoch": self.epoch, "phase": phase, "lr": rate}
+        record: dict[str, Any] = {"stage": self.stage.name, "epoch": self.epoch, "phase": phase, "lr": rate}
         rows = len(self.train_part) - self.skipped_rows
         if rows == 0:
             self._diverged(f"every batch of epoch {self.epoch} was skipped because its loss or gradient was not finite")
@@ -248,8 +243,7 @@ class Trainer:
         self._check_equal()
         if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
             self.autosave.save()
-        if self.on_epoch is not None:
-            self.on_epoch(record)
+        self.stage.on_epoch(record)
         if self.processes.size > 1:
             self.guard.agreed = self.processes.any(self.guard.requested)
         self.autosave.after_epoch()
@@ -306,10 +300,9 @@ class Trainer:
             self._diverged(f"the weights became infinite or NaN at the end of epoch {self.epoch}")
 
     def _diverged(self, what: str) -> NoReturn:
-        store = self.autosave.store
-        newest = store.newest() if store is not None else None
+        newest = self.stage.store.newest() if self.stage.store is not None else None
         raise TrainingDiverged(
-            f"{what} (stage {self.stage}); lower the learning rate or the reversal; "
+            f"{what} (stage {self.stage.name}); lower the learning rate or the reversal; "
             f"last good checkpoint: {newest or 'none was written'}"
         )
 
@@ -332,7 +325,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint; what follows equals the run that was never interrupted."""
-        with fits_checkpoint(self.stage):
+        with fits_checkpoint(self.stage.name):
             self._restore(checkpoint.weights, checkpoint.tensors, checkpoint.meta)
 
     def _restore(self, weights: dict[str, Tensor], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator
 from mmc_fast.experiments.training.adversarial import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.steps import Stepper
@@ -175,7 +176,7 @@ def test_validation_under_masks_uses_the_ranking_of_the_weights_it_scores(seed):
         refresh(model, ranking_parts(dataset), "a")
         found.append((stored, model.similarity.clone()))
 
-    Trainer(model, dataset, config, seed=seed, reference="a", on_epoch=compare).fit()
+    Trainer(model, dataset, config, seed=seed, reference="a", stage=Stage(on_epoch=compare)).fit()
     assert len(found) == 3
     assert all(torch.equal(stored, fresh) for stored, fresh in found)
     assert not torch.equal(found[0][0], found[-1][0])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from training_data import small, tiny
 
+from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer, learning_rate, set_learning_rate
 from mmc_fast.experiments.training.schedules import AdversarialStop, reversal_at
@@ -171,7 +172,12 @@ def test_interleaved_run_records_its_phases_and_updates_the_right_groups(seed):
     model = MultimodalModel(dataset.dims, dataset.num_classes, config)
     states = [snapshot(model)]
     trainer = Trainer(
-        model, dataset, config, seed=seed, reference="a", on_epoch=lambda record: states.append(snapshot(model))
+        model,
+        dataset,
+        config,
+        seed=seed,
+        reference="a",
+        stage=Stage(on_epoch=lambda record: states.append(snapshot(model))),
     )
     trainer.fit()
     assert [r["phase"] for r in trainer.history] == ["semantic", "adversarial"] * 2
@@ -191,7 +197,7 @@ def test_adversarial_stop_stops_only_the_adversarial_part(schedule, seed):
     model = MultimodalModel(dataset.dims, dataset.num_classes, config)
     states = []
     trainer = Trainer(
-        model, dataset, config, seed=seed, reference="a", on_epoch=lambda r: states.append(snapshot(model))
+        model, dataset, config, seed=seed, reference="a", stage=Stage(on_epoch=lambda r: states.append(snapshot(model)))
     )
     scores = iter([0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
     trainer._validate = lambda: {"val_score": next(scores)}  # it stops getting better after the first epoch
