@@ -209,14 +209,14 @@ def run(job: dict) -> dict:
         return line | {"diverged": str(error), "mean_missing": None, "complete": None, "missing": None, "seconds": None}
     if folder is not None:
         torch.save([vars(p) for p in result.predictions], folder / "predictions.pt")
-    scores, game = result.results["scores"], result.results["game"]
+    scores, game = result.results["scores"], result.results["adversarial"]
     line["complete"] = scores["complete"]
     line["missing"] = [row["score"] for row in scores["missing"]]
     line["mean_missing"] = scores["mean_missing"]
     if job["stage"] == "planted":
-        line["only"] = {name: row["only"] for name, row in scores["reliance"].items()}
+        line["only"] = {name: row["single_modality"] for name, row in scores["reliance"].items()}
     if game is not None:
-        fresh = game["fresh_discriminator"]
+        fresh = game["modality_probe"]
         line["fresh"] = None if fresh is None else [fresh["balanced_accuracy"], fresh["chance"]]
         last = result.results["history"][-1]
         line["game"] = {k: last[k] for k in ("loss_md_over_entropy", "psi_accuracy")}

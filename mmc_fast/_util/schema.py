@@ -55,7 +55,7 @@ def check(where: str, config: Any) -> None:
 
     Call it in ``__post_init__``. Raises InputError naming ``where.field``, the value, and what is allowed.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
         object.__setattr__(config, name, _convert(getattr(config, name), hint, f"{where}.{name}"))
 
 
@@ -65,7 +65,7 @@ def from_mapping(base: Any, values: Mapping[str, Any], where: str) -> Any:
     A nested table whose field is None in ``base`` starts from the defaults of its class. Raises InputError for an
     unknown key (the nearest one is named) and for what :func:`check` refuses.
     """
-    hints, changes = _hints(type(base)), dict(values)
+    hints, changes = _hints(type(base)), dict(values)  # type: ignore[arg-type]
     for key, value in values.items():
         if key not in hints:
             raise unknown(f"{where} key", key, tuple(hints))

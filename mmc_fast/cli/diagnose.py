@@ -54,7 +54,7 @@ def run_diagnose(
         training = dataset.part("train") if part != "train" else None
         if model.unimodal is not None:
             scored = evaluate(model.model, dataset, part=part, rates=(), unimodal=model.unimodal)["reliance"]
-            known = {name: entry["alone"] for name, entry in scored.items() if entry["alone"] is not None}
+            known = {name: entry["unimodal"] for name, entry in scored.items() if entry["unimodal"] is not None}
             settings = {"alone": known} | dict(settings)
         state = state or run / f"diagnose-{part}.state"
     else:

@@ -22,9 +22,9 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
     ]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
-        kinds = ("alone", "without", "only")
+        kinds = ("unimodal", "leave_one_out", "single_modality")
         rows = [
             [modality, *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
             for modality, entry in scores["reliance"].items()
         ]
-        print_table(console, "Each modality", ["modality", "alone", "all without it", "nothing else"], rows)
+        print_table(console, "Each modality", ["modality", "unimodal", "leave-one-out", "single-modality"], rows)

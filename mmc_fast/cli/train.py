@@ -39,17 +39,17 @@ def run_train(
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
-    """Scores, the game where one was played, and the folder."""
+    """Scores, the modality probe of EBR, and the folder."""
     data = results["data"]
     title = f"{results['label']} on {data['name']}, seed {results['seed']}"
-    if results["label"] == "inactive":
-        title = f"{results['method']} (inactive: λ changed nothing) on {data['name']}, seed {results['seed']}"
+    if results["label"] == "without-effect":
+        title = f"{results['method']} (without effect: λ changed nothing) on {data['name']}, seed {results['seed']}"
     print_scores(console, title, results["scores"], data["modalities"])
-    game = results["game"]
-    if game and game["fresh_discriminator"]:
-        fresh = game["fresh_discriminator"]
+    figures = results["adversarial"]
+    if figures and figures["modality_probe"]:
+        fresh = figures["modality_probe"]
         console.print(
-            f"A fresh discriminator names the modality of a latent with balanced accuracy "
+            f"A post-hoc probe names the modality of a latent with balanced accuracy "
             f"{fresh['balanced_accuracy']:.3f} (chance {fresh['chance']:.3f})."
         )
     console.print(f"Results, model and predictions: {results['run_dir']}")

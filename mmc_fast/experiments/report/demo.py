@@ -123,7 +123,7 @@ def _focus(runs: RunSet) -> tuple[str, ...]:
 
 
 def _fresh(run: Mapping[str, Any]) -> Any:
-    return (run.get("game") or {}).get("fresh_discriminator")
+    return (run.get("adversarial") or {}).get("modality_probe")
 
 
 def _key(results: Mapping[str, Any]) -> tuple[str, str, int]:

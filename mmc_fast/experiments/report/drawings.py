@@ -124,7 +124,7 @@ def draw_fresh_discriminator(runs: Sequence[RunSet], method: str) -> Drawing:
     spread: list[float | None] = []
     chance: list[float] = []
     for run_set in runs:
-        fresh = [run["game"]["fresh_discriminator"] for run in run_set.methods[method]]
+        fresh = [run["adversarial"]["modality_probe"] for run in run_set.methods[method]]
         mean, sd = mean_sd([f["balanced_accuracy"] for f in fresh])
         accuracy.append(mean)
         spread.append(sd)

@@ -33,6 +33,9 @@ def series_index(methods: Sequence[str]) -> dict[str, int]:
     return {display_name(m): fixed.index(m) if m in NAMES else len(fixed) + others.index(m) for m in methods}
 
 
+_KINDS = {"unimodal": "alone", "leave_one_out": "without", "single_modality": "only"}
+
+
 @dataclass(frozen=True)
 class RunSet:
     """``methods``: method -> results of its runs, in order of the seed; every method has the same seeds."""
@@ -54,7 +57,7 @@ class RunSet:
     def name(self, method: str) -> str:
         """Display name; a method whose runs include inactive ones says so, and how many."""
         runs = self.methods[method]
-        inactive = sum(run["label"] == "inactive" for run in runs)
+        inactive = sum(run["label"] == "without-effect" for run in runs)
         if not inactive:
             return display_name(method)
         return f"{display_name(method)} (inactive{'' if inactive == len(runs) else f' in {inactive} of {len(runs)}'})"
@@ -69,7 +72,7 @@ class RunSet:
         first = runs[0]["scores"]["reliance"]
         return {
             modality: {
-                kind: mean_sd([run["scores"]["reliance"][modality][kind] for run in runs])[0]
+                _KINDS.get(kind, kind): mean_sd([run["scores"]["reliance"][modality][kind] for run in runs])[0]
                 for kind, value in entry.items()
                 if isinstance(value, int | float)
             }

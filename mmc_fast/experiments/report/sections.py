@@ -116,7 +116,7 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
 
 
 def _fresh(run: Mapping[str, Any]) -> Any:
-    return (run.get("game") or {}).get("fresh_discriminator")
+    return (run.get("adversarial") or {}).get("modality_probe")
 
 
 def _heading(runs: RunSet) -> str:

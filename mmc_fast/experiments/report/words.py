@@ -76,11 +76,11 @@ def comparison_words(comparison: Comparison, method: str) -> list[str]:
 
 def game_words(runs: RunSet, method: str) -> str:
     """Whether the adversarial game reached invariance, from a fresh discriminator, and what λ changed."""
-    games = [run["game"] for run in runs.methods[method] if run.get("game")]
+    games = [run["adversarial"] for run in runs.methods[method] if run.get("adversarial")]
     if not games:
         return f"On {runs.dataset}, {display_name(method)} plays no game."
-    accuracy, sd = mean_sd([g["fresh_discriminator"]["balanced_accuracy"] for g in games])
-    chance = games[0]["fresh_discriminator"]["chance"]
+    accuracy, sd = mean_sd([g["modality_probe"]["balanced_accuracy"] for g in games])
+    chance = games[0]["modality_probe"]["chance"]
     share = (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
     spread = "" if sd is None else f" ± {sd:.3f}"
     if share <= INVARIANT_MAX:
@@ -101,7 +101,7 @@ def game_words(runs: RunSet, method: str) -> str:
             f" With λ = {games[0]['lambda']:g} the weights end at a relative distance of {mean_sd(distances)[0]:.3f} "
             "from the same run with λ = 0."
         )
-    inactive = sum(run["label"] == "inactive" for run in runs.methods[method])
+    inactive = sum(run["label"] == "without-effect" for run in runs.methods[method])
     if inactive:
         text += f" In {inactive} of {len(runs.methods[method])} runs λ changed nothing; they are labelled inactive."
     return text

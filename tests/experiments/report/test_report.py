@@ -83,7 +83,7 @@ def comparison_of(quality: dict[str, float]) -> Comparison:
 def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None) -> dict:
     """A results object of the documented layout."""
     game = {
-        "fresh_discriminator": {"balanced_accuracy": fresh, "chance": 0.5},
+        "modality_probe": {"balanced_accuracy": fresh, "chance": 0.5},
         "distance_to_lambda0": 0.125,
         "lambda": 0.1,
     }
@@ -105,13 +105,13 @@ def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label:
         "data": {"name": "toy", "metric": "accuracy"},
         "config": {"method": method, "epochs": 3, "ebr": {"reversal": 0.1} if method == "ebr" else None},
         "history": history,
-        "game": game if method == "ebr" else None,
+        "adversarial": game if method == "ebr" else None,
         "scores": {
             "complete": 0.9 + 0.01 * seed,
             "missing": [{"rate": r, "realised": [r, r / 2], "score": 0.9 - r} for r in RATES[1:]],
             "reliance": {
-                "strong": {"alone": 0.88, "without": 0.5, "only": 0.85},
-                "faint": {"alone": 0.6, "without": 0.9, "only": only},
+                "strong": {"unimodal": 0.88, "leave_one_out": 0.5, "single_modality": 0.85},
+                "faint": {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": only},
             },
         },
     }
@@ -189,7 +189,7 @@ def test_words_on_the_game_follow_the_fresh_discriminator():
     assert "still tell their modality" in words(0.97)
     assert "relative distance of 0.125" in words(0.97)
     assert "inactive" not in words(0.97)
-    assert "In 2 of 2 runs λ changed nothing" in words(0.97, label="inactive")
+    assert "In 2 of 2 runs λ changed nothing" in words(0.97, label="without-effect")
 
 
 # Comparison and its table
@@ -241,7 +241,7 @@ def test_comparison_refuses_what_does_not_pair():
 
 def test_runs_are_grouped_in_seed_order_and_name_inactive_ones():
     runs = toy_runs()
-    runs[-1]["label"] = "inactive"
+    runs[-1]["label"] = "without-effect"
     (grouped,) = group_runs(runs)
     assert grouped.seeds == [0, 1, 2]
     assert grouped.name("vanilla") == "vanilla"
