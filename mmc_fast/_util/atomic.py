@@ -50,7 +50,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path in the same folder, then rename the file to ``path``."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -65,7 +65,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (no NaN: what was not measured is null)."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -86,7 +86,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     about = dict(metadata or {})
     about[_CHECKSUM] = _digest(plain, about)
     content = save(plain, metadata=about)
-    write_file(path, lambda temporary: temporary.write_bytes(content) and None)
+    write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,7 +9,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, Union
 
 from mmc_fast._util.names import unknown
@@ -46,7 +46,7 @@ Share = Annotated[float, Range(0, 1)]
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
@@ -69,16 +69,16 @@ def from_mapping(base: Any, values: Mapping[str, Any], where: str) -> Any:
     for key, value in values.items():
         if key not in hints:
             raise unknown(f"{where} key", key, tuple(hints))
-        kind = next((a for a in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(a)), None)
-        if kind is not None and isinstance(value, Mapping):
+        tables = [a for a in (hints[key], *typing.get_args(hints[key])) if isinstance(a, type) and is_dataclass(a)]
+        if tables and isinstance(value, Mapping):
             before = getattr(base, key)
-            changes[key] = from_mapping(kind() if before is None else before, value, f"{where}.{key}")  # type: ignore[operator]
+            changes[key] = from_mapping(tables[0]() if before is None else before, value, f"{where}.{key}")
     return dataclasses.replace(base, **changes)
 
 
 def to_plain(value: Any) -> Any:
     """Plain JSON values of a dataclass: tables, lists, numbers, text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [to_plain(v) for v in value] if isinstance(value, tuple) else value
 
@@ -101,7 +101,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} is {value!r}; give a list")
         return tuple(_convert(v, args[0], f"{where}[{n}]") for n, v in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise InputError(f"{where} is {value!r}; give a table of settings")
         return value

@@ -64,7 +64,7 @@ class BaselineModel(MultimodalModel, ABC):
         del self.fusion
 
     def filled(self, features: Sequence[Tensor], present: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Features ``[b, width_i]`` (zeros where nothing is), bool ``[b, m]`` of what is there or filled in, and the loss of the heads."""
+        """Features ``[b, width_i]``, zeros where nothing is; bool ``[b, m]``: there or filled in; the loss of the heads."""
         encoded = self.encode(features, present)
         if self.head is None or self.config.ebr is None:
             return encoded, present, encoded[0].new_zeros(())

@@ -134,7 +134,7 @@ class Stepper:
         extras[4] = float(stop)
         self.freeze(phase)
         extras = self.processes.reduce_gradients(self.updated(phase), extras)
-        return extras[0], extras[1:4], bool(extras[4] > 0) if self.split else stop
+        return extras[0], extras[1:4], bool(extras[4] > 0) if self.processes.size > 1 else stop
 
     def count(self, rows: int, present: Tensor | None) -> Counts:
         """The counts of a step of so many rows; draws the sources of cross-modal reconstruction."""
@@ -206,7 +206,8 @@ class Stepper:
 
     def _latent_losses(self, latents: Tensor, rows: Rows, counts: Counts) -> Tensor | float:
         """Contrastive alignment, and cross-modal reconstruction."""
-        ebr, total = self.config.ebr, 0.0
+        ebr = self.config.ebr
+        total: Tensor | float = 0.0
         if ebr is None:
             return total
         if ebr.alignment == "contrastive":
