@@ -20,7 +20,7 @@ from mmc_fast.experiments.training import train
 
 
 @pytest.fixture(autouse=True)
-def _brief_judge(monkeypatch):
+def _brief_probe(monkeypatch):
     monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
 
 

@@ -32,7 +32,7 @@ def with_latents(model, monkeypatch, shift: float, seed: int) -> None:
     def latents(features, present=None):
         noise = torch.randn(3, len(features[0]), 4, generator=g)
         noise[:, :, 0] += shift * torch.arange(3)[:, None]
-        return noise * 1e-4  # shrunken latents must not fool the judge
+        return noise * 1e-4  # shrunken latents must not fool the probe
 
     monkeypatch.setattr(model, "latents", latents)
 
