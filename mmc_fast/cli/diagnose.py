@@ -87,7 +87,7 @@ def _run_parts(
     known = {}
     if loaded.unimodal is not None:
         scored = evaluate(loaded.model, dataset, part=part, rates=(), unimodal=loaded.unimodal)["reliance"]
-        known = {name: entry["alone"] for name, entry in scored.items() if entry["alone"] is not None}
+        known = {name: entry["unimodal"] for name, entry in scored.items() if entry["unimodal"] is not None}
     return loaded, dataset.part(part), dataset.part("train") if part != "train" else None, known
 
 

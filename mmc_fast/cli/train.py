@@ -13,8 +13,7 @@ from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data import load
 from mmc_fast.experiments.report.trained import probe, without_effect
 from mmc_fast.experiments.training import TrainConfig, train
-from mmc_fast.experiments.training.device import check_device
-from mmc_fast.experiments.training.world import first_process
+from mmc_fast.experiments.training.processes import check_device, first_process
 
 from .base import AsJson, command, print_json, takes_data_options
 from .scores import print_scores

@@ -34,8 +34,6 @@ class RunAdapter:
         self._visible = present
         if model.head is not None:
             source = None if present is None else source_for(model, present)
-            if model.source_weights is not None and present is not None:
-                source = model.source_weights([encoded[i] for i in model.columns], model.head_present(present))
             out = model.apply_head(encoded, present, source)
             for slot, column in enumerate(model.columns):
                 encoded[column] = out.recovered[slot]

@@ -160,7 +160,7 @@ def _facts(
     method: MethodConfig, runs: Sequence[Run], finished: Finished, scores: Any, bound: Score | None
 ) -> MethodFacts:  # fmt: skip
     threshold = ""
-    if method.plugin.peer:
+    if method.plugin.baseline:
         threshold = "not judged"
         if scores is not None and bound is not None:
             threshold = "passed" if scores[COMPLETE].mean >= bound.mean - bound.se else UNDER_PERFORMING

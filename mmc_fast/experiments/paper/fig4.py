@@ -51,7 +51,7 @@ def _run(plan: Plan) -> Outcome:
 
 def _one(bench: Bench) -> Outcome:
     data, weakest = bench.data.name, list(bench.strengths())[-1]
-    own = {"emphasis_modality": weakest, "emphasis": 1.0, "emphasis_form": "loss"}
+    own = {"reweight_modality": weakest, "reweight": 1.0, "reweight_form": "loss"}
     found = bench.measure(
         measure,
         lambda method, _, seed: {

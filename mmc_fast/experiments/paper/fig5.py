@@ -60,8 +60,8 @@ def _one(bench: Bench) -> Outcome:
     data, order = bench.data.name, list(bench.strengths())
 
     def changes(form: str, beta: int) -> dict[str, object]:
-        emphasis = {"emphasis_modality": order[-1], "emphasis": float(beta), "emphasis_form": form}
-        return emphasis if beta else {}
+        reweight = {"reweight_modality": order[-1], "reweight": float(beta), "reweight_form": form}
+        return reweight if beta else {}
 
     found = bench.measure(
         measure,

@@ -29,7 +29,7 @@ __all__ = [
 Results = Mapping[str, Any]
 """The content of a run's results.json."""
 
-RELIANCE = {"alone": "alone", "without": "without", "only": "only"}
+RELIANCE = {"alone": "unimodal", "without": "leave_one_out", "only": "single_modality"}
 """Score of a verdict -> its key under "reliance" in results.json."""
 
 
@@ -65,13 +65,13 @@ def history(runs: Sequence[Results], key: str) -> tuple[list[int], list[float], 
 
 def probe(run: Results) -> Mapping[str, Any] | None:
     """What the post-hoc modality probe found on the frozen latents of a run; None without adversary."""
-    found: Mapping[str, Any] | None = (run.get("game") or {}).get("fresh_discriminator")
+    found: Mapping[str, Any] | None = (run.get("adversarial") or {}).get("modality_probe")
     return found
 
 
 def without_effect(run: Results) -> bool:
     """Whether λ changed nothing in a run with an adversary."""
-    return bool(run["label"] == "inactive")
+    return bool(run["label"] == "without-effect")
 
 
 def reliance_table(by_method: Mapping[str, Sequence[Results]], chance: float) -> Table:

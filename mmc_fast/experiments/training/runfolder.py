@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mmc_fast import __version__
@@ -29,14 +28,8 @@ from .unimodal import UnimodalModel, UnimodalModels
 
 __all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
-RUN_VERSION = 1
-_RUN, _RESULTS, _MODEL, _UNIMODAL, _PREDICTIONS = (
-    "run.json",
-    "results.json",
-    "model.safetensors",
-    "unimodal.safetensors",
-    "predictions.npz",
-)
+_RUN, _RESULTS, _PREDICTIONS = "run.json", "results.json", "predictions.npz"
+_MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"
 
 
 def _differences(old: Any, new: Any, where: str) -> list[str]:
@@ -51,7 +44,7 @@ def _differences(old: Any, new: Any, where: str) -> list[str]:
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return read_tensors(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); restore it or train again in another folder") from error
 
 
@@ -117,15 +110,11 @@ class RunFolder:
 
     def _begin(self, identity: dict[str, Any]) -> None:
         self._check_empty()  # again, now that nobody else can write
-        self.write(_RUN, {"run_version": RUN_VERSION, "mmc_fast_version": __version__, "identity": identity})
+        self.write(_RUN, {"mmc_fast_version": __version__, "identity": identity})
 
     def record(self) -> dict[str, Any]:
-        """run.json, of a version that can be read."""
+        """run.json."""
         run = self.read(_RUN)
-        if run.get("run_version") != RUN_VERSION:
-            raise InputError(
-                f"{self.path} has run version {run.get('run_version')}; this version of mmc-fast reads {RUN_VERSION}"
-            )
         if not isinstance(run.get("identity"), dict):
             raise InputError(f"{self.path / _RUN} cannot be read (it names no run); restore it or train again")
         return run

@@ -129,7 +129,7 @@ def load_tool() -> ModuleType:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_the_tool_writes_the_same_file_from_the_same_arrays(name: str) -> None:
     tool = load_tool()
-    path = ROOT / "mmc_fast" / "data" / "embedded" / f"{name}.npz"
+    path = ROOT / "mmc_fast" / "experiments" / "data" / "embedded" / f"{name}.npz"
     with np.load(path, allow_pickle=False) as stored:
         arrays = {key: stored[key] for key in stored.files}
     split = tool.stratified_split(arrays["y"], seed=0)
@@ -261,7 +261,9 @@ def test_without_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("MMC_DATA", str(tmp_path))
     with pytest.raises(InputError, match="set MMC_DATA to the folder that holds avmnist"):
         data.load("avmnist")
-    (tmp_path / "p2012.npz").write_bytes((ROOT / "mmc_fast" / "data" / "embedded" / "mfeat.npz").read_bytes())
+    (tmp_path / "p2012.npz").write_bytes(
+        (ROOT / "mmc_fast" / "experiments" / "data" / "embedded" / "mfeat.npz").read_bytes()
+    )
     with pytest.raises(InputError, match="no array 'x_static'"):
         data.load("p2012")
 

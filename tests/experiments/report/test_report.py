@@ -80,8 +80,8 @@ def comparison_of(quality: dict[str, float]) -> Comparison:
 
 def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None) -> dict:
     """A results object of the documented layout."""
-    game = {
-        "fresh_discriminator": {"balanced_accuracy": fresh, "chance": 0.5},
+    adversarial = {
+        "modality_probe": {"balanced_accuracy": fresh, "chance": 0.5},
         "distance_to_lambda0": 0.125,
         "lambda": 0.1,
     }
@@ -103,13 +103,13 @@ def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label:
         "data": {"name": "toy", "metric": "accuracy"},
         "config": {"method": method, "epochs": 3, "ebr": {"reversal": 0.1} if method == "ebr" else None},
         "history": history,
-        "game": game if method == "ebr" else None,
+        "adversarial": adversarial if method == "ebr" else None,
         "scores": {
             "complete": 0.9 + 0.01 * seed,
             "missing": [{"rate": r, "realised": [r, r / 2], "score": 0.9 - r} for r in RATES[1:]],
             "reliance": {
-                "strong": {"alone": 0.88, "without": 0.5, "only": 0.85},
-                "faint": {"alone": 0.6, "without": 0.9, "only": only},
+                "strong": {"unimodal": 0.88, "leave_one_out": 0.5, "single_modality": 0.85},
+                "faint": {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": only},
             },
         },
     }

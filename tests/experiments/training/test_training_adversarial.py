@@ -1,4 +1,4 @@
-"""The figures that watch the game, against data where the answer is known and gradients written out."""
+"""The figures that watch the adversarial training, against data where the answer is known and gradients written out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator
-from mmc_fast.experiments.training.game import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.adversarial import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.steps import Stepper
@@ -31,7 +32,7 @@ def with_latents(model, monkeypatch, shift: float, seed: int) -> None:
     def latents(features, present=None):
         noise = torch.randn(3, len(features[0]), 4, generator=g)
         noise[:, :, 0] += shift * torch.arange(3)[:, None]
-        return noise * 1e-4  # shrunken latents must not fool the judge
+        return noise * 1e-4  # shrunken latents must not fool the probe
 
     monkeypatch.setattr(model, "latents", latents)
 
@@ -146,9 +147,9 @@ def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
     seen = []
     original = Stepper.losses
 
-    def losses(self, phase, features, present, labels, *rest):
-        seen.append((features, present, labels))
-        return original(self, phase, features, present, labels, *rest)
+    def losses(self, phase, rows, counts):
+        seen.append((rows.features, rows.present, rows.labels))
+        return original(self, phase, rows, counts)
 
     monkeypatch.setattr(Stepper, "losses", losses)
     config = small("vanilla", epochs=2, modality_dropout=rate)
@@ -165,7 +166,7 @@ def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
     assert len(seen) == 8
 
 
-def test_validation_under_masks_uses_the_ranking_of_the_weights_it_judges(seed):
+def test_validation_under_masks_uses_the_ranking_of_the_weights_it_scores(seed):
     dataset, config = tiny(seed), small("ebr", selection="masked", lr=0.05)
     model = model_of(seed, dataset)
     found = []
@@ -175,7 +176,7 @@ def test_validation_under_masks_uses_the_ranking_of_the_weights_it_judges(seed):
         refresh(model, ranking_parts(dataset), "a")
         found.append((stored, model.similarity.clone()))
 
-    Trainer(model, dataset, config, seed=seed, reference="a", on_epoch=compare).fit()
+    Trainer(model, dataset, config, seed=seed, reference="a", stage=Stage(on_epoch=compare)).fit()
     assert len(found) == 3
     assert all(torch.equal(stored, fresh) for stored, fresh in found)
     assert not torch.equal(found[0][0], found[-1][0])

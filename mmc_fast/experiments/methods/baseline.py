@@ -1,4 +1,4 @@
-"""``PeerModel``: what re-implemented methods share, the encoders of the standard model; and the loop that trains them."""
+"""``BaselineModel``: what re-implemented methods share, the encoders of the standard model; and the loop that trains them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
 
-from ..data import MultimodalDataset, Part
+from ..data import Part
 from ..training import TrainConfig, TrainingDiverged, UnimodalModels
 from ..training.distillation import distil
 from ..training.evaluate import hidden_column, masks_at
-from ..training.interrupt import InterruptGuard
+from ..training.interrupt import InterruptGuard, Stage
 from ..training.masks import epoch_order, training_masks
 from ..training.metrics import NotFiniteError, score
 from ..training.model import MultimodalModel
@@ -30,7 +30,7 @@ from ..training.substitution import ranking_parts, refresh, source_for
 from ..training.unimodal import train_unimodal
 from .base import BATCH_ROWS, Fitted, Task, class_prior
 
-__all__ = ["Batch", "Build", "PeerModel", "fit_peer"]
+__all__ = ["BaselineModel", "Batch", "fit_baseline"]
 
 _EXACT_ROWS = 4096  # rows at a time where the prediction does not depend on them
 
@@ -50,11 +50,11 @@ class Batch:
     random: torch.Generator
 
 
-class PeerModel(MultimodalModel, ABC):
-    """Base of the re-implemented methods: ``slots`` gives their modality features, they add fusion and loss.
+class BaselineModel(MultimodalModel, ABC):
+    """Base of the re-implemented methods: ``filled`` gives their modality features, they add fusion and loss.
 
     The encoders are those of the standard model; with an ``ebr`` section its heads stand behind them and fill absent
-    slots by its substitution rule, so that EBR can be put under any of these methods.
+    modalities by its substitution rule, so that EBR can be put under any of these methods.
     """
 
     batch_dependent = False
@@ -63,17 +63,15 @@ class PeerModel(MultimodalModel, ABC):
         super().__init__(dims, num_classes, config)
         del self.fusion
 
-    def slots(self, features: Sequence[Tensor], present: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Features ``[b, width_i]`` (zeros in empty slots), bool ``[b, m]`` of filled slots, and the loss of the heads."""
+    def filled(self, features: Sequence[Tensor], present: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Features ``[b, width_i]``, zeros where nothing is; bool ``[b, m]``: there or filled in; the loss of the heads."""
         encoded = self.encode(features, present)
         if self.head is None or self.config.ebr is None:
             return encoded, present, encoded[0].new_zeros(())
         source = source_for(self, present)
-        if self.source_weights is not None:
-            source = self.source_weights([encoded[i] for i in self.columns], self.head_present(present))
         out = self.apply_head(encoded, present, source, self.config.ebr.reversal)
-        for slot, i in enumerate(self.columns):
-            encoded[i] = out.recovered[slot]
+        for h, i in enumerate(self.columns):
+            encoded[i] = out.recovered[h]
         loss = out.discrimination_loss + self.config.ebr.reconstruction * out.reconstruction_loss
         visible = self._visible(present, source)
         return encoded, present if visible is None else visible, loss
@@ -90,7 +88,7 @@ class PeerModel(MultimodalModel, ABC):
         """Before the steps of an epoch."""
 
     def end_epoch(self, train: Part) -> None:
-        """After the steps of an epoch, before the model is judged."""
+        """After the steps of an epoch, before the model is scored."""
 
     @torch.no_grad()
     def probabilities(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
@@ -99,16 +97,17 @@ class PeerModel(MultimodalModel, ABC):
         return torch.softmax(self(features, present), -1)
 
 
-Build = Callable[[TrainConfig, MultimodalDataset, Mapping[str, Any]], PeerModel]
+def fit_baseline(kind: Callable[..., BaselineModel], **fixed: Any) -> Callable[[Task], Fitted]:
+    """The fitter of a re-implemented method with the model ``kind(dims, num_classes, config, **options, **fixed)``."""
 
+    def build(task: Task) -> BaselineModel:
+        return kind(task.dataset.dims, task.dataset.num_classes, task.config, **task.options, **fixed)
 
-def fit_peer(build: Build) -> Callable[[Task], Fitted]:
-    """The fitter of a re-implemented method; ``build`` makes its model from settings, data and options."""
     return lambda task: _Fit(build, task).run()
 
 
-_REFUSED = ("consistency", "noise_rate", "emphasis", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
-_REFUSED_HEADS = ("schedule", "psi_steps", "patience", "bounded", "alignment", "cross_recovery")
+_REFUSED = ("consistency", "noise_rate", "reweight", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
+_REFUSED_HEADS = ("schedule", "patience", "alignment", "cross_recovery")
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -125,15 +124,15 @@ def _check_settings(config: TrainConfig) -> None:
 
 
 class _Fit:
-    """Order, masks, optimiser, judging and selection as in the standard loop; model and loss of the method."""
+    """Order, masks, optimiser, validation and selection as in the standard loop; model and loss of the method."""
 
-    def __init__(self, build: Build, task: Task) -> None:
+    def __init__(self, build: Callable[[Task], BaselineModel], task: Task) -> None:
         _check_settings(task.config)
         self.task, self.config, self.dataset = task, task.config, task.dataset
         self.progress = task.progress or Silent()
         self.guard = InterruptGuard()
         with seeded_init(task.seed, "init"):
-            self.model = build(task.config, task.dataset, task.options)
+            self.model = build(task)
         self.model.class_prior.copy_(class_prior(task.dataset))
         self.train, self.validation = task.dataset.part("train"), task.dataset.part("validation")
         self.unimodal: UnimodalModels | None = None
@@ -147,7 +146,7 @@ class _Fit:
     def run(self) -> Fitted:
         config, seed = self.config, self.task.seed
         with self.guard:
-            self.progress.on_start(config.epochs + config.unimodal_epochs, "peer")
+            self.progress.on_start(config.epochs + config.unimodal_epochs, "baseline")
             self._before()
             self._epochs()
         record = {"selected_epoch": self.best_epoch, "val_score": self.history[self.best_epoch - 1]["val_score"]}
@@ -166,22 +165,22 @@ class _Fit:
             self.config,
             seed=self.task.seed,
             fingerprint=fingerprint(self.dataset),
-            on_epoch=self.progress.on_epoch,
-            guard=self.guard,
+            stage=Stage("unimodal", self.progress.on_epoch, guard=self.guard),
         )
         if self.config.kd is not None:
             pairs = distil(
-                self.model, self.dataset, self.unimodal, self.config.kd, seed=self.task.seed, guard=self.guard
+                self.model,
+                self.dataset,
+                self.unimodal,
+                self.config.kd,
+                seed=self.task.seed,
+                stage=Stage(guard=self.guard),
             )
             self.fitted.record["distillation"] = {"pairs": pairs}
 
     def _epochs(self) -> None:
         config, seed = self.config, self.task.seed
-        scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
-        discriminator = [] if self.model.head is None else list(self.model.head.discriminator.parameters())
-        known = {id(p) for p in discriminator}
-        others = [p for p in self.model.parameters() if id(p) not in known]
-        optimizer = build_optimizer({"all": others, "discriminator": discriminator}, config, scales)
+        optimizer = build_optimizer({"all": list(self.model.parameters())}, config)
         streams = {name: generator(seed, name) for name in ("order", "masks", "peer")}
         self.history: list[dict[str, Any]] = []
         best, self.best_epoch, weights = -math.inf, 0, {}
@@ -193,14 +192,14 @@ class _Fit:
             if config.needs_reference:
                 strongest = None if self.unimodal is None else self.unimodal.strongest
                 refresh(self.model, ranking_parts(self.dataset), strongest)
-            record: dict[str, Any] = {"stage": "train", "epoch": epoch + 1, "loss": loss} | self._judge(epoch + 1)
+            record: dict[str, Any] = {"stage": "train", "epoch": epoch + 1, "loss": loss} | self._validate(epoch + 1)
             selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
             if record[selected] > best:
                 best, self.best_epoch = record[selected], epoch + 1
                 weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
             self.history.append(record)
             self.progress.on_epoch(record)
-            self.guard.check("the training of a peer")
+            self.guard.check("the training of a baseline")
         self.model.load_state_dict(weights)
         self.model.eval()
 
@@ -221,23 +220,23 @@ class _Fit:
             loss.backward()
             optimizer.step()
             total += value * len(labels)
-            self.guard.check("the training of a peer")
+            self.guard.check("the training of a baseline")
         return total / len(self.train)
 
-    def _judge(self, epoch: int) -> dict[str, float]:
+    def _validate(self, epoch: int) -> dict[str, float]:
         """Validation scores, as the standard loop takes them."""
         part, metric = self.validation, self.dataset.metric
 
-        def judge(present: Tensor) -> float:
+        def score_with(present: Tensor) -> float:
             try:
                 return score(self.fitted.predict(part.features, present), part.labels, metric)
             except NotFiniteError as error:
                 raise TrainingDiverged(f"{error} (validation after epoch {epoch})") from error
 
-        record = {"val_score": judge(part.present)}
+        record = {"val_score": score_with(part.present)}
         if self.config.selection == "masked":
             column = hidden_column(self.dataset, self.config.rates_modality)
             seed, rates = self.task.seed, self.config.rates
             masks = [masks_at(part.present, rate, seed, "validation", column)[0] for rate in rates]
-            record["val_score_masked"] = sum(map(judge, masks)) / len(masks)
+            record["val_score_masked"] = sum(map(score_with, masks)) / len(masks)
         return record

@@ -1,4 +1,4 @@
-"""Watching the two-player game: who wins, how hard both pull, and whether it changed anything."""
+"""Figures of the adversarial training: gradients of both sides, what a post-hoc probe finds, what λ changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmc_fast.diagnose.measures.probes import fit_modality_probe
 from ..data import Part
 from .model import MultimodalModel
 from .parts import stream_rows
-from .world import World
+from .processes import Processes
 
 __all__ = ["fresh_discriminator", "parameter_distance", "probe"]
 
@@ -27,33 +27,35 @@ def _norm(gradients: Iterable[Tensor | None]) -> float:
     return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
 
 
-def probe(model: MultimodalModel, part: Part, reversal: float, world: World | None = None) -> dict[str, float | None]:
-    """Gradient norms of both players under ``L_md`` and the accuracy of psi, on the rows of ``part``.
+def probe(
+    model: MultimodalModel, part: Part, reversal: float, processes: Processes | None = None
+) -> dict[str, float | None]:
+    """Gradient norms of psi and encoders under ``L_md`` and the accuracy of psi, on the rows of ``part``.
 
     "grad_norm_psi": of d L_md / d psi. "grad_norm_encoders": of the reversed gradient ``-lambda d L_md / d (f, h)``
     that the encoders receive; exactly 0 at lambda 0. "psi_accuracy": over present (row, modality) pairs, None where
-    there is none. The processes of ``world`` share the rows.
+    there is none. The processes of ``processes`` share the rows.
     """
     if model.head is None:
-        raise RuntimeError("probe: this model has no EBR heads, so there is no game to watch")
-    world = world or World()
+        raise RuntimeError("probe: this model has no EBR heads, so there is nothing to probe")
+    processes = processes or Processes()
     groups = model.groups()
-    players = groups["discriminator"] + groups["encoders"]
+    parameters = groups["discriminator"] + groups["encoders"]
     pairs, normalizer = model.head_present(part.present).sum().double(), None
-    if world.size > 1:
-        mine = world.rows(len(part))
+    if processes.size > 1:
+        mine = processes.rows(len(part))
         part = Part([x[mine] for x in part.features], part.present[mine], part.labels[mine], part.index[mine])
         normalizer = pairs.float()
     present = None if bool(part.present.all()) else part.present
     out = model.apply_head(model.encode(part.features, present), present, None, reversal, normalizer)
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, players, allow_unused=True)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, parameters, allow_unused=True)
     with torch.no_grad():
         guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
         truth = torch.arange(guess.shape[0], device=guess.device)[:, None]
         here = model.head_present(part.present).t()
         right = (guess == truth)[here].double().sum()
-    if world.size > 1:
-        gradients, right = _over_processes(gradients, players, right, world)
+    if processes.size > 1:
+        gradients, right = _over_processes(gradients, parameters, right, processes)
     n = len(groups["discriminator"])
     return {
         "grad_norm_psi": _norm(gradients[:n]),
@@ -63,10 +65,10 @@ def probe(model: MultimodalModel, part: Part, reversal: float, world: World | No
 
 
 def _over_processes(
-    gradients: Sequence[Tensor | None], players: Sequence[Tensor], right: Tensor, world: World
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], right: Tensor, processes: Processes
 ) -> tuple[list[Tensor | None], Tensor]:
-    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(players, gradients, strict=True)]
-    *flat, right = world.sum(torch.cat([*(p.double().reshape(-1) for p in parts), right.reshape(1)])).split(
+    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    *flat, right = processes.sum(torch.cat([*(p.double().reshape(-1) for p in parts), right.reshape(1)])).split(
         [*(p.numel() for p in parts), 1]
     )
     return [piece.view_as(p) for piece, p in zip(flat, parts, strict=True)], right[0]

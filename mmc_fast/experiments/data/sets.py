@@ -1,4 +1,4 @@
-"""Loaders of the benchmark sets that are not part of the package; their files are in the folder MMC_DATA."""
+"""Loaders of the data sets: mfeat and support2 are in the package, the others in the folder MMC_DATA."""
 
 from __future__ import annotations
 
@@ -10,13 +10,30 @@ import numpy as np
 from mmc_fast.experiments.data.archive import Archive
 from mmc_fast.experiments.data.avmnist_paper import PAPER_VARIANTS, paper_rows
 from mmc_fast.experiments.data.dataset import check_selection
-from mmc_fast.experiments.data.files import locate
-from mmc_fast.experiments.data.info import DatasetInfo, Entry
-from mmc_fast.experiments.data.npz import column_names
+from mmc_fast.experiments.data.info import DatasetInfo, Entry, locate
+from mmc_fast.experiments.data.npz import column_names, read_npz
 from mmc_fast.experiments.data.raw import RawDataset
 
 __all__ = ["ENTRIES"]
 
+MFEAT = DatasetInfo(
+    name="mfeat",
+    title="six views of 2,000 handwritten numerals",
+    modalities=("fou", "fac", "kar", "pix", "zer", "mor"),
+    tasks=("digit",),
+    metric="accuracy",
+    source="UCI Multiple Features",
+    licence="CC BY 4.0",
+)
+SUPPORT2 = DatasetInfo(
+    name="support2",
+    title="five clinical views of 9,105 seriously ill patients",
+    modalities=("demographics", "disease", "vitals", "labs", "function"),
+    tasks=("hospital_death",),
+    metric="auroc",
+    source="SUPPORT (UCI SUPPORT2)",
+    licence="CC BY 4.0",
+)
 _FSDD = "Free Spoken Digit Dataset, CC BY-SA 4.0"
 AVMNIST = DatasetInfo(
     name="avmnist",
@@ -88,6 +105,15 @@ MIMIC4_DEMO = DatasetInfo(
 )
 
 
+def _mfeat(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
+    return read_npz(locate("mfeat"), modalities=MFEAT.modalities if modalities is None else modalities)
+
+
+def _support2(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
+    raw = read_npz(locate("support2"), modalities=SUPPORT2.modalities if modalities is None else modalities)
+    return replace(raw, nan_policy="indicator")
+
+
 def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
     """``plain``: no recording in two parts; ``speaker``: no speaker in two parts; ``hard``: the image as its four
     leading principal components, the audio with three other recordings mixed in at 0 dB."""
@@ -127,14 +153,6 @@ def _avmnist_paper(archive: Archive, share: float | None, modalities: Sequence[s
         present={"audio": heard} if "audio" in wanted else {},
         ids=recording.astype(np.int64),
     )
-
-
-def _avmnist_full(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    return _avmnist(AVMNIST, variant, modalities)
-
-
-def _avmnist_small(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    return _avmnist(AVMNIST_SMALL, variant, modalities)
 
 
 def _fsdd(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
@@ -230,8 +248,10 @@ def _mimic4_demo(task: str, variant: str | None, modalities: Sequence[str] | Non
 
 
 ENTRIES: tuple[Entry, ...] = (
-    (AVMNIST, _avmnist_full),
-    (AVMNIST_SMALL, _avmnist_small),
+    (MFEAT, _mfeat),
+    (SUPPORT2, _support2),
+    (AVMNIST, lambda task, variant, modalities: _avmnist(AVMNIST, variant, modalities)),
+    (AVMNIST_SMALL, lambda task, variant, modalities: _avmnist(AVMNIST_SMALL, variant, modalities)),
     (FSDD, _fsdd),
     (P2012, _p2012),
     (DIABETES130, _diabetes130),
