@@ -6,7 +6,7 @@ Each baseline is a function of the head that returns the function to run: ``x [N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,8 @@ def sum_trick(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor],
 
     def run(x: Tensor) -> Tensor:
         leaf = x.detach().requires_grad_()
-        logits = forward(leaf)
-        total = x.new_zeros(x.shape[1], x.shape[1])
-        for c in range(logits.shape[1]):
-            (rows,) = torch.autograd.grad(logits[:, c].sum(), leaf, retain_graph=True)
-            total.addmm_(rows.t(), rows)
-        return total
+        y = forward(leaf)
+        return _gram(torch.autograd.grad(y[:, c].sum(), leaf, retain_graph=True)[0] for c in range(y.shape[1]))
 
     return run
 
@@ -42,14 +38,7 @@ def jacrev_rows(head: nn.Sequential, compiled: bool = False, chunk: int = 256) -
     if compiled:
         jacobian = _compiled(jacobian)
 
-    def run(x: Tensor) -> Tensor:
-        total = x.new_zeros(x.shape[1], x.shape[1])
-        for part in x.split(chunk):
-            rows = jacobian(part).flatten(0, 1)
-            total.addmm_(rows.t(), rows)
-        return total
-
-    return run
+    return lambda x: _gram(jacobian(part).flatten(0, 1) for part in x.split(chunk))
 
 
 def closed_form(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor], Tensor]:
@@ -90,14 +79,7 @@ def row_chain(head: nn.Sequential, compiled: bool = False, chunk: int = 512) -> 
 
     step = _compiled(rows_of) if compiled else rows_of
 
-    def run(x: Tensor) -> Tensor:
-        s = x.new_zeros(w1.shape[0], w1.shape[0])
-        for part in x.split(chunk):
-            rows = step(part)
-            s.addmm_(rows.t(), rows)
-        return w1.t() @ s @ w1
-
-    return run
+    return lambda x: w1.t() @ _gram(step(part) for part in x.split(chunk)) @ w1
 
 
 def torch_probe(head: nn.Sequential, compiled: bool = False, seed: int = 0) -> Callable[[Tensor], Tensor]:
@@ -123,6 +105,15 @@ BASELINES: dict[str, Baseline] = {
     "row_chain": row_chain,
     "torch_probe": torch_probe,
 }
+
+
+def _gram(parts: Iterable[Tensor]) -> Tensor:
+    """``Σ BᵀB`` of rows B ``[R, d]``, in place."""
+    total = None
+    for rows in parts:
+        total = rows.new_zeros(rows.shape[1], rows.shape[1]) if total is None else total
+        total.addmm_(rows.t(), rows)
+    return total
 
 
 def _compiled(function: Callable) -> Callable:

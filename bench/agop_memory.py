@@ -1,19 +1,16 @@
 """Peak memory of one candidate of one row by the operating system, for ``bench_agop.py --memory``.
 
-A process of its own for each, because memory that one candidate has touched stays with a process.
+Linux only. A process of its own for each, because memory that one candidate has touched stays with a process.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 __all__ = ["peak_of"]
-
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_of(row: str, candidate: str) -> float:
@@ -29,9 +26,7 @@ def peak_of(row: str, candidate: str) -> float:
 
 def _resident(field: str) -> int:
     """KiB of VmRSS or VmHWM: getrusage's peak of a new process starts at that of the process which started it."""
-    if not _STATUS.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0])
 
 
@@ -44,8 +39,7 @@ def _measure(row_name: str, candidate: str) -> float:
     run = candidates(row)[candidate]
     if candidate not in row.slow or candidate.endswith("_compiled"):
         run()  # compiling, and whatever libraries set up once
-    if _RESET.exists():
-        _RESET.write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _resident("VmRSS")
     kept = run()
     peak = _resident("VmHWM") - before

@@ -3,8 +3,6 @@
 ``python bench/bench_agop.py``                  every row: correctness, then ratios beside what was recorded
 ``python bench/bench_agop.py --row NAME``       one row; ``--list`` names them
 ``python bench/bench_agop.py --gate``           exit code 1 above a gate; ``--record`` writes what the gates come from
-``python bench/bench_agop.py --scan --plots DIR`` cost against N, C, h and d
-``python bench/bench_agop.py --grid``            how often backend="auto" takes native code; exit code 1 below 90 %
 ``pytest bench/bench_agop.py --benchmark-only``  the same rows through pytest-benchmark
 
 Candidates of a row run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike.
@@ -20,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import correctness
 import gate
@@ -28,7 +25,6 @@ import machine
 import torch
 from agop_baselines import BASELINES, sum_trick
 from agop_memory import peak_of
-from agop_plots import plot
 from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import agop
@@ -83,9 +79,9 @@ ROWS = (
         (("ours", "sum_trick", 1 / 1.2), ("ours_bf16", "sum_trick", 1 / 2.2), ("ours_probe", "sum_trick", 1 / 6.5),
          ("ours_probe", "torch_probe", 1 / 1.2)), depth=2, slow=("row_chain", "sum_trick"),
         compiled=("row_chain", "sum_trick", "torch_probe")),
-    *(Row(f"popcount_{h}", 16384, 0, h, 0, ("counts_rate",), (("kernel_rate", "register_rate", 1 / 0.8),))
+    *(Row(f"popcount_{h}", 16384, 0, h, 0, (), (("kernel_rate", "register_rate", 1 / 0.8),))
       for h in (512, 1024, 2048, 4096)),
-    Row("popcount_avx2", 65536, 0, 1024, 0, ("counts_rate", "syrk_rate"), (("counts_rate", "syrk_rate", 1 / 5),),
+    Row("popcount_avx2", 65536, 0, 1024, 0, ("syrk_rate",), (("kernel_rate", "syrk_rate", 1 / 5),),
         isa="avx2"),
     Row("two_threads", 65536, 256, 512, 10, ("ours", "forward"), (("gemm_scaling", "ours_scaling", 1 / 0.93),),
         threads=2),
@@ -115,14 +111,9 @@ def samples(row: Row, head: nn.Sequential) -> Tensor:
 def candidates(row: Row) -> dict[str, Candidate]:
     """The functions to time; each does one whole job."""
     generator = torch.Generator().manual_seed(1)
-    if not row.d:  # packed words
-        words = torch.randint(-(2**62), 2**62, (row.h, row.n // 64), generator=generator)
+    if not row.d:  # the counting kernel, timed by the library itself
         rows = torch.randn(row.n // 16, row.h, generator=generator)
-        both: dict[str, Candidate] = {
-            "counts_rate": lambda: primitives.coactivation_counts(words, backend="cpp"),
-            "syrk_rate": lambda: rows.t() @ rows,
-        }
-        return {name: both[name] for name in row.candidates}
+        return {name: lambda: rows.t() @ rows for name in row.candidates}
     head = make_head(row)
     x = samples(row, head)
     weight, bias, out = head[0].weight.detach(), head[0].bias.detach(), torch.empty(row.n, row.h)
@@ -144,9 +135,15 @@ def candidates(row: Row) -> dict[str, Candidate]:
 def check(row: Row) -> None:
     """Refuse to time a wrong result: every exact candidate against float64 on a part of the samples."""
     if not row.d:
-        words = torch.randint(-(2**62), 2**62, (50, 7), generator=torch.Generator().manual_seed(2))
-        expected = primitives.coactivation_counts(words, backend="torch")
-        if not torch.equal(primitives.coactivation_counts(words, backend="cpp"), expected):
+        z, counts = (
+            torch.randn(450, 50, generator=torch.Generator().manual_seed(2)),
+            torch.zeros(50, 50, dtype=torch.int64),
+        )
+        primitives.relu_coactivation_update(
+            z, torch.eye(50), None, counts, torch.zeros(1, dtype=torch.int64), backend="cpp"
+        )
+        active = (z > 0).long()
+        if not torch.equal(counts, torch.triu(active.t() @ active)):
             raise SystemExit(f"{row.name}: the counts are wrong, so no speed is reported")
         return
     small = replace(row, n=200, candidates=tuple({**dict.fromkeys(row.candidates), "ours": None}), compiled=())
@@ -218,7 +215,7 @@ def measure(row: Row, rounds: int) -> dict:
     values = {name: 1e3 * min(taken) for name, taken in repeats.items()}
     if not row.d:  # milliseconds per multiply-add of the upper triangle
         work = row.h * (row.h + 1) / 2 * row.n
-        values = {name: value / (work / (16 if name == "syrk_rate" else 1)) for name, value in values.items()}
+        values = {name: 16 * value / work for name, value in values.items()}
         values["register_rate"] = 1e3 / library.native().register_only_rate()
         values["kernel_rate"] = 1e3 / library.native().coactivation_kernel_rate(row.h, row.n // 64)
     if row.threads > 1:
@@ -234,27 +231,6 @@ def measured(row: Row, rounds: int) -> dict:
         return measure(row, rounds)
     with library.forced_isa(row.isa):
         return measure(row, rounds)
-
-
-def scan(rounds: int) -> list[dict]:
-    """Cost against N, C, h and d around the first shape, native and closed form."""
-    base = {"n": 8192, "d": 256, "h": 512, "outputs": 10}
-    grid = {
-        "n": (1024, 4096, 16384, 65536),
-        "outputs": (1, 10, 100, 1000),
-        "h": (64, 256, 1024, 2048),
-        "d": (16, 64, 256, 1024),
-    }
-    out = []
-    for axis, values in grid.items():
-        for value in values:
-            shape = {**base, axis: value}
-            result = measure(
-                Row(f"scan_{axis}", candidates=("ours", "forward", "closed_form"), targets=(), **shape), rounds
-            )
-            out.append({**result, "axis": axis, "value": value})
-            show(result)
-    return out
 
 
 def show(result: dict) -> None:
@@ -273,33 +249,12 @@ def show(result: dict) -> None:
     print(f"    ran: {result['ran']}")
 
 
-def show_grid() -> int:
-    from agop_grid import run_grid
-
-    found = run_grid()
-    share = found["native"] / found["points"]
-    print(f"native on {found['native']} of {found['points']} points ({share:.1%}), target 90 %")
-    print(f"not counted: {found['linear_layers']} points at the last layer, where G = N WᵀW needs no samples")
-    for point in found["other"]:
-        print(f"    {point['point']}: {point['method']} on {point['backend']}: {point['reason']}")
-    return 0 if share >= 0.9 else 1
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = gate.parser(__doc__, [row.name for row in ROWS], rounds=15)
-    parser.add_argument("--scan", action="store_true", help="cost against N, C, h and d instead of the table")
-    parser.add_argument("--grid", action="store_true", help='how often backend="auto" takes native code')
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each candidate of the table")
-    parser.add_argument("--plots", type=Path, help="folder for the figures of --scan")
     options = gate.begin(parser, argv, library.unavailable_reason())
-    if options.grid:
-        return show_grid()
     results = []
-    if options.scan:
-        results = scan(options.rounds)
-        if options.plots:
-            plot(results, options.plots)
-    for row in () if options.scan else ROWS:
+    for row in ROWS:
         if (options.row and row.name not in options.row) or (options.one_thread and row.threads > 1):
             continue
         if row.isa and row.isa not in library.supported_isas():

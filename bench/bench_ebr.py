@@ -227,8 +227,8 @@ def training_step(row: Row, eager: bool) -> Candidate:
     labels = torch.randint(0, 10, (row.batch,))
 
     def run() -> None:
-        total, _, latents = stepper.losses("joint", features, None, labels)
-        stepper.update("joint", total, latents, None)
+        stepper.backward("joint", labels, lambda rows: features)
+        stepper.update("joint")
 
     return run
 

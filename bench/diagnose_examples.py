@@ -1,7 +1,7 @@
 """The worked examples of docs/diagnose.md: avMNIST and SUPPORT2, vanilla and the robust variant, diagnosed and drawn.
 
 Run: ``python bench/diagnose_examples.py [--seeds 3] [--out docs/img] [--pages folder]``. avMNIST is read from ``MMC_DATA``; SUPPORT2 is in
-the package. Prints the tables of the document. Settings are those of the study (``configs/study/frozen.json``); pictures and
+the package. Prints the tables of the document. Settings are those of docs/study.md; pictures and
 tables are of the first seed, a line below says what the others found. "planted" is vanilla fusion on avMNIST whose sounds
 were shuffled among the training rows, so that it could learn nothing from them: a full collapse of a modality that is there.
 """
@@ -9,7 +9,6 @@ were shuffled among the training rows, so that it could learn nothing from them:
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.diagnose.figures import PAGE, STYLE
 from mmc_fast.experiments.data import MultimodalDataset, load
+from mmc_fast.experiments.diagnosis import RunAdapter
 from mmc_fast.experiments.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,14 @@ SETS = {
 }
 PLANTED = "planted"
 METHODS = {"vanilla": "vanilla", "robust": "EBR robust"}
+COMMON = {"selection": "masked", "unimodal_share": 0.0, "control": False}
+HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32], "backend": "torch", "residual": True, "normalize": True,
+         "substitute": "mean", "reversal": 0.1, "cross_recovery": 0.1}  # fmt: skip
+SETTINGS = {
+    "vanilla": COMMON | {"method": "vanilla"},
+    "EBR robust": COMMON | {"method": "ebr", "modality_dropout": 0.5, "substitute_in_training": True, "consistency": 1.0,
+                            "ebr": HEADS},
+}  # fmt: skip
 SHOWN = ("use_shares", "reliance", "neurons")
 
 
@@ -37,10 +45,9 @@ def fit(name: str, method: str, seed: int) -> Diagnosis:
     known, options, budget = SETS[name]
     dataset = load(known, **options)
     shown = shuffled(dataset, "audio", seed) if method == PLANTED else dataset
-    methods = json.loads((ROOT / "configs" / "study" / "frozen.json").read_text())["test"]
-    settings = methods["vanilla" if method == PLANTED else method] | budget
+    settings = SETTINGS["vanilla" if method == PLANTED else method] | budget
     result = train(shown, TrainConfig.from_dict(settings), seed=seed, evaluate_on=("validation",))
-    return diagnose(result.model, dataset, control=True)
+    return diagnose(RunAdapter(result.model), dataset, control=True)
 
 
 def shuffled(dataset: MultimodalDataset, modality: str, seed: int) -> MultimodalDataset:
@@ -59,7 +66,7 @@ def draw(found: dict[str, Diagnosis], path: Path) -> None:
         grid = canvas.subplots(len(found), len(SHOWN))
         for row, (method, d) in zip(grid, found.items(), strict=True):
             for axes, kind in zip(row, SHOWN, strict=True):
-                getattr(d, f"plot_{kind}")(axes)
+                d.plot(kind, axes)
                 axes.set_title(f"{method}: {axes.get_title('left').lower()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, dpi=80, facecolor=PAGE)

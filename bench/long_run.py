@@ -43,10 +43,10 @@ def config_of(case: str, epochs: int):
     robust = TrainConfig.preset("robust", **shared)
     if case == "robust":
         return robust
-    heads = replace(robust.ebr, substitute="ranked", psi_steps=2, bounded=True, alignment="distance")
+    heads = replace(robust.ebr, substitute="ranked")
     noise = {"noise_modality": "mor", "noise_rate": 0.2}
-    game = {"selection": "masked", "clip_grad_norm": 5.0, "nonfinite": "skip", "lr_decay_every": 3}
-    return replace(robust, ebr=heads, kd=KDConfig(epochs=3), **noise, **game)
+    loop = {"selection": "masked", "clip_grad_norm": 5.0, "nonfinite": "skip", "lr_decay_every": 3}
+    return replace(robust, ebr=heads, kd=KDConfig(epochs=3), **noise, **loop)
 
 
 def child(case: str, epochs: int, seed: int, folder: Path) -> None:

@@ -1,82 +1,88 @@
-"""Tile sizes, warps and stages of every kernel as shipped, and how products of float32 may be rounded.
-
-One table per op. A key holds what changes the best choice on one machine (the kind of product, a class of widths) and
-never the batch size: a batch of another size must not compile, nor tune, anew.
-"""
+"""What all Triton kernels share: whether they can run, how float32 products are rounded, tiles, and the launch itself."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
+from torch import Tensor
 
 __all__ = [
-    "AGOP",
-    "EBR_NARROW",
-    "EBR_WIDE",
-    "Config",
-    "NarrowTile",
-    "WideTile",
-    "ebr_narrow_tile",
-    "ebr_wide_tile",
+    "DTYPES",
+    "Tile",
     "input_precision",
+    "launch",
+    "padded",
     "product_kind",
     "splits",
+    "triton_version",
+    "usable",
 ]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 264  # about two per multiprocessor of an H100; fewer tiles than this are split along the samples
 
 
-class Config(NamedTuple):
-    """``blocks``: the constexpr tile sizes by name; then warps per program and stages of the software pipeline."""
+class Tile(NamedTuple):
+    """``blocks``: the constexpr sizes by name; warps per program, stages of the pipeline, registers to a thread at most."""
 
     blocks: dict[str, int]
     warps: int
     stages: int
+    registers: int | None = None  # None: ptxas decides, which may spill a few bytes to run one block more
 
     @property
-    def launch(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+        options = {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-# kernel -> kind of product (see product_kind) -> config
-AGOP: dict[str, dict[str, Config]] = {
-    "hidden": {
-        "ieee": Config({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
-        "tf32": Config({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-        "half": Config({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
-    },
-    "coactivation": {
-        "int8": Config({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3),
-    },
-    "gram": {
-        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 16}, 8, 2),
-        "tf32": Config({"BLOCK_H": 64, "BLOCK_R": 32}, 8, 3),
-        "half": Config({"BLOCK_H": 64, "BLOCK_R": 64}, 8, 3),
-    },
-    "fold": {"all": Config({"BLOCK": 256}, 4, 2)},
-    "chain": {
-        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 32, "BLOCK_K": 16}, 8, 2),
-        "tf32": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
-        "half": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
-    },
-    "rows": {
-        "ieee": Config({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 4, 2),
-        "tf32": Config({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 3),
-        "half": Config({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 64}, 8, 3),
-    },
-}
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number of the installed Triton."""
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
-def input_precision() -> str:
-    """``"ieee"``, or ``"tf32"`` where ``torch.get_float32_matmul_precision()`` allows it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def usable(tensors: Sequence[Tensor]) -> str | None:
+    """Say why the kernels cannot run on these tensors, None where they can."""
+    if triton_version() < (3, 7):  # older ones were never compiled or interpreted
+        return f"Triton {triton.__version__} is installed and the kernels need 3.7 or newer"
+    devices = {tensor.device for tensor in tensors}
+    types = {device.type for device in devices}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if not types <= {"cpu"}:
+            return "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
+    elif not torch.cuda.is_available():
+        return "Triton kernels need a GPU and torch sees none (TRITON_INTERPRET=1 interprets them, for tests)"
+    elif not types <= {"cuda"}:
+        return f"Triton kernels need tensors on the GPU and got {', '.join(sorted(types))}"
+    elif len(devices) > 1:
+        return f"Triton kernels need tensors on one GPU and got {', '.join(sorted(map(str, devices)))}"
+    wrong = {t.dtype for t in tensors if t.is_floating_point()} - set(DTYPES)
+    return f"they compute in float32, bfloat16 and float16 and a tensor is {wrong.pop()}" if wrong else None
+
+
+def input_precision(dtype: torch.dtype = torch.float32) -> str:
+    """``input_precision`` of ``tl.dot``: ``"tf32"`` where torch's settings allow it for float32, else ``"ieee"``.
+
+    ``torch.backends.cuda.matmul.fp32_precision`` also shows what ``torch.set_float32_matmul_precision``,
+    ``allow_tf32`` or ``torch.backends.fp32_precision`` set.
+    """
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def product_kind(dtype: torch.dtype) -> str:
-    """Key of the tables: ``"half"`` for 16-bit operands, else the precision that float32 products may have."""
+    """Key of the tables of tiles: ``"half"`` for 16-bit operands, else the precision that float32 products may have."""
     return input_precision() if dtype == torch.float32 else "half"
+
+
+def padded(width: int) -> int:
+    """The next power of two that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(width))
 
 
 def splits(tiles: int, rows: int, smallest: int) -> int:
@@ -84,76 +90,10 @@ def splits(tiles: int, rows: int, smallest: int) -> int:
     return max(1, min(-(-PROGRAMS // max(1, tiles)), rows // smallest))
 
 
-class NarrowTile(NamedTuple):
-    """Rows, hidden units and feature columns of a step of the narrow EBR kernels.
-
-    ``depth``: of a product over latents or units of the discriminator, at most. ``weights``: backward of rows and of
-    weights in two launches, this the tile of the second; together they would spill.
-    """
-
-    rows: int
-    hidden: int
-    features: int
-    depth: int = 128
-    warps: int = 8
-    stages: int = 1
-    registers: int = 255  # to a thread at most: left to itself, ptxas spills to run one block more
-    weights: NarrowTile | None = None
-
-
-# (operands, direction); float32 without TF32 runs on the plain arithmetic units and wants small tiles, and wide latents too
-EBR_NARROW = {
-    ("16 bit", "forward"): NarrowTile(64, 64, 128, stages=2),
-    ("16 bit", "backward"): NarrowTile(32, 32, 64),
-    ("16 bit, latent above 64", "forward"): NarrowTile(32, 64, 64, stages=2),
-    ("16 bit, latent above 64", "backward"): NarrowTile(16, 32, 64, depth=64),
-    ("tf32", "forward"): NarrowTile(32, 32, 64),
-    ("tf32", "backward"): NarrowTile(32, 32, 64, weights=NarrowTile(16, 32, 64)),
-    ("tf32", "backward of a source"): NarrowTile(16, 32, 64, weights=NarrowTile(16, 32, 64)),
-    ("tf32, latent above 64", "forward"): NarrowTile(32, 32, 64, depth=64),
-    ("tf32, latent above 64", "backward"): NarrowTile(16, 32, 64, weights=NarrowTile(16, 32, 64, depth=64)),
-    ("ieee", "forward"): NarrowTile(16, 32, 32, depth=32),
-    ("ieee", "backward"): NarrowTile(16, 16, 32, depth=32),
-    ("ieee", "backward of a source"): NarrowTile(16, 16, 16, depth=32),
-    ("ieee, latent above 64", "forward"): NarrowTile(16, 32, 32, depth=32),
-    ("ieee, latent above 64", "backward"): NarrowTile(16, 16, 32, depth=16),
-    ("ieee, latent above 64", "backward of a source"): NarrowTile(16, 16, 16, depth=32),
-}
-
-
-def ebr_narrow_tile(
-    dtype: torch.dtype, direction: str, precision: str, latent: int, d_source: bool = False
-) -> NarrowTile:
-    """The shipped tile for a 16-bit type, or float32 at this precision, and this width of the latent."""
-    operands = precision if dtype == torch.float32 else "16 bit"
-    if latent > 64:
-        operands += ", latent above 64"
-    usual = EBR_NARROW[operands, direction]
-    return EBR_NARROW.get((operands, f"{direction} of a source"), usual) if d_source else usual
-
-
-class WideTile(NamedTuple):
-    """Tile of a grouped product, and rows, units and depth of the launch that ends the discriminator."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    loss_rows: int
-    loss_units: int
-    loss_depth: int
-    loss_warps: int
-    registers: int  # to a thread at most: left to itself, ptxas spills a few bytes to run one block more
-
-
-EBR_WIDE = {
-    "16 bit": WideTile(64, 128, 64, 8, 3, 32, 128, 64, 8, 208),
-    "tf32": WideTile(64, 64, 32, 4, 3, 16, 128, 32, 8, 200),
-    "ieee": WideTile(64, 64, 16, 8, 2, 16, 64, 16, 8, 208),
-}
-
-
-def ebr_wide_tile(dtype: torch.dtype, precision: str) -> WideTile:
-    """The shipped tile for float32 at this precision, or for a 16-bit type."""
-    return EBR_WIDE[precision if dtype == torch.float32 else "16 bit"]
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Launch on ``device`` and its current stream. Triton by itself launches on torch's current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, **options)

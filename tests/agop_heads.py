@@ -27,29 +27,34 @@ def chain(
     return nn.Sequential(*modules)
 
 
+def module_agop(head: nn.Module, u: Tensor, output: str = "logits", center: bool = False) -> Tensor:
+    """AGOP at the input of any module that treats rows one by one: ``torch.func`` in float64, independent of the package."""
+    head, u = copy.deepcopy(head).double(), u.detach().double()
+
+    def outputs(row: Tensor) -> Tensor:
+        y = head(row[None])[0].reshape(-1)
+        return torch.softmax(y, dim=-1) if output == "probs" else y
+
+    if not len(u):
+        return torch.zeros(u.shape[1], u.shape[1], dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(outputs))(u).detach()  # [N, C, d]
+    if center:
+        jacobian = jacobian - jacobian.mean(dim=0)
+    flat = jacobian.flatten(0, 1)
+    return flat.t() @ flat
+
+
 def jacrev_agop(
     head: nn.Sequential, x: Tensor, layer: int = 0, output: str = "logits", center: bool = False, reduction: str = "sum"
 ) -> Tensor:
-    """AGOP from ``torch.func``, in float64, independent of the package."""
-    head, x = copy.deepcopy(head).double(), x.detach().double()
+    """The same at the input of a Linear layer of a (nested) ``nn.Sequential``."""
+    head = copy.deepcopy(head).double()
     modules = [leaf for leaf in head.modules() if not isinstance(leaf, nn.Sequential)]
-    starts = [index for index, module in enumerate(modules) if isinstance(module, nn.Linear)]
-    before, after = nn.Sequential(*modules[: starts[layer]]), nn.Sequential(*modules[starts[layer] :])
-
-    def outputs(u: Tensor) -> Tensor:
-        y = after(u)
-        return torch.softmax(y, dim=-1) if output == "probs" else y
-
+    start = [index for index, module in enumerate(modules) if isinstance(module, nn.Linear)][layer]
     with torch.no_grad():
-        u = before(x)
-    if not len(u):
-        return torch.zeros(u.shape[1], u.shape[1], dtype=torch.float64)
-    jacobian = torch.func.vmap(torch.func.jacrev(outputs))(u)  # [N, C, d]
-    if center:
-        jacobian = jacobian - jacobian.mean(dim=0)
-    flat = jacobian.reshape(-1, u.shape[1]).detach()
-    total = flat.t() @ flat
-    return total / len(u) if reduction == "mean" else total
+        u = nn.Sequential(*modules[:start])(x.detach().double())
+    total = module_agop(nn.Sequential(*modules[start:]), u, output, center)
+    return total / len(u) if reduction == "mean" and len(u) else total
 
 
 def away_from_kinks(head: nn.Sequential, x: Tensor, distance: float = 1e-4) -> Tensor:

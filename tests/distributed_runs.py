@@ -32,18 +32,14 @@ EVERYTHING = {
 
 def cases() -> dict[str, TrainConfig]:
     """Batches of 16 of 61 rows: the last one has 13, which no number of processes divides; masks differ by row."""
-    heads = {"ebr_psi_steps": 3, "ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3, "ebr_alignment": "distance"}
+    heads = {"ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3}
     sgd = {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9}
     found = {
         "vanilla": small("vanilla", **sgd),
         "dropout": small("dropout", fusion="transformer"),
         "kd": replace(small("kd", **sgd), kd=replace(small("kd").kd, epochs=1, batch_size=32, embedding_dim=4)),
-        "everything": small("ebr", **EVERYTHING, **heads, **sgd, ebr_bounded=True),
+        "everything": small("ebr", **EVERYTHING, **heads, **sgd),
         "interleave": small("ebr", ebr_schedule="interleave", ebr_interleave_epochs=1, **sgd),
-        "balanced": small("ebr", reversal_schedule="balanced", modality_dropout=0.3, control=False, **sgd),
-        "learned": small(
-            "ebr", ebr_substitute="learned", modality_dropout=0.3, substitute_in_training=True, control=False
-        ),
     }
     return {name: replace(config, epochs=2) for name, config in found.items()}
 
@@ -65,9 +61,9 @@ def compare(out: Path, seed: int, accumulate: int) -> None:
 
 def die(out: Path, seed: int, rank: int) -> None:
     """The process ``rank`` dies after some steps of the third epoch; the others report."""
-    from mmc_fast.experiments.training import split
+    from mmc_fast.experiments.training.steps import Stepper
 
-    original, steps = split.SplitStep.backward, []
+    original, steps = Stepper.backward, []
 
     def backward(self, *args):
         steps.append(1)
@@ -75,7 +71,7 @@ def die(out: Path, seed: int, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 
-    split.SplitStep.backward = backward
+    Stepper.backward = backward
     config = small("dropout", epochs=4)
     try:
         train(data(seed), config, seed=seed, run_dir=out / "run", resume="auto")
@@ -107,9 +103,10 @@ def refuse(out: Path, seed: int) -> None:
 
 def interrupt(out: Path, seed: int) -> None:
     """SIGTERM reaches one process only; all stop at the same step, saved."""
-    from mmc_fast.experiments.training import Interrupted, split
+    from mmc_fast.experiments.training import Interrupted
+    from mmc_fast.experiments.training.steps import Stepper
 
-    original, steps = split.SplitStep.backward, []
+    original, steps = Stepper.backward, []
 
     def backward(self, *args):
         steps.append(1)
@@ -117,7 +114,7 @@ def interrupt(out: Path, seed: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args)
 
-    split.SplitStep.backward = backward
+    Stepper.backward = backward
     try:
         train(data(seed), small("dropout", epochs=4), seed=seed, run_dir=out / "run")
     except Interrupted as error:

@@ -99,7 +99,7 @@ def test_pure_python_wheel_works_and_says_what_is_missing(sources, tmp_path):
         "kernels/agop/coactivation.py",
         "data/embedded/mfeat.npz",
         "analysis/report/template/style.css",
-        "mmc_fast/experiments/configs/rows/muse.toml",
+        "mmc_fast/experiments/configs/methods/muse.toml",
     ):
         assert (folder / "mmc_fast" / part).is_file(), part
     assert not (folder / "kernels").exists()

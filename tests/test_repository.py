@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -221,15 +220,42 @@ def test_links_between_documents_resolve(path: Path):
             assert anchor in headings(linked), f"{path.name}: {target}"
 
 
-def test_the_readme_example_runs_and_trains_every_part():
+def test_the_readme_examples_run_and_train_every_part(tmp_path, monkeypatch):
+    """With a model, batches and features as a reader would have them."""
+    import torch
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_encoder, self.audio_encoder = nn.Linear(20, 64), nn.Linear(12, 48)
+            self.classifier = nn.Linear(112, 10)
+
+        def forward(self, image, audio):
+            return self.classifier(torch.cat([self.image_encoder(image), self.audio_encoder(audio)], 1))
+
+    monkeypatch.chdir(tmp_path)
+    model = Model().eval()
+    labels = torch.randint(10, (256,))
+    batches = [(torch.randn(256, 20), torch.randn(256, 12), labels)]
+    image, audio = torch.randn(256, 64), torch.randn(256, 48)
+    names: dict = {"torch": torch, "model": model, "batches": batches, "image": image, "audio": audio, "labels": labels}
+    names["classifier"], names["head"] = nn.Linear(112, 10), None
     blocks = re.findall(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.DOTALL)
-    assert len(blocks) == 1
-    assert sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 11
-    names: dict = {}
-    exec(compile(blocks[0], "README.md", "exec"), names)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "diagnosis.html").stat().st_size > 1000
     parameters = [*names["head"].parameters(), *names["classifier"].parameters()]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-    assert names["logits"].shape == (32, 10)
+    assert names["logits"].shape == (256, 10)
+    assert names["gop"].shape == (112, 112)
+
+
+def test_the_readme_stays_short():
+    text = text_of(ROOT / "README.md")
+    assert text.count("\n") <= 140
+    assert len(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split()) <= 1300
 
 
 def tool_named(name: str) -> Any:
@@ -241,23 +267,16 @@ def tool_named(name: str) -> Any:
     return tool
 
 
-def test_the_readme_table_is_that_of_the_recorded_demo():
-    tool = tool_named("update_readme")
-    readme = text_of(ROOT / "README.md")
-    block = tool.render(json.loads(text_of(tool.RECORD))) if tool.RECORD.exists() else tool.NOT_RUN
-    assert tool.replace(readme, block) == readme, "run tools/update_readme.py on a finished demo"
-
-
-def test_the_readme_comparison_is_that_of_the_recorded_results():
+def test_the_readme_tables_are_those_of_the_recorded_results():
     tool = tool_named("render_results")
-    lines = tool.read(tool.RECORD)
     readme, results = text_of(tool.README), text_of(tool.RESULTS)
-    assert tool.replace(readme, tool.COMPARISON, tool.render(lines)) == readme, (
-        "run tools/render_results.py on a finished comparison"
-    )
-    for line in lines:  # the long page comes from the same run
+    comparison = tool.render_comparison(tool.read("comparison"))
+    assert tool.replace(readme, "demo", tool.render_demo(tool.read("demo"))) == readme, "run tools/render_results.py"
+    assert comparison in results, "run tools/render_results.py"
+    details = text_of(tool.RECORDS / "comparison.md")
+    for line in tool.read("comparison"):  # the long tables come from the same run
         if line["mean"] and line["condition"] == "mean missing":
-            assert f"{float(line['mean']):.3f}" in results, f"docs/results.md lacks {line['row']} on {line['data']}"
+            assert f"{float(line['mean']):.3f}" in details, f"comparison.md lacks {line['method']} on {line['data']}"
 
 
 def test_documented_commands_exist():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmc_fast.experiments.data import MultimodalDataset
@@ -79,3 +82,27 @@ def check_one_line(error: Exception) -> None:
     assert text.strip(), type(error)
     assert "\n" not in text, text
     assert len(text) < 700, text
+
+
+BUDGET = {
+    "epochs": 1,
+    "batch_size": 16,
+    "encoder_width": 8,
+    "encoder_dim": 8,
+    "fusion_hidden": [8],
+    "rates": [0.2, 0.5],
+}
+
+
+def own_data(folder: Path, seed: int, num_classes: int = 2, spoil_test: bool = False) -> Path:
+    """An npz file and, beside it, the TOML file that is all a user has to write."""
+    dataset = tiny(seed, num_classes=num_classes)
+    arrays = {f"x_{name}": x.numpy().copy() for name, x in dataset.features.items()}
+    if spoil_test:
+        for x in arrays.values():
+            x[dataset.split.numpy() == 2] = 7.0
+    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
+    budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in BUDGET.items())
+    path = folder / "mine.toml"
+    path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')
+    return path

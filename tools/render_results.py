@@ -1,10 +1,11 @@
-"""Put finished results into docs/results.md and README.md.
+"""Put finished results into docs/ and README.md.
 
-    python tools/render_results.py --comparison runs/compare --experiments runs/reproduce
+    python tools/render_results.py --demo runs/demo --comparison runs/compare --experiments runs/reproduce
 
-The comparison: copies results.csv to docs/results/comparison.csv and pictures to docs/img/, and replaces what stands between the
-markers: in docs/results.md all tables as `mmc-fast compare` wrote them, in README.md a short one made of the CSV file, which
-a test checks. The experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts.
+Demo and comparison: copies results.csv to docs/results/ and pictures to docs/img/, and replaces what stands between the markers of
+README.md (demo) and docs/results.md (comparison) by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
+docs/results/comparison.md. Experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts in
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -17,22 +18,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS, RECORD = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results" / "comparison.csv"
+README, RESULTS, RECORDS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "img"
-COMPARISON, EXPERIMENTS = "comparison", "experiments"  # names of the markers
-SHOWN = ("complete", "mean missing")
-# README's rows: those of the default grid.
-ROWS = ["vanilla", "unimodal", "consistency", "late", "transformer", "kd", "ebr-paper", "ebr-robust", "shaspec", "muse"]
+# The methods of the short table: those of the default grid.
+METHODS = [
+    "vanilla",
+    "unimodal",
+    "consistency",
+    "late",
+    "transformer",
+    "kd",
+    "ebr-paper",
+    "ebr-robust",
+    "shaspec",
+    "muse",
+]
+README_CONDITIONS = ("complete", "mean missing")
+DEMO_PICTURES = ("missing-rates", "reliance-vanilla")
 
 Line = dict[str, str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="folder of a finished `mmc-fast demo`")
     parser.add_argument("--comparison", type=Path, help="folder of a finished `mmc-fast compare`")
     parser.add_argument("--experiments", type=Path, help="folder of finished `mmc-fast reproduce` runs")
     arguments = parser.parse_args()
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.demo is not None:
+        if json.loads((arguments.demo / "results.json").read_text(encoding="utf-8"))["plan"]["quick"]:
+            raise SystemExit(f"{arguments.demo} is a smoke run; its numbers mean nothing. Run the whole demo.")
+        shutil.copyfile(arguments.demo / "results.csv", RECORDS / "demo.csv")
+        for data in sorted({line["data"] for line in read("demo")}):
+            for picture in DEMO_PICTURES:
+                shutil.copyfile(arguments.demo / "figures" / f"{data}-{picture}.png", IMAGES / f"{data}-{picture}.png")
+        _put(README, "demo", render_demo(read("demo")))
     if arguments.comparison is not None:
         _comparison(arguments.comparison)
     if arguments.experiments is not None:
@@ -40,16 +60,15 @@ def main() -> None:
 
 
 def _comparison(folder: Path) -> None:
-    shutil.copyfile(folder / "results.csv", RECORD)
+    shutil.copyfile(folder / "results.csv", RECORDS / "comparison.csv")
+    shutil.copyfile(folder / "results.md", RECORDS / "comparison.md")
     for old in IMAGES.glob("comparison-*.png"):
         old.unlink()
-    pictures = []
-    for picture in sorted((folder / "figures").glob("*.png")):
+    pictures = sorted((folder / "figures").glob("*.png"))
+    for picture in pictures:
         shutil.copyfile(picture, IMAGES / f"comparison-{picture.name}")
-        pictures.append(f"![{picture.stem.replace('-', ' ')}](img/comparison-{picture.name})")
-    tables = (folder / "results.md").read_text(encoding="utf-8").split("\n\n", 1)[1].strip()  # without its title
-    _put(RESULTS, COMPARISON, tables + "\n\n" + "\n".join(pictures))
-    _put(README, COMPARISON, render(read(RECORD)))
+    shown = [f"![{p.stem.replace('-', ' ')}](img/comparison-{p.name})" for p in pictures]
+    _put(RESULTS, "comparison", "\n".join([render_comparison(read("comparison")), "", *shown]))
 
 
 def _experiments(folder: Path) -> None:
@@ -57,7 +76,7 @@ def _experiments(folder: Path) -> None:
     for path in sorted(folder.glob("*/result.json"), key=lambda p: (p.parent.name[:3] != "tab", p.parent.name)):
         found = json.loads(path.read_text(encoding="utf-8"))
         name = found["name"]
-        shutil.copyfile(path.with_name("result.md"), RECORD.parent / f"{name}.md")
+        shutil.copyfile(path.with_name("result.md"), RECORDS / f"{name}.md")
         verdicts = [d["verdict"] for d in found["directions"]]
         counts = [str(verdicts.count(v)) for v in ("agrees", "disagrees", "undecided")]
         lines.append(
@@ -65,37 +84,51 @@ def _experiments(folder: Path) -> None:
             + " | ".join(counts)
             + " |"
         )
-    _put(RESULTS, EXPERIMENTS, "\n".join(lines))
+    _put(RESULTS, "experiments", "\n".join(lines))
 
 
-def read(path: Path) -> list[Line]:
-    """The lines of a results.csv."""
-    with path.open(newline="", encoding="utf-8") as file:
+def read(name: str) -> list[Line]:
+    """The lines of docs/results/NAME.csv."""
+    with (RECORDS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def render(lines: Sequence[Line]) -> str:
-    """README's table: one line per row, the main metric of every data set, complete and averaged over the missing rates."""
+def render_demo(lines: Sequence[Line]) -> str:
+    """One table: each data set on complete data, and on average over the missing rates."""
+    main = [line for line in lines if line["metric"] != "auprc"]
+    cells = {(line["data"], line["method"], line["condition"]): line for line in main}
+    columns = [(data, condition) for data in dict.fromkeys(x["data"] for x in main) for condition in README_CONDITIONS]
+    metrics = {line["data"]: line["metric"] for line in main}
+    table = [f"| method | {' | '.join(f'{data} ({metrics[data]}), {c}' for data, c in columns)} |"]
+    table.append("|---|" + "---:|" * len(columns))
+    for method in dict.fromkeys(line["method"] for line in main):
+        picked = [cells[data, method, c] for data, c in columns]
+        table.append(f"| {method} | {' | '.join(_number(c, bold=bool(c['best'])) for c in picked)} |")
+    note = (
+        "Test scores, mean ± s.d. over 3 seeds. Bold: the paired 95 % intervals against every other method lie above 0."
+    )
+    return "\n".join([*table, "", note])
+
+
+def render_comparison(lines: Sequence[Line]) -> str:
+    """One line per method, the main metric of every data set, complete and averaged over the missing rates."""
     main_metric: dict[str, str] = {}
     for line in lines:
         main_metric.setdefault(line["data"], line["metric"])
-    cells = {
-        (line["row"], line["data"], line["condition"]): line
-        for line in lines
-        if line["metric"] == main_metric[line["data"]]
-    }
-    heads = [f"{data}, {condition}" for data in main_metric for condition in SHOWN]
-    table = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for row in ROWS:
-        numbers = [_number(cells.get((row, data, condition))) for data in main_metric for condition in SHOWN]
-        table.append(f"| {row} | " + " | ".join(numbers) + " |")
+    some = [line for line in lines if line["metric"] == main_metric[line["data"]]]
+    cells = {(line["method"], line["data"], line["condition"]): line for line in some}
+    columns = [(data, condition) for data in main_metric for condition in ("complete", "mean missing")]
+    heads = " | ".join(f"{data}, {condition}" for data, condition in columns)
+    table = [f"| method | {heads} |", "|---|" + "---:|" * len(columns)]
+    for method in METHODS:
+        found = [cells.get((method, *column)) for column in columns]
+        table.append(f"| {method} | " + " | ".join(_number(line, bold=_better(line)) for line in found) + " |")
     metrics = ", ".join(f"{data}: {metric}" for data, metric in main_metric.items())
     seeds = " or ".join(sorted({line["seeds"] for line in lines}))
     explained = (
-        f"Test scores ({metrics}), mean ± s.d. over {seeds} seeds, settings chosen on validation data by searches of equal "
+        f"Test scores ({metrics}), mean ± s.d. over {seeds} seeds, settings selected on validation data by searches of equal "
         "size. **Bold**: above vanilla, p (Holm) below .05. †: a re-implementation that scores below vanilla on complete data "
-        "by more than one standard error. Names and sources: [docs/methods.md](docs/methods.md); every rate, all "
-        "tests, what reproduces and what does not: [docs/results.md](docs/results.md)."
+        "by more than one standard error."
     )
     return "\n".join(table) + "\n\n" + explained
 
@@ -111,13 +144,16 @@ def _put(path: Path, name: str, block: str) -> None:
     path.write_text(replace(path.read_text(encoding="utf-8"), name, block), encoding="utf-8")
 
 
-def _number(line: Line | None) -> str:
+def _better(line: Line | None) -> bool:
+    return bool(line and line["p_holm"] and float(line["p_holm"]) < 0.05 and float(line["difference"]) > 0)
+
+
+def _number(line: Line | None, *, bold: bool) -> str:
     if line is None or not line["mean"]:
         return "–"
     text = f"{float(line['mean']):.3f}" + (f" ± {float(line['sd']):.3f}" if line["sd"] else "")
-    better = line["p_holm"] and float(line["p_holm"]) < 0.05 and float(line["difference"]) > 0
-    mark = "†" if line["gate"].startswith("under-performing") else ""
-    return (f"**{text}**" if better else text) + mark
+    mark = "†" if line["threshold"].startswith("under-performing") else ""
+    return (f"**{text}**" if bold else text) + mark
 
 
 if __name__ == "__main__":

@@ -1,37 +1,39 @@
-"""AGOP on a GPU: a hidden layer with its sign or derivative in one launch, and Gram matrices by upper-triangular tiles.
+"""AGOP of one hidden layer: its signs or derivatives in one launch, and exact co-activation counts of the signs.
 
-Every matrix that a Gram kernel reads lies with the samples contiguous (``[h, N]``), the layout that int8 and TF32
-matrix units take without a transposition. Row chains of deep heads are in ``agop_chain.py``.
+Every matrix that a co-activation or Gram kernel reads lies with the samples contiguous (``[h, N]``), the layout that int8
+and TF32 matrix units take without a transposition.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import AGOP, input_precision, product_kind, splits
+from ..common import Tile, input_precision, launch, product_kind, splits
 
 __all__ = [
     "MAX_ROWS",
+    "chunks",
     "coactivation_fwd",
-    "derivative_gram_update",
-    "fold_partials",
-    "gram_fwd",
     "hidden_fwd",
     "relu_coactivation_update",
-    "syrk_update",
+    "split_grid",
     "upper_tile",
-    "usable",
 ]
 
+HIDDEN = {  # kind of product (common.product_kind) -> tile
+    "ieee": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
+    "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
+    "half": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+}
+COACTIVATION = Tile({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3)
+
 MAX_ROWS = 1 << 20  # samples of one co-activation launch: int32 sums cannot overflow
-CHAIN_ROWS = 512  # float32 sums are folded into float64 after so many rows
-_CHUNK_BYTES = 32 << 20  # of a mask or derivative between two launches: it stays in the second-level cache
+CHUNK_BYTES = 32 << 20  # of a mask or derivative between two launches: it stays in the second-level cache
 
 
 @triton.jit
@@ -143,87 +145,6 @@ def _coactivation_fwd_kernel(
     tl.atomic_add(c_ptr + rows[:, None] * stride_ci + cols[None, :], acc.to(tl.int64), mask=keep, sem="relaxed")
 
 
-@triton.jit
-def _gram_fwd_kernel(
-    a_ptr, g_ptr, total_ptr, R, H, split_rows, stride_ah, stride_ar, stride_gs, stride_gi, stride_ts,
-    ATOMIC: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """``g[i, j] += Σ_r a[i, r] a[j, r]`` for ``j >= i`` and, with TOTAL, ``total[i] += Σ_r a[i, r]``.
-
-    In: ``a [H, R]`` fp32, bf16 or fp16, any strides. Out: float64 ``g [H, H]`` and ``total [H]`` by atomics (their order
-    is not deterministic), or without ATOMIC the sums of split s stored at ``g + s stride_gs``, ``total + s stride_ts``.
-    Accumulates in fp32 over at most CHAIN rows, then in float64. Below the diagonal untouched.
-    """
-    i, j = upper_tile(tl.program_id(0))
-    split = tl.program_id(1).to(tl.int64)
-    rows = (i * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    cols = (j * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_R).to(tl.int64)
-    begin = tl.program_id(1) * split_rows
-    end = tl.minimum(begin + split_rows, R)
-    gram = tl.zeros((BLOCK_H, BLOCK_H), dtype=tl.float64)
-    total = tl.zeros((BLOCK_H,), dtype=tl.float64)
-    for c0 in tl.range(begin, end, CHAIN):
-        acc = tl.zeros((BLOCK_H, BLOCK_H), dtype=tl.float32)
-        for r0 in tl.range(c0, tl.minimum(c0 + CHAIN, end), BLOCK_R):
-            r = r0 + lanes
-            left = tl.load(
-                a_ptr + rows[:, None] * stride_ah + r[None, :] * stride_ar,
-                mask=(rows[:, None] < H) & (r[None, :] < end), other=0.0,
-            )  # [BLOCK_H, BLOCK_R]  # fmt: skip
-            right = tl.load(
-                a_ptr + cols[None, :] * stride_ah + r[:, None] * stride_ar,
-                mask=(cols[None, :] < H) & (r[:, None] < end), other=0.0,
-            )  # [BLOCK_R, BLOCK_H]  # fmt: skip
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
-            if TOTAL:
-                total += tl.sum(left.to(tl.float32), axis=1).to(tl.float64)
-        gram += acc.to(tl.float64)
-    keep = (rows[:, None] <= cols[None, :]) & (cols[None, :] < H)
-    out = g_ptr + split * stride_gs + rows[:, None] * stride_gi + cols[None, :]
-    own = (rows < H) & (i == j)
-    if ATOMIC:
-        tl.atomic_add(out, gram, mask=keep, sem="relaxed")
-        if TOTAL:
-            tl.atomic_add(total_ptr + rows, total, mask=own, sem="relaxed")
-    else:
-        tl.store(out, gram, mask=keep)
-        if TOTAL:
-            tl.store(total_ptr + split * stride_ts + rows, total, mask=own)
-
-
-@triton.jit
-def _fold_kernel(part_ptr, g_ptr, count, H, stride_ps, stride_pi, stride_gi, UPPER: tl.constexpr, BLOCK: tl.constexpr):
-    """``g[i, j] += Σ_s part[s, i, j]`` in the order of s, for ``j >= i`` (UPPER) or for every j of one row."""
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.program_id(1).to(tl.int64)
-    keep = j < H
-    if UPPER:
-        keep = keep & (j >= i)
-    acc = tl.load(g_ptr + i * stride_gi + j, mask=keep, other=0.0)
-    for s in tl.range(0, count):
-        acc += tl.load(part_ptr + tl.cast(s, tl.int64) * stride_ps + i * stride_pi + j, mask=keep, other=0.0)
-    tl.store(g_ptr + i * stride_gi + j, acc, mask=keep)
-
-
-def usable(tensors: Sequence[Tensor]) -> str | None:
-    """Say why the kernels cannot run on these tensors, None where they can."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # older ones were never compiled or interpreted
-        return f"Triton {triton.__version__} is installed and the kernels need 3.7 or newer"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    devices = {tensor.device.type for tensor in tensors}
-    if interpreted:
-        if not devices <= {"cpu"}:
-            return "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
-    elif not torch.cuda.is_available():
-        return "Triton kernels need a GPU and torch sees none (TRITON_INTERPRET=1 interprets them, for tests)"
-    elif not devices <= {"cuda"}:
-        return f"Triton kernels need tensors on the GPU and got {', '.join(sorted(devices))}"
-    wrong = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32, torch.bfloat16, torch.float16}
-    return f"they compute in float32, bfloat16 and float16 and a tensor is {wrong.pop()}" if wrong else None
-
-
 def hidden_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, nonfinite: Tensor,
     activation: str | None, alpha: float = 0.0, beta: float = 20.0,
@@ -231,95 +152,49 @@ def hidden_fwd(
     """Signs (``activation=None``, int8) or derivatives (float32) of ``z = x Wᵀ + b``: ``[N, d] -> [h, N]``."""
     samples, units = x.shape[0], weight.shape[0]
     out = torch.empty(units, -(-samples // 16) * 16, dtype=torch.float32 if activation else torch.int8, device=x.device)
-    config = AGOP["hidden"][product_kind(x.dtype)]
-    blocks = config.blocks
-    grid = (triton.cdiv(samples, blocks["BLOCK_N"]) * triton.cdiv(units, blocks["BLOCK_H"]),)
-    _hidden_fwd_kernel[grid](
+    tile = HIDDEN[product_kind(x.dtype)]
+    grid = (triton.cdiv(samples, tile.blocks["BLOCK_N"]) * triton.cdiv(units, tile.blocks["BLOCK_H"]),)
+    launch(
+        _hidden_fwd_kernel, grid, x.device,
         x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, samples, x.shape[1], units,
         x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), out.stride(0), alpha, beta,
         ACTIVATION=activation, SIGNS=activation is None, HAS_BIAS=bias is not None, PRECISION=input_precision(),
-        **config.launch,
+        **tile.options,
     )  # fmt: skip
     return out[:, :samples]
 
 
 def coactivation_fwd(active: Tensor, counts: Tensor) -> None:
     """Add ``active activeᵀ`` to the upper triangle of ``counts``: int8 ``[h, N]`` of 0 and 1 into int64 ``[h, h]``."""
-    config = AGOP["coactivation"]["int8"]
-    units = active.shape[0]
-    tiles = triton.cdiv(units, config.blocks["BLOCK_H"])
-    tiles = tiles * (tiles + 1) // 2
+    units, tile = active.shape[0], COACTIVATION
     for part in active.split(MAX_ROWS, dim=1):
         if part.numel():
-            grid, rows = _split_grid(tiles, part.shape[1], config.blocks["BLOCK_N"])
-            _coactivation_fwd_kernel[grid](
+            grid, rows = split_grid(units, tile, part.shape[1], tile.blocks["BLOCK_N"])
+            launch(
+                _coactivation_fwd_kernel, grid, counts.device,
                 part, counts, part.shape[1], units, rows, part.stride(0), part.stride(1), counts.stride(0),
-                **config.launch,
+                **tile.options,
             )  # fmt: skip
-
-
-def gram_fwd(rows: Tensor, gram: Tensor, total: Tensor | None = None) -> None:
-    """Add ``rows rowsᵀ`` to the upper triangle of ``gram`` and the row sums to ``total``: ``[h, R]`` into float64."""
-    if not rows.numel():
-        return
-    config = AGOP["gram"][product_kind(rows.dtype)]
-    units = rows.shape[0]
-    tiles = triton.cdiv(units, config.blocks["BLOCK_H"])
-    grid, split_rows = _split_grid(tiles * (tiles + 1) // 2, rows.shape[1], CHAIN_ROWS)
-    atomic = not torch.are_deterministic_algorithms_enabled()
-    sums, totals = gram, gram if total is None else total
-    if not atomic:
-        sums = torch.empty(grid[1], units, units, dtype=torch.float64, device=rows.device)
-        totals = torch.empty(grid[1], units, dtype=torch.float64, device=rows.device)
-    _gram_fwd_kernel[grid](
-        rows, sums, totals, rows.shape[1], units, split_rows, rows.stride(0), rows.stride(1),
-        0 if atomic else sums.stride(0), sums.stride(-2), 0 if atomic else totals.stride(0),
-        ATOMIC=atomic, TOTAL=total is not None, PRECISION=input_precision(), CHAIN=CHAIN_ROWS, **config.launch,
-    )  # fmt: skip
-    if not atomic:
-        fold_partials(sums, gram)
-        if total is not None:
-            fold_partials(totals[:, None], total[None])
-
-
-def fold_partials(parts: Tensor, into: Tensor) -> None:
-    """Add ``parts [S, h, h]`` to ``into [h, h]``, upper triangle, in the order of S; one row: all of it."""
-    units, config = parts.shape[2], AGOP["fold"]["all"]
-    _fold_kernel[(triton.cdiv(units, config.blocks["BLOCK"]), parts.shape[1])](
-        parts, into, parts.shape[0], units, parts.stride(0), parts.stride(1), into.stride(0),
-        UPPER=parts.shape[1] > 1, **config.launch,
-    )  # fmt: skip
 
 
 def relu_coactivation_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
 ) -> None:
     """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``: two launches a chunk."""
-    for part in _chunks(x, weight, 1, chunk_rows):
+    for part in chunks(x, weight, 1, chunk_rows):
         coactivation_fwd(hidden_fwd(part, weight, bias, nonfinite, None), counts)
 
 
-def derivative_gram_update(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, alpha: float, beta: float,
-    gram: Tensor, total: Tensor, nonfinite: Tensor, chunk_rows: int = 0,
-) -> None:  # fmt: skip
-    """Add ``Σ_n a_i a_j`` and ``Σ_n a_i``, ``a = s'(x Wᵀ + b)``, to ``gram`` and ``total``: two launches a chunk."""
-    for part in _chunks(x, weight, 4, chunk_rows):
-        gram_fwd(hidden_fwd(part, weight, bias, nonfinite, activation, alpha, beta), gram, total)
+def chunks(x: Tensor, weight: Tensor, item_size: int, chunk_rows: int) -> Iterator[Tensor]:
+    """The samples in parts whose hidden units take CHUNK_BYTES; none where there is nothing to add."""
+    rows = chunk_rows or max(1024, CHUNK_BYTES // (item_size * max(1, weight.shape[0])))
+    yield from x.split(rows) if x.numel() or (x.shape[0] and weight.shape[0]) else ()
 
 
-def syrk_update(rows: Tensor, gram: Tensor) -> None:
-    """Add ``rowsᵀ rows`` to the upper triangle of ``gram``: ``[R, h]`` into float64 ``[h, h]``."""
-    gram_fwd(rows.t(), gram)
-
-
-def _chunks(x: Tensor, weight: Tensor, item_size: int, chunk_rows: int) -> Sequence[Tensor]:
-    rows = chunk_rows or max(1024, _CHUNK_BYTES // (item_size * max(1, weight.shape[0])))
-    return x.split(rows) if x.numel() or (x.shape[0] and weight.shape[0]) else ()
-
-
-def _split_grid(tiles: int, rows: int, multiple: int) -> tuple[tuple[int, int], int]:
-    """The grid (tiles, splits) and the rows of a split, a multiple of ``multiple``."""
+def split_grid(units: int, tile: Tile, rows: int, multiple: int) -> tuple[tuple[int, int], int]:
+    """The grid (tiles of the upper triangle, splits of the rows) and the rows of a split, a multiple of ``multiple``."""
+    tiles = triton.cdiv(units, tile.blocks["BLOCK_H"])
+    tiles = tiles * (tiles + 1) // 2
     parts = splits(tiles, rows, multiple)
     size = -(-rows // (parts * multiple)) * multiple
     return (tiles, -(-rows // size)), size

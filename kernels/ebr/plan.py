@@ -1,4 +1,4 @@
-"""What an EBR launch needs to know before it starts: sizes, options as kernel constants, dummies for what is absent."""
+"""What an EBR launch needs to know before it starts: tiles, sizes, and the call's tensors as kernels take them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,30 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Inputs", "Needs", "Sizes", "Upstream", "float_precision", "index_type", "padded", "unsupported"]
+from ..common import DTYPES, Tile, input_precision, triton_version
 
-NARROW_LATENT = 128  # widest latent of the narrow path
-NARROW_FEATURE = 512  # widest feature: a program computes hidden units again for each block of it
-NARROW_PSI = 64  # widest hidden layer of the discriminator there; at most one
+__all__ = ["TILES", "Inputs", "Needs", "Sizes", "Upstream", "unsupported"]
+
 MOST_MODALITIES = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def padded(width: int) -> int:
-    """The next power of two that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def float_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: TF32 only where torch's global setting allows it."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
-
-
-def index_type(tensors: Sequence[Tensor]) -> tl.dtype:
-    """The integer type of offsets: 32 bits where every element of every tensor is in their reach, else 64.
-
-    Half the registers for addresses, which is what decides whether the backward of the narrow path spills.
-    """
-    reach = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
-    return tl.int32 if max(reach) < 2**31 - 2**24 else tl.int64
+# kind of product (common.product_kind) -> tiles of the grouped products and of the end of the discriminator. A key never
+# holds the batch size: a batch of another size must not be tuned anew.
+TILES = {
+    "half": {
+        "product": Tile({"BM": 64, "BN": 128, "BK": 64}, 8, 3, 208),
+        "loss": Tile({"BM": 32, "BP": 128, "BK": 64}, 8, 3, 208),
+    },
+    "tf32": {
+        "product": Tile({"BM": 64, "BN": 64, "BK": 32}, 4, 3, 200),
+        "loss": Tile({"BM": 16, "BP": 128, "BK": 32}, 8, 3, 200),
+    },
+    "ieee": {
+        "product": Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 208),
+        "loss": Tile({"BM": 16, "BP": 64, "BK": 16}, 8, 2, 208),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -60,27 +54,12 @@ class Sizes:
     def latent(self) -> int:
         return self.psi[0]
 
-    def narrow(self, dtype: torch.dtype) -> bool:
-        """Whether one program can hold a row tile of every width at once, in its registers."""
-        hidden = self.psi[1:-1]
-        spills = dtype == torch.float32 and _triton_version() > (3, 7)  # tiles of latents above 64, compiled by 3.9
-        return (
-            self.latent <= (min(64, NARROW_LATENT) if spills else NARROW_LATENT)
-            and max(self.dims) <= NARROW_FEATURE
-            and len(hidden) <= 1
-            and all(p <= NARROW_PSI for p in hidden)
-        )
-
-
-def _triton_version() -> tuple[int, ...]:
-    return tuple(map(int, triton.__version__.split(".")[:2]))
-
 
 def _rounded_to_tf32(like: Tensor) -> bool:
     """Whether this compiler rounds float32 operands on this device although IEEE is asked for."""
-    if like.device.type != "cuda" or like.dtype != torch.float32 or float_precision(like.dtype) != "ieee":
+    if like.device.type != "cuda" or like.dtype != torch.float32 or input_precision() != "ieee":
         return False
-    return _triton_version() < (3, 9) and torch.cuda.get_device_capability(like.device)[0] == 10
+    return triton_version() < (3, 9) and torch.cuda.get_device_capability(like.device)[0] == 10
 
 
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
@@ -106,7 +85,7 @@ def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | N
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a call as kernels take them, with strides, and the flags that say what is real."""
+    """Tensors of a call, with their strides, and the flags that shape it."""
 
     features: tuple[Tensor, ...]
     params: tuple[Tensor, ...]
@@ -140,40 +119,32 @@ class Inputs:
         return self.params[8 * self.sizes.m :]
 
     @property
-    def strides_x(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(f.stride(0) for f in self.features), tuple(f.stride(1) for f in self.features)
+    def strided_features(self) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
+        """As kernels take them: tensors, strides of rows, strides of columns."""
+        return strided(self.features)
 
     @property
-    def masks(self) -> list[Tensor]:
-        """``present`` and ``source``, where given."""
-        return [t for t in (self.present, self.source) if t is not None]
+    def mask(self) -> tuple[Tensor | None, int, int]:
+        """``present`` and its strides."""
+        return (None, 0, 0) if self.present is None else (self.present, *self.present.stride())
 
     @property
-    def mask_arguments(self) -> dict[str, object]:
-        """``present`` and ``source`` with strides, stand-ins where they are None, and the constants that say so."""
-        like = self.features[0]
-        p, s = self.present, self.source
-        kind = 0 if s is None else (2 if s.is_floating_point() else 1)
-        return {
-            "present": like if p is None else p,
-            "stride_pb": 0 if p is None else p.stride(0),
-            "stride_pm": 0 if p is None else p.stride(1),
-            "HAS_PRESENT": p is not None,
-            "source": like if s is None else s,
-            "stride_sb": 0 if s is None else s.stride(0),
-            "stride_si": 0 if s is None else s.stride(1),
-            "stride_sj": s.stride(2) if s is not None and kind == 2 else 0,
-            "SOURCE": kind,
-        }
+    def routing(self) -> tuple[Tensor | None, int, int, int]:
+        """``source`` and its strides: None, int64 ``[B, m]`` or float ``[B, m, m]``."""
+        if self.source is None:
+            return None, 0, 0, 0
+        return (self.source, *(*self.source.stride(), 0)[:3])
 
     @property
-    def normalizer_arguments(self) -> dict[str, object]:
-        n = self.normalizer
-        return {
-            "normalizer": self.features[0] if n is None else n.reshape(-1),
-            "second": 0 if n is None else (n.numel() - 1) * n.reshape(-1).stride(0),
-            "HAS_NORMALIZER": n is not None,
-        }
+    def denominators(self) -> tuple[Tensor | None, int]:
+        """``normalizer`` and the distance to its last value."""
+        n = None if self.normalizer is None else self.normalizer.reshape(-1)
+        return (None, 0) if n is None else (n, (n.numel() - 1) * n.stride(0))
+
+
+def strided(matrices: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
+    """Matrices, strides of their rows, strides of their columns."""
+    return tuple(matrices), tuple(t.stride(0) for t in matrices), tuple(t.stride(1) for t in matrices)
 
 
 class Needs(NamedTuple):
@@ -193,25 +164,15 @@ class Upstream:
     discrimination: Tensor | None
     reconstruction: Tensor | None
 
-    def given(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Those of ``recovered``, stand-ins where there is none."""
-        return tuple(f if d is None else d for d, f in zip(self.recovered, inputs.features, strict=True))
+    def given(self, inputs: Inputs) -> tuple:
+        """Those of ``recovered`` with strides, stand-ins where there is none, and which of them are real."""
+        held = [f if d is None else d for d, f in zip(self.recovered, inputs.features, strict=True)]
+        return (*strided(held), tuple(int(d is not None) for d in self.recovered))
 
-    def arguments(self, inputs: Inputs, latents: Tensor, counts: Tensor) -> dict[str, object]:
-        """Everything but ``given`` as a kernel takes it, stand-ins for what is absent, and the constants that say so."""
-        given, d = self.given(inputs), self.latents
-        stride_lm, stride_lb, stride_lk = (0, 0, 0) if d is None else d.stride()
-        return {
-            "has_grad": tuple(int(t is not None) for t in self.recovered),
-            "stride_db": tuple(t.stride(0) for t in given),
-            "stride_dd": tuple(t.stride(1) for t in given),
-            "d_latents": latents if d is None else d,
-            "stride_lm": stride_lm,
-            "stride_lb": stride_lb,
-            "stride_lk": stride_lk,
-            "d_md": counts if self.discrimination is None else self.discrimination,
-            "d_rec": counts if self.reconstruction is None else self.reconstruction,
-            "MD_LOSS": self.discrimination is not None and inputs.sizes.m > 1,
-            "REC_LOSS": self.reconstruction is not None,
-            "HAS_D_LATENTS": d is not None,
-        }
+    def losses(self, inputs: Inputs, counts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The denominators, and the gradients of the two losses; with one modality the first has none."""
+        return counts, self.discrimination if inputs.sizes.m > 1 else None, self.reconstruction
+
+    @property
+    def strided_latents(self) -> tuple[Tensor | None, int, int, int]:
+        return (None, 0, 0, 0) if self.latents is None else (self.latents, *self.latents.stride())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,13 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-from .autograd import OpaqueRunner, check_independent_rows, run_prefix
-from .head import Affine, OpaqueHead, ParsedHead, fingerprint, parse_head, refuse_training_mode, tensor_versions
-from .methods import AutogradMethod, Method, choose_chain_method
-from .options import Options, resolve_blocks
-from .result import AGOPResult
-from .state import MomentState
-from .sync import all_reduce_sums
+from .head import Affine, parse_head, refuse_training_mode
+from .methods import AutogradMethod, Method, Options, choose_method
+from .result import AGOPResult, resolve_blocks
+from .rows import AutogradRows, check_independent_rows, forward_chain, run_prefix
+from .state import MomentState, all_reduce_sums
 
-__all__ = ["AGOPAccumulator", "AGOPResult", "agop"]
+__all__ = ["AGOPAccumulator", "agop"]
 
 STATE_VERSION = 1
 _CACHE_BYTES = 16 * 2**20  # a chunk's working set, unless the budget is smaller
@@ -78,7 +77,8 @@ def agop(
 
     Time for one hidden ReLU layer: ``N h d`` multiply-adds and ``N h² / 2`` bit operations; memory ``O(h² + d²)`` and
     a chunk.
-    Source: METHOD, section 4 (lemma 2, theorems 2 and 3 of the collapse paper; Radhakrishnan et al., Science 2024).
+    Source: lemma 2, theorems 2 and 3 of *A Closer Look at Multimodal Representation Collapse* (ICML 2025);
+    Radhakrishnan et al., Science 2024. The mathematics: ``docs/agop.md``.
     """
     accumulator = AGOPAccumulator(
         head, layer=layer, output=output, center=center, reduction=reduction, probes=probes, precision=precision,
@@ -118,31 +118,33 @@ class AGOPAccumulator:
         self.options = Options(
             layer, output, center, reduction, probes, precision, backend, chunk_size, input_cov, memory_budget, seed
         )
+        self._head, self._blocks = head, blocks
         self._parsed = parse_head(head, layer, self.options.compute_dtype)
         refuse_training_mode(head)
-        self._head, self._blocks = head, blocks
-        self._versions = tensor_versions(head)
+        self._versions = _tensor_versions(head)
         self._fingerprint: str | None = None
         self._method: Method | None = None
         self._covariance: MomentState | None = None
-        self._nonfinite: Tensor | None = None
-        self._pending: dict[str, Any] | None = None
         self._n, self._shared, self._synced, self._checked = 0, False, False, False
-        if isinstance(self._parsed, ParsedHead):
-            chain = self._parsed.chain
-            dtype = self.options.compute_dtype(self._parsed.dtype)
-            row_dtype = self.options.row_dtype(self._parsed.dtype)
-            method = choose_chain_method(
-                chain, output=output, center=center, probes=probes, row_dtype=row_dtype, backend=backend, seed=seed
-            )
-            self._start(method, chain[0].weight.shape[1], dtype, chain[0].weight.device)
+        if self._parsed.chain:
+            with torch.inference_mode(False), torch.no_grad():
+                self._start(choose_method(self._parsed.chain, self.options))
         else:
-            self.options.check_autograd()
+            self.options.refuse_backend("heads other than Linear layers and elementwise activations")
+            if self.options.bf16:
+                raise InputError(
+                    "agop: precision='bf16' is for chains of Linear layers; give this head in bfloat16 instead"
+                )
 
     @property
     def n(self) -> int:
         """Samples so far."""
         return self._n
+
+    @property
+    def method(self) -> Method | None:
+        """How this head is summed (``name``, ``primitive``, ``backend``); None for one that is set up by its first data."""
+        return self._method
 
     def update(self, inputs: Tensor | Iterable[Tensor]) -> AGOPAccumulator:
         """Add ``[N, d]`` or each batch of an iterable (one that fails has added those before it); returns self."""
@@ -157,8 +159,11 @@ class AGOPAccumulator:
             )
         self._check_head()
         self._check_inputs(inputs)
-        device_type = inputs.device.type if self._parsed.device is None else self._parsed.device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast((self._parsed.device or inputs.device).type, enabled=False),
+        ):
             self._update(inputs.detach())
         return self
 
@@ -180,16 +185,16 @@ class AGOPAccumulator:
                 f"agop: both accumulators drew probes with seed {self.options.seed}, so they are not independent; "
                 "give each a seed of its own"
             )
-        if other._method is None:
+        theirs = other._method
+        if theirs is None:
             return self
-        if self._method is None:
-            self._start_like(other)
-        self._unshare()
-        method, nonfinite = self._running()
-        for mine, theirs in zip(self._states(method), other._states(other._running()[0]), strict=True):
-            mine.merge(theirs)
-        nonfinite += other._running()[1].to(nonfinite.device)
-        method.backend = method.backend or other._method.backend
+        with torch.inference_mode(False), torch.no_grad():
+            mine = self._method or self._start_autograd(*self._shape(theirs))
+            self._unshare(mine)
+            for state, further in zip(self._states(mine), other._states(theirs), strict=True):
+                state.merge(further)
+            mine.nonfinite += theirs.nonfinite.to(mine.device)
+        mine.backend = mine.backend or theirs.backend
         self._n += other._n
         return self
 
@@ -202,44 +207,38 @@ class AGOPAccumulator:
         if self._synced:
             raise RuntimeError("agop: sync() was called before; the sums are those of all processes already")
         self._check_head()
-        if self._method is None:
+        method = self._method
+        if method is None:
             raise RuntimeError(
                 "agop: this process has seen no batch, and the widths of this head are known only from one; "
                 "update() with an empty batch of the right width first"
             )
-        self._unshare()
-        method, nonfinite = self._running()
-        self._n = all_reduce_sums(
-            self._states(method),
-            nonfinite,
-            self._n,
-            self.fingerprint,
-            self.options.seed if self.options.probes else None,
-            group,
-        )
+        seed = self.options.seed if self.options.probes else None
+        with torch.inference_mode(False), torch.no_grad():
+            self._unshare(method)
+            self._n = all_reduce_sums(self._states(method), method.nonfinite, self._n, self.fingerprint, seed, group)
         self._synced = True
         return self
 
     def compute(self) -> AGOPResult:
         """The AGOP of everything added so far; later updates do not change a result."""
-        if self._method is None:
+        method, options, parsed = self._method, self.options, self._parsed
+        if method is None:
             raise InputError(
                 "agop: no data yet, and the widths of this head are known only from data; call update() first"
             )
         self._check_head()
-        if self.options.reduction == "mean" and not self._n:
+        if options.reduction == "mean" and not self._n:
             raise InputError("agop: reduction='mean' over 0 samples has no value; pass data, or reduction='sum'")
-        method, nonfinite = self._running()
-        scale = 1.0 / self._n if self.options.reduction == "mean" else 1.0
         self._shared = True
-        covariance, mean = self._input_moments()
-        parsed = self._parsed
+        finite = not int(method.nonfinite)
+        covariance, mean = self._input_moments(finite)
+        factored, *halves = method.factored(self._n, 1.0 / self._n if options.reduction == "mean" else 1.0)
         return AGOPResult(
-            method.factored(self._n, scale), method.halves(self._n, scale),
-            n=self._n, layer=parsed.layer, output=self.options.output, centered=self.options.center,
-            reduction=self.options.reduction, finite=not int(nonfinite), dtype=parsed.dtype or self._dtype,
-            blocks=resolve_blocks(self._blocks, self._width), probes=self.options.probes,
-            input_cov=covariance, input_mean=mean, method=method.name, backend=method.backend if self._n else None,
+            n=self._n, layer=parsed.layer, output=options.output, centered=options.center,
+            reduction=options.reduction, blocks=resolve_blocks(self._blocks, method.inputs), probes=options.probes,
+            method=method.name, backend=method.backend if self._n else None, input_cov=covariance, input_mean=mean,
+            _factored=factored, _halves=halves, _dtype=parsed.dtype or method.dtype, _finite=finite,
         )  # fmt: skip
 
     @property
@@ -247,19 +246,19 @@ class AGOPAccumulator:
         """SHA-256 of the head and of the options that give the sums their meaning."""
         if self._fingerprint is None:
             self._check_head()
-            self._fingerprint = fingerprint(self._head, self.options.meaning())
+            self._fingerprint = _fingerprint(self._head, self.options.meaning())
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors, numbers, strings; ``torch.load(weights_only=True)`` reads it."""
+        method = self._method
         state: dict[str, Any] = {
             "version": STATE_VERSION, "fingerprint": self.fingerprint, "n": self._n, "synced": self._synced,
-            "started": self._method is not None, "seed": self.options.seed,
+            "started": method is not None, "seed": self.options.seed,
         }  # fmt: skip
-        if self._method is not None:
-            method, nonfinite = self._running()
-            state["nonfinite"] = int(nonfinite)
-            state["shape"] = list(self._shape)
+        if method is not None:
+            state["nonfinite"] = int(method.nonfinite)
+            state["shape"] = list(self._shape(method))
             state["backend"] = method.backend
             state["sums"] = [part.to_tensors() for part in self._states(method)]
         return state
@@ -278,116 +277,92 @@ class AGOPAccumulator:
                 "center, probes, precision, input_cov); make the accumulator from the same head and options"
             )
         if state["started"]:
-            if self._method is None:
-                self._start_shape(*state["shape"])
-            self._unshare()
-            method, nonfinite = self._running()
-            for part, tensors in zip(self._states(method), state["sums"], strict=True):
-                part.load_tensors(dict(tensors))
-            nonfinite.fill_(state["nonfinite"])
+            with torch.inference_mode(False), torch.no_grad():
+                method = self._method or self._start_autograd(*state["shape"])
+                self._unshare(method)
+                for part, tensors in zip(self._states(method), state["sums"], strict=True):
+                    part.load_tensors(dict(tensors))
+                method.nonfinite.fill_(state["nonfinite"])
             method.backend = state["backend"]
         self._n, self._synced = int(state["n"]), bool(state["synced"])
 
-    # -- one batch ---------------------------------------------------------------------------------------------------
-
     def _update(self, x: Tensor) -> None:
-        parsed, dtype = self._parsed, self._compute_dtype(x)
-        device = parsed.device or x.device
-        if self._method is None:
-            self._start_opaque(x[:4].to(device=device, dtype=dtype))
+        prefix = self._parsed.prefix
+        dtype = self.options.compute_dtype(self._parsed.dtype or x.dtype)
+        device = self._parsed.device or x.device
+
+        def ready(part: Tensor) -> Tensor:
+            part = part.to(device=device, dtype=dtype)
+            return part.clone() if part.is_inference() else part
+
+        method = self._method or self._set_up(ready(x[:4]))
         if not self._checked:
-            self._check_rows(x[:4].to(device=device, dtype=dtype))
-        self._unshare()
-        method, nonfinite = self._running()
-        ready = x.dtype == dtype and x.device == device and not parsed.prefix and self._covariance is None
-        rows = self._chunk_rows(method, x)
-        if ready and method.whole_batches:
-            method.update(x, nonfinite, rows if self.options.chunk_size else 0)
+            self._check_rows(ready(x[:4]), method)
+        self._unshare(method)
+        rows = self._chunk_rows(method, x.shape[1])
+        as_it_is = x.dtype == dtype and x.device == device and not prefix and self._covariance is None
+        if as_it_is and method.whole_batches:
+            method.update(x, rows if self.options.chunk_size else 0)
             self._n += len(x)
             return
         for part in x.split(rows):
-            u = run_prefix(part.to(device=device, dtype=dtype), parsed.prefix, nonfinite)
-            method.update(u, nonfinite, 0)
+            u = run_prefix(ready(part), prefix, method.nonfinite)
+            method.update(u)
             if self._covariance is not None:
                 self._covariance.add(u[:, None, :])
                 self._covariance.advance(len(u))
             self._n += len(part)
 
-    def _chunk_rows(self, method: Method, x: Tensor) -> int:
+    def _chunk_rows(self, method: Method, columns: int) -> int:
         if self.options.chunk_size is not None:
             return -(-self.options.chunk_size // 64) * 64
-        size = torch.finfo(self._dtype).bits // 8
-        per_sample = size * (method.floats_per_sample() + x.shape[1])
+        per_sample = torch.finfo(method.dtype).bits // 8 * (method.floats_per_sample + columns)
         rows = min(_CACHE_BYTES, self.options.memory_budget) // per_sample // 64 * 64
         return rows or max(1, min(64, self.options.memory_budget // per_sample))
 
-    # -- set-up ------------------------------------------------------------------------------------------------------
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        return self.options.compute_dtype(self._parsed.dtype or x.dtype)
-
-    def _start(self, method: Method, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._method, self._width, self._dtype = method, width, dtype
-        self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-        resolve_blocks(self._blocks, width)
+    def _start(self, method: Method) -> Method:
+        resolve_blocks(self._blocks, method.inputs)
         if self.options.input_cov:
-            self._covariance = MomentState(1, width, True, device)
-        self._shape = (width, 0, str(dtype).removeprefix("torch."))
+            self._covariance = MomentState(1, method.inputs, True, method.device)
+        self._method = method
+        return method
 
-    def _start_opaque(self, some: Tensor) -> None:
-        """Learn widths from a few rows (made up where there are none); only heads that are not chains need it."""
-        parsed = self._parsed
-        if not isinstance(parsed, OpaqueHead):
-            raise RuntimeError("agop: a chain of layers is set up when the accumulator is made")
-        some = some if len(some) else some.new_zeros(1, some.shape[1])
-        self._runner = OpaqueRunner(parsed, some.dtype, some.device)
-        u = run_prefix(some, parsed.prefix, torch.zeros(1, dtype=torch.int64, device=some.device))
-        width, outputs = self._runner.shape(u)
-        self._start_shape(width, outputs, str(some.dtype).removeprefix("torch."))
+    def _set_up(self, x: Tensor) -> Method:
+        """Learn the widths of a head that is no chain from a few rows (made up where there are none)."""
+        x = x if len(x) else x.new_zeros(1, x.shape[1])
+        unused = torch.zeros(1, dtype=torch.int64, device=x.device)
+        u, y = AutogradRows(self._parsed, x.dtype).forward(run_prefix(x, self._parsed.prefix, unused))
+        return self._start_autograd(u.shape[1], y.shape[1], str(x.dtype).removeprefix("torch."), x.device)
 
-    def _start_shape(self, width: int, outputs: int, dtype_name: str) -> None:
-        parsed, dtype = self._parsed, getattr(torch, dtype_name)
-        if not isinstance(parsed, OpaqueHead):
+    def _start_autograd(self, inputs: int, outputs: int, dtype: str, device: torch.device | None = None) -> Method:
+        if self._parsed.chain:
             raise InputError("agop: the state does not fit a chain of Linear layers")
-        if not hasattr(self, "_runner"):
-            self._runner = OpaqueRunner(parsed, dtype, parsed.device or torch.device("cpu"))
-        options = self.options
-        method = AutogradMethod(
-            self._runner, options.output, options.center, options.probes, options.seed, width, outputs
-        )
-        self._start(method, width, dtype, self._runner.device)
-        self._shape = (width, outputs, dtype_name)
+        device = self._parsed.device or device or torch.device("cpu")
+        rows = AutogradRows(self._parsed, getattr(torch, dtype))
+        return self._start(AutogradMethod(rows, inputs, outputs, device, self.options))
 
-    def _start_like(self, other: AGOPAccumulator) -> None:
-        self._start_shape(*other._shape)
-
-    def _running(self) -> tuple[Method, Tensor]:
-        if self._method is None or self._nonfinite is None:
-            raise RuntimeError("agop: no data yet; call update() first")
-        return self._method, self._nonfinite
+    def _shape(self, method: Method) -> tuple[int, int, str]:
+        """What ``_start_autograd`` makes such a method from."""
+        return method.inputs, method.outputs, str(method.dtype).removeprefix("torch.")
 
     def _states(self, method: Method) -> list[Any]:
-        return [*method.states(), *([self._covariance] if self._covariance is not None else [])]
+        return [state for state in (method.state, self._covariance) if state is not None]
 
-    def _unshare(self) -> None:
+    def _unshare(self, method: Method) -> None:
         """A result keeps the sums it was made from, so copy them before they change."""
-        if self._shared and self._method is not None:
-            self._method.unshare()
+        if self._shared:
+            method.unshare()
             self._shared = False
 
-    def _input_moments(self) -> tuple[Tensor | None, Tensor | None]:
+    def _input_moments(self, finite: bool) -> tuple[Tensor | None, Tensor | None]:
         if self._covariance is None or self._covariance.mean is None or not self._n:
             return None, None
         upper = self._covariance.gram.triu()
         covariance = (upper + upper.triu(1).t()) / self._n
-        if int(self._running()[1]):
-            covariance = torch.full_like(covariance, float("nan"))
-        return covariance, self._covariance.mean[0].clone()
-
-    # -- checks ------------------------------------------------------------------------------------------------------
+        return covariance if finite else covariance.fill_(float("nan")), self._covariance.mean[0].clone()
 
     def _check_head(self) -> None:
-        if tensor_versions(self._head) != self._versions:
+        if _tensor_versions(self._head) != self._versions:
             raise RuntimeError(
                 "agop: the head's weights changed after the accumulator was made, so its sums would mix two heads; "
                 "make a new accumulator (a copy of the head if training goes on)"
@@ -400,44 +375,52 @@ class AGOPAccumulator:
             )
         if not x.is_floating_point():
             raise InputError(f"agop: inputs are {x.dtype}; pass a floating dtype, e.g. inputs.float()")
-        first = next(iter(self._parsed.prefix), None) or next(iter(getattr(self._parsed, "chain", [])), None)
+        first = next(iter([*self._parsed.prefix, *self._parsed.chain]), None)
         if isinstance(first, Affine) and first.weight.shape[1] != x.shape[1]:
             raise InputError(
                 f"agop: inputs have {x.shape[1]} columns but the head's first Linear takes {first.weight.shape[1]}"
             )
 
-    def _check_rows(self, some: Tensor) -> None:
+    def _check_rows(self, x: Tensor, method: Method) -> None:
         """Perturb one row, for heads with parts of unknown make; check the promise of ``agop_layers()`` as well."""
         self._checked = True
-        parsed = self._parsed
-        unused = torch.zeros(1, dtype=torch.int64, device=some.device)
-        if isinstance(parsed, OpaqueHead):
-            name = type(self._head).__name__
-
-            def call(rows: Tensor) -> Tensor:
-                return self._runner.forward(run_prefix(rows, parsed.prefix, unused))[1]
-
-            check_independent_rows(call, some, f"the head ({name})")
-        elif any(isinstance(module, nn.Module) for module in parsed.prefix):
+        prefix, name = self._parsed.prefix, type(self._head).__name__
+        unused = torch.zeros_like(method.nonfinite)
+        if isinstance(method, AutogradMethod):
             check_independent_rows(
-                lambda rows: run_prefix(rows, parsed.prefix, unused), some, "the part before the layer"
+                lambda x: method.rows.forward(run_prefix(x, prefix, unused))[1], x, f"the head ({name})"
             )
-        if hasattr(self._head, "agop_layers") and len(some) and isinstance(parsed, ParsedHead):
-            self._check_protocol(some, parsed, unused)
-
-    def _check_protocol(self, some: Tensor, parsed: ParsedHead, unused: Tensor) -> None:
-        from .rows import forward_chain
-
-        listed, _ = forward_chain(run_prefix(some, parsed.prefix, unused), parsed.chain, unused)
-        real = self._head(some.to(parsed.dtype)).to(listed.dtype)
-        eps = torch.finfo(parsed.dtype).eps
+        elif any(isinstance(module, nn.Module) for module in prefix):
+            check_independent_rows(lambda x: run_prefix(x, prefix, unused), x, "the part before the layer")
+        if not hasattr(self._head, "agop_layers") or not len(x) or not self._parsed.chain:
+            return
+        listed, _ = forward_chain(run_prefix(x, prefix, unused), self._parsed.chain, unused)
+        real = self._head(x.to(self._parsed.dtype)).to(listed.dtype)
+        tolerance = 1e3 * torch.finfo(self._parsed.dtype or x.dtype).eps
         if real.shape != listed.shape or not torch.allclose(
-            real, listed, rtol=1e3 * eps, atol=1e3 * eps * float(real.abs().max()), equal_nan=True
+            real, listed, rtol=tolerance, atol=tolerance * float(real.abs().max()), equal_nan=True
         ):
             raise InputError(
-                f"agop: {type(self._head).__name__}.agop_layers() does not compute what the head computes on the same "
+                f"agop: {name}.agop_layers() does not compute what the head computes on the same "
                 "rows; list every layer and activation in forward order, or remove the method"
             )
+
+
+def _fingerprint(head: nn.Module, options: Sequence[object]) -> str:
+    """SHA-256 of the head's structure, of its weights and of the options that give the sums their meaning."""
+    digest = hashlib.sha256(repr((str(head), *options)).encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            data = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensor_versions(head: nn.Module) -> list[tuple[int, int]]:
+    """Identity and in-place version of every weight and buffer: other values after an optimiser step or a load."""
+    tensors = [*head.parameters(), *head.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _batches(inputs: Any) -> Iterable[Tensor]:

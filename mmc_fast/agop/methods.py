@@ -2,358 +2,373 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmc_fast._util.numbers import integer, make_plain
 from mmc_fast.errors import InputError
 from mmc_fast.ops.agop import op as primitives
 from mmc_fast.ops.dispatch import choose
 
-from .autograd import OpaqueRunner
-from .finish import Factored, count_panel
-from .gram import shifted_derivative_gram
 from .head import Affine
-from .probes import ProbeSums
-from .rows import RowChain, collapse, forward_chain, step
-from .state import CountState, MomentState
+from .result import Factored
+from .rows import AutogradRows, ChainRows, forward_chain, step
+from .state import SUMMING_KERNELS, CountState, MomentState, Panel, ProbeState, State, add_gram
 
-__all__ = [
-    "AutogradMethod",
-    "ConstantMethod",
-    "CountMethod",
-    "Method",
-    "RowMethod",
-    "SmoothMethod",
-    "choose_chain_method",
-]
+__all__ = ["AutogradMethod", "Method", "Options", "choose_method"]
 
+_BACKENDS = ("auto", "cpp", "triton", "cuda", "torch")
+_PRECISIONS: dict[object, torch.dtype | None] = {
+    None: None,
+    "float64": torch.float64, torch.float64: torch.float64,
+    "float32": torch.float32, torch.float32: torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16,
+}  # fmt: skip
 _SHIFT_ROWS = 1024
+_STEP_ROWS = 2048
 
 
-class Method(Protocol):
-    """What an accumulator asks of a way to sum: states that merge, and the factors of G in the end."""
+@dataclass(frozen=True)
+class Options:
+    """What an accumulator was asked for; the meaning of each is in ``agop``."""
+
+    layer: int | str
+    output: str
+    center: bool
+    reduction: str
+    probes: int | None
+    precision: str | torch.dtype | None
+    backend: str
+    chunk_size: int | None
+    input_cov: bool
+    memory_budget: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("output", self.output, ("logits", "probs")),
+            ("reduction", self.reduction, ("sum", "mean")),
+            ("backend", self.backend, _BACKENDS),
+        ):
+            if value not in allowed:
+                raise InputError(f"agop: {name}={value!r}; allowed are {', '.join(map(repr, allowed))}")
+        if self.precision not in _PRECISIONS:
+            raise InputError(
+                f"agop: precision={self.precision!r}; allowed are None (the head's dtype), 'float64', 'float32', 'bf16'"
+            )
+        for name, number, rest in (
+            ("probes", self.probes, " or None"), ("chunk_size", self.chunk_size, " or None"),
+            ("memory_budget", self.memory_budget, ""),
+        ):  # fmt: skip
+            if not (number is None and rest) and (integer(number) or 0) < 1:
+                raise InputError(f"agop: {name}={number!r}; pass an integer >= 1{rest}")
+        if integer(self.seed) is None:
+            raise InputError(f"agop: seed={self.seed!r}; pass an integer")
+        make_plain(self)
+
+    def compute_dtype(self, head_dtype: torch.dtype) -> torch.dtype:
+        """Precision of the forward pass: at least float32, whatever the rows of deep heads are rounded to."""
+        if not head_dtype.is_floating_point:
+            raise InputError(f"agop: the head's weights are {head_dtype}; a floating dtype is needed")
+        asked = head_dtype if self.bf16 else _PRECISIONS[self.precision] or head_dtype
+        return torch.float64 if asked == torch.float64 else torch.float32
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the Jacobian rows are taken in bfloat16."""
+        return _PRECISIONS[self.precision] == torch.bfloat16
+
+    def meaning(self) -> tuple[object, ...]:
+        """The options that give accumulated numbers their meaning (not speed, not the final division)."""
+        precision = _PRECISIONS[self.precision]
+        return (self.layer, self.output, self.center, self.probes, precision and str(precision), self.input_cov)
+
+    def refuse_backend(self, what: str) -> None:
+        """Raise for an explicit backend that has no kernel for ``what``."""
+        if self.backend not in ("auto", "torch"):
+            raise RuntimeError(
+                f"agop: backend={self.backend!r} has no kernel for {what}; use backend='torch' or 'auto'"
+            )
+
+
+class Method:
+    """A way to sum: it adds inputs u of the layer to a state, and gives the factors of G in the end.
+
+    Attributes:
+        name: for ``AGOPResult.method``.
+        primitive: the op that takes most of the time, if it is one of ours.
+        backend: what ran last.
+        whole_batches: ``update`` cuts its input into chunks itself.
+        state: the sums, None where G needs none but the number of samples.
+        nonfinite: int64 ``[1]``, above zero once a pre-activation was NaN or infinite.
+        floats_per_sample: numbers alive per sample of a chunk, about.
+        inputs, outputs: d, and C where a method is set up from data.
+    """
 
     name: str
-    primitive: str | None  # the op that takes most of the time, if it is one of ours
-    backend: str | None  # what ran last
-    whole_batches: bool  # update() cuts its input into chunks itself
-
-    def states(self) -> list[CountState | MomentState | ProbeSums]: ...
-    def unshare(self) -> None: ...
-    def floats_per_sample(self) -> int: ...
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None: ...
-    def factored(self, n: int, scale: float) -> Factored: ...
-    def halves(self, n: int, scale: float) -> list[Factored] | None: ...
-
-
-class _Base:
     primitive: str | None = None
     backend: str | None = None
     whole_batches = False
+    state: Any = None
+    floats_per_sample: int
+    outputs = 0
 
-    def halves(self, n: int, scale: float) -> list[Factored] | None:
+    def __init__(
+        self, inputs: int, dtype: torch.dtype, device: torch.device, w1: Tensor | None = None, w2: Tensor | None = None
+    ) -> None:
+        self.inputs, self.dtype, self.device, self._w1, self._w2 = inputs, dtype, device, w1, w2
+        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+        """Add the samples ``u [n, d]``; ``chunk_rows`` is for methods of whole batches, 0 lets them choose."""
+        raise NotImplementedError
+
+    def unshare(self) -> None:
+        """Go on with a copy of the sums, since a result keeps those it was made from."""
+        self.state = copy.deepcopy(self.state)
+
+    def factored(self, n: int, scale: float) -> list[Factored]:
+        """The factors of G, then those of independent estimates of it, if there are any."""
+        width = self.inputs if self._w1 is None else len(self._w1)
+        return [
+            Factored(width, panel, self._w2, self._w1, scale, self.dtype, self.device, self._whole())
+            for panel in self._panels(n)
+        ]
+
+    def _panels(self, n: int) -> list[Panel]:
+        return self.state.panels(n)
+
+    def _whole(self) -> Tensor | None:
+        """The sums themselves where the native final product may read them."""
         return None
 
 
-class ConstantMethod(_Base):
-    """No activation after the layer: the same Jacobian ``P`` for every sample, ``G = N PᵀP``, zero about the mean."""
+class _ConstantMethod(Method):
+    """No activation after the layer: the same Jacobian ``W1`` for every sample, ``G = N W1ᵀW1``, zero about the mean."""
 
     name = "constant"
+    backend = "torch"
 
-    def __init__(self, p: Tensor, center: bool) -> None:
-        self._p, self._center = p, center
-        self.backend = "torch"
+    def __init__(self, w1: Tensor, options: Options) -> None:
+        super().__init__(w1.shape[1], w1.dtype, w1.device, w1)
+        options.refuse_backend("a layer with no activation after it")
+        self._affine, self._center = Affine(w1, None, None), options.center
+        self.floats_per_sample = self.inputs
 
-    def states(self) -> list[CountState | MomentState | ProbeSums]:
-        return []
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+        step(u, self._affine, self.nonfinite)
 
-    def unshare(self) -> None:
-        pass
-
-    def floats_per_sample(self) -> int:
-        return self._p.shape[1]
-
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None:
-        step(u, Affine(self._p, None, None), nonfinite)
-
-    def factored(self, n: int, scale: float) -> Factored:
-        p, width = self._p, self._p.shape[0]
-        repeated = 0.0 if self._center else float(n)
-        return Factored(
-            width,
-            lambda start, stop: repeated * torch.eye(width, dtype=torch.float64, device=p.device)[start:stop, start:],
-            None, p, scale, p.dtype, p.device,
-        )  # fmt: skip
+    def _panels(self, n: int) -> list[Panel]:
+        w1 = self._affine.weight
+        eye = (0.0 if self._center else float(n)) * torch.eye(len(w1), dtype=torch.float64, device=w1.device)
+        return [lambda start, stop: eye[start:stop, start:].clone()]
 
 
-class CountMethod(_Base):
-    """One (leaky) ReLU left: integer co-activation counts, ``S = (VᵀV) ∘ AᵀA``."""
+class _OneActivation(Method):
+    """One activation left: ``S = (W2ᵀW2) ∘ AᵀA`` with ``A = s'(z)``."""
+
+    whole_batches = True
+    _floats_per_unit: int
+
+    def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
+        super().__init__(chain[0].weight.shape[1], w1.dtype, w1.device, w1, w2)
+        index = next(i for i, affine in enumerate(chain) if affine.activation is not None)
+        self._lead, self._affine = chain[:index], chain[index]
+        self._center, self._request = options.center, options.backend
+        units, columns = self._affine.weight.shape
+        self.floats_per_sample = columns + self._floats_per_unit * units
+
+    def _finishes_natively(self) -> bool:
+        return self._request in ("auto", "cpp") and choose("agop_finalise", "auto", self._w1) == "cpp"
+
+
+class _CountMethod(_OneActivation):
+    """(Leaky) ReLU: integer co-activation counts."""
 
     name = "co-activation counts"
-    primitive: str | None = "relu_coactivation_update"
-    whole_batches = True
+    primitive = "relu_coactivation_update"
+    _floats_per_unit = 3
 
-    def __init__(self, chain: list[Affine], p: Tensor, v: Tensor, center: bool, backend: str) -> None:
-        self._lead, self._affine = _split_at_activation(chain)
-        self._p, self._v, self._center, self._request = p, v, center, backend
+    def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
+        super().__init__(chain, w1, w2, options)
         activation = self._affine.activation
         self._slope = activation.alpha if activation is not None and activation.kind == "leaky_relu" else 0.0
-        self._state = CountState(p.shape[0], p.device)
+        self.state: CountState = CountState(len(w1), w1.device, self._slope, options.center)
 
-    def states(self) -> list[CountState | MomentState | ProbeSums]:
-        return [self._state]
-
-    def unshare(self) -> None:
-        self._state = self._state.detach_copy()
-
-    def floats_per_sample(self) -> int:
-        return self._affine.weight.shape[1] + 3 * self._affine.weight.shape[0]
-
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None:
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         for affine in self._lead:
-            u, _ = step(u, affine, nonfinite)
+            u, _ = step(u, affine, self.nonfinite)
         self.backend = primitives.relu_coactivation_update(
-            u, self._affine.weight, self._affine.bias, self._state.counts, nonfinite,
+            u, self._affine.weight, self._affine.bias, self.state.counts, self.nonfinite,
             chunk_rows=chunk_rows, backend=self._request,
         )  # fmt: skip
 
-    def factored(self, n: int, scale: float) -> Factored:
-        panel = count_panel(self._state.counts, n, self._slope, self._center)
-        plain = self._slope == 0 and not self._center and _finishes_natively(self._request, self._p)
-        return Factored(
-            len(self._state.counts), panel, self._v, self._p, scale, self._p.dtype, self._p.device,
-            self._state.counts if plain else None,
-        )  # fmt: skip
+    def _whole(self) -> Tensor | None:
+        plain = self._slope == 0 and not self._center and self._finishes_natively()
+        return self.state.counts if plain else None
 
 
-class SmoothMethod(_Base):
-    """One other activation left: Gram matrix of its derivatives, ``S = (VᵀV) ∘ AᵀA``."""
+class _SmoothMethod(_OneActivation):
+    """Any other activation: Gram matrix of its derivatives."""
 
     name = "derivative Gram"
-    primitive: str | None = "derivative_gram_update"
-    whole_batches = True
+    primitive = "derivative_gram_update"
+    _floats_per_unit = 4
 
-    def __init__(self, chain: list[Affine], p: Tensor, v: Tensor, center: bool, backend: str) -> None:
-        self._lead, self._affine = _split_at_activation(chain)
-        if self._affine.activation is None:
-            raise InputError("agop: no activation follows the layer")
-        self._activation = self._affine.activation
-        self._p, self._v, self._center, self._request = p, v, center, backend
-        self._backend = choose("syrk_update", backend, p)
-        self._state = MomentState(1, p.shape[0], center, p.device)
+    def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
+        super().__init__(chain, w1, w2, options)
+        self._gram_backend = choose("syrk_update", options.backend, w1)
+        self.state: MomentState = MomentState(1, len(w1), options.center, w1.device)
 
-    def states(self) -> list[CountState | MomentState | ProbeSums]:
-        return [self._state]
-
-    def unshare(self) -> None:
-        self._state = self._state.detach_copy()
-
-    def floats_per_sample(self) -> int:
-        return self._affine.weight.shape[1] + 4 * self._affine.weight.shape[0]
-
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None:
-        samples = len(u)
-        if not samples:
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+        samples, activation = len(u), self._affine.activation
+        if not samples or activation is None:
             return
         for affine in self._lead:
-            u, _ = step(u, affine, nonfinite)
-        gram, sums = self._state.gram, torch.zeros_like(self._state.gram[0])
-        shift = None
+            u, _ = step(u, affine, self.nonfinite)
+        batch, shift = self.state, None
         if self._center:
-            gram, shift = torch.zeros_like(gram), self._typical_derivative(u)
-        activation = self._activation
+            batch, shift = MomentState(1, len(batch.gram), True, self.device), self._typical_derivative(u)
+        sums = torch.zeros_like(batch.gram[0])
         if shift is None and activation.kind in primitives.ACTIVATIONS:
             self.backend = primitives.derivative_gram_update(
-                u, self._affine.weight, self._affine.bias, activation.kind, gram, sums, nonfinite,
+                u, self._affine.weight, self._affine.bias, activation.kind, batch.gram, sums, self.nonfinite,
                 alpha=activation.alpha, chunk_rows=chunk_rows, backend=self._request,
             )  # fmt: skip
         else:
-            shifted_derivative_gram(
-                u,
-                self._affine.weight,
-                self._affine.bias,
-                activation.function,
-                shift,
-                gram,
-                sums,
-                nonfinite,
-                chunk_rows,
-                _own_kernel(self._backend),
-            )
-            self.backend = self._backend
+            for part in u.split(chunk_rows or _STEP_ROWS):
+                self._add_shifted(part, shift, batch.gram, sums)
+            self.backend = self._gram_backend
+        batch.advance(samples)
         if shift is not None:
-            gram.addr_(sums, sums, alpha=-1 / samples)
-            self._state.add_moments(samples, gram, (sums / samples + shift.double())[None])
-        self._state.advance(samples)
+            batch.gram.addr_(sums, sums, alpha=-1 / samples)
+            batch.mean = (sums / samples + shift.double())[None]
+            self.state.merge(batch)
+
+    def _add_shifted(self, u: Tensor, shift: Tensor | None, gram: Tensor, sums: Tensor) -> None:
+        """Add ``AᵀA`` and ``Σ A`` of ``A = s'(z) − shift`` to ``gram`` and ``sums``, float64.
+
+        A shift near the mean keeps a later ``AᵀA − Σ A Σ Aᵀ / N`` free of cancellation.
+        """
+        _, a = step(u, self._affine, self.nonfinite)
+        if a is None:
+            return
+        a = a if shift is None else a - shift
+        if self._gram_backend in SUMMING_KERNELS:
+            primitives.syrk_update(a, gram, backend=self._gram_backend)
+        else:
+            total = a.new_zeros(len(gram), len(gram))
+            add_gram(a, total)
+            gram += total
+        sums += a.sum(dim=0)
 
     def _typical_derivative(self, u: Tensor) -> Tensor:
         """The mean derivative over evenly spaced rows: near the true mean, so that centring later cancels little."""
         some = u[:: -(-len(u) // _SHIFT_ROWS)]
-        _, derivative = step(some, self._affine, torch.zeros(1, dtype=torch.int64, device=u.device))
-        mean = u.new_zeros(self._affine.weight.shape[0]) if derivative is None else derivative.mean(dim=0)
+        _, a = step(some, self._affine, torch.zeros_like(self.nonfinite))
+        mean = u.new_zeros(len(self._affine.weight)) if a is None else a.mean(dim=0)
         return torch.nan_to_num(mean, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def factored(self, n: int, scale: float) -> Factored:
-        gram = self._state.gram
-        return Factored(
-            len(gram), lambda start, stop: gram[start:stop, start:].clone(),
-            self._v, self._p, scale, self._p.dtype, self._p.device,
-            gram if _finishes_natively(self._request, self._p) else None,
-        )  # fmt: skip
+    def _whole(self) -> Tensor | None:
+        return self.state.gram if self._finishes_natively() else None
 
 
-class RowMethod(_Base):
+class _RowMethod(Method):
     """Jacobian rows (or random combinations of them) from a chain of layers, then their Gram matrix."""
 
-    primitive: str | None = "syrk_update"
+    primitive = "syrk_update"
 
-    def __init__(
-        self, chain: list[Affine], rows: RowChain, p: Tensor, center: bool, probes: int | None, seed: int, backend: str
-    ) -> None:
-        self._chain, self._rows, self._p = chain, rows, p
-        self.name = "row chain" if probes is None else "probes"
-        self.backend = choose("syrk_update", backend, p)
-        kernel = _own_kernel(self.backend)
-        self._sums: MomentState | ProbeSums
-        if probes is None:
-            self._sums = MomentState(rows.rows, rows.width, center, p.device, kernel)
+    def __init__(self, chain: Sequence[Affine], w1: Tensor, v: Sequence[Tensor], options: Options) -> None:
+        row_dtype = torch.bfloat16 if options.bf16 else w1.dtype
+        self._rows = rows = ChainRows(w1, v, options.output, options.probes, row_dtype)
+        super().__init__(chain[0].weight.shape[1], w1.dtype, w1.device, None if rows.ends_at_input else w1)
+        self.name = "row chain" if options.probes is None else "probes"
+        self.backend = choose("syrk_update", options.backend, w1)
+        self.floats_per_sample = rows.floats_per_sample
+        self._chain = chain
+        self.state = _row_state(options, rows.count, rows.outputs, rows.width, w1.device, self.backend)
+
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+        y, derivatives = forward_chain(u, self._chain, self.nonfinite)
+        state = self.state
+        if isinstance(state, ProbeState):
+            signs = state.draw(len(u)).to(y)
+            state.add(self._rows(y, derivatives, signs).to(self.dtype), signs)
         else:
-            self._sums = ProbeSums(probes, rows.outputs, rows.width, center, p.device, seed, kernel)
-
-    def states(self) -> list[CountState | MomentState | ProbeSums]:
-        return [self._sums]
-
-    def unshare(self) -> None:
-        self._sums = self._sums.detach_copy()
-
-    def floats_per_sample(self) -> int:
-        return self._rows.floats_per_sample
-
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None:
-        logits, derivatives = forward_chain(u, self._chain, nonfinite)
-        if isinstance(self._sums, ProbeSums):
-            signs = self._sums.draw(len(u)).to(logits)
-            rows = self._rows(logits, derivatives, signs)
-            self._sums.add(rows.to(self._p.dtype), signs)
-            return
-        last = self._rows.last_step(logits, derivatives) if self.backend == "triton" else None
-        if last is not None and self._sums.mean is None:
-            primitives.chain_gram_update(*last, self._sums.gram, backend="triton")
-            self._sums.advance(len(u))
-        else:
-            rows = self._rows(logits, derivatives, None)
-            self._sums.add(rows.to(self._p.dtype))
-            self._sums.advance(len(u))
-
-    def factored(self, n: int, scale: float) -> Factored:
-        p = None if self._rows.ends_at_input else self._p
-        return _from_sums(self._sums, n, scale, p, self._p.dtype, self._p.device)
-
-    def halves(self, n: int, scale: float) -> list[Factored] | None:
-        p = None if self._rows.ends_at_input else self._p
-        return _probe_halves(self._sums, n, scale, p, self._p.dtype, self._p.device)
+            last = None
+            if self.backend == "triton" and state.mean is None:
+                last = self._rows.last_step(y, derivatives)
+            if last is not None:
+                primitives.chain_gram_update(*last, state.gram, backend="triton")
+            else:
+                state.add(self._rows(y, derivatives, None).to(self.dtype))
+        state.advance(len(u))
 
 
-class AutogradMethod(_Base):
+class AutogradMethod(Method):
     """Any other head: one vector-Jacobian product per output (or probe) over a chunk of samples."""
 
-    def __init__(
-        self, runner: OpaqueRunner, output: str, center: bool, probes: int | None, seed: int, width: int, outputs: int
-    ) -> None:
-        self.name = "vector-Jacobian products" if probes is None else "probes"
-        self.backend = "torch"
-        self._runner, self._output = runner, output
-        device = runner.device
-        self._sums: MomentState | ProbeSums
-        if probes is None:
-            self._sums = MomentState(outputs, width, center, device)
-        else:
-            self._sums = ProbeSums(probes, outputs, width, center, device, seed)
+    backend = "torch"
 
-    def states(self) -> list[CountState | MomentState | ProbeSums]:
-        return [self._sums]
+    def __init__(self, rows: AutogradRows, inputs: int, outputs: int, device: torch.device, options: Options) -> None:
+        super().__init__(inputs, rows.dtype, device)
+        self.name = "vector-Jacobian products" if options.probes is None else "probes"
+        self.outputs, self.rows, self._output = outputs, rows, options.output
+        self.floats_per_sample = rows.floats_per_sample + 4 * inputs + 2 * outputs
+        self.state = _row_state(options, outputs, outputs, inputs, device, None)
 
-    def unshare(self) -> None:
-        self._sums = self._sums.detach_copy()
-
-    def floats_per_sample(self) -> int:
-        return self._runner.floats_per_sample
-
-    def update(self, u: Tensor, nonfinite: Tensor, chunk_rows: int) -> None:
-        sums = self._sums
-        signs = sums.draw(len(u)).to(u) if isinstance(sums, ProbeSums) else None
-        for index, rows in self._runner.rows(u, self._output, signs, nonfinite):
-            if isinstance(sums, ProbeSums):
-                sums.add_one(rows, signs, index)
+    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+        state = self.state
+        signs = state.draw(len(u)).to(u) if isinstance(state, ProbeState) else None
+        for index, rows in enumerate(self.rows(u, self._output, signs, self.nonfinite)):
+            if signs is None:
+                state.add(rows[:, None, :], first=index)
             else:
-                sums.add(rows[:, None, :], first=index)
-        sums.advance(len(u))
-
-    def factored(self, n: int, scale: float) -> Factored:
-        return _from_sums(self._sums, n, scale, None, self._runner.dtype, self._runner.device)
-
-    def halves(self, n: int, scale: float) -> list[Factored] | None:
-        return _probe_halves(self._sums, n, scale, None, self._runner.dtype, self._runner.device)
+                state.add(rows[:, None, :], signs, first=index)
+        state.advance(len(u))
 
 
-def choose_chain_method(
-    chain: list[Affine],
-    *,
-    output: str,
-    center: bool,
-    probes: int | None,
-    row_dtype: torch.dtype,
-    backend: str,
-    seed: int,
-) -> Method:
-    """The exact closed form where one activation is left and the output is logits; rows otherwise."""
-    p, v = collapse(chain)
-    if output == "logits" and probes is None and len(v) <= 1:
-        if not v:
-            _refuse_backend(backend, "a layer with no activation after it")
-            return ConstantMethod(p, center)
-        activation = next(affine.activation for affine in chain if affine.activation is not None)
-        closed = CountMethod if activation.kind in ("relu", "leaky_relu") else SmoothMethod
-        return closed(chain, p, v[0], center, backend)
-    rows = RowChain.build(p, v, output, probes, row_dtype)
-    return RowMethod(chain, rows, p, center, probes, seed, backend)
+def choose_method(chain: Sequence[Affine], options: Options) -> Method:
+    """For a chain of layers: a closed form where one activation is left and the output is logits; rows otherwise."""
+    w1, v = _collapse(chain)
+    if options.output == "probs" or options.probes is not None or len(v) > 1:
+        return _RowMethod(chain, w1, v, options)
+    if not v:
+        return _ConstantMethod(w1, options)
+    activation = next(affine.activation for affine in chain if affine.activation is not None)
+    closed = _CountMethod if activation.kind in ("relu", "leaky_relu") else _SmoothMethod
+    return closed(chain, w1, v[0], options)
 
 
-def _refuse_backend(backend: str, what: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise RuntimeError(f"agop: backend={backend!r} has no kernel for {what}; use backend='torch' or 'auto'")
+def _collapse(chain: Sequence[Affine]) -> tuple[Tensor, list[Tensor]]:
+    """Multiply runs of weights without an activation between them: ``W1 [h, d]`` and the weights ``V_1 .. V_r`` in
+
+    ``∂y/∂u = V_r D_r … V_1 D_1 W1`` with ``D_q`` the diagonal of the q-th activation's derivative. Where the output
+    itself is activated, ``V_r`` is the identity.
+    """
+    factors: list[Tensor] = []
+    run: Tensor | None = None
+    for affine in chain:
+        weight = affine.weight
+        run = weight if run is None else (weight.double() @ run.double()).to(weight.dtype)
+        if affine.activation is not None:
+            factors.append(run)
+            run = None
+    if run is None:
+        last = factors[-1]
+        run = torch.eye(last.shape[0], dtype=last.dtype, device=last.device)
+    factors.append(run)
+    return factors[0], factors[1:]
 
 
-def _own_kernel(backend: str) -> str | None:
-    """The backend where its ``syrk_update`` sums in float64 by itself, None for plain PyTorch."""
-    return backend if backend in ("cpp", "triton") else None
-
-
-def _finishes_natively(backend: str, p: Tensor) -> bool:
-    return backend in ("auto", "cpp") and choose("agop_finalise", "auto", p) == "cpp"
-
-
-def _split_at_activation(chain: list[Affine]) -> tuple[list[Affine], Affine]:
-    index = next(i for i, affine in enumerate(chain) if affine.activation is not None)
-    return chain[:index], chain[index]
-
-
-def _from_sums(
-    sums: MomentState | ProbeSums, n: int, scale: float, p: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Factored:
-    if isinstance(sums, ProbeSums):
-        panel, width = sums.panel(n), sums.width
-    else:
-        gram = sums.gram
-        panel, width = lambda start, stop: gram[start:stop, start:].clone(), len(gram)
-    return Factored(width, panel, None, p, scale, dtype, device)
-
-
-def _probe_halves(
-    sums: MomentState | ProbeSums, n: int, scale: float, p: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> list[Factored] | None:
-    if not isinstance(sums, ProbeSums) or len(sums.parts) < 2:
-        return None
-    return [Factored(sums.width, part, None, p, scale, dtype, device) for part in sums.part_panels(n)]
+def _row_state(
+    options: Options, rows: int, outputs: int, width: int, device: torch.device, kernel: str | None
+) -> State:
+    if options.probes is None:
+        return MomentState(rows, width, options.center, device, kernel)
+    return ProbeState(options.probes, outputs, width, options.center, device, options.seed, kernel)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,16 @@ from torch import Tensor
 
 from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
+from mmc_fast.ops.agop import op as primitives
 
-from .finish import Factored
+from .state import Panel
 
-__all__ = ["AGOPResult"]
+__all__ = ["AGOPResult", "Factored", "resolve_blocks"]
+
+_PANEL = 512  # rows of S at least: below, eight panels would be eight times the launches for little arithmetic
 
 
+@dataclass(eq=False, repr=False)
 class AGOPResult:
     """AGOP ``G [d, d]`` of one layer's input, formed only when ``matrix`` is read.
 
@@ -26,35 +32,28 @@ class AGOPResult:
         output: "logits" or "probs".
         centered: whether the mean Jacobian over all samples was subtracted.
         reduction: "sum" or "mean" (divided by n).
-        input_cov, input_mean: covariance (divided by n) and mean of the layer's inputs, float64, or None.
         blocks: modality name -> width, in order; they partition the d inputs.
+        probes: random output probes per sample, None for the exact sum.
         method: how it was summed ("co-activation counts", "derivative Gram", "row chain", …).
         backend: the backend that ran, None before any sample.
+        input_cov, input_mean: covariance (divided by n) and mean of the layer's inputs, float64, or None.
     """
 
-    def __init__(
-        self,
-        factored: Factored,
-        halves: list[Factored] | None,
-        *,
-        n: int,
-        layer: int | str,
-        output: str,
-        centered: bool,
-        reduction: str,
-        finite: bool,
-        dtype: torch.dtype,
-        blocks: Mapping[str, int],
-        probes: int | None,
-        input_cov: Tensor | None,
-        input_mean: Tensor | None,
-        method: str,
-        backend: str | None,
-    ) -> None:
-        self._factored, self._halves, self._dtype, self._finite = factored, halves, dtype, finite
-        self.n, self.layer, self.output, self.centered, self.reduction = n, layer, output, centered, reduction
-        self.blocks, self.probes, self.method, self.backend = dict(blocks), probes, method, backend
-        self.input_cov, self.input_mean = input_cov, input_mean
+    n: int
+    layer: int | str
+    output: str
+    centered: bool
+    reduction: str
+    blocks: dict[str, int]
+    probes: int | None
+    method: str
+    backend: str | None
+    input_cov: Tensor | None
+    input_mean: Tensor | None
+    _factored: Factored
+    _halves: Sequence[Factored]  # two independent estimates, or none
+    _dtype: torch.dtype
+    _finite: bool
 
     def __repr__(self) -> str:
         d = self._factored.size
@@ -74,15 +73,15 @@ class AGOPResult:
 
         With halves of a and b probes, ``√(ab)/(a + b) · ‖Ĝ_a − Ĝ_b‖_F``. None without probes and for a single probe.
         """
-        if self._halves is None or self.probes is None:
+        if not self._halves or self.probes is None:
             return None
+        if not self._finite:
+            return float("nan")
         a = max(1, self.probes // 2)
         b = self.probes - a
         first, second = (half.matrix().double() for half in self._halves)
         size = float(torch.linalg.norm(a * first + b * second) / self.probes)
         gap = float(torch.linalg.norm(first - second)) * (a * b) ** 0.5 / self.probes
-        if not self._finite:
-            return float("nan")
         return gap / size if size > 0 else 0.0
 
     def diagonal(self) -> Tensor:
@@ -96,8 +95,8 @@ class AGOPResult:
     def eigh(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues, descending, and their vectors: ``[k]`` and ``[d, k]``, float64, without forming G.
 
-        Lanczos (ARPACK) on ``v -> Pᵀ(S(P v))`` from a fixed start; a dense problem of the smaller of h and d where k is
-        close to d. Signs of the vectors are free; the largest entry of each is positive here.
+        Lanczos (ARPACK) on ``v -> W1ᵀ(S(W1 v))`` from a fixed start; a dense problem of the smaller of h and d where k
+        is close to d. Signs of the vectors are free; the largest entry of each is positive here.
         """
         d = self._factored.size
         if not 1 <= (integer(k) or 0) <= d:
@@ -121,7 +120,114 @@ class AGOPResult:
         return values if self._finite else values.fill_(float("nan"))
 
 
-def _lanczos(multiply, d: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def resolve_blocks(blocks: Mapping[str, int] | Sequence[int] | None, width: int) -> dict[str, int]:
+    """Name -> width of the modality blocks, which must add up to the layer's input; one block by default."""
+    if blocks is None:
+        return {"input": width}
+    named = dict(blocks) if isinstance(blocks, Mapping) else {str(i): size for i, size in enumerate(blocks)}
+    for name, size in named.items():
+        if (whole := integer(size)) is None or whole < 0:
+            raise InputError(f"agop: block {name!r} has width {size!r}; pass whole numbers >= 0")
+        named[name] = whole
+    if sum(named.values()) != width:
+        raise InputError(
+            f"agop: the blocks {named} add up to {sum(named.values())} but the layer's input has width {width}"
+        )
+    return named
+
+
+def _as_written(method: Callable[[Factored], Any]) -> Callable[[Factored], Any]:
+    """Run a method without autograd and autocast, whatever the caller's context."""
+
+    @wraps(method)
+    def run(self: Factored) -> Any:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return method(self)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Factored:
+    """``G = scale · W1ᵀ S W1`` with ``S = (W2ᵀ W2) ∘ AᵀA``, none of it multiplied out.
+
+    Without W2, S is ``gram`` itself; without W1, G is S. Both are in the working precision.
+    """
+
+    width: int  # h
+    gram: Panel  # AᵀA, or S
+    w2: Tensor | None  # [C, h]
+    w1: Tensor | None  # [h, d]
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+    whole: Tensor | None = None  # AᵀA itself, contiguous, where the native final product may read it
+
+    @property
+    def size(self) -> int:
+        """d, the width of G."""
+        return self.width if self.w1 is None else self.w1.shape[1]
+
+    @_as_written
+    def matrix(self) -> Tensor:
+        """G in the working precision, ``[d, d]``, exactly symmetric.
+
+        Only the upper triangle of S is formed, a panel at a time: with U = S above the diagonal plus half of the
+        diagonal, ``G = X + Xᵀ``, ``X = W1ᵀ U W1``.
+        """
+        if self.whole is not None and self.w1 is not None:
+            return primitives.agop_finalise(self.w1, self.w2, self.whole, backend="cpp").mul_(self.scale)
+        g = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
+        for start, stop, s in self._upper_panels(self.dtype):
+            if self.w1 is None:
+                g[start:stop, start:] = s
+            else:
+                g.addmm_(self.w1[start:stop].t(), s @ self.w1[start:])
+        return g.add_(g.t().clone()).mul_(self.scale)
+
+    @_as_written
+    def diagonal(self) -> Tensor:
+        """The diagonal of G, float64 ``[d]``, in memory O(h d / panels)."""
+        g = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        w1 = None if self.w1 is None else self.w1.double()
+        for start, stop, s in self._upper_panels(torch.float64):
+            if w1 is None:
+                g[start:stop] = 2 * s.diagonal()
+            else:
+                g += 2 * (w1[start:stop] * (s @ w1[start:])).sum(dim=0)
+        return g * self.scale
+
+    @_as_written
+    def operator(self) -> Callable[[Tensor], Tensor]:
+        """``v -> G v`` on float64 ``[d]`` or ``[d, k]`` as ``W1ᵀ (S (W1 v))``; holds S, ``[h, h]``."""
+        upper = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+        for start, stop, s in self._upper_panels(torch.float64):
+            upper[start:stop, start:] = s
+        w1 = None if self.w1 is None else self.w1.double()
+
+        def multiply(v: Tensor) -> Tensor:
+            v = v if w1 is None else w1 @ v
+            v = upper @ v + upper.t() @ v
+            return (v if w1 is None else w1.t() @ v) * self.scale
+
+        return multiply
+
+    def _upper_panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """``(start, stop, U[start:stop, start:])`` of the upper half U of S."""
+        step = max(_PANEL, -(-self.width // 8))
+        for start in range(0, self.width, step):
+            stop = min(start + step, self.width)
+            s = self.gram(start, stop).to(dtype)
+            if self.w2 is not None:
+                w2 = self.w2.to(dtype)
+                s = s * (w2[:, start:stop].t() @ w2[:, start:])
+            corner = s[:, : stop - start]
+            corner.triu_()
+            corner.diagonal().mul_(0.5)
+            yield start, stop, s
+
+
+def _lanczos(multiply: Callable[[Tensor], Tensor], d: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     def product(v: np.ndarray) -> np.ndarray:

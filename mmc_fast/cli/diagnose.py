@@ -7,25 +7,21 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from mmc_fast._util.extras import require
 from mmc_fast._util.names import choose
-from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose import Diagnosis, diagnose
-from mmc_fast.diagnose.run import check_options
+from mmc_fast.diagnose.options import DiagnoseOptions
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data import load
-from mmc_fast.experiments.data.dataset import PARTS
-from mmc_fast.experiments.training import evaluate, load_run
 
-from .evaluate import dataset_of
-from .terminal import PassDisplay, error_console, print_table
+from .base import AsJson, command, takes_data_options
+from .terminal import PassDisplay, error_console, output_console, print_table
 
-__all__ = ["print_diagnosis", "run_diagnose"]
+__all__ = ["COMMAND", "print_diagnosis", "run_diagnose"]
 
 
 def run_diagnose(
@@ -47,38 +43,52 @@ def run_diagnose(
     """
     if (run is None) == (adapter is None):
         raise InputError("diagnose: give either --run, or --weights, --adapter and --data")
-    choose("part", part, PARTS)
-    check_options(**{name: settings[name] for name in ("groups", "resamples") if name in settings})
-    check_seed(settings.get("seed", 0))
-    model: Any
-    loader: Any
+    choose("part", part, ("train", "validation", "test"))
+    DiagnoseOptions().override(settings)  # before any data are read
+    given = {key: value for key, value in options.items() if value is not None}
+    training = None
     if run is not None:
         if weights is not None:
             raise InputError("diagnose: --weights belongs to --adapter; a run has its own")
-        model = load_run(run)
-        dataset = dataset_of(model.results, data, dict(options))
-        loader = dataset.part(part)
-        training = dataset.part("train") if part != "train" else None
-        if model.unimodal is not None:
-            scored = evaluate(model.model, dataset, part=part, rates=(), unimodal=model.unimodal)["reliance"]
-            known = {name: entry["alone"] for name, entry in scored.items() if entry["alone"] is not None}
-            settings = {"alone": known} | dict(settings)
+        model, loader, training, known = _run_parts(run, data, part, given)
+        settings = ({"alone": known} if known else {}) | dict(settings)
         state = state or run / f"diagnose-{part}.state"
     else:
         if weights is None or data is None or adapter is None:
             raise InputError("diagnose: --adapter needs --weights and --data too")
         model = _make(adapter, weights)
-        training = None
         if hasattr(model, "load"):
             loader = model.load(data)
         else:
-            given = {key: value for key, value in options.items() if value is not None}
-            dataset = load(data, **given)
-            loader = dataset.part(part)
-            training = dataset.part("train") if part != "train" else None
+            loader, training = _parts(data, part, given)
         state = state or weights.with_name(weights.name + ".diagnose.state")
     with PassDisplay(error_console()) as display:
         return diagnose(model, loader, probe_data=training, state=state, progress=display, **settings)
+
+
+def _parts(data: str, part: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The part of a data set to diagnose, and the part that probes train on (None where it is the same)."""
+    from mmc_fast.experiments.data import load
+
+    dataset = load(data, **options)
+    return dataset.part(part), dataset.part("train") if part != "train" else None
+
+
+def _run_parts(
+    run: Path, data: str | None, part: str, options: dict[str, Any]
+) -> tuple[Any, Any, Any, dict[str, float]]:
+    """A finished run, its parts as in :func:`_parts`, and the scores of its unimodal models."""
+    from mmc_fast.experiments.training import evaluate, load_run
+
+    from .evaluate import dataset_of
+
+    loaded = load_run(run)
+    dataset = dataset_of(loaded.results, data, options)
+    known = {}
+    if loaded.unimodal is not None:
+        scored = evaluate(loaded.model, dataset, part=part, rates=(), unimodal=loaded.unimodal)["reliance"]
+        known = {name: entry["unimodal"] for name, entry in scored.items() if entry["unimodal"] is not None}
+    return loaded, dataset.part(part), dataset.part("train") if part != "train" else None, known
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:
@@ -115,12 +125,59 @@ def _make(adapter: str, weights: Path) -> Any:
         raise InputError(f"--adapter {adapter!r}: {module_name} cannot be imported ({error})") from error
     except AttributeError:
         raise InputError(f"--adapter {adapter!r}: {module_name} has no {function}") from None
+    safetensors, reader = require("safetensors", extra="experiments"), require("safetensors.torch", extra="experiments")
     try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
+        tensors = reader.load_file(weights)
+    except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"--weights {weights} cannot be read as safetensors ({error})") from error
     try:
         return make(tensors)
     except (RuntimeError, KeyError) as error:  # such as weights of another model
         first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"--adapter {adapter}: it failed on {weights} ({type(error).__name__}: {first})") from error
+
+
+@takes_data_options
+def diagnose_command(
+    run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of a model of yours, safetensors.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes an adapter from these weights.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set, npz file, or what the adapter loads. (default: the run's data)")
+    ] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier diagnosis (what --json printed) to compare with.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train networks without each modality, as a control.")
+    ] = False,
+    groups: Annotated[int, typer.Option(help="Random groups of samples, for the intervals.")] = 16,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of them.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of groups, samples and probes.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="Where unfinished sums are kept. (default: beside the run or the weights)")
+    ] = None,
+    options: dict[str, Any] = {},  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show which modality a model uses, which it lost, and why. A killed diagnosis goes on where it stopped."""
+    other = None if compare is None else Diagnosis.from_json(compare)
+    settings = {"groups": groups, "resamples": resamples, "seed": seed, "control": control}
+    found = run_diagnose(run, weights, adapter, data, part=part, options=options, state=state, settings=settings)
+    if other is not None:
+        found.compare(other)  # refuse what cannot be compared before anything is written
+    if html is not None:
+        found.save_html(html, other)
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    print_diagnosis(output_console(), found, other)
+    if html is not None:
+        typer.echo(f"Page: {html}")
+
+
+COMMAND = command(diagnose_command)

@@ -2,73 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mmc_fast._util.names import choose
 from mmc_fast._util.numbers import check_seed
-from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset, load
 from mmc_fast.experiments.data.dataset import PARTS
 from mmc_fast.experiments.training import evaluate, load_run
 from mmc_fast.experiments.training.parts import fingerprint
 
-__all__ = ["dataset_of", "parse_rates", "run_evaluate"]
+from .base import AsJson, command, print_json, takes_data_options
+from .scores import parse_rates, print_scores
+from .terminal import output_console
 
-
-def run_evaluate(
-    run: Path, data: str | None, *, part: str, rates: Sequence[float] | None, seed: int | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Score the run. ``same_data`` says whether the data are those that it was trained on."""
-    choose("part", part, PARTS)
-    if seed is not None:
-        check_seed(seed)
-    loaded = load_run(run)
-    dataset = dataset_of(loaded.results, data, options)
-    known = loaded.results["data"]
-    scores = evaluate(
-        loaded.model,
-        dataset,
-        part=part,
-        rates=loaded.config.rates if rates is None else tuple(rates),
-        seed=loaded.results["seed"] if seed is None else seed,
-        unimodal=loaded.unimodal,
-        rates_modality=loaded.config.rates_modality,
-    )
-    return {
-        "schema_version": loaded.results["schema_version"],
-        "run": str(run),
-        "label": loaded.results["label"],
-        "data": {"name": dataset.name, "modalities": dataset.modalities},
-        "same_data": fingerprint(dataset) == known["fingerprint"],
-        "scores": scores,
-    }
-
-
-def parse_rates(text: str | None) -> list[float] | None:
-    """``"0.1,0.4"`` as numbers. Raises ``InputError`` for anything else, and for numbers that are no missing rate."""
-    if text is None:
-        return None
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--rates {text!r}: give missing rates separated by commas, such as 0.1,0.4") from None
-    if not all(0 <= rate < 1 for rate in rates):
-        raise InputError(f"--rates {text!r}: missing rates are at least 0 and below 1")
-    return rates
+__all__ = ["COMMAND", "dataset_of"]
 
 
 def dataset_of(results: dict[str, Any], data: str | None, options: dict[str, Any]) -> MultimodalDataset:
     """The named data, or those of the run, loaded as they were for the run unless an option says otherwise."""
     info = results["data"]["info"]
-    before = info.get("loaded") or {
-        "data": results["data"]["name"],
-        "task": info.get("task"),
-        "variant": info.get("variant"),
-        "nan_policy": info.get("nan_policy"),
-    }
-    before = dict(before)
+    before = dict(info.get("loaded") or {"data": results["data"]["name"]})
+    if "loaded" not in info:
+        before |= {name: info.get(name) for name in ("task", "variant", "nan_policy")}
     source = before.pop("data")
     given = {key: value for key, value in options.items() if value is not None}
     return load(source if data is None else data, **(before | given))
+
+
+@takes_data_options
+def evaluate_command(
+    run: Annotated[Path, typer.Option(help="Folder of a finished run.")],
+    data: Annotated[
+        str | None, typer.Option(help="Other data of the same modalities. (default: the run's data)")
+    ] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    rates: Annotated[
+        str | None, typer.Option(help="Missing rates, such as 0.1,0.4. (default: those of the run)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the masks. (default: the run's seed)")] = None,
+    options: dict[str, Any] = {},  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Score a finished run on complete data and at missing rates."""
+    choose("part", part, PARTS)
+    wanted = parse_rates(rates)
+    if seed is not None:
+        check_seed(seed)
+    loaded = load_run(run)
+    dataset = dataset_of(loaded.results, data, options)
+    scores = evaluate(
+        loaded.model,
+        dataset,
+        part=part,
+        rates=loaded.config.rates if wanted is None else tuple(wanted),
+        seed=loaded.results["seed"] if seed is None else seed,
+        unimodal=loaded.unimodal,
+        rates_modality=loaded.config.rates_modality,
+    )
+    same = fingerprint(dataset) == loaded.results["data"]["fingerprint"]
+    label = loaded.results["label"]
+    if as_json:
+        about = {"schema_version": loaded.results["schema_version"], "run": str(run), "label": label}
+        about |= {"data": {"name": dataset.name, "modalities": dataset.modalities}, "same_data": same}
+        print_json(about | {"scores": scores})
+        return
+    print_scores(output_console(), f"{label} on {dataset.name}", scores, dataset.modalities)
+    if not same:
+        typer.echo("These are not the data of the run; they are standardised by their own train part.", err=True)
+
+
+COMMAND = command(evaluate_command)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.compare.folder import own_folder
-from mmc_fast.experiments.compare.rows import load_source, load_sources, sources_here
+from mmc_fast.experiments.compare.configs import data_here, load_data, load_data_configs
+from mmc_fast.experiments.jobs import own_folder
 from mmc_fast.experiments.paper import Experiment, Outcome, Plan, get
 from mmc_fast.experiments.paper.output import (
     DIRECTION_COLUMNS,
@@ -21,64 +22,12 @@ from mmc_fast.experiments.paper.output import (
     to_dict,
     write_outcome,
 )
-from mmc_fast.experiments.training.pool import check_workers
+from mmc_fast.experiments.pool import check_workers
 
-from .terminal import GridDisplay, error_console, print_table, tell_left_out
+from .base import AsJson, Jobs, command, print_json, say
+from .terminal import JobsDisplay, error_console, output_console, print_table
 
-__all__ = ["print_outcome", "run_reproduce"]
-
-
-def run_reproduce(
-    name: str,
-    out: Path,
-    *,
-    seeds: int,
-    epochs: int | None,
-    data: str | None,
-    jobs: int,
-    tune: str,
-    reading: str,
-) -> tuple[Experiment, Outcome, dict[str, Any]]:
-    """Finish the experiment and write its files; what is there already is taken over. Also returns the JSON values.
-
-    Of the experiment's own data those are taken that are here, and the others are named; where none is here nothing is
-    measured and no file is written.
-    """
-    experiment = get(name)
-    check_workers(jobs, "jobs")
-    if seeds < 1:
-        raise InputError(f"reproduce: seeds is {seeds}; give a number of seeds, 1 or more")
-    if epochs is not None and epochs < 1:
-        raise InputError(f"reproduce: epochs is {epochs}; give 1 or more")
-    names = None if data is None else tuple(part.strip() for part in data.split(","))
-    plan = Plan(out, range(seeds), jobs, epochs, names, tune, reading)  # type: ignore[arg-type]
-    experiment.check(plan)
-    here, left_out = (names, {}) if names is not None else sources_here(experiment.data)
-    plan = replace(plan, data=tuple(here))
-    for source in load_sources(here):
-        load_source(source.key)  # refuse data that cannot be used before anything is written
-    tell_left_out(left_out)
-    notes = [f"{source} is left out. {reason}" for source, reason in left_out.items()]
-    started = time.monotonic()
-    if here:
-        own_folder(out, "reproduction")
-        with GridDisplay(error_console()) as display:
-            outcome = experiment.run(replace(plan, on_event=display.on_event))
-        outcome = replace(outcome, notes=[*outcome.notes, *notes])
-    else:
-        outcome = Outcome([], [], notes=[f"Nothing is measured: {name} needs {', '.join(experiment.data)}.", *notes])
-    about = {
-        "data": list(here),
-        "seeds": list(plan.seeds),
-        "epochs": epochs,
-        "tune": tune,
-    }
-    about |= {"left_out": left_out}
-    about |= {"reading": reading} if experiment.readings else {}
-    about |= {"seconds": round(time.monotonic() - started, 1), "jobs": jobs}
-    if here:
-        write_outcome(experiment, outcome, out / name, about)
-    return experiment, outcome, to_dict(experiment, outcome, about)
+__all__ = ["COMMAND"]
 
 
 def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, folder: Path) -> None:
@@ -95,3 +44,68 @@ def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, fo
     if outcome.tables:
         console.print(f"Tables, figures and report: {folder}", markup=False)
         console.print(outcome.summary, markup=False)
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(help="Which experiment, such as table5; `docs/reproduce.md` lists them.")],
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Budget of every training. (default: that of the data)")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data, separated by commas, as in compare. (default: the experiment's own, those that are here)"
+        ),
+    ] = None,
+    jobs: Jobs = 2,
+    out: Annotated[Path, typer.Option(help="Folder of all experiments; what is finished there is taken over.")] = Path(
+        "runs/reproduce"
+    ),
+    tune: Annotated[
+        str, typer.Option(help="Settings: never (stored selection, else the default), auto (else a search), always.")
+    ] = "never",
+    reading: Annotated[
+        str, typer.Option(help="Tables 3 and 4: audio is missing in training (train), in the test (test), or both.")
+    ] = "both",
+    as_json: AsJson = False,
+) -> None:
+    """Repeat an experiment of the paper on open data; print our numbers beside the paper's and which directions agree."""
+    experiment = get(name)
+    check_workers(jobs, "jobs")
+    for what, value in (("seeds", seeds), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise InputError(f"reproduce: {what} is {value}; give 1 or more")
+    names = experiment.data if data is None else tuple(part.strip() for part in data.split(","))
+    plan = Plan(out, names, range(seeds), jobs, epochs, tune, reading)  # type: ignore[arg-type]
+    experiment.check(plan)
+    here, left_out = (list(names), {}) if data is not None else data_here(names)
+    for config in load_data_configs(here):
+        load_data(config.key)  # refuse data that cannot be used before anything is written
+    notes = [f"{data} is left out. {reason}" for data, reason in left_out.items()]
+    for note in notes:
+        say(note)
+    started = time.monotonic()
+    if here:
+        own_folder(out, "reproduction")
+        with JobsDisplay(error_console()) as display:
+            outcome = experiment.run(replace(plan, data=tuple(here), on_event=display.on_event))
+        outcome = replace(outcome, notes=[*outcome.notes, *notes])
+    else:
+        outcome = Outcome([], [], notes=[f"Nothing is measured: {name} needs {', '.join(names)}.", *notes])
+    about: dict[str, Any] = {
+        "data": here,
+        "left_out": left_out,
+        "seeds": list(plan.seeds),
+        "epochs": epochs,
+        "tune": tune,
+    }
+    about |= {"reading": reading} if experiment.readings else {}
+    about |= {"seconds": round(time.monotonic() - started, 1), "jobs": jobs}
+    if here:
+        write_outcome(experiment, outcome, out / name, about)
+    if as_json:
+        print_json(to_dict(experiment, outcome, about))
+    else:
+        print_outcome(output_console(), experiment, outcome, out / name)
+
+
+COMMAND = command(reproduce)

@@ -1,4 +1,4 @@
-"""Scores of one model as tables."""
+"""Scores of one model as tables, and missing rates as an option."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ from typing import Any
 
 from rich.console import Console
 
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.report.trained import RELIANCE
+
 from .terminal import print_table
 
-__all__ = ["print_scores"]
+__all__ = ["parse_rates", "print_scores"]
+
+
+def parse_rates(text: str | None) -> list[float] | None:
+    """``"0.1,0.4"`` as numbers. Raises ``InputError`` for anything else, and for numbers that are no missing rate."""
+    if text is None:
+        return None
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--rates {text!r}: give missing rates separated by commas, such as 0.1,0.4") from None
+    if not all(0 <= rate < 1 for rate in rates):
+        raise InputError(f"--rates {text!r}: missing rates are at least 0 and below 1")
+    return rates
 
 
 def print_scores(console: Console, title: str, scores: Mapping[str, Any], modalities: Sequence[str]) -> None:
-    """Complete data and missing rates, then what each modality gives alone, without and only."""
+    """Complete data and missing rates, then the reliance on each modality."""
     columns = ["missing rate", "score", *(f"realised {m}" for m in modalities)]
     rows = [["complete", f"{scores['complete']:.3f}", *[""] * len(modalities)]]
     rows += [
@@ -22,9 +38,9 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
     ]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
-        kinds = ("alone", "without", "only")
+        kinds = dict(zip(RELIANCE.values(), ("unimodal", "leave-one-out", "single-modality"), strict=True))
         rows = [
             [modality, *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
             for modality, entry in scores["reliance"].items()
         ]
-        print_table(console, "Each modality", ["modality", "alone", "all without it", "nothing else"], rows)
+        print_table(console, "Each modality", ["modality", *kinds.values()], rows)

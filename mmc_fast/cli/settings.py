@@ -1,4 +1,4 @@
-"""A run's configuration from a TOML file, options and ``--set`` assignments."""
+"""Settings of a run from a TOML file, options and ``--set`` assignments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.training import TrainConfig
 from mmc_fast.experiments.training.parse import read_toml
 
 if sys.version_info >= (3, 11):
@@ -16,12 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["build_config", "collect_settings", "parse_assignments", "read_toml"]
-
-
-def build_config(path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]) -> TrainConfig:
-    """The configuration of :func:`collect_settings`."""
-    return TrainConfig.from_dict(collect_settings(path, method, epochs, assignments))
+__all__ = ["collect_settings", "parse_assignments"]
 
 
 def collect_settings(

@@ -12,25 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from mmc_fast.experiments.report import Cell
-from mmc_fast.experiments.training.demo import DemoRun
-
 if TYPE_CHECKING:
-    from mmc_fast.experiments.compare.cells import Unit
+    from mmc_fast.diagnose.document import Cell
+    from mmc_fast.experiments.jobs import Job
 
-__all__ = ["DemoDisplay", "GridDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
-__all__ += ["tell_left_out"]
+__all__ = ["JobsDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
 
 
 def error_console() -> Console:
     """Console on standard error: progress and errors never mix with results on standard output."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def tell_left_out(reasons: Mapping[str, str]) -> None:
-    """One line on standard error for each default data source that is not here: which, and how to get it."""
-    for name, reason in reasons.items():
-        error_console().print(f"mmc-fast: {name} is left out. {reason}", markup=False)
 
 
 def output_console() -> Console:
@@ -46,9 +37,9 @@ def print_table(
 
     Strong cells are bold, and starred where the console is no terminal.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index else "left", no_wrap=index == 0)
+        table.add_column(Text(column), justify="right" if numbers and index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_styled(cell, console.is_terminal) for cell in row))
     console.print(table)
@@ -129,17 +120,17 @@ class RunDisplay(_Steps):
         pass
 
 
-class GridDisplay(_Steps):
-    """Progress of a grid: cells of the stage, the time left, the cell that spoke last."""
+class JobsDisplay(_Steps):
+    """Progress of jobs: how many of the stage are done, the time left, the job that spoke last."""
 
-    def on_event(self, event: tuple[str, Unit, Any]) -> None:
-        kind, unit, value = event
+    def on_event(self, event: tuple[str, Job, Any]) -> None:
+        kind, job, value = event
         if kind == "plan":
-            self.begin(unit.stage, value)
+            self.begin(job.stage, value)
         elif kind == "done":
-            self.step(unit.label)
+            self.step(job.name)
         elif kind == "epoch":
-            self.note(f"{unit.label}  {describe_epoch(value)}")
+            self.note(f"{job.name}  {describe_epoch(value)}")
 
 
 class PassDisplay(_Bars):
@@ -155,65 +146,6 @@ class PassDisplay(_Bars):
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, total=total)
         self.bars.update(self.tasks[phase], completed=done, total=total)
-
-
-class DemoDisplay(_Bars):
-    """Progress of the demo: one bar over all runs, weighted by their cost, and one line per run in work."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.costs: dict[DemoRun, float] = {}
-        self.parts: dict[DemoRun, float] = {}
-        self.epochs: dict[DemoRun, tuple[int, int]] = {}
-        self.lines: dict[DemoRun, TaskID] = {}
-        self.taken_over = 0.0
-        self.clock = Countdown()
-        self.whole = self.bars.add_task("demo", total=1.0, note="", left="")
-
-    @property
-    def finished(self) -> int:
-        """How many runs are done."""
-        return sum(part == 1.0 for part in self.parts.values())
-
-    def on_plan(self, costs: Mapping[DemoRun, float]) -> None:
-        total = sum(costs.values())
-        self.costs = {run: cost / total for run, cost in costs.items()}
-        self.clock = Countdown()
-        self._show()
-
-    def on_start(self, run: DemoRun, epochs: int) -> None:
-        self.epochs[run] = (0, max(1, epochs))
-        label = f"  {run.dataset} · {run.method} · seed {run.seed}"
-        self.lines[run] = self.bars.add_task(label, total=max(1, epochs), note="", left="")
-
-    def on_epoch(self, run: DemoRun, record: dict[str, Any]) -> None:
-        done, total = self.epochs[run]
-        self.epochs[run] = (done + 1, total)
-        # The last part of a run is its evaluation, which reports no epochs.
-        self.parts[run] = 0.95 * min(1.0, (done + 1) / total)
-        self.bars.update(self.lines[run], advance=1, note=describe_epoch(record))
-        self._show()
-
-    def on_end(self, run: DemoRun) -> None:
-        if run in self.lines:
-            self.bars.remove_task(self.lines.pop(run))
-        else:
-            self.taken_over += self.costs.get(run, 0.0)  # was finished before and cost no time now
-        self.parts[run] = 1.0
-        self._show()
-
-    def _show(self) -> None:
-        share = sum(self.costs.get(run, 0.0) * part for run, part in self.parts.items())
-        done = (share - self.taken_over) / (1 - self.taken_over) if self.taken_over < 1 else 1.0
-        note = f"{self.finished} of {len(self.costs)} runs done"
-        self.bars.update(self.whole, completed=share, note=note, left=self.clock.left(done))
 
 
 class Countdown:

@@ -2,19 +2,22 @@
 
 from mmc_fast._util.callable_package import make_callable
 
-from .adapter import Adapter, RunAdapter
-from .result import Diagnosis, DiagnosisComparison, Measure
+from .adapter import Adapter
+from .diagnosis import Diagnosis
+from .options import DiagnoseOptions
+from .result import DiagnosisComparison, DiagnosisData, Measure
 from .run import diagnose
 from .verdict import THRESHOLDS, ModalityVerdict, Thresholds
 
 __all__ = [
     "THRESHOLDS",
     "Adapter",
+    "DiagnoseOptions",
     "Diagnosis",
     "DiagnosisComparison",
+    "DiagnosisData",
     "Measure",
     "ModalityVerdict",
-    "RunAdapter",
     "Thresholds",
     "diagnose",
 ]

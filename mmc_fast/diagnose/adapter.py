@@ -8,13 +8,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmc_fast.agop.head import _flatten, _is_chain_member, _is_linear, refuse_training_mode
+from mmc_fast.agop.head import linear_chain, refuse_training_mode
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data import Part
-from mmc_fast.experiments.training.model import MultimodalModel
-from mmc_fast.experiments.training.substitution import source_for
 
-__all__ = ["Adapter", "RunAdapter", "chain_of", "flat", "labels_of", "model_of"]
+__all__ = ["Adapter", "HasAdapter", "adapter_of", "chain_of", "flat", "labels_of", "model_of"]
 
 
 @runtime_checkable
@@ -34,6 +31,7 @@ class Adapter(Protocol):
     - ``represent(features) -> Tensor [B, r]``: the fused representation, where there is no such chain.
     - ``latents(batch) -> {name: [B, k]}``: representations that should not tell their modality, NaN where one is absent.
     - ``model``: the ``nn.Module`` whose training mode is checked.
+    - ``unimodal_weights``: modality -> ``[h_i, d_i]`` of unimodal models, where the options give none.
     """
 
     def encode(self, batch: Any) -> Mapping[str, Tensor]: ...
@@ -41,65 +39,25 @@ class Adapter(Protocol):
     def fuse(self, features: Mapping[str, Tensor]) -> Tensor: ...
 
 
-class RunAdapter:
-    """The adapter of this project's own models; batches are :class:`~mmc_fast.experiments.data.Part`.
+@runtime_checkable
+class HasAdapter(Protocol):
+    """A model that knows its adapter, such as a finished run: ``diagnose`` takes it as it is."""
 
-    The features are what the fusion receives: with EBR heads the recovered ones, substituted where a modality is absent.
-    """
+    def as_adapter(self) -> Adapter: ...
 
-    def __init__(self, model: MultimodalModel) -> None:
-        self.model = model.eval()
-        self.head: nn.Module | None = getattr(model.fusion, "layers", None)
-        self._visible: Tensor | None = None
 
-    @torch.no_grad()
-    def encode(self, batch: Part) -> dict[str, Tensor]:
-        model = self.model
-        present = None if bool(batch.present.all()) else batch.present
-        encoded = model.encode(batch.features, present)
-        self._visible = present
-        if model.head is not None:
-            source = None if present is None else source_for(model, present)
-            if model.source_weights is not None and present is not None:
-                source = model.source_weights([encoded[i] for i in model.columns], model.head_present(present))
-            out = model.apply_head(encoded, present, source)
-            for slot, column in enumerate(model.columns):
-                encoded[column] = out.recovered[slot]
-            self._visible = model._visible(present, source)
-        encoded = model.weighted(encoded)
-        if self._visible is not None:  # the fusion reads zeros there
-            encoded = [torch.where(self._visible[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
-        return dict(zip(model.modalities, encoded, strict=True))
-
-    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
-        return self.model.fusion(list(features.values()), self._visible)
-
-    def labels(self, batch: Part) -> Tensor:
-        return batch.labels
-
-    @torch.no_grad()
-    def latents(self, batch: Part) -> dict[str, Tensor]:
-        """EBR latents ``[B, k]`` of the modalities with a head, NaN where one is absent; nothing without heads."""
-        model = self.model
-        if model.head is None:
-            return {}
-        here = model.head_present(batch.present)
-        found = model.latents(batch.features, batch.present)
-        found = torch.where(here.t()[:, :, None], found, torch.nan)
-        return {model.modalities[column]: z for column, z in zip(model.columns, found, strict=True)}
-
-    def represent(self, features: Mapping[str, Tensor]) -> Tensor:
-        """What the last Linear layer of the fusion receives; the logits where there is none."""
-        last = getattr(self.model.fusion, "classifier", None)
-        if last is None:
-            return self.fuse(features)
-        seen: list[Tensor] = []
-        handle = last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            self.fuse(features)
-        finally:
-            handle.remove()
-        return seen[0]
+def adapter_of(model: Adapter | HasAdapter) -> Adapter:
+    """``model`` itself if it is an adapter, else the one that it brings; InputError or TypeError for anything else."""
+    if isinstance(model, HasAdapter):
+        model = model.as_adapter()
+    if isinstance(model, Adapter):
+        return model
+    if isinstance(model, nn.Module):
+        raise InputError(
+            f"diagnose: {type(model).__name__} has no encode() and fuse(); wrap it: "
+            "mmc_fast.ModelAdapter(model, features={'image': 'encoders.image', ...}, head='classifier')"
+        )
+    raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
 
 
 def flat(features: Mapping[str, Tensor]) -> Tensor:
@@ -109,12 +67,8 @@ def flat(features: Mapping[str, Tensor]) -> Tensor:
 
 def chain_of(head: nn.Module | None) -> list[nn.Module] | None:
     """The layers of a head that begins with a Linear layer and is a chain of such and activations; else None."""
-    if head is None:
-        return None
-    modules = _flatten(head)
-    if not modules or not _is_linear(modules[0]) or not all(_is_chain_member(m) for m in modules):
-        return None
-    return modules
+    chain = None if head is None else linear_chain(head)
+    return None if chain is None else chain[0]
 
 
 def labels_of(adapter: Adapter, batch: Any) -> Tensor | None:

@@ -21,6 +21,7 @@ __all__ = ["Collector", "Reservoir", "checked_features", "fingerprint_of"]
 
 FLUSH_ROWS = 4096
 MAX_WIDTH = 8192
+_KEPT = ("samples", "batches", "flushes", "labelled", "first", "widths")
 
 
 class Reservoir:
@@ -194,11 +195,8 @@ class Collector:
         )
 
     def to_state(self) -> dict[str, Any]:
-        return {
-            "samples": self.samples, "batches": self.batches, "flushes": self.flushes, "labelled": self.labelled,
-            "first": self.first, "widths": self.widths, "moments": self.moments.to_state(),
-            "layers": self.layers.to_state(), "reservoir": self.reservoir.to_state(),
-        }  # fmt: skip
+        parts = {"moments": self.moments, "layers": self.layers, "reservoir": self.reservoir}
+        return {name: getattr(self, name) for name in _KEPT} | {name: part.to_state() for name, part in parts.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was written; the collector was started with the first batch of the same data."""
@@ -207,8 +205,8 @@ class Collector:
                 "diagnose: the first batch is not that of the unfinished diagnosis; use the same data in the same order "
                 "(no shuffling), or delete the state to start over"
             )
-        self.samples, self.batches, self.flushes = state["samples"], state["batches"], state["flushes"]
-        self.labelled = state["labelled"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
         self.moments.load_state(state["moments"])
         self.layers.load_state(state["layers"])
         self.reservoir.load_state(state["reservoir"])

@@ -1,21 +1,20 @@
 """A report is a title and sections; a section is a list of blocks. ``Report.save`` writes one offline HTML file.
 
-Blocks hold plain data and know nothing of HTML; the template beside this file renders them. Text may mark
-``**strong**`` and `` `code` `` and is escaped otherwise. New kinds of content are new sections, not new block types.
+Blocks hold plain data and know nothing of HTML. Text may mark ``**strong**`` and `` `code` `` and is escaped otherwise. New
+kinds of content are new sections, not new block types.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Literal
 
-import jinja2
-from markupsafe import Markup, escape
+from mmc_fast._util.files import replace_file
 
 __all__ = ["Callout", "Cell", "Details", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text", "signed"]
 
@@ -60,7 +59,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG drawing (from ``figures.to_svg``) with its alternative text and caption."""
+    """An SVG drawing (from ``figures.Drawing``) with its alternative text and caption."""
 
     svg: str
     alt: str
@@ -100,10 +99,6 @@ class Section:
     title: str
     blocks: Sequence[Block]
 
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "section"
-
 
 @dataclass
 class Report:
@@ -121,54 +116,77 @@ class Report:
 
     def html(self) -> str:
         """The page as text."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("mmc_fast.diagnose", "template"),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["inline"] = _inline
-        environment.filters["paragraphs"] = lambda text: [_inline(p) for p in re.split(r"\n\s*\n", text.strip())]
-        environment.filters["kind"] = _kind
-        environment.filters["cell"] = lambda value: value if isinstance(value, Cell) else Cell(value)
         style = (Path(__file__).parent / "template" / "style.css").read_text(encoding="utf-8")
-        drawings = _Drawings()
-        return environment.get_template("report.html.jinja").render(
-            report=self, style=Markup(style), drawing=drawings.place, anchors=_unique([s.anchor for s in self.sections])
+        anchors = _anchors([section.title for section in self.sections])
+        writer = _Writer()
+        links = "\n".join(f'<a href="#{a}">{escape(s.title)}</a>' for a, s in zip(anchors, self.sections, strict=True))
+        bodies = "\n".join(
+            f'<section id="{a}">\n<h2>{escape(s.title)}</h2>\n{writer.blocks(s.blocks)}\n</section>'
+            for a, s in zip(anchors, self.sections, strict=True)
+        )
+        nav = f'<nav aria-label="Sections">\n{links}\n</nav>\n' if len(self.sections) > 2 else ""
+        footer = f"<footer><p>{_inline(self.footer)}</p></footer>\n" if self.footer else ""
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<meta name="color-scheme" content="light dark">\n'
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+            f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<header>\n"
+            f"<h1>{escape(self.title)}</h1>\n{_paragraphs(self.lead, 'lead')}\n{nav}</header>\n"
+            f"<main>\n{bodies}\n</main>\n{footer}</body>\n</html>\n"
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page to ``path`` in one step: a reader sees the old file or the whole new one."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = self.html()
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
+        return replace_file(path, self.html())
 
 
-class _Drawings:
-    """Gives the identifiers inside every placed SVG a prefix of their own: they share one page."""
+class _Writer:
+    """HTML of blocks. The identifiers inside every SVG get a prefix of their own: all share one page."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.drawings = 0
 
-    def place(self, figure: Figure) -> Markup:
-        self.count += 1
-        prefix = f"f{self.count}-"
+    def blocks(self, blocks: Sequence[Block]) -> str:
+        return "\n".join(self.block(block) for block in blocks)
+
+    def block(self, block: Block) -> str:
+        if isinstance(block, Text):
+            return _paragraphs(block.text)
+        if isinstance(block, Callout):
+            return f'<div class="callout {block.kind}">\n{_paragraphs(block.text)}\n</div>'
+        if isinstance(block, Table):
+            return self.table(block)
+        if isinstance(block, Figure):
+            return f"<figure>{self.drawing(block)}{_caption(block.caption)}</figure>"
+        if isinstance(block, Panels):
+            caption = f'\n<p class="caption">{_inline(block.caption)}</p>' if block.caption else ""
+            return f'<div class="panels">\n{self.blocks(block.figures)}\n</div>{caption}'
+        if isinstance(block, Facts):
+            rows = (f"<div><dt>{escape(k)}</dt><dd>{_inline(v)}</dd></div>" for k, v in block.items.items())
+            return "<dl>\n" + "\n".join(rows) + "\n</dl>"
+        if isinstance(block, Details):
+            inner = self.blocks(block.blocks)
+            return f"<details>\n<summary>{_inline(block.summary)}</summary>\n{inner}\n</details>"
+        raise TypeError(f"a report is made of {Block}, got {type(block).__name__}")
+
+    def table(self, table: Table) -> str:
+        head = "".join(f'<th scope="col">{_inline(column)}</th>' for column in table.columns)
+        rows = "\n".join("<tr>" + "".join(map(_cell, row, range(len(row)))) + "</tr>" for row in table.rows)
+        return (
+            f'<figure class="table">\n<div class="scroll" tabindex="0" role="region" '
+            f'aria-label="{escape(table.caption or "table")}">\n<table>\n<thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n{_caption(table.caption)}</figure>"
+        )
+
+    def drawing(self, figure: Figure) -> str:
+        self.drawings += 1
+        prefix = f"f{self.drawings}-"
         svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', figure.svg)
         svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", svg)
         svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', svg)
-        label = escape(figure.alt)
-        return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+        return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(figure.alt)}" ', 1)
 
 
 def signed(value: float) -> str:
@@ -176,22 +194,31 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _kind(block: object) -> str:
-    if not isinstance(block, Block):
-        raise TypeError(f"a report is made of {Block}, got {type(block).__name__}")
-    return type(block).__name__
+def _cell(value: Cell | str, column: int) -> str:
+    cell = value if isinstance(value, Cell) else Cell(value)
+    tag, scope = ("td", "") if column else ("th", ' scope="row"')
+    strong = ' class="strong"' if cell.strong else ""
+    note = f"<small>{_inline(cell.note)}</small>" if cell.note else ""
+    return f"<{tag}{scope}{strong}>{_inline(cell.text)}{note}</{tag}>"
 
 
-def _inline(text: str) -> Markup:
-    escaped = str(escape(text))
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped))
+def _caption(text: str) -> str:
+    return f"<figcaption>{_inline(text)}</figcaption>" if text else ""
 
 
-def _unique(anchors: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    result = []
-    for anchor in anchors:
-        seen[anchor] = seen.get(anchor, 0) + 1
-        result.append(anchor if seen[anchor] == 1 else f"{anchor}-{seen[anchor]}")
-    return result
+def _paragraphs(text: str, kind: str = "") -> str:
+    attributes = f' class="{kind}"' if kind else ""
+    parts = [p for p in re.split(r"\n\s*\n", text.strip()) if p]
+    return "\n".join(f"<p{attributes}>{_inline(p)}</p>" for p in parts)
+
+
+def _inline(text: str) -> str:
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
+
+
+def _anchors(titles: Sequence[str]) -> list[str]:
+    """One for each title, made of its letters and digits; those of one title are numbered."""
+    plain = [re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section" for title in titles]
+    earlier = [plain[:i].count(anchor) for i, anchor in enumerate(plain)]
+    return [f"{anchor}-{n + 1}" if n else anchor for anchor, n in zip(plain, earlier, strict=True)]

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from torch import Tensor
+
+from mmc_fast._util.extras import require
 
 from .collect import Collector
 from .layers import ChainSums, combine_grams
@@ -159,7 +160,7 @@ def interval(
     if groups < 3 or len(finite) < 10:
         return Measure(value)
     error = float(finite.std(ddof=1)) * math.sqrt(groups / (groups - 1))
-    half = float(stats.t.ppf((1 + level) / 2, groups - 1)) * error
+    half = float(require("scipy.stats", extra="diagnose").t.ppf((1 + level) / 2, groups - 1)) * error
     return Measure(value, error, max(value - half, limits[0]), min(value + half, limits[1]))
 
 

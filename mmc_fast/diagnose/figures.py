@@ -1,26 +1,29 @@
 """Line and bar drawings in one plain style, as inline SVG for a report and as PNG for other places.
 
 Colours in the SVG are CSS variables of the report's style sheet, so a drawing follows light and dark mode. Text stays
-text. Matplotlib is used without pyplot: no global figure, no display.
+text. Matplotlib (extra ``diagnose``) is imported at the first drawing and used without pyplot: no global figure, no display.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from mmc_fast._util.extras import require
+from mmc_fast._util.files import replace_file
 
-from mmc_fast.diagnose.document import Figure
+from .document import Figure
 
-__all__ = ["Drawing", "Line", "Reference", "bars", "lines", "series_colour"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = ["Drawing", "Line", "Reference", "bars", "draw_bars", "lines", "new_axes", "series_colour", "styled"]
 
 INK, SOFT, GRID, PAGE = "#1b1e23", "#5b636e", "#d9dde2", "#ffffff"
 SERIES = ("#4c566a", "#0072b2", "#b8860b", "#c2410c", "#6b4fbb", "#00805f", "#b3377f", "#7a5230")
@@ -54,6 +57,33 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
+Spread = float | tuple[float, float] | None
+"""Half length of an error bar, or what it reaches below and above; None: no error bar."""
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let a function draw with the settings of every drawing here; MissingExtra without matplotlib."""
+
+    @functools.wraps(draw)
+    def with_style(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with require("matplotlib", extra="diagnose").rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return with_style
+
+
+@styled
+def new_axes(title: str) -> Axes:
+    """Axes on a figure of their own that belongs to no global state."""
+    from matplotlib.figure import Figure as Canvas
+
+    axes = Canvas(figsize=(5.4, 3.9), layout="constrained").add_subplot()
+    axes.set_title(title)
+    return axes
 
 
 @dataclass(frozen=True)
@@ -83,24 +113,23 @@ class Drawing:
 
     def figure(self) -> Figure:
         """The drawing as a block of a report."""
-        buffer = io.StringIO()
-        with mpl.rc_context(STYLE):
-            self.canvas.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-        svg = buffer.getvalue()
-        svg = svg[svg.index("<svg ") :]
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = self._saved("svg", transparent=True, metadata={"Date": None}).decode()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg ") :], flags=re.DOTALL)
         for colour, variable in VARIABLES.items():
             svg = svg.replace(colour, f"var({variable})")
         # Width and height come from the page; the view box keeps the proportions.
-        svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
-        svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+        for size in ("width", "height"):
+            svg = re.sub(rf'(<svg [^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
         return Figure(svg, self.alt, self.caption)
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
         """Write the drawing on white at twice the screen resolution."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(STYLE):
-            self.canvas.savefig(path, format="png", dpi=180, facecolor=PAGE, bbox_inches="tight")
+        replace_file(path, self._saved("png", dpi=180, facecolor=PAGE))
+
+    def _saved(self, kind: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        styled(self.canvas.savefig)(buffer, format=kind, bbox_inches="tight", **options)
+        return buffer.getvalue()
 
 
 def series_colour(index: int) -> str:
@@ -108,6 +137,7 @@ def series_colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
+@styled
 def lines(
     title: str,
     series: Mapping[str, Line],
@@ -122,28 +152,19 @@ def lines(
     colours: Mapping[str, int] | None = None,
 ) -> Drawing:
     """One line per series with a band of ± its spread. ``colours`` fixes the colour index of a series by name."""
-    with mpl.rc_context(STYLE):
-        canvas, axes = _canvas(title)
-        for position, (name, line) in enumerate(series.items()):
-            index = (colours or {}).get(name, position)
-            colour = series_colour(index)
-            axes.plot(
-                line.x,
-                line.y,
-                label=name,
-                color=colour,
-                linewidth=1.8,
-                marker=MARKERS[index % len(MARKERS)] if markers else "",
-                markersize=5,
-            )
-            if line.spread is not None and all(s is not None for s in line.spread):
-                low = [y - (s or 0.0) for y, s in zip(line.y, line.spread, strict=True)]
-                high = [y + (s or 0.0) for y, s in zip(line.y, line.spread, strict=True)]
-                axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
-        _finish(axes, x_label, y_label, references, y_limits)
-    return Drawing(canvas, alt, caption)
+    axes = new_axes(title)
+    for position, (name, line) in enumerate(series.items()):
+        index = (colours or {}).get(name, position)
+        colour, marker = series_colour(index), MARKERS[index % len(MARKERS)] if markers else ""
+        axes.plot(line.x, line.y, label=name, color=colour, linewidth=1.8, marker=marker, markersize=5)
+        spread = [s for s in line.spread or () if s is not None]
+        if line.spread is not None and len(spread) == len(line.y):
+            low, high = zip(*((y - s, y + s) for y, s in zip(line.y, spread, strict=True)), strict=True)
+            axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+    return _finished(axes, x_label, y_label, references, y_limits, alt, caption)
 
 
+@styled
 def bars(
     title: str,
     groups: Sequence[str],
@@ -154,61 +175,58 @@ def bars(
     caption: str = "",
     references: Sequence[Reference] = (),
     y_limits: tuple[float | None, float | None] = (0.0, None),
-    errors: Mapping[str, Sequence[float | None]] | None = None,
+    errors: Mapping[str, Sequence[Spread]] | None = None,
     colours: Mapping[str, int] | None = None,
 ) -> Drawing:
     """Grouped bars: one group per entry of ``groups``, one bar per series in each, with optional error bars."""
-    with mpl.rc_context(STYLE):
-        canvas, axes = _canvas(title)
-        width = 0.8 / len(series)
-        for index, (name, values) in enumerate(series.items()):
-            at = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
-            axes.bar(
-                at, values, width * 0.92, label=name, color=series_colour((colours or {}).get(name, index)), linewidth=0
-            )
-            spread = [s for s in (errors or {}).get(name, ()) if s is not None]
-            if len(spread) == len(values):
-                axes.errorbar(at, values, yerr=spread, fmt="none", ecolor=INK, elinewidth=1)
-        axes.set_xticks(range(len(groups)), groups)
-        if sum(len(g) for g in groups) > 34:
-            axes.tick_params(axis="x", labelrotation=25)
-            for label in axes.get_xticklabels():
-                label.set_horizontalalignment("right")
-        axes.tick_params(axis="x", length=0)
-        _finish(axes, "", y_label, references, y_limits)
-    return Drawing(canvas, alt, caption)
+    axes = new_axes(title)
+    draw_bars(axes, groups, series, errors, colours)
+    return _finished(axes, "", y_label, references, y_limits, alt, caption)
 
 
-def _canvas(title: str) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(5.4, 3.9), layout="constrained")
-    axes = canvas.add_subplot()
-    axes.set_title(title)
-    return canvas, axes
+def draw_bars(
+    axes: Axes,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[Spread]] | None = None,
+    colours: Mapping[str, int] | None = None,
+) -> bool:
+    """The bars of :func:`bars` on given axes. Returns whether the names of the groups had to be slanted."""
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        at = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
+        colour = series_colour((colours or {}).get(name, index))
+        axes.bar(at, values, width * 0.92, label=name, color=colour, linewidth=0)
+        for x, y, spread in zip(at, values, (errors or {}).get(name) or [None] * len(at), strict=True):
+            if spread is not None:
+                low, high = spread if isinstance(spread, tuple) else (spread, spread)
+                axes.errorbar([x], [y], yerr=[[low], [high]], fmt="none", ecolor=INK, elinewidth=1)
+    slanted = sum(map(len, groups)) > 34
+    axes.set_xticks(
+        range(len(groups)), list(groups), rotation=25 if slanted else 0, ha="right" if slanted else "center"
+    )
+    axes.tick_params(axis="x", length=0)
+    return slanted
 
 
-def _finish(
+def _finished(
     axes: Axes,
     x_label: str,
     y_label: str,
     references: Sequence[Reference],
     y_limits: tuple[float | None, float | None],
-) -> None:
-    styles = ("--", ":", "-.")
-    for index, reference in enumerate(references):
-        axes.axhline(
-            reference.y, label=reference.label, color=INK, linestyle=styles[index % len(styles)], linewidth=1.2
-        )
+    alt: str,
+    caption: str,
+) -> Drawing:
+    for reference, line in zip(references, ("--", ":", "-.") * len(references), strict=False):
+        axes.axhline(reference.y, label=reference.label, color=INK, linestyle=line, linewidth=1.2)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(*y_limits)
     handles, labels = axes.get_legend_handles_labels()
+    canvas: Any = axes.figure
     if len(labels) > 1:
         # Outside the axes, where the layout engine keeps it clear of slanted tick labels.
-        axes.figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=3 if len(labels) > 4 or len(labels) == 3 else 2,
-            handlelength=1.6,
-            columnspacing=1.4,
-        )
+        columns = 3 if len(labels) > 4 or len(labels) == 3 else 2
+        canvas.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.4)
+    return Drawing(canvas, alt, caption)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator
-from mmc_fast.agop.head import _is_linear
-from mmc_fast.agop.state import from_triangle, to_triangle
+from mmc_fast.agop.head import linear_chain
 from mmc_fast.errors import InputError
 
 __all__ = ["ChainSums", "JacobianSums"]
@@ -24,8 +23,9 @@ class ChainSums:
     """
 
     def __init__(self, modules: list[nn.Module], groups: int) -> None:
-        self.modules = modules
-        self.positions = [i for i, module in enumerate(modules) if _is_linear(module)]
+        chain = linear_chain(nn.Sequential(*modules))
+        assert chain is not None, "the collector gives the modules of a chain"
+        self.modules, self.positions = chain
         self.tails = [nn.Sequential(*modules[i:]) for i in self.positions]
         self.accumulators = [[AGOPAccumulator(tail) for _ in range(groups)] for tail in self.tails]
 
@@ -106,12 +106,10 @@ class JacobianSums:
         return "vector-Jacobian products"
 
     def to_state(self) -> list[Any]:
-        return [] if self.grams is None else [len(self.grams[0]), *(to_triangle(g) for g in self.grams)]
+        return list(self.grams or [])
 
     def load_state(self, stored: list[Any]) -> None:
-        if stored:
-            upper = [from_triangle(t, stored[0]) for t in stored[1:]]
-            self.grams = [u + u.triu(1).t() for u in upper]
+        self.grams = list(stored) or None
 
 
 def jacobian_rows(

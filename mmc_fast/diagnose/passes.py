@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from mmc_fast._util.files import replace_file
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data import MultimodalDataset, Part
 
 from .adapter import Adapter, flat, labels_of
 from .collect import Collector, Reservoir, checked_features
 from .groups import stream
 from .measures.reliance import coalition_outputs
 from .predictions import CoalitionScores
-from .storage import read_state, write_state
 
-__all__ = ["Batches", "Progress", "Stored", "first_pass", "second_pass", "training_rows"]
+__all__ = [
+    "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
+]  # fmt: skip
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 Progress = Callable[[str, int, int | None], None]
+
+
+@runtime_checkable
+class HasBatches(Protocol):
+    """Data that know their batches, such as a data set. Optional: ``training_batches()``, those the model was trained on."""
+
+    def batches(self) -> Iterable[Any]: ...
 
 
 class Batches:
     """The loader as something that can be read twice."""
 
-    def __init__(self, loader: Any) -> None:
-        if isinstance(loader, MultimodalDataset):
-            loader = loader.part("test")
-        if isinstance(loader, Part):
-            loader = _Slices(loader)
+    def __init__(self, loader: Iterable[Any] | HasBatches) -> None:
+        if isinstance(loader, HasBatches):
+            loader = loader.batches()
         if isinstance(loader, Iterator):
             raise InputError(
                 "diagnose: the loader is an iterator, which can be read once; give a list of batches or a DataLoader"
@@ -41,47 +48,51 @@ class Batches:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"diagnose: loader is {type(loader).__name__}; give an iterable of batches")
         self.loader = loader
-        self.total: int | None = len(loader) if hasattr(loader, "__len__") else None
+        self.total: int | None = len(loader) if isinstance(loader, Sized) else None
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return enumerate(self.loader)
 
 
-class _Slices:
-    """A part in batches, each read when its turn comes: the part may be a file."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.rows = torch.arange(len(part)).split(4096) if len(part) else ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Part]:
-        return (self.part.select(rows) for rows in self.rows)
+def training_batches(loader: Any) -> Iterable[Any] | None:
+    """The training rows that the data bring along, if they do."""
+    bring = getattr(loader, "training_batches", None)
+    return bring() if callable(bring) else None
 
 
 class Stored:
-    """Unfinished sums on disk, if asked for."""
+    """Unfinished sums on disk, if asked for: one file, replaced as a whole."""
 
     def __init__(self, path: str | Path | None, every: float, meaning: list[Any]) -> None:
         self.path = None if path is None else Path(path)
         self.every, self.meaning, self.last = every, meaning, time.monotonic()
         self.found: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
-            self.found = read_state(self.path)
+            self.found = self._read(self.path)
             if self.found.get("version") != STATE_VERSION or self.found.get("meaning") != meaning:
                 raise InputError(
                     f"{self.path} is the state of a diagnosis with other groups, seed, samples or metric, or of another "
                     "version; use the same settings or delete it"
                 )
 
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            return dict(torch.load(path, weights_only=True))
+        except Exception as error:  # whatever damage of a file makes the reader raise
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"{path} cannot be read as the state of a diagnosis ({type(error).__name__}: {first}); delete it to start over"
+            ) from error
+
     def due(self) -> bool:
         return self.path is not None and time.monotonic() - self.last >= self.every
 
     def write(self, parts: dict[str, Any]) -> None:
         if self.path is not None:
-            write_state(self.path, {"version": STATE_VERSION, "meaning": self.meaning} | parts)
+            content = io.BytesIO()
+            torch.save({"version": STATE_VERSION, "meaning": self.meaning} | parts, content)
+            replace_file(self.path, content.getvalue())
             self.last = time.monotonic()
 
     def remove(self) -> None:

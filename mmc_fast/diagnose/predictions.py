@@ -13,6 +13,8 @@ from .measures.reliance import coalitions
 
 __all__ = ["CoalitionScores"]
 
+_KEPT = ("correct", "rows", "classes", "_scores", "_labels", "_places", "_constant")
+
 
 class CoalitionScores:
     """Accuracy from counts per group; AUROC from one number per sample and coalition.
@@ -104,24 +106,11 @@ class CoalitionScores:
         return wins
 
     def to_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "correct": torch.from_numpy(self.correct.copy()),
-            "rows": torch.from_numpy(self.rows.copy()),
-        }
-        state["classes"] = torch.from_numpy(self.classes.copy())
-        if self._constant is not None:
-            state["constant"] = self._constant
-        if self._scores:
-            state |= {
-                "scores": torch.cat(self._scores, 1),
-                "labels": torch.cat(self._labels),
-                "places": torch.cat(self._places),
-            }
-        return state
+        """What :meth:`load_state` goes on from: tensors, lists of such, None."""
+        values = {name: getattr(self, name) for name in _KEPT}
+        return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.correct, self.rows = state["correct"].numpy().copy(), state["rows"].numpy().copy()
-        self.classes = state["classes"].numpy().copy()
-        self._constant = state.get("constant")
-        if "scores" in state:
-            self._scores, self._labels, self._places = [state["scores"]], [state["labels"]], [state["places"]]
+        for name in _KEPT:
+            array = isinstance(getattr(self, name), np.ndarray)
+            setattr(self, name, state[name].numpy().copy() if array else state[name])

@@ -1,4 +1,4 @@
-"""``Diagnosis``: every number with its uncertainty, the settings behind it, and what can be done with them."""
+"""The numbers of a diagnosis with their uncertainty, the settings behind them, their JSON and their comparison."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmc_fast import __version__
-from mmc_fast._util.atomic import write_file
+from mmc_fast._util.files import replace_file
 from mmc_fast.errors import InputError
 
 from .verdict import ModalityVerdict, overall
 
-__all__ = ["SCHEMA_VERSION", "Diagnosis", "DiagnosisComparison", "Measure", "plain"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-SCHEMA_VERSION = 1
+__all__ = ["SCHEMA_VERSION", "DiagnosisComparison", "DiagnosisData", "Measure", "plain"]
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What :func:`mmc_fast.diagnose` found.
+class DiagnosisData:
+    """Numbers and verdicts of a diagnosis.
 
     Attributes:
         modalities: name -> width of its features. samples: N. metric: of the scores ("accuracy", "auroc", or None).
@@ -66,7 +69,7 @@ class Diagnosis:
         """The value of a measure; None where it was not measured or is not defined."""
         return self.measures[name].value if name in self.measures else None
 
-    def with_measures(self, measures: Mapping[str, Measure]) -> Diagnosis:
+    def with_measures(self, measures: Mapping[str, Measure]) -> Self:
         """A copy with further measures, such as ``"prefix_gap.audio"`` or ``"denoising_r2"``, which need a second model."""
         return replace(self, measures=self.measures | dict(measures))
 
@@ -81,17 +84,11 @@ class Diagnosis:
         values = {"schema_version": SCHEMA_VERSION, "kind": "diagnosis"} | asdict(self)
         text = json.dumps(plain(values), indent=1, allow_nan=False)
         if path is not None:
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-
-            def write(temporary: Path) -> None:
-                temporary.write_text(text + "\n", encoding="utf-8")
-
-            write_file(target, write)
+            replace_file(path, text + "\n")
         return text
 
     @classmethod
-    def from_json(cls, source: str | Path) -> Diagnosis:
+    def from_json(cls, source: str | Path) -> Self:
         """The inverse of :meth:`to_json`: JSON text, or the path of a file with it.
 
         Raises InputError for anything else and for another schema version.
@@ -122,12 +119,12 @@ class Diagnosis:
                 f"{str(source)[:80]!r} is no whole diagnosis ({type(error).__name__}: {error}); write it anew by to_json()"
             ) from None
 
-    def compare(self, other: Diagnosis) -> DiagnosisComparison:
+    def compare(self, other: DiagnosisData) -> DiagnosisComparison:
         """This diagnosis minus ``other``, measure by measure (other model or other data, same modality names).
 
         Raises InputError where the modalities have other names, TypeError where ``other`` is no diagnosis.
         """
-        if not isinstance(other, Diagnosis):
+        if not isinstance(other, DiagnosisData):
             raise TypeError(
                 f"compare: got {type(other).__name__}; give another Diagnosis, such as Diagnosis.from_json(path)"
             )
@@ -137,66 +134,6 @@ class Diagnosis:
                 "compare models of the same modalities"
             )
         return DiagnosisComparison.of(self, other)
-
-    def save_html(self, path: str | Path, other: Diagnosis | None = None) -> Path:
-        """One offline page with every panel, what each means and what it cannot show; ``other``: compared with."""
-        from .page import build_page
-
-        return build_page(self, other).save(path)
-
-    def plot_use_shares(self, ax: Any = None) -> Any:
-        """Bars: share of the head's response that comes from each modality. Returns matplotlib axes."""
-        from .plot import plot_use_shares
-
-        return plot_use_shares(self, ax)
-
-    def plot_blocks(self, ax: Any = None) -> Any:
-        """Heat map of the whitened AGOP's blocks. Returns matplotlib axes."""
-        from .plot import plot_blocks
-
-        return plot_blocks(self, ax)
-
-    def plot_spectra(self, ax: Any = None) -> Any:
-        """Spectra of the AGOP at every layer and of the fused representation. Returns matplotlib axes."""
-        from .plot import plot_spectra
-
-        return plot_spectra(self, ax)
-
-    def plot_reliance(self, ax: Any = None) -> Any:
-        """Bars: alone, without, only, per modality. Returns matplotlib axes; InputError without labels."""
-        from .plot import plot_reliance
-
-        return plot_reliance(self, ax)
-
-    def plot_shapley(self, ax: Any = None) -> Any:
-        """Bars: exact Shapley values. Returns matplotlib axes; InputError without labels."""
-        from .plot import plot_shapley
-
-        return plot_shapley(self, ax)
-
-    def plot_neurons(self, ax: Any = None) -> Any:
-        """Every neuron's modality shares, sorted. Returns matplotlib axes; InputError where there is no map."""
-        from .plot import plot_neurons
-
-        return plot_neurons(self, ax)
-
-    def plot_responses(self, ax: Any = None) -> Any:
-        """The neurons with most and least noise of another modality: activation against signal and that noise."""
-        from .plot import plot_responses
-
-        return plot_responses(self, ax)
-
-    def plot_similarity(self, ax: Any = None) -> Any:
-        """Bars: CKA of the fused representation with each modality. Returns matplotlib axes."""
-        from .plot import plot_similarity
-
-        return plot_similarity(self, ax)
-
-    def plot_ranks(self, ax: Any = None) -> Any:
-        """Bars: effective and stable rank of each layer's AGOP and of the fused representation."""
-        from .plot import plot_ranks
-
-        return plot_ranks(self, ax)
 
 
 @dataclass(frozen=True)
@@ -211,7 +148,7 @@ class DiagnosisComparison:
     changed_verdicts: dict[str, tuple[str, str]]
 
     @classmethod
-    def of(cls, first: Diagnosis, second: Diagnosis) -> DiagnosisComparison:
+    def of(cls, first: DiagnosisData, second: DiagnosisData) -> DiagnosisComparison:
         rows = {}
         for name, a in first.measures.items():
             b = second.measures.get(name, Measure(None))

@@ -4,83 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data import MultimodalDataset, Part
-from mmc_fast.experiments.training.model import MultimodalModel
-from mmc_fast.experiments.training.runfolder import LoadedRun
 
-from .adapter import Adapter, RunAdapter, model_of
+from .adapter import Adapter, HasAdapter, adapter_of, model_of
 from .collect import Collector, checked_features
+from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
 from .groups import draw_weights
 from .layers import ChainSums, jacobian_rows
 from .measures import weights
 from .measures.polysemanticity import cross_modal_polysemanticity
 from .measures.reliance import MAX_MODALITIES
-from .passes import Batches, Progress, Stored, first_pass, second_pass, training_rows
+from .options import DiagnoseOptions
+from .passes import Batches, HasBatches, Progress, Stored, first_pass, second_pass, training_batches, training_rows
 from .predictions import CoalitionScores
-from .result import Diagnosis, Measure, plain
-from .sampled import fresh_measures, neuron_measures, probe_measures
-from .verdict import THRESHOLDS, ModalityVerdict, Thresholds, agreement, as_settings, judge_modality
+from .result import Measure, plain
+from .sampled import latent_measures, neuron_measures, probe_measures
+from .verdict import ModalityVerdict, agreement, judge_modality
 
-__all__ = ["check_options", "diagnose"]
+__all__ = ["diagnose"]
 
 
 def diagnose(
-    model: Adapter | MultimodalModel | LoadedRun,
-    loader: Iterable[Any] | MultimodalDataset | Part,
+    model: Adapter | HasAdapter,
+    loader: Iterable[Any] | HasBatches,
     *,
-    metric: str | None = None,
-    groups: int = 16,
-    resamples: int = 100,
-    level: float = 0.95,
-    seed: int = 0,
-    reliance: bool = True,
-    probes: bool = True,
-    control: bool = False,
-    alone: Mapping[str, float] | None = None,
-    unimodal_weights: Mapping[str, Tensor] | None = None,
-    initial_weight: Tensor | None = None,
-    probe_data: Iterable[Any] | MultimodalDataset | Part | None = None,
-    sample_rows: int = 4096,
-    tolerance: float = 1e-3,
-    tau: float = 0.5,
-    energy: float = 0.99,
-    ridge: float = 1e-6,
-    thresholds: Thresholds = THRESHOLDS,
+    options: DiagnoseOptions | None = None,
+    probe_data: Iterable[Any] | HasBatches | None = None,
     state: str | Path | None = None,
     save_every: float = 30.0,
     progress: Progress | None = None,
+    **overrides: Any,
 ) -> Diagnosis:
     """Which modality a fused model uses, which it lost, and what its fusion neurons mix.
 
     Args:
-        model: an adapter (:class:`~mmc_fast.diagnose.Adapter`, ``mmc_fast.ModelAdapter``), or a model or run of
-            this project.
-        loader: batches for the adapter, in a fixed order; it is read twice. Or a data set (its test part, and its training
-            part as ``probe_data``) or a part.
-        metric: "accuracy", "auroc" (two classes), or None: auroc for two classes, else accuracy.
-        groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
-        seed: of groups, samples and probes.
-        reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
-        probes: train a small network on each modality's features alone, on ``sample_rows`` samples.
-        control: also train networks on the features without each modality.
-        alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
-            probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak.
+        model: an adapter (:class:`~mmc_fast.diagnose.Adapter`, ``mmc_fast.ModelAdapter``), or what has ``as_adapter()``,
+            such as a loaded run.
+        loader: batches for the adapter, in a fixed order; it is read twice. Or what has ``batches()``, such as a data set
+            (its test part; its ``training_batches()`` are the ``probe_data``).
+        options: what is measured, and how (:class:`DiagnoseOptions`). ``overrides``: single fields of them by name, such
+            as ``diagnose(adapter, loader, seed=1, control=True)``.
         probe_data: labelled batches that the model was trained on, or others apart from ``loader``: the networks of ``probes``
             and ``control`` train on ``sample_rows`` of them and are judged on the diagnosed samples. Without it they train on
             seven tenths of those, which may be too few to find what a modality knows.
-        unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
-        initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
-        tolerance, tau, energy, ridge: of the numerical rank, the degree of polysemanticity (two) and the VIF.
         state: file that keeps unfinished sums; a diagnosis that was killed goes on there, with the same numbers.
         save_every: seconds between two writes of it.
         progress: called with a phase, the batches done and their number (None where unknown).
@@ -95,59 +70,48 @@ def diagnose(
     Time for a head ``D → h → C`` on N samples: about ``N (2 D h + (D + h)² / 2)`` multiply-adds and ``N h² / 2`` bit operations,
     and 2^m forwards; memory ``O(groups · (D + h)²)``.
     """
-    adapter, unimodal_weights = _adapter(model, unimodal_weights)
+    o = (options or DiagnoseOptions()).override(overrides)
+    adapter = adapter_of(model)
     model_of(adapter)
-    if probe_data is None and isinstance(loader, MultimodalDataset) and len(loader.part("train")):
-        probe_data = loader.part("train")
+    if probe_data is None:
+        probe_data = training_batches(loader)
     training = None if probe_data is None else Batches(probe_data)
-    check_options(groups, resamples, level, metric, sample_rows, alone)
-    groups, resamples, sample_rows, seed = int(groups), int(resamples), int(sample_rows), check_seed(seed)
     batches = Batches(loader)
-    meaning = [groups, seed, sample_rows, metric]
-    stored = Stored(state, save_every, meaning)
+    stored = Stored(state, save_every, [o.groups, o.seed, o.sample_rows, o.metric])
     report = progress or (lambda phase, done, total: None)
     with torch.inference_mode(False):
-        collector = first_pass(adapter, batches, groups, seed, sample_rows, stored, report)
+        collector = first_pass(adapter, batches, o.groups, o.seed, o.sample_rows, stored, report)
         notes = list(collector.notes)
-        means = dict(zip(collector.widths, _means(collector).split(list(collector.widths.values())), strict=True))
-        scores = None
-        if reliance and _can_score(collector, notes):
-            chosen = metric or ("auroc" if collector.outputs <= 2 else "accuracy")
-            scores = second_pass(adapter, batches, collector, chosen, means, stored, report)
-            seen = scores.seen_classes()
-            if 1 < seen < collector.outputs:
-                notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
-            if seen < 2:
-                notes.append("The labels hold a single class, so nothing can be scored.")
-                scores = None
+        scores = _scores(adapter, batches, collector, o, notes, stored, report)
     notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
     report("numbers", 0, None)
-    estimator = Estimator(collector, tolerance, tau, energy, ridge, initial_weight)
-    measures, arrays, draws = _measures(estimator, scores, collector, resamples, level, seed)
+    estimator = Estimator(collector, o.tolerance, o.tau, o.energy, o.ridge, o.initial_weight)
+    measures, arrays, draws = _measures(estimator, scores, collector, o)
     if isinstance(collector.layers, ChainSums):
-        if initial_weight is None:
+        if o.initial_weight is None:
             notes.append("No initial weights were given: the neural feature matrix is WᵀW, not that of W − W₀.")
-        _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal_weights, seed)
+        unimodal = o.unimodal_weights or getattr(adapter, "unimodal_weights", None)
+        _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal, o.seed)
     else:
         arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
-    if scores is not None and (probes or alone):
-        given = _given(alone, collector, probes)
+    if scores is not None and (o.probes or o.alone):
+        given = _given(o.alone, collector, o.probes)
         rows = None
-        if training is not None and (control or len(given) < len(collector.widths)):
+        if training is not None and (o.control or len(given) < len(collector.widths)):
             rows = training_rows(adapter, training, collector, report)
-        probe_measures(measures, notes, collector, scores.metric, control, given, seed, rows)
+        probe_measures(measures, notes, collector, scores.metric, o.control, given, o.seed, rows)
     neuron_measures(measures, arrays, collector)
-    fresh_measures(measures, collector.reservoir, seed)
+    latent_measures(measures, collector.reservoir, o.seed)
     bound = weights.collision_bound(list(collector.widths.values()))
     if bound.warning:
         notes.append(f"Collision bound: {bound.warning}.")
-    verdicts = [_verdict(name, collector, measures, draws, scores, thresholds, seed) for name in collector.widths]
+    verdicts = [_verdict(name, collector, measures, draws, scores, o) for name in collector.widths]
     settings = {
-        "groups": groups, "resamples": resamples, "level": float(level), "seed": seed, "tolerance": float(tolerance), "tau": float(tau),
-        "energy": float(energy), "ridge": float(ridge), "stand_in": "mean of these data", "sample_rows": len(collector.reservoir.keys),
-        "probe_data": training is not None,
+        "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
+        "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "stand_in": "mean of these data",
+        "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
-        "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": as_settings(thresholds),
+        "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": asdict(o.thresholds),
     }  # fmt: skip
     stored.remove()
     return Diagnosis(
@@ -156,44 +120,23 @@ def diagnose(
     )  # fmt: skip
 
 
-def _adapter(model: Any, unimodal: Mapping[str, Tensor] | None) -> tuple[Adapter, Mapping[str, Tensor] | None]:
-    if isinstance(model, LoadedRun):
-        if unimodal is None and model.unimodal is not None:
-            unimodal = {name: m.classifier[0].weight for name, m in model.unimodal.models.items()}  # type: ignore[misc]
-        model = model.model
-    if isinstance(model, MultimodalModel):
-        return RunAdapter(model), unimodal
-    if isinstance(model, Adapter):
-        return model, unimodal
-    if isinstance(model, nn.Module):
-        raise InputError(
-            f"diagnose: {type(model).__name__} has no encode() and fuse(); wrap it: "
-            "mmc_fast.ModelAdapter(model, features={'image': 'encoders.image', ...}, head='classifier')"
-        )
-    raise TypeError(f"diagnose: got {type(model).__name__}; give an adapter with encode(batch) and fuse(features)")
-
-
-def check_options(
-    groups: int = 16,
-    resamples: int = 100,
-    level: float = 0.95,
-    metric: str | None = None,
-    rows: int = 1,
-    alone: Mapping[str, float] | None = None,
-) -> None:
-    """Raise InputError for options of :func:`diagnose` that no data could make right."""
-    if not 1 <= groups <= 1024 or resamples < 0 or not 0 < level < 1:
-        raise InputError(
-            f"diagnose: groups {groups}, resamples {resamples}, level {level}; need 1 to 1024 groups, resamples >= 0 and a "
-            "level between 0 and 1"
-        )
-    if metric not in (None, "accuracy", "auroc"):
-        raise InputError(f"diagnose: unknown metric {metric!r}; known are accuracy, auroc")
-    if rows < 1:
-        raise InputError(f"diagnose: sample_rows is {rows}; give the number of rows to keep for probes, such as 4096")
-    for name, score in (alone or {}).items():
-        if not 0 <= score <= 1:
-            raise InputError(f"diagnose: alone[{name!r}] is {score}; give a score between 0 and 1, not in percent")
+def _scores(
+    adapter: Adapter, batches: Batches, collector: Collector, o: DiagnoseOptions, notes: list[str], stored: Stored,
+    report: Progress,
+) -> CoalitionScores | None:  # fmt: skip
+    """Scores of the coalitions, or None and a note that says why there are none."""
+    if not o.reliance or not _can_score(collector, notes):
+        return None
+    chosen = o.metric or ("auroc" if collector.outputs <= 2 else "accuracy")
+    means = dict(zip(collector.widths, _means(collector).split(list(collector.widths.values())), strict=True))
+    scores = second_pass(adapter, batches, collector, chosen, means, stored, report)
+    seen = scores.seen_classes()
+    if 1 < seen < collector.outputs:
+        notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
+    if seen < 2:
+        notes.append("The labels hold a single class, so nothing can be scored.")
+        return None
+    return scores
 
 
 def _means(collector: Collector) -> Tensor:
@@ -220,10 +163,11 @@ def _can_score(collector: Collector, notes: list[str]) -> bool:
 
 
 def _measures(
-    estimator: Estimator, scores: CoalitionScores | None, collector: Collector, resamples: int, level: float, seed: int
+    estimator: Estimator, scores: CoalitionScores | None, collector: Collector, o: DiagnoseOptions
 ) -> tuple[dict[str, Measure], dict[str, Any], dict[str, np.ndarray]]:
     """Measures of sums and coalitions, what is no single number, and both in the resamples."""
     arrays: dict[str, Any] = {}
+    resamples, level, seed = o.resamples, o.level, o.seed
     active = collector.active()
     values = estimator.numbers(active, arrays)
     groups = int(active.sum())
@@ -313,8 +257,7 @@ def _verdict(
     measures: dict[str, Measure],
     draws: Mapping[str, np.ndarray],
     scores: CoalitionScores | None,
-    thresholds: Thresholds,
-    seed: int,
+    o: DiagnoseOptions,
 ) -> ModalityVerdict:
     m, use = len(collector.widths), f"use_share.{name}"
     wanted = {
@@ -326,18 +269,18 @@ def _verdict(
         found = {key: measures[where].value for key, where in wanted.items() if where in measures}
         known = {key: value for key, value in found.items() if value is not None}
         known["chance_error"] = scores.chance_error()
-    verdict = judge_modality(name, measures[use].value, m, known, thresholds)
+    verdict = judge_modality(name, measures[use].value, m, known, o.thresholds)
     if use not in draws:
         return verdict
     rows: list[Mapping[str, float] | None] = [None] * len(draws[use])
     if known is not None:
         alone = measures.get(wanted["alone"], Measure(None))
-        random = np.random.default_rng([seed, 11])
+        random = np.random.default_rng([o.seed, 11])
         rows = [
             known
             | {key: float(draws[wanted[key]][r]) for key in ("all", "without", "only")}
             | ({} if alone.value is None else {"alone": alone.value + (alone.error or 0.0) * random.standard_normal()})
             for r in range(len(draws["score.all"]))
         ]
-    verdict.evidence["agreement"] = agreement(verdict.kind, name, m, draws[use].tolist(), rows, thresholds)
+    verdict.evidence["agreement"] = agreement(verdict.kind, name, m, draws[use].tolist(), rows, o.thresholds)
     return verdict

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.extras import MissingExtra
 from mmc_fast.errors import InputError
 
 from .collect import Collector, Reservoir
 from .layers import ChainSums, jacobian_rows
 from .measures import weights
 from .measures.polysemanticity import NeuronResponse, neuron_response
-from .measures.probes import fresh_discriminator
-from .measures.reliance import retrained_without, train_afresh
+from .measures.probes import modality_probe
+from .measures.reliance import train_afresh
 from .result import Measure
 
-__all__ = ["fresh_measures", "neuron_measures", "probe_measures"]
+__all__ = ["latent_measures", "neuron_measures", "probe_measures"]
 
 _GRADIENT_ROWS = 512
 
@@ -50,37 +51,38 @@ def probe_measures(
     if training is not None:
         judged = (features, labels)
         features, labels = features_of(collector, training), training.columns["labels"]
+    names = list(features)
+    wanted: dict[str, tuple[str, ...]] = {f"alone.{name}": (name,) for name in names if name not in given}
+    if control:
+        wanted |= {f"retrained_without.{name}": tuple(n for n in names if n != name) for name in names}
+        wanted["retrained_all"] = tuple(names)
     try:
-        if control:
-            found = retrained_without(features, labels, metric=metric, seed=seed, judged=judged)
-            alone, named = found.alone, {f"retrained_without.{name}": s for name, s in found.without.items()}
-            named["retrained_all"] = found.all
-        else:
-            wanted = [name for name in features if name not in given]
-            alone = {
-                name: train_afresh(features, labels, [name], metric=metric, seed=seed, judged=judged) for name in wanted
-            }
-            named = {}
+        found = {
+            subset: train_afresh(features, labels, subset, metric=metric, seed=seed, judged=judged)
+            for subset in dict.fromkeys(wanted.values())
+        }
+    except MissingExtra:
+        raise
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return
-    named |= {f"alone.{name}": s for name, s in alone.items() if name not in given}
-    for name, s in named.items():
+    for name, subset in wanted.items():
+        s = found[subset]
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
         measures[name] = Measure(s.score, s.error, max(0.0, low), min(1.0, high))
 
 
-def fresh_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
-    """A fresh discriminator on the latents, where the adapter has some."""
+def latent_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
+    """The post-hoc modality probe on the latents, where the adapter has some."""
     latents = {n.removeprefix("latent."): x for n, x in reservoir.columns.items() if n.startswith("latent.")}
     if len(latents) < 2:
         return
     whole = torch.stack([x.isfinite().all(1) for x in latents.values()]).all(0)
     latents = {name: x[whole] for name, x in latents.items()}
     if int(whole.sum()) >= 20:
-        found = fresh_discriminator(latents, seed=seed)
-        measures["fresh_discriminator.balanced_accuracy"] = Measure(found["balanced_accuracy"])
-        measures["fresh_discriminator.chance"] = Measure(found["chance"])
+        found = modality_probe(latents, seed=seed)
+        measures["modality_probe.balanced_accuracy"] = Measure(found["balanced_accuracy"])
+        measures["modality_probe.chance"] = Measure(found["chance"])
 
 
 def neuron_measures(measures: dict[str, Measure], arrays: dict[str, Any], collector: Collector) -> None:

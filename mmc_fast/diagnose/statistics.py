@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
+from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
 __all__ = [
@@ -167,9 +167,10 @@ class ResampledScores:
         if seeds_variance > 0:
             freedom = variance**2 * (seeds - 1) / seeds_variance**2
         estimate = float(self.plain.mean())
-        half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+        student = require("scipy.stats", extra="diagnose").t
+        half = float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
         if variance > 0:
-            p_zero = 2 * float(stats.t.sf(abs(estimate) / math.sqrt(variance), freedom))
+            p_zero = 2 * float(student.sf(abs(estimate) / math.sqrt(variance), freedom))
         else:
             p_zero = float(estimate == 0)
         return Interval(

@@ -1,12 +1,23 @@
-"""The verdict on each modality, from numbers and calibrated thresholds, and the words for it."""
+"""The verdict on each modality, from numbers and calibrated thresholds, and the words for it.
+
+This is the only rule: ``diagnose`` and every report that judges a modality call :func:`judge_modality`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-__all__ = ["THRESHOLDS", "ModalityVerdict", "Thresholds", "agreement", "judge_modality", "overall"]
+__all__ = [
+    "THRESHOLDS",
+    "ModalityVerdict",
+    "Thresholds",
+    "agreement",
+    "judge_modality",
+    "overall",
+    "verdicts_from_scores",
+]
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,17 @@ def judge_modality(
     return ModalityVerdict(modality, kind, use_share, evidence)
 
 
+def verdicts_from_scores(
+    scores: Mapping[str, Mapping[str, float]], complete: float, chance: float, thresholds: Thresholds = THRESHOLDS
+) -> list[ModalityVerdict]:
+    """Verdicts where only scores are known and no use shares, as in the records of a training.
+
+    ``scores``: modality -> "without" and "only", where known "alone". ``complete``: the fused score with all modalities.
+    """
+    whole = {"all": complete, "chance": chance}
+    return [judge_modality(name, None, len(scores), whole | dict(s), thresholds) for name, s in scores.items()]
+
+
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:
     """One or two sentences on the model as a whole."""
     lost = [v.modality for v in verdicts if v.kind == "collapsed"]
@@ -146,11 +168,6 @@ def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, threshol
             f"{thresholds['entropy']:.2f} counts as mixing)."
         )
     return " ".join(parts)
-
-
-def as_settings(thresholds: Thresholds) -> dict[str, float]:
-    """For the settings of a diagnosis."""
-    return asdict(thresholds)
 
 
 def _join(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pulling the latents of one sample together: alternatives to, or companions of, the discrimination game."""
+"""Pulling the latents of one sample together, beside the adversarial loss or instead of it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["contrastive_alignment", "distance_alignment"]
-
-
-def distance_alignment(latents: Tensor, present: Tensor | None = None, normalizer: Tensor | None = None) -> Tensor:
-    r"""Mean squared distance of unit latents to their sample's mean.
-
-    .. math::
-        \frac{1}{\#rows} \sum_{(b,i)} \lVert \hat g_i[b] - \tfrac{1}{|P_b|} \sum_{j \in P_b} \hat g_j[b] \rVert^2
-
-    over present modalities ``P_b`` of samples that have at least two. ``latents`` ``[m, B, k]``, ``present`` bool
-    ``[B, m]``; 0 where no sample has two modalities. ``normalizer`` replaces ``#rows``, for exact means over pieces of
-    a batch.
-    """
-    unit = F.normalize(latents, dim=-1)
-    if present is None:
-        present = torch.ones(latents.shape[1], latents.shape[0], dtype=torch.bool, device=latents.device)
-    here = (present & (present.sum(1, keepdim=True) > 1)).t().to(latents.dtype)  # [m, B]
-    mean = (unit * here.unsqueeze(-1)).sum(0) / here.sum(0).clamp(min=1).unsqueeze(-1)  # [B, k]
-    squared = (unit - mean).square().sum(-1)  # [m, B]
-    rows = here.sum() if normalizer is None else normalizer
-    return (squared * here).sum() / rows.clamp(min=1)
+__all__ = ["contrastive_alignment"]
 
 
 def contrastive_alignment(latents: Tensor, present: Tensor | None = None, temperature: float = 0.1) -> Tensor:

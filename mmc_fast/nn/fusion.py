@@ -1,6 +1,6 @@
 """Fusion operators: ``fusion(features: list of [B, d_i], present: bool [B, m] | None) -> logits [B, C]``.
 
-A slot with ``present = False`` is never read (it may hold NaN); ``present=None`` means that nothing is absent.
+A modality with ``present = False`` is never read (it may hold NaN); ``present=None`` means that nothing is absent.
 """
 
 from __future__ import annotations

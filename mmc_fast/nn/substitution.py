@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmc_fast.errors import InputError
 
 __all__ = [
-    "SourceWeights",
     "cosine_sums",
     "foreign_source",
     "latent_similarity",
@@ -127,7 +126,7 @@ def mean_source(present: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def foreign_source(present: Tensor | None, batch: int, m: int, generator: torch.Generator) -> Tensor:
-    """int64 ``[B, m]``: for every slot another present modality, drawn uniformly; -1 where there is none."""
+    """int64 ``[B, m]``: for every target modality another present one, drawn uniformly; -1 where there is none."""
     available = torch.ones(batch, m, m, dtype=torch.bool, device=generator.device)
     if present is not None:
         available &= present.unsqueeze(1)
@@ -135,25 +134,3 @@ def foreign_source(present: Tensor | None, batch: int, m: int, generator: torch.
     draw = torch.rand(batch, m, m, generator=generator, device=generator.device)
     chosen = draw.masked_fill(~available, -1.0).argmax(-1)
     return torch.where(available.any(-1), chosen, -1)
-
-
-class SourceWeights(nn.Module):
-    """Learned per-sample weights of the present latents in a missing slot: softmax of linear scores of features.
-
-    ``weights[b, i, j] = softmax_j (v_ij . z_j[b] + c_ij)`` over present j for an absent modality i; a present is its
-    own source. Starts as the mean of the present latents.
-    """
-
-    def __init__(self, dims: Sequence[int]) -> None:
-        super().__init__()
-        self.scores = nn.ModuleList(nn.Linear(d, len(dims)) for d in dims)
-        for parameter in self.scores.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
-        """float ``[B, m, m]`` for features ``[B, d_j]`` (absent rows finite) and presence bool ``[B, m]``."""
-        score = torch.stack([layer(z) for layer, z in zip(self.scores, features, strict=True)], dim=-1)  # [B, i, j]
-        share = torch.softmax(score.masked_fill(~present.unsqueeze(1), -1e4), dim=-1)
-        share = torch.where(present.unsqueeze(1), share, 0)
-        own = torch.eye(present.shape[1], dtype=share.dtype, device=share.device)
-        return torch.where(present.unsqueeze(-1), own, share)

@@ -135,8 +135,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
         values["consistency"] = draw(st.sampled_from([0.0, 1.0]))
     if draw(st.booleans()):
         values["ebr"] = draw(_ebr_configs(values["accumulate"] > 1))
-        learned = values["ebr"].substitute == "learned"
-        values["substitute_in_training"] = learned or draw(st.booleans())
+        values["substitute_in_training"] = draw(st.booleans())
         values["reversal_schedule"] = draw(st.sampled_from(["constant", "linear", "dann"]))
     elif values["encoder"] == "mlp" and draw(st.booleans()):
         values["kd"] = KDConfig(epochs=1, batch_size=16, embedding_dim=4)
@@ -155,11 +154,9 @@ def _ebr_configs(draw: st.DrawFn, split: bool) -> EBRConfig:
         reconstruction=draw(st.sampled_from([0.0, 1.0])),
         schedule=draw(st.sampled_from(["joint", "interleave"])),
         interleave_epochs=1,
-        psi_steps=draw(st.integers(1, 2)),
         patience=draw(st.sampled_from([None, 1])),
-        bounded=draw(st.booleans()),
-        alignment=draw(st.sampled_from(["none", "distance"] if split else ["none", "distance", "contrastive"])),
+        alignment=draw(st.sampled_from(["none"] if split else ["none", "contrastive"])),
         cross_recovery=draw(st.sampled_from([0.0, 0.3])),
         ranking=draw(st.sampled_from(["reference", "pairwise"])),
-        substitute=draw(st.sampled_from(["ranked", "mean", "learned"])),
+        substitute=draw(st.sampled_from(["ranked", "mean"])),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from mmc_fast._util.numbers import check_seed, integer, plain
 from mmc_fast.diagnose.measures.weights import collision_bound
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
+from mmc_fast.experiments.compare.configs import DataConfig, MethodConfig
+from mmc_fast.experiments.compare.demo import DemoPlan
 from mmc_fast.experiments.compare.grid import Grid
-from mmc_fast.experiments.compare.rows import Row, Source
 from mmc_fast.experiments.data.scratch import budget_bytes
 from mmc_fast.experiments.data.splits import stratified_split
 from mmc_fast.experiments.paper import Plan
 from mmc_fast.experiments.training import TrainConfig, evaluate, train
-from mmc_fast.experiments.training.demo import DemoPlan
 from mmc_fast.nn import EBRConfig
 
 INTEGERS = [np.int64, np.int32, np.uint8]
@@ -71,13 +72,13 @@ def test_settings_are_stored_as_json():
 
 
 def test_grids_plans_and_data():
-    row, source = Row.parse("vanilla", {"method": "vanilla"}), Source("m", "mfeat")
+    method, config = MethodConfig.parse("vanilla", {"method": "vanilla"}), DataConfig("m", "mfeat")
     keys = [
-        [grid.cell(row, source, {}, "test", seed, "f").key for seed in grid.seeds]
-        for grid in (Grid([row], [source], range(2)), Grid([row], [source], np.arange(2)))
+        [grid.job(method, config, {}, "test", seed).key for seed in grid.seeds]
+        for grid in (Grid([method], [config], range(2)), Grid([method], [config], np.arange(2)))
     ]
     assert keys[0] == keys[1]
-    assert json.dumps(list(Plan(None, np.arange(2)).seeds)) == "[0, 1]"
+    assert json.dumps(list(Plan(Path("out"), ("mfeat",), np.arange(2)).seeds)) == "[0, 1]"
     labels = np.arange(30) % 3
     np.testing.assert_array_equal(stratified_split(labels, seed=np.int64(4)), stratified_split(labels, seed=4))
     one, two = (

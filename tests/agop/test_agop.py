@@ -12,12 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmc_fast.agop import finish as _agop_finish
+from mmc_fast.agop import result as agop_result
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
 from mmc_fast.agop.reference import agop as reference_agop
 from mmc_fast.agop.reference import jacobians
 from mmc_fast.ops import native as library
-from mmc_fast.ops.agop.coactivation import coactivation_counts, pack_signs, relu_coactivation_update
 from mmc_fast.testing import assert_as_accurate, relative_error
 from mmc_fast.testing.strategies import ACTIVATIONS, heads, sample_counts
 
@@ -88,13 +87,14 @@ def test_one_hidden_layer_in_float32(activation, backend, generator):
             assert_as_accurate(ours, plain, truth, amplification=amplification, what=f"{(n, d, h, c)} center={center}")
 
 
-def test_the_backend_that_ran_is_in_the_result(generator):
+@pytest.mark.skipif(not NATIVE, reason="the native library is not built")
+def test_auto_takes_native_code_at_every_layer_before_an_activation(generator):
     x = torch.randn(65, 6, generator=generator)
-    for activation in ("relu", "gelu", "tanh"):
-        head = chain([6, 8, 3], activation, generator)
-        assert AGOPAccumulator(head, backend="torch").update(x).compute().backend == "torch"
-        automatic = AGOPAccumulator(head).update(x).compute().backend
-        assert automatic == ("cpp" if NATIVE else "torch")
+    for activation, hidden in itertools.product(sorted(set(ACTIVATIONS) - {"identity"}), range(1, 5)):
+        head = chain([6, *[9] * hidden, 3], activation, generator)
+        for layer in range(hidden):
+            assert AGOPAccumulator(head, layer=layer).update(x).compute().backend == "cpp", (activation, hidden, layer)
+    assert AGOPAccumulator(head, backend="torch").update(x).compute().backend == "torch"
     assert AGOPAccumulator(head).compute().backend is None
 
 
@@ -124,7 +124,7 @@ def test_random_heads_in_float32(head, n, data):
 def test_counts_do_not_depend_on_chunks_threads_or_batches(backend, generator):
     head = chain([37, 129, 4], "relu", generator)
     x = torch.randn(700, 37, generator=generator)
-    whole = AGOPAccumulator(head, backend=backend).update(x)._method.states()[0].counts
+    whole = AGOPAccumulator(head, backend=backend).update(x).method.state.counts
     exact = (nn.functional.linear(x.double(), head[0].weight.double(), head[0].bias.double()) > 0).long()
     assert (torch.triu(exact.t() @ exact) - whole).abs().max() <= 2  # signs at the last bit may differ from float64
     threads = torch.get_num_threads()
@@ -132,55 +132,32 @@ def test_counts_do_not_depend_on_chunks_threads_or_batches(backend, generator):
         for count in (1, 2):
             torch.set_num_threads(count)
             for chunk in (1, 192, 1000):
-                counts = AGOPAccumulator(head, backend=backend, chunk_size=chunk).update(x)._method.states()[0].counts
+                counts = AGOPAccumulator(head, backend=backend, chunk_size=chunk).update(x).method.state.counts
                 assert torch.equal(counts, whole), (count, chunk)
     finally:
         torch.set_num_threads(threads)
     pieces = AGOPAccumulator(head, backend=backend).update(x[cut : cut + 100] for cut in range(0, 700, 100))
-    assert torch.equal(pieces._method.states()[0].counts, whole)
-
-
-@pytest.mark.skipif(not NATIVE, reason="the native library is not built")
-def test_closed_forms_agree_between_backends(generator):
-    for activation in ("relu", "leaky_relu", "gelu", "elu", "softplus"):
-        head = chain([30, 65, 8], activation, generator)
-        x = away_from_kinks(head, torch.randn(700, 30, generator=generator))
-        assert relative_error(agop(head, x, backend="cpp"), agop(head, x, backend="torch")) < 3e-6
-
-
-@pytest.mark.parametrize("n", [0, 1, 3, 63, 64, 65, 511, 513])
-def test_packed_signs_count_every_sample(n, generator):
-    z = torch.randn(n, 13, generator=generator)
-    words = pack_signs(z)
-    assert words.shape == (13, -(-n // 64))
-    active = (z > 0).long()
-    assert torch.equal(coactivation_counts(words), active.t() @ active)
-    counts, flag = torch.zeros(13, 13, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    relu_coactivation_update(z, torch.eye(13), None, counts, flag)
-    assert torch.equal(counts, torch.triu(active.t() @ active))
-    assert not flag
+    assert torch.equal(pieces.method.state.counts, whole)
 
 
 def test_inputs_of_any_layout(generator):
     head = chain([6, 9, 3], "gelu", generator)
     x = torch.randn(200, 12, generator=generator)
-    for view in (
-        x[:, :6],
-        x[:, ::2],
-        x[3:150:2, 6:],
-        x.t().contiguous().t()[:, :6],
-        x.double()[:, :6],
-        x.half()[:, :6],
-    ):
+    columns = x.t().contiguous().t()
+    for view in (x[:, :6], x[:, ::2], x[3:150:2, 6:], columns[:, :6], x.double()[:, :6], x.half()[:, :6]):
         truth = jacrev_agop(head, view.to(torch.float32))
         assert relative_error(agop(head, view), truth) < 2e-6
     tracked = x[:, :6].clone().requires_grad_()
     result = agop(head, tracked)
     assert not result.requires_grad
     assert tracked.grad is None
-    truth = jacrev_agop(head, x[:, :6])  # not in inference mode, where some versions of torch give zeros
-    with torch.inference_mode():
-        assert relative_error(agop(head, x[:, :6].clone()), truth) < 2e-6
+    deep = chain([6, 9, 8, 3], "relu", generator)
+    normalised = nn.Sequential(head[0], nn.LayerNorm(9), head[2])
+    for kind, options in itertools.product((head, deep, normalised), ({}, {"center": True}, {"backend": "torch"})):
+        expected = AGOPAccumulator(kind, **options).update(x[:, :6]).update(x[:, :6]).compute().matrix
+        with torch.inference_mode():
+            accumulator = AGOPAccumulator(kind, **options).update(x[:, :6].clone())
+        assert relative_error(accumulator.update(x[:, :6]).compute().matrix, expected) < 2e-6
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(agop(head, x[:, :6]), agop(head, x[:, :6].clone()))
         assert relative_error(agop(head, x[:, :6]), jacrev_agop(head, x[:, :6])) < 2e-6
@@ -227,8 +204,8 @@ def test_the_derivative_of_relu_at_zero_is_zero():
     assert not agop(deep, torch.zeros(70, 2)).any()
 
 
-def test_centring_with_exact_integers_does_not_cancel(generator):
-    """Units that are active on all samples but one leave a covariance far below the counts."""
+def test_centring_does_not_cancel(generator):
+    """Units that are active on all samples but one, and a sigmoid whose derivative varies by 1e-3 about 1/4."""
     head = chain([4, 16, 3], "relu", generator)
     head[0].weight.data.mul_(0.01)
     head[0].bias.data.fill_(1.0)
@@ -239,10 +216,6 @@ def test_centring_with_exact_integers_does_not_cancel(generator):
     whole = jacrev_agop(head, x)
     assert 0 < truth.norm() < 1e-3 * whole.norm()
     assert relative_error(agop(head, x, center=True), truth) < 3e-6
-
-
-def test_centring_of_a_nearly_constant_derivative(generator):
-    """A sigmoid in its linear range: the derivative varies by 1e-3 about 1/4, and float32 must still see it."""
     head = chain([6, 20, 3], "sigmoid", generator)
     head[0].weight.data.mul_(0.05)
     head[0].bias.data.fill_(0.3)
@@ -268,7 +241,7 @@ def test_the_mean_is_taken_over_all_samples_not_per_chunk(generator):
         assert relative_error(agop(head, x.split(50), center=True, output=output), truth) < 1e-5
 
 
-def test_half_precision_heads_accumulate_in_float32(generator):
+def test_precision_of_the_head_and_of_the_call(generator):
     for dtype, sizes in itertools.product([torch.bfloat16, torch.float16], [[20, 40, 5], [20, 40, 30, 5]]):
         head = chain(sizes, "gelu", generator).to(dtype)
         x = torch.randn(300, 20, generator=generator).to(dtype)
@@ -277,9 +250,6 @@ def test_half_precision_heads_accumulate_in_float32(generator):
         truth = jacrev_agop(head, x, reduction="mean")
         assert_as_accurate(ours, reference_agop(head, x, reduction="mean"), truth)
         assert relative_error(ours, truth) < torch.finfo(dtype).eps
-
-
-def test_precision_may_differ_from_the_heads(generator):
     head = chain([20, 40, 30, 5], "tanh", generator)
     x = torch.randn(500, 20, generator=generator)
     truth = jacrev_agop(head, x)
@@ -309,7 +279,7 @@ def test_panels_of_the_final_product_change_rounding_only(center, generator, mon
         return result.matrix, result.diagonal(), result.eigh(2)[0]
 
     whole = parts()
-    monkeypatch.setattr(_agop_finish, "_PANEL", 16)
+    monkeypatch.setattr(agop_result, "_PANEL", 16)
     for some, all_at_once in zip(parts(), whole, strict=True):
         # in the norm: a small entry is a sum that nearly cancels
         assert relative_error(some, all_at_once.double()) < 2e-6

@@ -1,4 +1,4 @@
-"""The tools behind docs/gpu.md: counting operators, reading binaries, comparing with a record, the shipped record."""
+"""The tools behind docs/gpu.md: counting operators, reading binaries, comparing with a record, the shipped records."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
 
 import gpu_compile  # noqa: E402
-from gpu_counts import OperatorCount  # noqa: E402
+import render_gpu  # noqa: E402
+from gpu_audit import OperatorCount  # noqa: E402
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 RECORD = ROOT / "docs" / "gpu" / "compiled.json"
@@ -31,11 +32,9 @@ def test_operators_are_counted_without_views(device):
         out = torch.nn.functional.linear(x, weight).t()[1:].relu()
         torch.empty(5, device=device)
         out.add_(torch.ones(1, device=device).expand(2, 6))
-    assert count.names() == {"mm": 1, "relu": 1, "ones": 1, "add_": 1}
-    sizes = {operator.name: operator.bytes for operator in count.operators}
-    assert sizes == {"mm": 4 * (24 + 12 + 18), "relu": 4 * (12 + 12), "ones": 4, "add_": 4 * (12 + 1)}
-    assert sum(operator.flops for operator in count.operators) == 2 * 6 * 4 * 3
-    assert count.bytes == sum(sizes.values())
+    assert count.operators == [
+        ("mm", 4 * (24 + 12 + 18)), ("relu", 4 * (12 + 12)), ("ones", 4), ("add_", 4 * (12 + 1))
+    ]  # fmt: skip
 
 
 def test_backward_and_library_ops_are_counted_from_inside():
@@ -46,13 +45,14 @@ def test_backward_and_library_ops_are_counted_from_inside():
     x = torch.ones(8, requires_grad=True)
     with OperatorCount() as count:
         torch.ops.mmc_fast_test_counts.twice(x.detach())
-        assert count.names() == {}
+        assert count.operators == []
         with count.inside(kernels, "twice"):
             torch.ops.mmc_fast_test_counts.twice(x.detach())
-        assert count.names() == {"add": 1, "mul": 1}
+        assert [name for name, _ in count.operators] == ["add", "mul"]
         (2 * x).sum().backward()
-    assert count.names()["mul"] == 3
-    assert "twice" not in count.names()
+    names = [name for name, _ in count.operators]
+    assert names.count("mul") == 3
+    assert "twice" not in names
 
 
 def test_matrix_instructions_are_read_from_ptx():
@@ -85,64 +85,59 @@ def test_resident_blocks(arch, registers, threads, shared, blocks):
 
 
 def test_what_got_worse_is_named():
-    row = {"kernel": "k", "arch": 80, "triton": "1", "main": False, "spill_bytes": 0, "blocks_per_sm": 3}
-    assert gpu_compile.regressions([row], [row]) == []
-    assert "spills 8" in gpu_compile.regressions([row | {"spill_bytes": 8}], [row])[0]
-    assert "2 blocks per SM, recorded 3" in gpu_compile.regressions([row | {"blocks_per_sm": 2}], [row])[0]
-    assert "not compiled" in gpu_compile.regressions([row | {"kernel": "other"}], [row])[0]
-    assert gpu_compile.regressions([row, row | {"kernel": "new"}], [row]) == []
-    assert gpu_compile.unrecorded([row, row | {"kernel": "new"}], [row]) == ["new"]
-    assert gpu_compile.regressions([row | {"arch": 90}], [row]) == []
-    other = row | {"kernel": "other"}
-    assert gpu_compile.regressions([other], [row], main=True) == []
-    assert "not compiled" in gpu_compile.regressions([other], [row | {"main": True}], main=True)[0]
+    row = {"kernel": "k", "arch": 80, "triton": "1", "spill_bytes": 0, "blocks_per_sm": 3, "problems": ["known"]}
+    worse = gpu_compile.regressions
+    assert worse([row], [row]) == []
+    assert "spills 8 bytes, recorded 0" in worse([row | {"spill_bytes": 8}], [row])[0]
+    assert "2 blocks per SM, recorded 3" in worse([row | {"blocks_per_sm": 2}], [row])[0]
+    assert "k on sm_80: new" in worse([row | {"problems": ["known", "new"]}], [row])[0]
+    assert "spills 4" in worse([row, row | {"kernel": "other", "spill_bytes": 4, "problems": []}], [row])[0]
+    assert "not compiled" in worse([row | {"kernel": "other", "problems": []}], [row])[0]
+    assert worse([row | {"arch": 90, "problems": []}], [row]) == []
+    spec = {"matrix": ["int8"], "constants": []}
+    row |= {"shared_bytes": 10**6, "matrix": {"tf32 mma": 1}}
+    assert [p.split()[0] for p in gpu_compile.problems_of(row, spec)] == ["needs", "products"]
 
 
-def test_the_record_keeps_its_promises():
+def test_the_record_of_compilations():
     rows = json.loads(RECORD.read_text())
-    assert {80, 90, 100} <= {row["arch"] for row in rows}
-    assert {(row["kernel"], row["arch"], row["triton"]) for row in rows if row["problems"]} <= gpu_compile.KNOWN
-    assert not [row["kernel"] for row in rows if row["arch"] in (80, 90) and row["spill_bytes"]]
-    assert len({row["triton"] for row in rows}) == 2
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    aligned = [row for row in rows if row["arch"] in (80, 90) and "odd widths" not in row["kernel"]]
+    assert not [row["kernel"] for row in aligned if row["spill_bytes"] or row["problems"]]
+    assert not [row for row in rows if row["arch"] == 90 and row["problems"]]
     kernels = {row["kernel"].split(" [")[0] for row in rows}
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         jitted = set(re.findall(r"^def _?(\w+)_kernel\(", path.read_text(), re.MULTILINE))
-        if path.name.startswith("agop") or jitted & kernels:
-            assert jitted <= kernels, f"{path.name}: every kernel is in the record; make gpu-report"
+        assert jitted <= kernels, f"{path.name}: every kernel is in the record; make gpu-report"
 
 
-def test_the_stored_counts_keep_their_limits():
+def test_the_record_of_counts():
     rows = json.loads(RECORD.with_name("audit.json").read_text())
-    assert {row["case"].split(",")[0].split(" 1 ")[0] for row in rows} == {"AGOP", "EBR narrow", "EBR paper's widths"}
+    assert [row["case"].split(",")[0] for row in rows] == ["AGOP", "EBR", "EBR"]
     for row in rows:
         assert row["problems"] == []
         for phase, limit in row["limits"].items():
             assert (row["byte_ratio"] if phase == "bytes" else row["ours"]["launches"][phase]) <= limit, row["case"]
         shares = [sum(row[side]["bytes"].values()) for side in ("ours", "eager")]
-        assert row["byte_ratio"] == pytest.approx(shares[0] / shares[1], abs=1e-4)
+        assert row["byte_ratio"] == pytest.approx(shares[0] / shares[1], abs=1e-3)
+
+
+def test_the_page_holds_the_records():
+    page = render_gpu.PAGE.read_text(encoding="utf-8")
+    assert render_gpu.render(page) == page, "docs/gpu.md is not of these records; python tools/render_gpu.py"
+    assert "**Nothing on this page has run on hardware.**" in page
 
 
 def test_every_product_names_its_precision():
-    for path in (ROOT / "kernels").glob("*.py"):
-        text = path.read_text()
-        for match in re.finditer(r"tl\.dot\(", text):
-            depth, end = 1, match.end()
-            while depth:
-                depth += {"(": 1, ")": -1}.get(text[end], 0)
-                end += 1
-            call = text[match.start() : end]
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for match in re.finditer(r"tl\.dot\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", path.read_text()):
+            call = match.group()
             assert "input_precision=" in call or "out_dtype=tl.int32" in call, f"{path.name}: {call}"
-
-
-def test_no_kernel_is_tuned_by_batch_size():
-    for path in (ROOT / "kernels").glob("*.py"):
-        for key in re.findall(r"key=\[(.*?)\]", path.read_text()):
-            assert not {"B", "N", "M", "batch", "samples"} & {name.strip(" \"'") for name in key.split(",")}, path.name
 
 
 @needs_triton
 @pytest.mark.slow
-def test_a_shipped_kernel_compiles_here_and_the_gate_sees_a_spill(tmp_path):
+def test_a_shipped_kernel_compiles_here_as_recorded():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -154,10 +149,6 @@ def test_a_shipped_kernel_compiles_here_and_the_gate_sees_a_spill(tmp_path):
         "--jobs",
         "1",
     ]
-    done = subprocess.run([*command, "--json", tmp_path / "o.json"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--check", RECORD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads((tmp_path / "o.json").read_text())
-    assert row["matrix"].keys() == {"int8 mma"}
-    assert gpu_compile._problems(gpu_compile.Row(**{**row, "spill_bytes": 4, "seconds": 0.0}), {"int8"}) == [
-        "spills 4 bytes"
-    ]
+    assert "1 compilations" in done.stdout

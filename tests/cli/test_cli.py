@@ -13,27 +13,21 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
+from command_line import run
 
 from mmc_fast import __version__
 from mmc_fast._env import VARIABLES
-from mmc_fast.cli import _clean, app
-from mmc_fast.cli.settings import build_config, parse_assignments
+from mmc_fast.cli import COMMANDS, load_command
+from mmc_fast.cli.base import clean
+from mmc_fast.cli.settings import collect_settings, parse_assignments
+from mmc_fast.cli.terminal import output_console, print_table
+from mmc_fast.experiments.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error of one call in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +71,7 @@ def test_version_by_option_and_as_a_module():
 
 
 def test_a_warning_is_one_line_without_source_code(capsys):
-    @_clean
+    @clean
     def command() -> None:
         warnings.warn("checkpoint 3 is damaged\n(no such file)", UserWarning, stacklevel=1)
 
@@ -166,6 +160,39 @@ def test_info_names_versions_data_sets_and_every_variable():
         assert word in shown
 
 
+def test_help_lists_every_command_and_imports_none_of_them():
+    shown = run("--help")[0]
+    assert all(name in shown for name in COMMANDS)
+    code = "import sys, mmc_fast.cli; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line of an interpreter that lacks a package."""
+    code = f"import sys; sys.modules[{package!r}] = None; from mmc_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_missing_extra_is_one_line_and_core_commands_do_without():
+    done = without("sklearn", "compare", "--methods", "vanilla")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mmc-fast: compare: sklearn is not installed; run: pip install 'mmc-fast[experiments]'\n"
+    done = without("sklearn", "info")
+    assert done.returncode == 0, done.stderr
+    assert "native library" in done.stdout
+
+
+def test_names_of_a_user_are_no_markup(capsys):
+    print_table(output_console(), "[bold]t[/bold]", ["[red]c"], [["[/x]" + 30 * "-"]])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[bold]t[/bold]", "[red]c", "[/x]"))
+
+
 # Settings
 
 
@@ -182,7 +209,7 @@ def test_assignments_are_toml_values_in_nested_tables():
 def test_file_then_options_then_assignments(tmp_path: Path):
     path = tmp_path / "c.toml"
     path.write_text('method = "ebr"\nepochs = 7\nlr = 0.5\n[ebr]\nreversal = 0.25\nlatent_dim = 9\n')
-    config = build_config(path, None, 8, ["ebr.reversal=0.125", "batch_size=16"])
+    config = TrainConfig.from_dict(collect_settings(path, None, 8, ["ebr.reversal=0.125", "batch_size=16"]))
     assert (config.method, config.epochs, config.lr, config.batch_size) == ("ebr", 8, 0.5, 16)
     assert config.ebr is not None
     assert (config.ebr.reversal, config.ebr.latent_dim) == (0.125, 9)
@@ -193,7 +220,7 @@ def test_file_then_options_then_assignments(tmp_path: Path):
     [([], "ebr"), (["kd.epochs=3"], "kd"), (["modality_dropout=0.5"], "dropout"), (["ebr.reversal=2"], "ebr")],
 )
 def test_the_method_follows_from_the_settings_where_it_is_not_named(assignments, method):
-    assert build_config(None, None, None, assignments).method == method
+    assert TrainConfig.from_dict(collect_settings(None, None, None, assignments)).method == method
 
 
 # Bad input
@@ -308,15 +335,22 @@ def test_a_diverged_run_is_one_line_and_exit_1(own_file: Path):
 
 # Advice
 
-OPTIONS = {name: {o for p in c.params for o in p.opts} for name, c in get_command(app).commands.items()}
-SPEAK_FOR = {name: {name} for name in OPTIONS} | {"comparison": {"compare", "reproduce"}, "reproduction": {"reproduce"}}
+
+def options(command: Any) -> set[str]:
+    """Those of its subcommands included."""
+    own = {o for p in command.params for o in p.opts}
+    return own.union(*(options(sub) for sub in getattr(command, "commands", {}).values()))
+
+
+OPTIONS = {name: options(load_command(name)) for name in COMMANDS}
+SPEAK_FOR = {name: {name} for name in OPTIONS} | {"paper": {"reproduce"}}
 """Module or package -> the commands whose user reads its messages; those of others are for any command."""
 
 
 def advice() -> Iterator[tuple[str, str, set[str]]]:
-    """Place, option and commands, for each option in a string that is no docstring; declarations in cli.py are left out."""
+    """Place, option and commands, for each option in a string that is no docstring."""
     for path in sorted((ROOT / "mmc_fast").rglob("*.py")):
-        if path.name == "cli.py" or path.parent.name == "report":  # the latter has variables of style sheets
+        if path.name == "figures.py":  # it has variables of style sheets
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         statements = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
@@ -331,7 +365,7 @@ def test_messages_name_only_options_that_their_command_has():
     named = set()
     for place, option, callers in advice():
         named.add(option)
-        assert any(option in known for known in OPTIONS.values()), f"{place}: {option}"
+        assert option == "--version" or any(option in known for known in OPTIONS.values()), f"{place}: {option}"
         for command in callers:
             assert option in OPTIONS[command], f"{place}: {command} has no {option}"
     assert named >= {"--out", "--tune", "--data", "--weights", "--set", "--rates"}

@@ -12,144 +12,144 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score
-from typer.testing import CliRunner
 
-from mmc_fast.cli import app
-from mmc_fast.cli.demo import print_demo, run_demo_command
-from mmc_fast.cli.terminal import DemoDisplay, error_console, output_console
+from mmc_fast.cli.demo import print_demo, write_demo
+from mmc_fast.cli.terminal import JobsDisplay, error_console, output_console
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.report.comparison import Comparison
-from mmc_fast.experiments.training.demo import DemoPlan, DemoRun, demo_config, run_demo
+from mmc_fast.experiments.compare import demo as demo_module
+from mmc_fast.experiments.compare.demo import DemoPlan, demo_config, run_demo
+from mmc_fast.experiments.jobs import Job, Result
+from mmc_fast.experiments.training import Predictions, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = DemoPlan(datasets=("mfeat",), seeds=(5,), epochs=1, quick=True)
+TINY = DemoPlan(data=("mfeat",), seeds=(5,), epochs=1, quick=True)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished demo of one epoch on one data set."""
     out = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    run_demo_command(TINY, out, workers=1, fresh=False)
+    write_demo(TINY, out, workers=1)
     return out
 
 
+def runs(out: Path) -> dict[str, tuple[Path, dict]]:
+    """Preset -> folder and results of its run."""
+    found = sorted(p for p in (out / "runs" / "mfeat").iterdir() if p.is_dir())
+    return {p.name.split("-")[0]: (p, load_run(p).results) for p in found}
+
+
 def test_the_folder_is_whole(done: Path):
-    assert {p.name for p in done.iterdir()} == {"results.json", "report.html", "figures", "plan.json", "runs"}
-    assert [p.name for p in done.parent.iterdir()] == ["demo"]
-    assert {p.name for p in (done / "figures").iterdir()} >= {
-        "mfeat-missing-rates.png",
-        "mfeat-reliance-vanilla.png",
-        "mfeat-reliance-ebr.png",
-        "mfeat-reliance-robust.png",
-        "fresh-discriminator-ebr.png",
-    }
+    assert {p.name for p in done.iterdir()} == {
+        "demo.json", "results.json", "results.csv", "results.md", "report.html", "figures", "runs",
+    }  # fmt: skip
+    assert {p.name for p in (done / "figures").iterdir()} == {
+        "mfeat-missing-rates.png", "mfeat-reliance-vanilla.png", "mfeat-reliance-ebr.png", "mfeat-reliance-robust.png",
+        "mfeat-adversary-ebr.png", "mfeat-adversary-robust.png",
+    }  # fmt: skip
     page = (done / "report.html").read_text(encoding="utf-8")
     assert "smoke run" in page
     assert "http://" not in page.replace("http://www.w3.org/", "")
 
 
 def test_results_agree_with_the_stored_predictions(done: Path):
-    results = json.loads((done / "results.json").read_text())
-    assert results["kind"] == "demo"
-    assert [r["method"] for r in results["runs"]] == ["vanilla", "dropout", "kd", "ebr", "ebr"]
-    comparison = Comparison.from_dict(results["data_sets"]["mfeat"]["comparison"])
-    for run in results["runs"]:
-        with np.load(done / "runs" / f"mfeat-{run['preset']}-5" / "predictions.npz") as arrays:
+    (found,) = json.loads((done / "results.json").read_text())["data_sets"]
+    scores = found["comparisons"]["accuracy"]["scores"]
+    assert list(scores) == list(TINY.methods)
+    for preset, (folder, results) in runs(done).items():
+        with np.load(folder / "predictions.npz") as arrays:
             truth = accuracy_score(arrays["test/labels"], arrays["test/complete"].argmax(1))
             missing = accuracy_score(arrays["test/labels"], arrays["test/missing_0.3"].argmax(1))
-        scores = comparison.scores[run["preset"]]
-        assert scores["complete"].mean == pytest.approx(truth) == run["scores"]["complete"]
-        assert scores["0.3 missing"].mean == pytest.approx(missing)
-        others = [s["score"] for s in run["scores"]["missing"]]
-        assert scores["mean missing"].mean == pytest.approx(np.mean(others))
+        assert scores[preset]["complete"]["mean"] == pytest.approx(truth) == results["scores"]["complete"]
+        assert scores[preset]["0.3 missing"]["mean"] == pytest.approx(missing)
+        others = [s["score"] for s in results["scores"]["missing"]]
+        assert scores[preset]["mean missing"]["mean"] == pytest.approx(np.mean(others))
 
 
-def test_methods_differ_by_configuration_only_and_share_their_masks(done: Path):
-    runs = json.loads((done / "results.json").read_text())["runs"]
-    assert len({json.dumps([m["realised"] for m in run["scores"]["missing"]]) for run in runs}) == 1
-    assert len({json.dumps(run["unimodal"]) for run in runs}) == 1
+def test_methods_differ_by_configuration_only_and_share_their_masks_and_unimodal_models(done: Path):
+    results = [r for _, r in runs(done).values()]
+    assert len(results) == len(TINY.methods)
+    assert len({json.dumps([m["realised"] for m in r["scores"]["missing"]]) for r in results}) == 1
+    assert len({json.dumps(r["unimodal"]) for r in results}) == 1
     ebr = demo_config(DemoPlan(), "ebr").ebr
     assert ebr is not None
     assert (ebr.hidden_dim, ebr.latent_dim) == (128, 64)
 
 
-def test_the_table_on_screen_is_that_of_the_results(done: Path, capsys: pytest.CaptureFixture[str]):
-    from mmc_fast.experiments.report.demo import demo_findings
-    from mmc_fast.experiments.training.demo import load_demo_run
-
-    findings = demo_findings([load_demo_run(done / "runs", run) for run in TINY.runs])
+def test_a_finished_demo_is_taken_over_and_shown_as_stored(done: Path, capsys: pytest.CaptureFixture[str]):
+    before = {p: p.stat().st_mtime_ns for p in (done / "runs").rglob("*") if p.is_file() and p.suffix != ".lock"}
+    findings = write_demo(TINY, done, workers=1)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
     print_demo(output_console(), findings, done, quick=True)
     shown = capsys.readouterr().out
-    comparison = json.loads((done / "results.json").read_text())["data_sets"]["mfeat"]["comparison"]
-    for by_condition in comparison["scores"].values():
-        for score in by_condition.values():
-            number = f"{score['mean']:.3f}"
-            assert (f"*{number}*" if score["best"] else number) in shown
-    assert "its numbers mean nothing" in shown
+    (found,) = json.loads((done / "results.json").read_text())["data_sets"]
+    for by_condition in found["comparisons"]["accuracy"]["scores"].values():
+        assert all(f"{score['mean']:.3f}" in shown for score in by_condition.values())
+    assert "numbers mean nothing" in shown
     assert "modality dropout" in shown
 
 
-def test_an_interrupted_demo_goes_on_where_it_stopped(tmp_path: Path):
-    plan = DemoPlan(datasets=("mfeat",), methods=("vanilla", "dropout"), seeds=(1, 2), epochs=1, quick=True)
+def test_predictions_of_unimodal_models_which_have_gaps_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    p = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    shown = {"complete": p, "missing_0.1": p, "alone_a": p * torch.nan}
+    found = Predictions("test", torch.tensor([1, 0]), torch.arange(2), shown)
+    monkeypatch.setattr(demo_module, "load_predictions", lambda folder: {"test": found})
+    stored = {"data": {"metric": "accuracy"}, "label": "vanilla"}
+    stored |= {"scores": {"missing": [{"rate": 0.1, "realised": [0.1]}]}}
+    result = demo_module._scored(Result({}, {}, {}, None, 1.0, 1), stored, Path())
+    assert set(result.arrays) == {"labels", "complete", "missing_0.1"}
+    assert result.values["scores"]["complete"]["score"] == 1.0
 
-    class Impatient(DemoDisplay):
-        def on_end(self, run: DemoRun) -> None:
-            super().on_end(run)
-            if self.finished == 2:
+
+def test_an_interrupted_demo_goes_on_where_it_stopped(tmp_path: Path):
+    plan = DemoPlan(data=("mfeat",), methods=("vanilla", "dropout"), seeds=(1, 2), epochs=1, quick=True)
+    done: list[str] = []
+
+    def impatient(event: tuple[str, Job, object]) -> None:
+        if event[0] == "done":
+            done.append(event[1].name)
+            if len(done) == 3:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_demo(plan, tmp_path, Impatient(error_console()))
-    finished = sorted(tmp_path.glob("*/results.json"))
-    before = [p.stat().st_mtime_ns for p in finished]
-    assert [p.parent.name for p in finished] == ["mfeat-dropout-1", "mfeat-vanilla-1"]
-    display = DemoDisplay(error_console())
-    run_demo(plan, tmp_path, display)
-    assert display.finished == 4
-    assert [p.stat().st_mtime_ns for p in finished] == before
-    assert len(list(tmp_path.glob("*/results.json"))) == 4
+        run_demo(plan, tmp_path, workers=1, on_event=impatient)
+    assert done == ["runs/mfeat/vanilla-1", "runs/mfeat/vanilla-2", "runs/mfeat/dropout-1"]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("results.json")}
+    assert len(before) == 3
+    left: list[str] = []
+    run_demo(plan, tmp_path, workers=1, on_event=lambda event: left.append(f"{event[0]} {event[1].name}"))
+    assert [event for event in left if event.startswith("done")] == ["done runs/mfeat/dropout-2"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_folders_that_are_not_the_demos_are_left_alone(tmp_path: Path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds no demo"):
-        run_demo_command(TINY, tmp_path / "thesis", workers=1, fresh=True)
-    (tmp_path / "x.partial").mkdir()
-    (tmp_path / "x.partial" / "data").write_text("")
-    with pytest.raises(InputError, match="not made by the demo"):
-        run_demo_command(TINY, tmp_path / "x", workers=1, fresh=True)
+        write_demo(TINY, tmp_path / "thesis", workers=1, fresh=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
-    assert (tmp_path / "x.partial" / "data").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "hint"),
-    [({"seeds": ()}, "and one seed"), ({"seeds": (1, 1)}, "name each once"), ({"methods": ("ebrr",)}, "'ebr'")],
-)
+    [({"seeds": ()}, "one seed"), ({"seeds": (1, 1)}, "name each once"), ({"methods": ("vanilla", "ebrr")}, "'ebr'"),
+     ({"methods": ("ebr",)}, "vanilla among")],
+)  # fmt: skip
 def test_plans_that_cannot_be_run_are_refused(changes, hint):
     with pytest.raises(InputError, match=hint):
         DemoPlan(**changes)
 
 
-def test_the_bar_reaches_the_end_and_counts_taken_over_runs_as_done():
-    plan = DemoPlan(datasets=("mfeat",), methods=("vanilla", "ebr"), seeds=(0,))
-    vanilla, ebr = plan.runs
-    display = DemoDisplay(error_console())
-    display.on_plan({vanilla: 1.0, ebr: 3.0})
-    display.on_end(vanilla)  # was finished before
-    assert display.bars.tasks[0].completed == pytest.approx(0.25)
-    display.on_start(ebr, 2)
-    shares = []
-    for epoch in (1, 2):
-        display.on_epoch(ebr, {"stage": "train", "epoch": epoch, "loss_sem": 0.5, "val_score": 0.25})
-        shares.append(display.bars.tasks[0].completed)
-    assert 0.25 < shares[0] < shares[1] < 1
-    assert "L_sem 0.500  val 0.250" in display.bars.tasks[1].fields["note"]
-    display.on_end(ebr)
-    assert display.bars.tasks[0].completed == pytest.approx(1.0)
-    assert len(display.bars.tasks) == 1
+def test_the_bar_counts_the_jobs_of_a_stage():
+    display = JobsDisplay(error_console())
+    job = Job("runs/mfeat/ebr-0", run_demo, {})
+    display.on_event(("plan", job, 2))
+    display.on_event(("epoch", job, {"stage": "train", "epoch": 1, "loss_sem": 0.5, "val_score": 0.25}))
+    assert "L_sem 0.500  val 0.250" in display.bars.tasks[0].fields["note"]
+    display.on_event(("done", job, None))
+    assert (display.bars.tasks[0].completed, display.bars.tasks[0].total) == (1, 2)
 
 
 @pytest.mark.slow
@@ -159,24 +159,16 @@ def test_quick_demo_from_the_command_line_survives_ctrl_c(tmp_path: Path):
     command = [sys.executable, "-m", "mmc_fast", "demo", "--quick", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-    partial = tmp_path / "demo.partial"
     deadline = time.monotonic() + 120
-    while not list(partial.glob("runs/*/results.json")) and time.monotonic() < deadline:
+    while not list(out.glob("runs/*/*/results.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGINT)
     _, err = first.communicate(timeout=120)
     assert first.returncode == 130, err
     assert "Traceback" not in err
-    assert not out.exists()
-    kept = sorted(partial.glob("runs/*/results.json"))
-    assert kept
+    assert not (out / "results.json").exists()
+    assert list(out.glob("runs/*/*/results.json"))
     second = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, timeout=300)
     assert second.returncode == 0, second.stderr
-    assert "continuing" in second.stderr
-    printed = json.loads(second.stdout)
-    assert set(printed["data_sets"]) == {"mfeat", "support2"}
+    assert [f["data"] for f in json.loads(second.stdout)["data_sets"]] == ["mfeat", "support2"]
     assert (out / "report.html").is_file()
-    assert not partial.exists()
-    again = CliRunner().invoke(app, ["demo", "--quick", "--out", str(tmp_path / "missing" / "demo"), "--workers", "0"])
-    assert again.exit_code == 2
-    assert not (tmp_path / "missing").exists()

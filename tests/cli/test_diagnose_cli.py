@@ -65,11 +65,11 @@ def test_a_run(finished: Path, own_file: Path, tmp_path: Path) -> None:
     found = Diagnosis.from_json(out)
     loaded = load_run(finished)
     alone = {name: found.value(f"alone.{name}") for name in found.modalities}
-    assert alone == {name: entry["alone"] for name, entry in loaded.results["scores"]["reliance"].items()}
+    assert alone == {name: entry["unimodal"] for name, entry in loaded.results["scores"]["reliance"].items()}
     assert found == diagnose(loaded, data.load(own_file), resamples=20, alone=alone)
     assert list(found.modalities) == ["a", "b"]
     assert found.settings["agop"].startswith("co-activation")
-    assert ("fresh_discriminator.balanced_accuracy" in found.measures) == (finished.name == "ebr")
+    assert ("modality_probe.balanced_accuracy" in found.measures) == (finished.name == "ebr")
     assert "weight_classifier.cross_entropy" in found.measures
     assert "<h2>Verdict" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not (finished / "diagnose-test.state").exists()

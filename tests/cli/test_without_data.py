@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import run
-from test_compare import own_data
-from training_data import check_one_line
+from command_line import run
+from training_data import check_one_line, own_data
 
-from mmc_fast.cli import compare as compare_command
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
-from mmc_fast.experiments.compare.rows import load_source, sources_here
+from mmc_fast.experiments.compare.configs import data_here, fingerprint_of, load_data
 from mmc_fast.experiments.paper import EXPERIMENTS
+
+compare_command = importlib.import_module("mmc_fast.cli.compare")  # the name in the package is the command
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +38,19 @@ def test_a_test_that_asks_sees_the_folder(needs_data):
 
 
 def test_what_is_here_and_how_to_get_the_rest(tmp_path, monkeypatch):
-    here, missing = sources_here(["mfeat", "avmnist-hard", "p2012"])
+    here, missing = data_here(["mfeat", "avmnist-hard", "p2012"])
     assert here == ["mfeat"]
     assert list(missing) == ["avmnist-hard", "p2012"]
     assert "set MMC_DATA to the folder that holds avmnist.npz" in missing["avmnist-hard"]
     assert "Origin: PhysioNet" in missing["p2012"]
     (tmp_path / "p2012.npz").write_bytes(b"")
     monkeypatch.setenv("MMC_DATA", str(tmp_path))
-    assert sources_here(["p2012"])[0] == ["p2012"]
+    assert data_here(["p2012"])[0] == ["p2012"]
 
 
 def test_compare_takes_the_default_sets_that_are_here(tmp_path, monkeypatch):
-    load_source.cache_clear()
+    load_data.cache_clear()
+    fingerprint_of.cache_clear()
     own = own_data(tmp_path, 0)
     monkeypatch.setattr(compare_command, "DATA", (str(own), "avmnist-hard"))
     out, err = run(
@@ -64,7 +66,7 @@ def test_compare_takes_the_default_sets_that_are_here(tmp_path, monkeypatch):
 
 
 def test_the_embedded_sets_are_the_default_of_compare_without_data():
-    assert sources_here(compare_command.DATA)[0] == ["mfeat", "support2"]
+    assert data_here(compare_command.DATA)[0] == ["mfeat", "support2"]
 
 
 @pytest.mark.parametrize("command", ["compare", "reproduce table5"])
@@ -87,7 +89,8 @@ def test_an_experiment_without_any_of_its_sets_says_which_it_needs(name):
 
 
 def test_an_experiment_runs_on_those_of_its_sets_that_are_here(tmp_path, monkeypatch):
-    load_source.cache_clear()
+    load_data.cache_clear()
+    fingerprint_of.cache_clear()
     own = own_data(tmp_path, 0)
     experiment = EXPERIMENTS["fig6"]
     object.__setattr__(experiment, "data", (str(own), "p2012"))
@@ -104,7 +107,7 @@ def test_an_experiment_runs_on_those_of_its_sets_that_are_here(tmp_path, monkeyp
 
 def test_every_experiment_has_an_embedded_set_or_is_fixed_on_one():
     for name, experiment in EXPERIMENTS.items():
-        here, _ = sources_here(experiment.data)
+        here, _ = data_here(experiment.data)
         assert bool(here) != experiment.fixed, name
 
 
@@ -130,13 +133,13 @@ BAD_OPTIONS = {
     "compare epochs": ("compare --data avmnist-hard --epochs 0", "epochs is 0"),
     "compare seeds": ("compare --data avmnist-hard --seeds 0", "give a number of seeds"),
     "compare jobs": ("compare --data avmnist-hard --jobs 0", "jobs is 0"),
-    "compare tune": ("compare --data avmnist-hard --tune maybe", "allowed are auto"),
-    "compare reference": ("compare --data avmnist-hard --reference wrong", "none of the rows"),
+    "compare tune": ("compare --data avmnist-hard --tune maybe", "Allowed: auto"),
+    "compare reference": ("compare --data avmnist-hard --reference wrong", "none of the methods"),
     "compare methods": ("compare --data avmnist-hard --methods muze", "Did you mean 'muse'"),
     "compare second name": ("compare --data avmnist-hard,mfeet", "Did you mean 'mfeat'"),
     "compare twice": ("compare --data avmnist-hard,avmnist-hard", "each once"),
     "reproduce epochs": ("reproduce table3 --epochs 0", "give 1 or more"),
-    "reproduce seeds": ("reproduce table3 --seeds 0", "give a number of seeds"),
+    "reproduce seeds": ("reproduce table3 --seeds 0", "give 1 or more"),
     "reproduce jobs": ("reproduce table3 --jobs 0", "jobs is 0"),
     "reproduce reading": ("reproduce table3 --reading tests", "Did you mean 'test'"),
     "reproduce reading of another": ("reproduce table5 --data p2012 --reading test", "leave --reading out"),

@@ -37,9 +37,9 @@ def test_page(found: Diagnosis, tmp_path) -> None:
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower().split()
     bare = diagnose(planted, planted.batches(), reliance=False, resamples=0)
-    assert "What the model loses" not in bare.save_html(tmp_path / "b.html").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match="no scores"):
-        bare.plot_reliance()
+    assert "What the model loses" not in bare.to_html()
+    with pytest.raises(InputError, match="no score"):
+        bare.plot("reliance")
 
 
 @pytest.mark.slow

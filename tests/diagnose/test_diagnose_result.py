@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 import mmc_fast
 from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.diagnose.groups import draw_weights
+from mmc_fast.diagnose.plot import PLOTS
 from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
 
@@ -61,16 +62,16 @@ def test_json_round_trip(found: Diagnosis, tmp_path) -> None:
     assert Diagnosis.from_json(text) == found
     assert Diagnosis.from_json(tmp_path / "d.json") == found
     values = json.loads(text)
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert values["settings"]["thresholds"]["use"] > 0
     for bad, message in (
         ('{"kind": "demo"}', "is no diagnosis"),
         ("{", "cannot be read"),
-        (text.replace('"schema_version": 1', '"schema_version": 99'), "reads 1"),
+        (text.replace('"schema_version": 2', '"schema_version": 99'), "reads 2"),
         (tmp_path / "absent.json", "cannot be read"),
         ('{"kind": "diagnosis"}', "schema version None"),
-        ('{"kind": "diagnosis", "schema_version": 1}', "no whole diagnosis"),
-        ('{"kind": "diagnosis", "schema_version": 1, "measures": 3, "verdicts": []}', "no whole diagnosis"),
+        ('{"kind": "diagnosis", "schema_version": 2}', "no whole diagnosis"),
+        ('{"kind": "diagnosis", "schema_version": 2, "measures": 3, "verdicts": []}', "no whole diagnosis"),
         (text.replace('"modalities"', '"modality"'), "no whole diagnosis"),
     ):
         with pytest.raises(InputError, match=message) as caught:
@@ -112,22 +113,14 @@ def test_summary_and_plots(found: Diagnosis) -> None:
     for name in found.modalities:
         assert f"Use share {found.value(f'use_share.{name}'):.1%}" in text
     assert f"mean entropy {found.value('neuron_entropy'):.2f}" in text
-    for kind in (
-        "use_shares",
-        "blocks",
-        "spectra",
-        "reliance",
-        "shapley",
-        "neurons",
-        "responses",
-        "similarity",
-        "ranks",
-    ):
-        axes = getattr(found, f"plot_{kind}")()
+    for kind in PLOTS:
+        axes = found.plot(kind)
         assert isinstance(axes, Axes)
         axes.figure.canvas.draw()
-        assert getattr(found, f"plot_{kind}")(axes) is axes
-    heights = [bar.get_height() for bar in found.plot_use_shares().patches]
+        assert found.plot(kind, axes) is axes
+    with pytest.raises(InputError, match="Did you mean 'shapley'"):
+        found.plot("shaply")
+    heights = [bar.get_height() for bar in found.plot("use_shares").patches]
     assert heights == pytest.approx([found.value("use_share.a"), found.value("use_share.b")])
 
 

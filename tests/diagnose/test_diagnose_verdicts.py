@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mmc_fast.diagnose import Thresholds
-from mmc_fast.diagnose.verdict import agreement, judge_modality
+from mmc_fast.diagnose.verdict import agreement, judge_modality, verdicts_from_scores
 
 LIMITS = Thresholds(use=0.4, kept=0.7, entropy=0.2, signal=0.3, loss=0.1)
 
@@ -52,6 +52,20 @@ def test_both_sides_of_every_threshold(kind: str, share: float, known: dict[str,
     if "signal" in verdict.evidence and known and "alone" in known:
         assert verdict.evidence["signal"] == pytest.approx((max(known["alone"], known["only"]) - 0.5) / 0.4)
         assert verdict.evidence["loss"] == pytest.approx((0.9 - known["without"]) / 0.4)
+
+
+def test_scores_alone_give_the_same_verdicts() -> None:
+    """Records of a training hold no use shares; the rule is the same and nothing is called ignored."""
+    records = {
+        "collapsed": {"alone": 0.8, "without": 0.9, "only": 0.5},
+        "relied on": {"alone": 0.8, "without": 0.7, "only": 0.75},
+        "redundant": {"alone": 0.8, "without": 0.9, "only": 0.79},
+        "weak": {"alone": 0.55, "without": 0.9, "only": 0.5},
+    }
+    found = verdicts_from_scores(records, 0.9, 0.5, LIMITS)
+    assert [v.kind for v in found] == [v.modality for v in found] == list(records)
+    assert found[0].evidence["kept"] == pytest.approx(0)
+    assert {v.kind for v in verdicts_from_scores(records, 0.5, 0.5, LIMITS)} == {"undecided"}
 
 
 def test_one_modality_is_not_ignored() -> None:

@@ -70,14 +70,14 @@ def test_denoising_r2(generator: torch.Generator) -> None:
     assert math.isnan(probes.denoising_r2(student, torch.ones(500, 2)))
 
 
-def test_fresh_discriminator(generator: torch.Generator) -> None:
+def test_modality_probe(generator: torch.Generator) -> None:
     same = {name: torch.randn(600, 8, generator=generator) for name in "ab"}
-    found = probes.fresh_discriminator(same, hidden=(32,), seed=1)
+    found = probes.modality_probe(same, hidden=(32,), seed=1)
     assert abs(found["balanced_accuracy"] - 0.5) < 0.1
     assert found["chance"] == 0.5
     assert found["rows"] == 600
     apart = {"a": same["a"], "b": same["b"] + 2}
-    assert probes.fresh_discriminator(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
+    assert probes.modality_probe(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
 
 
 # Cross-modal polysemanticity
@@ -181,21 +181,16 @@ def test_coalitions_and_their_outputs(generator: torch.Generator) -> None:
     torch.testing.assert_close(out[3], sums)
 
 
-def test_retrained_control(generator: torch.Generator) -> None:
+def test_networks_trained_afresh_on_some_modalities(generator: torch.Generator) -> None:
     informative, y = classes(1500, generator, strength=3)
-    noise = torch.randn(1500, 5, generator=generator)
-    found = reliance.retrained_without({"good": informative, "noise": noise}, y)
-    assert found.all.score > 0.9
-    assert found.alone["good"] == found.without["noise"]
-    assert found.alone["good"].score > 0.9
-    assert found.without["good"] == found.alone["noise"]
-    assert found.alone["noise"].score < 0.5
-    binomial = math.sqrt(found.all.score * (1 - found.all.score) / 450)
-    assert found.all.error == pytest.approx(binomial, rel=0.4)
-    nothing = reliance.train_afresh({"good": informative}, y, [])
-    assert nothing.score < 0.5
-    binary = reliance.train_afresh({"good": informative}, (y == 0).long(), ["good"], metric="auroc")
-    assert binary.score > 0.95
+    features = {"good": informative, "noise": torch.randn(1500, 5, generator=generator)}
+    both = reliance.train_afresh(features, y, ["good", "noise"])
+    assert both.score > 0.9
+    assert both.error == pytest.approx(math.sqrt(both.score * (1 - both.score) / 450), rel=0.4)  # binomial
+    assert reliance.train_afresh(features, y, ["good"]).score > 0.9
+    assert reliance.train_afresh(features, y, ["noise"]).score < 0.5
+    assert reliance.train_afresh(features, y, []).score < 0.5
+    assert reliance.train_afresh(features, (y == 0).long(), ["good"], metric="auroc").score > 0.95
 
 
 def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
@@ -210,10 +205,9 @@ def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
         chances.append(network.predict_proba(scaler.transform(x[900:].double())))
     guess = np.mean(chances, 0).argmax(1)
     assert found.score == pytest.approx(accuracy_score(y[900:], guess))
-    control = reliance.retrained_without(train, y[:900], judged=(judged, y[900:]), seed=3)
-    assert control.all == control.alone["x"] == found
     frequent = float((y[900:] == y[:900].bincount().argmax()).double().mean())
-    assert control.without["x"].score == pytest.approx(frequent)
+    nothing = reliance.train_afresh(train, y[:900], [], judged=(judged, y[900:]), seed=3)
+    assert nothing.score == pytest.approx(frequent)
 
 
 def test_bad_input() -> None:
@@ -223,10 +217,10 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="NaN"):
         probes.linear_probe(x * math.nan, torch.arange(40) % 2, x, torch.zeros(40))
     with pytest.raises(InputError, match="two or more"):
-        probes.fresh_discriminator({"a": x})
+        probes.modality_probe({"a": x})
     with pytest.raises(InputError, match="same rows"):
         probes.denoising_r2(x, x[:30])
     with pytest.raises(InputError, match=r"2\^m"):
         reliance.shapley_values([1.0, 2.0, 3.0])
     with pytest.raises(InputError, match="single class"):
-        reliance.retrained_without({"a": x}, torch.zeros(40, dtype=torch.int64))
+        reliance.train_afresh({"a": x}, torch.zeros(40, dtype=torch.int64), ["a"])

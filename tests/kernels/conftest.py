@@ -49,22 +49,6 @@ class _Child(pytest.Item):
         return self.path, None, f"{self.path.name} in the interpreter"
 
 
-@pytest.fixture
-def wide(monkeypatch):
-    """Send every EBR head through the wide path."""
-    from mmc_fast.kernels.ebr import plan as ebr_plan
-
-    monkeypatch.setattr(ebr_plan, "NARROW_LATENT", 0)
-
-
-@pytest.fixture(params=["narrow", "wide"])
-def path(request):
-    """Both paths of EBR in turn."""
-    if request.param == "wide":
-        request.getfixturevalue("wide")
-    return request.param
-
-
 class _ChildFailed(Exception):
     pass
 

@@ -1,4 +1,4 @@
-"""The AGOP kernels with their shipped tiles in the guarded interpreter, against float64."""
+"""The AGOP kernels with their shipped tiles in the sanitizing interpreter, against float64."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import nn
 
 import mmc_fast
 from mmc_fast.agop import reference as definition
-from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops.agop import op as agop
 from mmc_fast.ops.agop.gram import activation_derivative
 from mmc_fast.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from mmc_fast.kernels.agop import chain as agop_chain  # noqa: E402
 from mmc_fast.kernels.agop import coactivation as kernels  # noqa: E402
+from mmc_fast.kernels.agop import gram as gram_kernels  # noqa: E402
 
 SIZES = (1, 15, 16, 17, 63, 65, 127, 129)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,22 +73,17 @@ def test_counts_equal_those_of_the_reference(case, seed):
 
 
 def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
-    x, weight, bias = (torch.randn(size, generator=generator) for size in ((700, 20), (150, 20), (150,)))
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((400, 20), (80, 20), (80,)))
     results = []
-    for chunk, programs in ((0, 264), (100, 1), (513, 20)):
+    for chunk, programs, most in ((0, 264, 1 << 20), (100, 1, 1 << 20), (313, 20, 1 << 20), (0, 264, 130)):
         monkeypatch.setattr("mmc_fast.kernels.common.PROGRAMS", programs)
-        counts, flag = torch.zeros(150, 150, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        with triton_guard.watch():
-            agop.relu_coactivation_update(x, weight, bias, counts, flag, chunk, backend="triton")
-        results.append(counts)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    monkeypatch.setattr(kernels, "MAX_ROWS", 130)
-    counts = torch.zeros(150, 150, dtype=torch.int64)
-    with triton_guard.watch() as watch:
-        agop.relu_coactivation_update(x, weight, bias, counts, torch.zeros(1, dtype=torch.int64), backend="triton")
-    assert torch.equal(results[0], counts)
-    assert len(watch.launches) == 1 + 6
+        monkeypatch.setattr(kernels, "MAX_ROWS", most)
+        results.append(torch.zeros(80, 80, dtype=torch.int64))
+        flag = torch.zeros(1, dtype=torch.int64)
+        with triton_guard.watch() as watch:
+            agop.relu_coactivation_update(x, weight, bias, results[-1], flag, chunk, backend="triton")
+    assert all(torch.equal(results[0], counts) for counts in results[1:])
+    assert len(watch.launches) == 1 + 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -100,10 +94,9 @@ def test_a_value_that_is_not_finite_raises_the_flag(bad, generator):
     with triton_guard.watch():
         agop.relu_coactivation_update(x, weight, None, counts, flag, backend="triton")
     assert flag.item() > 0
-    gram, total = torch.zeros(65, 65, dtype=torch.float64), torch.zeros(65, dtype=torch.float64)
-    flag = torch.zeros(1, dtype=torch.int64)
+    gram = torch.zeros(65, 65, dtype=torch.float64)
     with triton_guard.watch():
-        agop.derivative_gram_update(x, weight, None, "gelu", gram, total, flag, backend="triton")
+        agop.derivative_gram_update(x, weight, None, "gelu", gram, gram[0].clone(), flag.zero_(), backend="triton")
     assert flag.item() > 0
 
 
@@ -134,21 +127,18 @@ def test_derivative_gram_is_as_accurate_as_plain_torch(activation, deterministic
 
 
 def test_deterministic_sums_do_not_depend_on_the_order_of_programs(generator):
-    rows = torch.randn(3000, 70, generator=generator)
-    results = []
+    rows = torch.randn(2000, 70, generator=generator)
+    results = torch.zeros(2, 70, 70, dtype=torch.float64)
     torch.use_deterministic_algorithms(True)
     try:
-        for order in range(2):
-            gram = torch.zeros(70, 70, dtype=torch.float64)
+        for order, gram in enumerate(results):
             with triton_guard.watch(order) as watch:
                 agop.syrk_update(rows, gram, backend="triton")
-            results.append(gram)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert watch.launches[0].programs > 6, "the rows must be split for this test to say something"
+    assert watch.launches[0].programs > 3, "the rows must be split for this test to say something"
     assert torch.equal(*results)
-    truth = (rows.double().t() @ rows.double()).triu()
-    assert_as_accurate(results[0], (rows.t() @ rows).triu(), truth)
+    assert_as_accurate(results[0], (rows.t() @ rows).triu(), (rows.double().t() @ rows.double()).triu())
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -157,8 +147,8 @@ def test_chain_of_rows_against_float64(case, seed, monkeypatch):
     dtype = DTYPES[case % 3]
     wide = case >= 4
     if case % 2:  # several splits, or chunks, of a batch that the interpreter can afford
-        monkeypatch.setattr(agop_chain, "CHAIN_ROWS", 64)
-        monkeypatch.setattr(agop_chain, "_CHUNK_BYTES", 20_000)
+        monkeypatch.setattr(gram_kernels, "CHAIN_ROWS", 64)
+        monkeypatch.setattr(gram_kernels, "CHUNK_BYTES", 20_000)
     samples, per_sample, depth = draw(SIZES[:6], generator), draw((1, 2, 3, 10), generator), draw(SIZES, generator)
     if case % 2:
         samples, per_sample = 65, max(per_sample, 3)
@@ -196,24 +186,6 @@ def test_chain_of_rows_against_float64(case, seed, monkeypatch):
     assert gram.tril(-1).eq(0).all()
 
 
-def test_allowing_tf32_changes_the_rounding_and_nothing_else(generator):
-    rows = torch.randn(700, 40, generator=generator)
-    truth = (rows.double().t() @ rows.double()).triu()
-    errors = {}
-    for allowed in ("highest", "high"):
-        torch.set_float32_matmul_precision(allowed)
-        try:
-            gram = torch.zeros(40, 40, dtype=torch.float64)
-            with triton_guard.watch() as watch:
-                agop.syrk_update(rows, gram, backend="triton")
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        errors[allowed] = float((gram - truth).norm() / truth.norm())
-        expected = "fp32:ieee" if allowed == "highest" else "fp32:tf32"
-        assert watch.launches[0].dot_flops.keys() == {expected}
-    assert errors["highest"] < 1e-6 < 1e-5 < errors["high"] < 2e-3
-
-
 def head(*sizes, activation=nn.ReLU, generator):
     modules = []
     for index, (a, b) in enumerate(pairwise(sizes)):
@@ -227,14 +199,11 @@ def head(*sizes, activation=nn.ReLU, generator):
 @pytest.mark.parametrize(
     ("sizes", "activation", "options"),
     [
-        ((20, 70, 5), nn.ReLU, {}),
         ((20, 70, 5), nn.ReLU, {"center": True}),
-        ((20, 33, 5), nn.GELU, {}),
         ((20, 33, 5), nn.Tanh, {"center": True}),
         ((20, 40, 33, 5), nn.ReLU, {}),
         ((20, 140, 33, 5), nn.ReLU, {}),
         ((20, 40, 33, 5), nn.GELU, {"center": True}),
-        ((20, 40, 33, 5), nn.ReLU, {"output": "probs"}),
         ((20, 40, 33, 17, 5), nn.SiLU, {}),
         ((20, 40, 5), nn.ReLU, {"output": "probs"}),
     ],
@@ -248,16 +217,6 @@ def test_agop_by_triton_equals_the_definition(sizes, activation, options, genera
     truth = definition.agop(model.double(), x.double(), **options)
     plain = definition.agop(model.float(), x, **options)
     assert_as_accurate(got, plain, truth, amplification=10 if options.get("center") else 1)
-
-
-def test_rows_of_a_deep_head_never_reach_memory(generator):
-    model, x = head(20, 40, 33, 5, generator=generator), torch.randn(130, 20, generator=generator)
-    backends.reset_ran()
-    with triton_guard.watch() as watch:
-        mmc_fast.agop(model, x, backend="triton")
-    assert [launch.name for launch in watch.launches] == ["_chain_fwd_kernel"]
-    assert backends.ran()["chain_gram_update/triton"] == 1
-    assert agop_chain.FUSED_WIDTH >= 40
 
 
 @triton.jit
@@ -282,19 +241,13 @@ def test_tiles_of_the_triangle_are_numbered_without_a_gap():
 
 def test_nothing_to_add_launches_nothing():
     counts, flag = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    x, v, gram = torch.ones(0, 3), torch.ones(3, 4), counts.double()
     with triton_guard.watch() as watch:
-        agop.relu_coactivation_update(torch.ones(0, 3), torch.ones(4, 3), None, counts, flag, backend="triton")
-        agop.syrk_update(torch.ones(0, 4), counts.double(), backend="triton")
-        agop.chain_gram_update(
-            torch.ones(2, 3), torch.ones(0, 3), torch.ones(3, 4), None, counts.double(), backend="triton"
-        )
+        agop.relu_coactivation_update(x, v.t(), None, counts, flag, backend="triton")
+        agop.syrk_update(torch.ones(0, 4), gram, backend="triton")
+        agop.chain_gram_update(torch.ones(2, 3), x, v, None, gram, backend="triton")
     assert watch.launches == []
-    assert counts.sum() == 0
-
-
-def test_float64_is_refused_with_the_reason():
-    with pytest.raises(RuntimeError, match=r"bfloat16 and float16 and a tensor is torch\.float64"):
-        agop.syrk_update(torch.ones(3, 4).double(), torch.zeros(4, 4).double(), backend="triton")
+    assert counts.sum() == gram.sum() == 0
 
 
 def test_strides_that_pass_32_bits(generator):

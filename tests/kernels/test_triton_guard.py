@@ -1,8 +1,7 @@
-"""The guarded interpreter: correct kernels pass and are counted, every planted mistake is caught, numbers are a GPU's."""
+"""The sanitizing interpreter: correct kernels pass and are counted, every planted mistake is caught, numbers are a GPU's."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import triton_guard
@@ -57,11 +56,8 @@ def _last_one_sums(x, parts, counter, y, BLOCK: tl.constexpr, PROGRAMS: tl.const
 @triton.jit
 def _masked(x, y, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    if OTHER:
-        value = tl.load(x + at, mask=at < n, other=0.0)
-    else:
-        value = tl.load(x + at, mask=at < n)
-    tl.store(y, tl.sum(value))
+    value = tl.load(x + at, mask=at < n, other=OTHER)
+    tl.store(y, tl.sum(value.to(tl.float32)))
 
 
 @triton.jit
@@ -69,16 +65,11 @@ def _product(a, b, c, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr)
     m, k = tl.arange(0, M), tl.arange(0, K)
     left = tl.load(a + m[:, None] * K + k[None, :])
     right = tl.load(b + k[:, None] * M + m[None, :])
-    out = tl.dot(left, right, input_precision=PRECISION)
+    if PRECISION is None:
+        out = tl.dot(left, right, out_dtype=tl.int32)
+    else:
+        out = tl.dot(left, right, input_precision=PRECISION)
     tl.store(c + m[:, None] * M + m[None, :], out.to(c.dtype.element_ty))
-
-
-@triton.jit
-def _counts(a, b, c, M: tl.constexpr, K: tl.constexpr):
-    m, k = tl.arange(0, M), tl.arange(0, K)
-    left = tl.load(a + m[:, None] * K + k[None, :])
-    right = tl.load(b + k[:, None] * M + m[None, :])
-    tl.store(c + m[:, None] * M + m[None, :], tl.dot(left, right, out_dtype=tl.int32))
 
 
 @triton.jit
@@ -89,30 +80,6 @@ def _arithmetic(x, y, out, BLOCK: tl.constexpr):
     tl.store(out + BLOCK + at, tl.maximum(a, b))
     tl.store(out + 2 * BLOCK + at, tl.where(a > b, a, b))
     tl.store(out + 3 * BLOCK + at, (a.to(tl.float32) / 3).to(a.dtype))
-
-
-@triton.jit
-def _far(x, y, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    if WIDE:
-        at = at.to(tl.int64)
-    tl.store(y + tl.arange(0, BLOCK), tl.load(x + at * stride))
-
-
-@triton.jit
-def _through_table(table, y, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    source = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32))
-    tl.store(y + tl.program_id(0) * BLOCK + at, tl.load(source + at))
-
-
-@triton.jit
-def _of_tuple(xs, y, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(len(xs)):
-        total += tl.load(xs[i] + at)
-    tl.store(y + at, total)
 
 
 def test_a_correct_kernel_runs_and_is_counted(generator):
@@ -128,12 +95,6 @@ def test_a_correct_kernel_runs_and_is_counted(generator):
     assert (launch.loaded_bytes, launch.stored_bytes) == (400, 400)
     assert launch.arguments == {"x": (400, 0), "y": (0, 400)}
     assert watch.global_bytes == 1600
-
-
-def test_outside_the_watch_nothing_is_checked_or_counted():
-    x, y = torch.ones(64), torch.zeros(96)
-    _copy[(2,)](x, y, 64, BLOCK=32, SHIFT=32, LIMIT=0)
-    assert y[32:].eq(1).all()
 
 
 @pytest.mark.parametrize(("shift", "limit"), [(0, 1), (1, 0), (-1, 0), (-40, 0)])
@@ -165,14 +126,15 @@ def test_programs_that_store_to_one_element_are_caught(generator):
         _columns[(4,)](x.expand(4, 100), torch.zeros(16).expand(4, 16), 0, 0, COLUMNS=16, BLOCK=16)
 
 
-def test_lanes_of_one_store_that_meet_are_caught():
-    @triton.jit
-    def meet(y, BLOCK: tl.constexpr):
-        at = tl.arange(0, BLOCK)
-        tl.store(y + at // 2, at)
+@triton.jit
+def _meet(y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at // 2, at)
 
+
+def test_lanes_of_one_store_that_meet_are_caught():
     with triton_guard.watch(), pytest.raises(GuardFault, match="two lanes"):
-        meet[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
+        _meet[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
 
 
 def test_reading_back_needs_a_barrier():
@@ -202,9 +164,9 @@ def test_the_last_program_may_read_what_a_counter_released(seed):
 def test_masked_lanes_hold_garbage_unless_told_otherwise(dtype):
     x, y = torch.ones(20, dtype=dtype), torch.zeros(1)
     with triton_guard.watch():
-        _masked[(1,)](x.float(), y, 20, OTHER=True, BLOCK=32)
+        _masked[(1,)](x, y, 20, OTHER=0.0, BLOCK=32)
         assert y.item() == 20
-        _masked[(1,)](x.float(), y, 20, OTHER=False, BLOCK=32)
+        _masked[(1,)](x, y, 20, OTHER=None, BLOCK=32)
     assert y.isnan().all()
 
 
@@ -213,14 +175,12 @@ def test_order_of_programs_is_shuffled():
     def order(y, counter):
         tl.store(y + tl.atomic_add(counter, 1), tl.program_id(0) * 6 + tl.program_id(1) * 2 + tl.program_id(2))
 
-    seen = set()
-    for seed in range(4):
-        y = torch.full((24,), -1, dtype=torch.int32)
+    orders = torch.full((4, 24), -1, dtype=torch.int32)
+    for seed, y in enumerate(orders):
         with triton_guard.watch(seed):
             order[(4, 3, 2)](y, torch.zeros(1, dtype=torch.int32))
         assert sorted(y.tolist()) == list(range(24))
-        seen.add(tuple(y.tolist()))
-    assert len(seen) == 4
+    assert len(orders.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -233,14 +193,9 @@ def test_arithmetic_is_rounded_as_by_torch(dtype, generator):
     expected = [x * y + x, larger, larger, (x.float() / 3).to(dtype)]
     for got, wanted in zip(out, expected, strict=True):
         assert torch.equal(got, wanted)
-
-
-def test_maximum_swallows_nan_as_the_instruction_does():
-    x = torch.full((16,), float("nan"))
-    out = torch.zeros(4, 16)
     with triton_guard.watch():
-        _arithmetic[(1,)](x, torch.zeros(16), out, BLOCK=16)
-    assert out[1].eq(0).all()
+        _arithmetic[(1,)](torch.full_like(x, float("nan")), torch.zeros_like(y), out, BLOCK=64)
+    assert out[1].eq(0).all(), "maximum swallows NaN, as the instruction does"
     assert out[0].isnan().all()
 
 
@@ -265,64 +220,11 @@ def test_integer_products_are_exact_and_shallow_ones_refused(generator):
     b = b.reshape(64, 16)
     c = torch.zeros(16, 16, dtype=torch.int32)
     with triton_guard.watch() as watch:
-        _counts[(1,)](a, b, c, M=16, K=64)
+        _product[(1,)](a, b, c, M=16, K=64, PRECISION=None)
     assert torch.equal(c, a.int() @ b.int())
     assert watch.launches[0].dot_flops == {"int8": 2 * 16 * 16 * 64}
     with triton_guard.watch(), pytest.raises(GuardFault, match="at least 32"):
-        _counts[(1,)](a[:, :16].contiguous(), b[:16], c, M=16, K=16)
-
-
-def test_offsets_past_32_bits_need_64():
-    stride = 2**30 + 64
-    huge = torch.empty(3 * stride + 1, dtype=torch.int8)  # never touched but for four bytes
-    huge[::stride] = torch.arange(4, dtype=torch.int8)
-    view, y = huge[::stride], torch.zeros(4, dtype=torch.int8)
-    small = view.as_strided((4,), (stride,))
-    with triton_guard.watch(in_place=[small]):
-        _far[(1,)](small, y, stride, BLOCK=4, WIDE=True)
-    assert y.tolist() == [0, 1, 2, 3]
-    with triton_guard.watch(in_place=[small]), pytest.raises(GuardFault, match="out of bounds"):
-        _far[(1,)](small, y, stride, BLOCK=4, WIDE=False)
-
-
-def test_wrapping_32_bit_arithmetic_is_caught_on_request():
-    x, y = torch.ones(16), torch.zeros(16)
-    with triton_guard.watch(overflow=True):
-        _columns[(1,)](x, y, 20, 16, COLUMNS=16, BLOCK=16)
-    with triton_guard.watch(overflow=True), pytest.raises(Exception, match="overflow"):
-        _columns[(3,)](x.expand(3, 16), torch.zeros(3, 16), 2**30 + 2**29, 16, COLUMNS=0, BLOCK=16)
-
-
-def test_pointer_tables_reach_the_tensors_that_are_named(generator):
-    parts = [torch.randn(16, generator=generator) for _ in range(3)]
-    table = torch.tensor([part.data_ptr() for part in parts])
-    y = torch.zeros(48)
-    with triton_guard.watch(in_place=parts):
-        _through_table[(3,)](table, y, BLOCK=16)
-    assert torch.equal(y, torch.cat(parts))
-    with triton_guard.watch(), pytest.raises(GuardFault, match="out of bounds"):
-        _through_table[(3,)](table, y, BLOCK=16)
-
-
-def test_tuples_of_tensors_are_checked_one_by_one(generator):
-    parts = tuple(torch.randn(16, generator=generator) for _ in range(3))
-    y = torch.zeros(16)
-    with triton_guard.watch() as watch:
-        _of_tuple[(1,)](parts, y, BLOCK=16)
-    torch.testing.assert_close(y, sum(parts))
-    assert watch.launches[0].read_bytes == 3 * 64
-    with triton_guard.watch(), pytest.raises(GuardFault, match=r"out of bounds.*xs\[1\]"):
-        _of_tuple[(1,)]((parts[0], parts[1][:15], parts[2]), y, BLOCK=16)
-
-
-def test_rounding_to_bfloat16_is_to_nearest_even(generator):
-    from triton_guard.numerics import from_bf16, to_bf16
-
-    bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)
-    values = torch.cat([bits.view(torch.float32), torch.tensor([float("inf"), -float("inf"), 3.4e38, 0.0, -0.0])])
-    got = torch.from_numpy(from_bf16(to_bf16(values.numpy())))
-    assert torch.equal(got.nan_to_num(7.0), values.bfloat16().float().nan_to_num(7.0))
-    assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32)))).all()
+        _product[(1,)](a[:, :16].contiguous(), b[:16], c, M=16, K=16, PRECISION=None)
 
 
 def test_a_sample_of_programs_shows_what_is_launched(generator):
@@ -333,22 +235,8 @@ def test_a_sample_of_programs_shows_what_is_launched(generator):
     launch = watch.launches[0]
     assert launch.programs == 1
     found = launch.specialisation
-    assert found["signature"] == {
-        "x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr", "SHIFT": "constexpr", "LIMIT": "constexpr"
-    }  # fmt: skip
+    assert found["signature"]["x"] == "*fp32"
+    assert found["signature"]["BLOCK"] == "constexpr"
     assert found["constants"] == [[[3], 32], [[4], 0], [[5], 0]]
     assert found["aligned"] == [[0], [1]]
     assert (found["kernel"], found["options"]) == ("_copy", {"num_warps": 8, "num_stages": 3, "maxnreg": 64})
-
-
-def test_masks_made_of_several_conditions_hold():
-    @triton.jit
-    def some(y, n, BLOCK: tl.constexpr):
-        at = tl.arange(0, BLOCK)
-        tl.store(y + at, at, mask=(at < n) & (tl.program_id(0) == 0))
-
-    y = torch.full((10,), -1, dtype=torch.int32)
-    with triton_guard.watch() as watch:
-        some[(2,)](y, 7, BLOCK=16)
-    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
-    assert watch.launches[0].stored_bytes == 28

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmc_fast.agop.options import resolve_blocks
+from mmc_fast.agop.result import resolve_blocks
 from mmc_fast.errors import InputError
 
 __all__ = [

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
+from mmc_fast._util.extras import require
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
@@ -73,6 +71,11 @@ def cross_modal_polysemanticity(
             )
     if min(len(w) for w in unimodal.values()) < 8:
         return WeightClassifier(None, None, None, None, "a unimodal layer has fewer than 8 neurons to learn from")
+    require("sklearn", extra="diagnose")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import train_test_split
+    from sklearn.neural_network import MLPClassifier
+
     width = min(width, *blocks.values())
     widest = max(blocks.values())
     seed = check_seed(seed)

@@ -10,27 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mmc_fast._util.seeds import generator
+from mmc_fast._util.extras import require
+from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.training.game import judge_rows
 
 __all__ = [
     "PrefixGap",
     "ProbeScore",
     "denoising_r2",
-    "fresh_discriminator",
+    "fit_modality_probe",
     "linear_probe",
+    "modality_probe",
     "noise_component",
     "prefix_gap",
 ]
+
+EPOCHS, _PATIENCE = 200, 8
+_STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
+# Nats by which the stopping loss must fall to count: a perfect probe would otherwise sharpen for ever.
+_PROGRESS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ def denoising_r2(student: Tensor, teacher: Tensor, *, folds: int = 5, ridge: flo
             f"denoising_r2: student {list(student.shape)}, teacher {list(teacher.shape)}, {folds} folds; give [N, p] and "
             "[N, q] of the same rows with N at least twice the folds"
         )
+    require("sklearn", extra="diagnose")
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = _array(student), _array(teacher)
     if not np.any(y.std(0) > 0):
         return math.nan
@@ -120,32 +128,105 @@ def denoising_r2(student: Tensor, teacher: Tensor, *, folds: int = 5, ridge: flo
     return float(r2_score(y, predicted, multioutput="variance_weighted"))
 
 
-def fresh_discriminator(
+def modality_probe(
     latents: Mapping[str, Tensor], *, hidden: Sequence[int] = (512, 256), seed: int = 0, rows: int = 4096
 ) -> dict[str, Any]:
-    """Can a new discriminator name the modality of a latent? ``latents``: name -> ``[N, k]``, row n of one sample.
+    """Post-hoc modality probe: can a new network name the modality of a latent? ``latents``: name -> ``[N, k]``, row n of one
+    sample.
 
-    Half of the samples train it (to convergence, stopped on a fifth of them), the other half judges it. Returns
+    Half of the samples train it (:func:`fit_modality_probe`), at most ``rows``; the other half scores it. Returns
     "balanced_accuracy" (near "chance" = 1/m: the latents do not tell their modality), "epochs", "converged", "rows".
-    At most ``rows`` samples train, as many judge. Source: the sanity check of METHOD, section 2.
+    A discriminator that was trained along with the encoders cannot answer this: a weak one has a high loss too.
     Limits: one architecture; failing to find a difference is no proof that there is none.
     """
     tensors = [x.detach().float() for x in latents.values()]
     if len(tensors) < 2 or len({tuple(x.shape) for x in tensors}) > 1 or len(tensors[0]) < 20:
         shapes = {name: list(x.shape) for name, x in latents.items()}
-        raise InputError(
-            f"fresh_discriminator: latents are {shapes}; give two or more modalities of one [N, k], N >= 20"
-        )
+        raise InputError(f"modality_probe: latents are {shapes}; give two or more modalities of one [N, k], N >= 20")
     order = torch.randperm(len(tensors[0]), generator=generator(seed, "fresh", "split"))
     half = min(len(order) // 2, rows)
-    parts = []
-    for chosen in (order[:half], order[half : 2 * half]):
-        x = torch.cat([t[chosen] for t in tensors])
-        modality = torch.arange(len(tensors)).repeat_interleave(half)
-        parts.append((x, modality, torch.arange(half).repeat(len(tensors))))
-    (x, y, sample), (held_x, held_y, _) = parts
-    random = generator(seed, "fresh", "order")
-    return judge_rows(x, y, sample, held_x, held_y, hidden, len(tensors), seed, random)
+    modality = torch.arange(len(tensors)).repeat_interleave(half)
+    train, held = (torch.cat([t[chosen] for t in tensors]) for chosen in (order[:half], order[half : 2 * half]))
+    sample = torch.arange(half).repeat(len(tensors))
+    return fit_modality_probe(train, modality, sample, held, modality, hidden, len(tensors), seed)
+
+
+def fit_modality_probe(
+    x: Tensor,
+    y: Tensor,
+    sample: Tensor,
+    held_x: Tensor,
+    held_y: Tensor,
+    hidden: Sequence[int],
+    classes: int,
+    seed: int,
+    *,
+    random: torch.Generator | None = None,
+    epochs: int = EPOCHS,
+) -> dict[str, Any]:
+    """The network of :func:`modality_probe`: trained on rows ``x [R, k]`` of modality ``y [R]`` and sample ``sample [R]``.
+
+    ReLU layers of widths ``hidden`` on rows standardised by the training ones, so that shrinking latents hides nothing; Adam
+    on cross-entropy, stopped on a fifth of the samples once their loss settles, after ``epochs`` at the latest. Scored on
+    ``held_x``, ``held_y`` by the mean of the classes' recalls. ``random`` draws the stopping samples and the order.
+    """
+    random = generator(seed, "fresh", "order") if random is None else random
+    x, y, sample, held_x, held_y = (t.cpu() for t in (x, y, sample, held_x, held_y))
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
+    x = (x - mean) / scale
+    samples = int(sample.max()) + 1
+    stop_sample = torch.zeros(samples, dtype=torch.bool)
+    stop_sample[torch.randperm(samples, generator=random)[: max(1, samples // 5)]] = True
+    stopping = stop_sample[sample]
+    widths = [x.shape[1], *hidden, classes]
+    with seeded_init(seed, "fresh", "init"):
+        layers: list[nn.Module] = []
+        for n in range(len(widths) - 1):
+            layers += [nn.Linear(widths[n], widths[n + 1]), nn.ReLU()]
+        network = nn.Sequential(*layers[:-1])
+    best, converged = _fit(network, (x[~stopping], y[~stopping]), (x[stopping], y[stopping]), random, epochs)
+    with torch.no_grad():
+        right = network((held_x - mean) / scale).argmax(-1) == held_y
+    counts = torch.bincount(held_y, minlength=classes).double()
+    recalls = torch.bincount(held_y, right.double(), minlength=classes)[counts > 0] / counts[counts > 0]
+    return {
+        "balanced_accuracy": float(recalls.mean()),
+        "chance": 1.0 / classes,
+        "epochs": best,
+        "converged": converged,
+        "rows": len(held_y),
+    }
+
+
+def _fit(
+    network: nn.Sequential,
+    train: tuple[Tensor, Tensor],
+    stop: tuple[Tensor, Tensor],
+    random: torch.Generator,
+    epochs: int,
+) -> tuple[int, bool]:
+    """Keeps the best weights. Returns their epoch, and whether the loss had settled before the epochs ran out."""
+    (x, y), (stop_x, stop_y) = train, stop
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
+    best, bad, best_epoch = math.inf, 0, 0
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    batch = min(512, max(32, len(x) // _STEPS))
+    for epoch in range(1, epochs + 1):
+        for rows in torch.randperm(len(x), generator=random).split(batch):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(F.cross_entropy(network(stop_x), stop_y))
+        if loss < best - _PROGRESS:
+            best, bad, best_epoch = loss, 0, epoch
+            state = {k: v.clone() for k, v in network.state_dict().items()}
+        else:
+            bad += 1
+            if bad >= _PATIENCE:
+                break
+    network.load_state_dict(state)
+    return best_epoch, bad >= _PATIENCE
 
 
 def _fit_logistic(x: Tensor, y: Tensor, c: float) -> Any:
@@ -154,6 +235,12 @@ def _fit_logistic(x: Tensor, y: Tensor, c: float) -> Any:
         raise InputError(f"probe: features {list(features.shape)} and {len(labels)} labels; give [N, p] and [N]")
     if len(np.unique(labels)) < 2:
         raise InputError("probe: the training labels hold a single class; a probe needs at least 2")
+    require("sklearn", extra="diagnose")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # near the optimum is good enough for a probe

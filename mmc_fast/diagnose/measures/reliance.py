@@ -9,21 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
 from ..statistics import resample_counts, resampled_scores
 
 __all__ = [
     "Afresh",
-    "RetrainedControl",
     "coalition_outputs",
     "coalitions",
-    "retrained_without",
     "shapley_values",
     "train_afresh",
 ]
@@ -75,7 +71,7 @@ def coalition_outputs(
 
     "all" is the last, "none" the first, "without i" all but bit i, "only i" bit i alone. 2^m calls of ``fuse``.
     Limits: a mean is a place where the model may never have been, so a low "only" is partly surprise; compare with
-    :func:`retrained_without`, or with a model trained with modality dropout.
+    a network retrained without it (:func:`train_afresh`), or with a model trained with modality dropout.
     """
     names = list(features)
     outputs = []
@@ -96,38 +92,6 @@ class Afresh:
     error: float
 
 
-@dataclass(frozen=True)
-class RetrainedControl:
-    """Small networks trained afresh: on all features, and for each modality without it and on it alone."""
-
-    all: Afresh
-    without: dict[str, Afresh]
-    alone: dict[str, Afresh]
-
-
-def retrained_without(
-    features: Mapping[str, Tensor],
-    labels: Tensor,
-    *,
-    metric: str = "accuracy",
-    hidden: int = 64,
-    seed: int = 0,
-    judged: Rows | None = None,
-) -> RetrainedControl:
-    """The fair control for "without": a network that never saw the modality, trained on the same frozen features.
-
-    If it loses nothing without a modality that the fused model also does without, the modality is redundant rather than
-    lost. Trains 2 m + 1 networks (:func:`train_afresh`, which says what ``judged`` is).
-    """
-
-    def fresh(names: list[str]) -> Afresh:
-        return train_afresh(features, labels, names, metric=metric, hidden=hidden, seed=seed, judged=judged)
-
-    names = list(features)
-    without = {name: fresh([n for n in names if n != name]) for name in names}
-    return RetrainedControl(fresh(names), without, {name: fresh([name]) for name in names})
-
-
 def train_afresh(
     features: Mapping[str, Tensor],
     labels: Tensor,
@@ -141,6 +105,9 @@ def train_afresh(
     judged: Rows | None = None,
 ) -> Afresh:
     """Held-out score of one hidden ReLU layer on the named features ``[N, ...]``, or of the class shares for no name.
+
+    With one name: what a modality allows by itself. With all but one: the fair control for "without", a network that never saw
+    the modality; where it loses nothing either, the modality is redundant rather than lost.
 
     The mean probability of three networks: Adam, L2 penalty 1, early stopping on a tenth of the training rows (scikit-learn),
     on standardised features. ``held_out`` of the rows judge, or all the ``judged`` (features, labels) where given, and then every row here trains. ``metric``:
@@ -164,20 +131,29 @@ def train_afresh(
     if names:
         x = np.concatenate([features[name].detach().flatten(1).double().cpu().numpy() for name in names], 1)
         # The stopping rows are drawn by class, which needs enough of each.
-        stop = bool(counts.min() >= 20)
-        scaler = StandardScaler().fit(x[train])
-        x = scaler.transform(x)
-        probability = np.zeros((len(test), len(classes)))
-        for start in range(_NETWORKS):
-            network = MLPClassifier(
-                (hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                probability += network.fit(x[train], y[train]).predict_proba(x[test])
+        probability = _fitted(x, y, train, test, hidden, bool(counts.min() >= 20), max_iter, seed)
     else:
         probability = np.tile(counts / counts.sum(), (len(test), 1))
     predicted = probability[:, 1] if metric == "auroc" else classes[probability.argmax(1)]
     draws = resample_counts(len(test), 100, np.random.default_rng([seed, 1]))
     scored = resampled_scores(metric, y[test], [predicted], draws)
     return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
+
+
+def _fitted(
+    x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: int, stop: bool, max_iter: int, seed: int
+) -> np.ndarray:
+    """Summed class probabilities of the networks on the rows ``test``."""
+    require("sklearn", extra="diagnose")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    x = StandardScaler().fit(x[train]).transform(x)
+    probability = np.zeros((len(test), len(np.unique(y[train]))))
+    for start in range(_NETWORKS):
+        network = MLPClassifier((hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            probability += network.fit(x[train], y[train]).predict_proba(x[test])
+    return probability

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.numbers import integer
-from mmc_fast.agop.options import resolve_blocks
+from mmc_fast.agop.result import resolve_blocks
 from mmc_fast.errors import InputError
 
 __all__ = [

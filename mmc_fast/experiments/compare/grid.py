@@ -1,65 +1,79 @@
-"""The grid: which cells there are, working through them with several processes, and choosing settings by search."""
+"""The grid: method configs x data x seeds as jobs, and the search of hyper-parameters on validation data."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mmc_fast._util.atomic import write_json
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
-from ..training import Progress
-from ..training.parts import fingerprint
-from ..training.pool import Emit, run_jobs
-from .cells import Cell, Unit, claimed, compute, mean_missing, read_cell, write_cell
-from .rows import Row, Source, load_source
+from ..jobs import Event, Job, Result, finish
+from .configs import DataConfig, MethodConfig
+from .runs import mean_missing, score, settings_of
 
-__all__ = ["Event", "Grid", "Job", "check_once", "finish", "run_grid", "work_on"]
+__all__ = ["SEARCH_SEED", "Finished", "Grid", "Run", "Tune", "check_once", "run_grid"]
 
-SEARCH_SEED = 900  # of the trainings that only choose settings
-_WAIT = 1.0  # seconds between looks at cells that another process holds
+SEARCH_SEED = 900  # of the trainings that only select hyper-parameters
+Tune = Literal["auto", "always", "never"]
+
+
+class Run(NamedTuple):
+    """One finished training of a method config on a data config."""
+
+    method: str
+    data: str
+    seed: int
+    job: Job
+    result: Result
+
+
+class Finished(NamedTuple):
+    """Selected hyper-parameters by (method config, data config), and the test runs."""
+
+    selected: dict[tuple[str, str], Mapping[str, Any]]
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows x data x seeds. ``changes``: settings of the budget for all data. ``tune``: where settings come from.
+    """``changes``: of the budget for all data. ``tune``: where hyper-parameters come from.
 
-    "auto": the stored choice of a row, else a search; "always": a search; "never": the stored choice, else the first
-    candidate.
+    "auto": the stored selection of a method config, else a search; "always": a search; "never": the stored selection, else
+    the first candidate.
     """
 
-    rows: Sequence[Row]
-    sources: Sequence[Source]
+    methods: Sequence[MethodConfig]
+    data: Sequence[DataConfig]
     seeds: Sequence[int]
     changes: Mapping[str, Any] = field(default_factory=dict)
-    tune: Literal["auto", "always", "never"] = "auto"
+    tune: Tune = "auto"
 
     def __post_init__(self) -> None:
-        check_once("methods", [row.name for row in self.rows])
-        check_once("data", [source.name for source in self.sources])
+        check_once("methods", [m.name for m in self.methods])
+        check_once("data", [d.name for d in self.data])
         object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
         check_once("seeds", self.seeds)
-        for source in self.sources:  # refuse settings that do not fit each other before any data are looked for
-            budget = source.budget_with(self.changes)
-            for row in self.rows:
-                for settings in (*self.candidates(row), *row.chosen.values()):
-                    row.resolve(settings, budget)
+        for data in self.data:  # refuse settings that do not fit each other before any data are looked for
+            budget = data.budget_with(self.changes)
+            for method in self.methods:
+                for settings in (*method.plugin.search, *method.selected.values()):
+                    method.resolve(settings, budget)
 
-    def searched(self, row: Row, source: Source) -> bool:
-        """Whether the settings of this row on these data are searched for."""
-        return self.tune == "always" or (self.tune == "auto" and source.name not in row.chosen)
+    def searched(self, method: MethodConfig, data: DataConfig) -> bool:
+        """Whether the hyper-parameters of this method on these data are searched for."""
+        return self.tune == "always" or (self.tune == "auto" and data.name not in method.selected)
 
-    def candidates(self, row: Row) -> Sequence[Mapping[str, Any]]:
-        return row.plugin.search
-
-    def cell(self, row: Row, source: Source, settings: Mapping[str, Any], part: str, seed: int, print_: str) -> Cell:
-        config, options = row.resolve(settings, source.budget_with(self.changes))
-        return Cell(row.name, row.method, source.name, source.key, print_, part, seed, config.to_dict(), options)
+    def job(self, method: MethodConfig, data: DataConfig, settings: Mapping[str, Any], part: str, seed: int) -> Job:
+        """The training of a method with these hyper-parameters."""
+        config, options = method.resolve(settings, data.budget_with(self.changes))
+        everything = settings_of(data, seed, config, method=method.method, options=options, part=part)
+        folder = "runs" if part == "test" else "search"
+        return Job(f"{folder}/{data.name}/{method.name}-{seed}", score, everything, stage=folder)
 
 
 def check_once(what: str, names: Sequence[Any]) -> None:
@@ -68,136 +82,60 @@ def check_once(what: str, names: Sequence[Any]) -> None:
         raise InputError(f"compare: {what} is {list(names)}; name at least one, and each once")
 
 
-Event = Callable[[tuple[str, Unit, Any]], None]
-
-
-def run_grid(grid: Grid, folder: Path, *, jobs: int, on_event: Event) -> tuple[dict[tuple[str, str], Any], list[Cell]]:
-    """Finish every cell; returns the settings by (row, data) and the test cells.
-
-    Finished cells are taken over. Events: ("plan", None, n) with the number of cells that are left of a stage,
-    ("epoch", cell, record), ("done", cell, None). Raises Interrupted after Ctrl-C; cells in progress are repeated later.
-    """
-    prints = {source.name: fingerprint(load_source(source.key)) for source in grid.sources}
+def run_grid(grid: Grid, folder: Path, *, workers: int, on_event: Event) -> Finished:
+    """Finish every run; what is finished is taken over. Events and errors as in :func:`mmc_fast.experiments.jobs.finish`."""
     tried = {
-        (row.name, source.name): [
-            grid.cell(row, source, settings, "validation", SEARCH_SEED, prints[source.name])
-            for settings in grid.candidates(row)
-        ]
-        for source in grid.sources
-        for row in grid.rows
-        if grid.searched(row, source)
+        (method.name, data.name): [grid.job(method, data, s, "validation", SEARCH_SEED) for s in method.plugin.search]
+        for data in grid.data
+        for method in grid.methods
+        if grid.searched(method, data)
     }
-    finish([cell for cells in tried.values() for cell in cells], folder, jobs, on_event)
-    settings = {}
-    for source in grid.sources:
-        for row in grid.rows:
-            pair = (row.name, source.name)
+    candidates = [job for jobs in tried.values() for job in jobs]
+    searched = finish(candidates, folder, workers=workers, on_event=on_event)
+    found = {job.path: result for job, result in zip(candidates, searched, strict=True)}
+    selected = {}
+    for data in grid.data:
+        for method in grid.methods:
+            pair = (method.name, data.name)
             if pair in tried:
-                settings[pair] = _choose(grid, row, source, tried[pair], folder)
+                selected[pair] = _select(method, data, [(job.path, found[job.path]) for job in tried[pair]], folder)
             else:
-                settings[pair] = row.chosen.get(source.name, grid.candidates(row)[0])
-    cells = [
-        grid.cell(row, source, settings[row.name, source.name], "test", seed, prints[source.name])
+                selected[pair] = method.selected.get(data.name, method.plugin.search[0])
+    named = [
+        (method.name, data.name, seed, grid.job(method, data, selected[method.name, data.name], "test", seed))
         for seed in grid.seeds
-        for source in grid.sources
-        for row in grid.rows
+        for data in grid.data
+        for method in grid.methods
     ]
-    finish(cells, folder, jobs, on_event)
-    return settings, cells
+    results = finish([job for *_, job in named], folder, workers=workers, on_event=on_event)
+    return Finished(selected, [Run(*name, result) for name, result in zip(named, results, strict=True)])
 
 
-def _choose(grid: Grid, row: Row, source: Source, cells: Sequence[Cell], folder: Path) -> Mapping[str, Any]:
+def _select(
+    method: MethodConfig, data: DataConfig, results: Sequence[tuple[str, Result]], folder: Path
+) -> Mapping[str, Any]:
     """The candidate with the best mean of complete and masked validation scores; the first of equals. Kept on disk."""
-    values: list[float | None] = []
-    for cell in cells:
-        found = read_cell(folder / cell.path)[0]["scores"]
-        if found is None:
-            values.append(None)
-            continue
-        complete, missing = found["complete"]["score"], mean_missing(found)
-        values.append(complete if missing is None else (complete + missing) / 2)
+    values = [None if r.failed else _validation_score(r.values["scores"]) for _, r in results]
     usable = [v for v in values if v is not None]
     if not usable:
         raise InputError(
-            f"{row.name} on {source.name}: every candidate of the search diverged; give a row with a smaller lr "
-            "among its settings (a TOML file)"
+            f"{method.name} on {data.name}: every candidate of the search diverged; give a method config with a smaller lr (a TOML file)"
         )
-    best = values.index(max(usable))
-    chosen = grid.candidates(row)[best]
-    record = {"row": row.name, "data": source.name, "seed": SEARCH_SEED, "part": "validation", "chosen": dict(chosen)}
+    candidates = method.plugin.search
+    selected = candidates[values.index(max(usable))]
+    record = {"method": method.name, "data": data.name, "seed": SEARCH_SEED, "part": "validation"}
+    record["selected"] = dict(selected)
     record["candidates"] = [
-        {"settings": dict(s), "score": v, "cell": c.path}
-        for s, v, c in zip(grid.candidates(row), values, cells, strict=True)
+        {"settings": dict(s), "score": v, "file": path}
+        for s, v, (path, _) in zip(candidates, values, results, strict=True)
     ]
-    path = folder / "choices" / f"{source.name}-{row.name}.json"
+    path = folder / "selected" / f"{data.name}-{method.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
         write_json(path, record)
-    return chosen
+    return selected
 
 
-@dataclass(frozen=True)
-class Job:
-    """One unit of work of a folder, for a worker process."""
-
-    unit: Any
-    folder: Path
-
-
-class _Events:
-    def __init__(self, unit: Unit, emit: Emit) -> None:
-        self.unit, self.emit = unit, emit
-
-    def on_start(self, total_epochs: int, label: str) -> None:
-        self.emit(("start", self.unit, total_epochs))
-
-    def on_epoch(self, record: dict[str, Any]) -> None:
-        self.emit(("epoch", self.unit, record))
-
-    def on_end(self, results: dict[str, Any]) -> None:
-        pass
-
-
-def work_on(job: Job, emit: Emit, make: Callable[[Progress], None]) -> None:
-    """Call ``make``, which writes the unit's file, unless the file is there or somebody else is at it."""
-    path = job.folder / job.unit.path
-    if not path.is_file():
-        with claimed(job.folder, job.unit) as mine:
-            if mine and not path.is_file():
-                make(_Events(job.unit, emit))
-    if path.is_file():
-        emit(("done", job.unit, None))
-
-
-def _work(job: Job, emit: Emit) -> None:
-    """Compute one cell."""
-
-    def make(progress: Progress) -> None:
-        write_cell(job.folder, job.unit, compute(job.unit, load_source(job.unit.source), progress))
-
-    work_on(job, emit, make)
-
-
-def finish(
-    units: Sequence[Unit], folder: Path, jobs: int, on_event: Event, work: Callable[[Job, Emit], None] = _work
-) -> None:
-    """Work until every unit's file is there; several processes may share the folder.
-
-    ``work`` is a function of a module that calls :func:`work_on`; by itself the one for cells.
-    """
-    left = [unit for unit in units if not (folder / unit.path).is_file()]
-    if units:
-        on_event(("plan", units[0], len(left)))
-    while left:
-        run_jobs([Job(unit, folder) for unit in left], work, workers=jobs, on_event=on_event)
-        left = [unit for unit in left if not (folder / unit.path).is_file()]
-        while left and not any(_free(folder, unit) for unit in left):
-            time.sleep(_WAIT)
-
-
-def _free(folder: Path, unit: Unit) -> bool:
-    """Whether there is something to do about a unit: it is finished by now, or nobody holds it."""
-    if (folder / unit.path).is_file():
-        return True
-    with claimed(folder, unit) as mine:
-        return mine
+def _validation_score(found: Mapping[str, Mapping[str, float]]) -> float:
+    complete, missing = found["complete"]["score"], mean_missing(found)
+    return complete if missing is None else (complete + missing) / 2

@@ -4,52 +4,118 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmc_fast import __version__
 from mmc_fast._util.atomic import write_file, write_json
-from mmc_fast.diagnose.document import signed
+from mmc_fast.diagnose.document import (
+    Block,
+    Callout,
+    Cell,
+    Details,
+    Facts,
+    Panels,
+    Report,
+    Section,
+    Table,
+    Text,
+    signed,
+)
 from mmc_fast.diagnose.figures import Drawing
 
-from ..report import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text
 from ..report.comparison import Score
 from ..report.drawings import draw_rates, metric_name
-from .table import GATE, Findings, Paired
+from .findings import UNDER_PERFORMING, Findings
 
-__all__ = ["family", "footnotes", "markdown", "markdown_table", "score_rows", "tests_table", "write_outputs"]
-__all__ += ["write_text"]
+__all__ = ["READING", "csv_text", "footnotes", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
+           "write_outputs", "write_text"]  # fmt: skip
 
+SCHEMA_VERSION = 2
+_P_COLUMNS = ("p", "p (Holm)", "p (signed ranks)")
 _LINES = 8  # that a drawing can tell apart
+_CSV_COLUMNS = (
+    "data", "method", "plug_in", "metric", "condition", "mean", "sd", "se", "low", "high", "best", "seeds", "threshold",
+    "batch_rows", "difference", "reference", "p", "p_holm", "p_wilcoxon", "pairs",
+)  # fmt: skip
 READING = (
-    "Mean ± s.d. over seeds. **Bold**: the paired 95 % intervals (seeds and test samples) against every other row lie "
-    "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report. Settings were chosen on "
-    "validation data by searches of equal size. A re-implementation whose score on complete data is below that of vanilla "
-    f"by more than one standard error is marked “{GATE}”: its numbers say little about the method. With one seed nothing is "
-    "bold and there are no p-values: it says nothing about other trainings."
+    "Mean ± s.d. over seeds. **Bold**: the paired 95 % intervals (seeds and test samples) against every other method lie "
+    "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report; with one seed there is none. A "
+    "re-implementation whose score on complete data is below that of vanilla by more than one standard error is marked "
+    f"“{UNDER_PERFORMING}”: its numbers say little about the method."
 )
 
 
 def write_outputs(
-    findings: Sequence[Findings], folder: Path, facts: Mapping[str, str], about: Mapping[str, Any]
+    findings: Sequence[Findings],
+    folder: Path,
+    facts: Mapping[str, str],
+    about: Mapping[str, Any],
+    *,
+    title: str = "Comparison of methods",
+    drawings: Mapping[str, Mapping[str, Drawing]] | None = None,
+    blocks: Mapping[str, Sequence[Block]] | None = None,
+    warning: str = "",
 ) -> None:
-    """Write results.csv, results.json, results.md, report.html and figures/ into ``folder``, each in one step."""
-    write_json(folder / "results.json", {**about, "data_sets": [f.to_dict() for f in findings]})
+    """Write results.csv, results.json, results.md, report.html and figures/ into ``folder``, each in one step.
+
+    ``about``: more of results.json. ``drawings``, ``blocks``: by data set, what the page shows beside the comparison; a
+    drawing's name is that of its file.
+    """
+    head = {"schema_version": SCHEMA_VERSION, "mmc_fast_version": __version__}
+    write_json(folder / "results.json", {**head, **about, "data_sets": [f.to_dict() for f in findings]})
     write_text(folder / "results.csv", _csv(findings))
-    write_text(folder / "results.md", markdown(findings))
-    drawings = {f.data: draw(f) for f in findings}
-    for data, some in drawings.items():
-        for n, drawing in enumerate(some):
-            drawing.save_png(folder / "figures" / f"{data}-missing-rates{f'-{n + 1}' if len(some) > 1 else ''}.png")
-    report(findings, drawings, facts).save(folder / "report.html")
+    write_text(folder / "results.md", markdown(findings, title))
+    page = Report(title, _lead(findings), f"mmc-fast {__version__}. This page is self-contained and loads nothing.")
+    for f in findings:
+        shown = _rate_drawings(f) | dict((drawings or {}).get(f.data, {}))
+        for name, drawing in shown.items():
+            drawing.save_png(folder / "figures" / f"{f.data}-{name}.png")
+        first: list[Block] = [Callout(warning, "warning")] if warning and f is findings[0] else []
+        page.add_section(Section(f.data, [*first, *_blocks(f, shown), *(blocks or {}).get(f.data, ())]))
+    page.add_section(Section("How to read this", [Text(READING), Facts(facts)]))
+    page.save(folder / "report.html")
+
+
+def _lead(findings: Sequence[Findings]) -> str:
+    return f"{len(findings[0].methods)} methods on {len(findings)} data set(s): the same encoders and budget for each."
+
+
+def _rate_drawings(f: Findings) -> dict[str, Drawing]:
+    """Score against missing rate; several drawings where there are more methods than a reader can tell apart."""
+    names = list(f.main.scores)
+    groups = [names[i : i + _LINES] for i in range(0, len(names), _LINES)]
+    return {
+        "missing-rates" + (f"-{n}" if len(groups) > 1 else ""): draw_rates(
+            f.main, {m: f.methods[m].title for m in some}
+        )
+        for n, some in enumerate(groups, start=1)
+    }
+
+
+def _blocks(f: Findings, drawings: Mapping[str, Drawing]) -> list[Block]:
+    blocks: list[Block] = []
+    failed = [facts.title for facts in f.methods.values() if facts.threshold == UNDER_PERFORMING]
+    if failed:
+        blocks.append(Callout(f"**{UNDER_PERFORMING}**: {', '.join(failed)}.", "warning"))
+    for metric, comparison in f.comparisons.items():
+        caption = ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", footnotes(f)]))
+        blocks.append(Table(["method", *comparison.conditions], score_rows(f, metric), caption))
+    blocks.append(Panels([d.figure() for d in drawings.values()]))
+    if f.tests:
+        table = Table(*tests_table(f), tests_title(f))
+        blocks.append(Details("Tests against the reference", [table]))
+    settings = [[facts.title, str(dict(facts.settings) or "as declared"), facts.source] for facts in f.methods.values()]
+    blocks.append(Details("Settings", [Table(["method", "selected", "source"], settings)]))
+    return blocks
 
 
 def score_rows(f: Findings, metric: str) -> list[list[Cell | str]]:
-    """One line per row: its title with marks, then mean ± s.d. per condition; a dash where it diverged."""
+    """One line per method: its title with marks, then mean ± s.d. per condition; a dash where it diverged."""
     comparison = f.comparisons[metric]
     rows: list[list[Cell | str]] = []
-    for name, facts in f.rows.items():
+    for name, facts in f.methods.items():
         scores = comparison.scores.get(name)
         cells: list[Cell | str] = ["–"] * len(comparison.conditions)
         if scores is not None:
@@ -59,101 +125,51 @@ def score_rows(f: Findings, metric: str) -> list[list[Cell | str]]:
 
 
 def footnotes(f: Findings) -> str:
-    """What the marks of its rows mean; empty where there is none."""
+    """What the marks of its methods mean; empty where there is none."""
     meaning: dict[str, list[str]] = {}
-    for facts in f.rows.values():
+    for facts in f.methods.values():
         for mark, note in facts.notes.items():
             meaning.setdefault(f"{mark} {note}", []).append(facts.title)
     return ". ".join(f"{note}: {', '.join(titles)}" for note, titles in sorted(meaning.items()))
 
 
-def tests_table(tests: Sequence[Paired], titles: Mapping[str, str]) -> tuple[list[str], list[list[Cell | str]]]:
+def tests_title(f: Findings) -> str:
+    """What the table of tests holds."""
+    if not f.tests[0].family:
+        return "Against the reference, one seed: intervals of these trainings alone"
+    return f"Against the reference, {f.tests[0].pairs} pairs of seeds, Holm over {f.tests[0].family} tests"
+
+
+def tests_table(f: Findings) -> tuple[list[str], list[list[Cell | str]]]:
     """Headings, and one line per test; without p-values where there are none."""
-    columns = ["difference", "estimate", "95 % interval"]
-    columns += ["p", "p (Holm)", "p (signed ranks)", "pairs"] if tests[0].family else []
+    several = bool(f.tests[0].family)
+    titles = {name: facts.title for name, facts in f.methods.items()}
     rows: list[list[Cell | str]] = []
-    for t in tests:
-        name = f"{titles[t.row]} − {titles[t.reference]}, {t.metric}, {t.condition}"
+    for t in f.tests:
+        name = f"{titles[t.method]} − {titles[t.reference]}, {t.metric}, {t.condition}"
         clear = t.p_holm is not None and t.p_holm < 0.05
         line: list[Cell | str] = [name, Cell(signed(t.difference), strong=clear), f"{signed(t.low)} … {signed(t.high)}"]
-        rows.append(line + ([*map(_p, (t.p, t.p_holm, t.p_wilcoxon)), str(t.pairs)] if t.family else []))
-    return columns, rows
+        rows.append([*line, *map(_p, (t.p, t.p_holm, t.p_wilcoxon))] if several else line)
+    return ["difference", "estimate", "95 % interval", *(_P_COLUMNS if several else ())], rows
 
 
-def family(tests: Sequence[Paired]) -> str:
-    """How many tests Holm's correction is over, or why there is none."""
-    count = tests[0].family
-    return f"Holm over {count} tests" if count else "one seed: intervals of these trainings alone"
-
-
-def markdown(findings: Sequence[Findings]) -> str:
+def markdown(findings: Sequence[Findings], title: str = "Comparison of methods") -> str:
     """The tables as Markdown."""
-    parts = ["# Comparison of methods", READING]
+    parts = [f"# {title}", READING]
     for f in findings:
         parts.append(f"## {f.data}")
         for metric, comparison in f.comparisons.items():
             parts.append(f"Test {metric_name(metric)}, {len(comparison.seeds)} seed(s):")
-            parts.append(markdown_table(["row", *comparison.conditions], score_rows(f, metric)))
+            parts.append(markdown_table(["method", *comparison.conditions], score_rows(f, metric)))
         if notes := footnotes(f):
             parts.append(f"{notes}.")
         if f.tests:
-            parts.append(f"Against the reference ({family(f.tests)}):")
-            parts.append(markdown_table(*tests_table(f.tests, _titles(f))))
+            parts += [f"{tests_title(f)}:", markdown_table(*tests_table(f))]
         rates = "; ".join(
             f"{k.removeprefix('missing_')}: {', '.join(f'{v:.2f}' for v in r)}" for k, r in f.realised.items()
         )
         parts.append(f"Realised missing rates by modality: {rates or 'none'}.")
     return "\n\n".join(parts) + "\n"
-
-
-def draw(f: Findings) -> list[Drawing]:
-    """Score against missing rate; several drawings where there are more rows than a reader can tell apart."""
-    names = list(f.main.scores)
-    pieces = [names[i : i + _LINES] for i in range(0, len(names), _LINES)]
-    return [draw_rates(f.main, {name: f.rows[name].title for name in some}) for some in pieces]
-
-
-def report(findings: Sequence[Findings], drawings: Mapping[str, Sequence[Drawing]], facts: Mapping[str, str]) -> Report:
-    """The page."""
-    page = Report(
-        "Comparison of methods",
-        f"{len(findings[0].rows)} rows on {len(findings)} data set(s): the same encoders, budget and search for each.",
-        f"mmc-fast {__version__}. This page is self-contained and loads nothing.",
-    )
-    for f in findings:
-        blocks: list[Any] = []
-        failed = [facts.title for facts in f.rows.values() if facts.gate == GATE]
-        if failed:
-            blocks.append(Callout(f"**{GATE}**: {', '.join(failed)}.", "warning"))
-        for metric, comparison in f.comparisons.items():
-            blocks.append(Table(["row", *comparison.conditions], score_rows(f, metric), _caption(f, metric)))
-        blocks.append(Panels([d.figure() for d in drawings[f.data]]))
-        if f.tests:
-            caption = f"{family(f.tests)}; {f.tests[0].pairs} pair(s) of seeds in each."
-            table = Table(*tests_table(f.tests, _titles(f)), caption)
-            blocks.append(Details("Differences from the reference", [table]))
-        chosen = [[facts.title, str(dict(facts.settings) or "as declared"), facts.source] for facts in f.rows.values()]
-        blocks.append(Details("Settings", [Table(["row", "chosen", "source"], chosen)]))
-        page.add_section(Section(f.data, blocks))
-    return page.add_section(Section("How to read this", [Text(READING), Facts(facts)]))
-
-
-def _caption(f: Findings, metric: str) -> str:
-    return ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", footnotes(f)]))
-
-
-def _titles(f: Findings) -> dict[str, str]:
-    return {name: facts.title for name, facts in f.rows.items()}
-
-
-def _mean(score: Score) -> str:
-    return f"{score.mean:.3f}" + ("" if score.sd is None else f" ± {score.sd:.3f}")
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
@@ -167,25 +183,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]])
     return "\n".join(f"| {line} |" for line in [*head, *(" | ".join(map(text, row)) for row in rows)])
 
 
-def _csv(findings: Sequence[Findings]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Lines of a CSV file; None is an empty field, and short rows are filled up with those."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["data", "row", "method", "metric", "condition", "mean", "sd", "se", "low", "high", "seeds", "gate", "batch_rows",
-         "difference", "reference", "p", "p_holm", "p_wilcoxon", "pairs"]
-    )  # fmt: skip
-    for f in findings:
-        tests = {(t.metric, t.condition, t.row): t for t in f.tests}
-        for metric, comparison in f.comparisons.items():
-            for name, by_condition in comparison.scores.items():
-                facts = f.rows[name]
-                for condition, s in by_condition.items():
-                    line = [f.data, name, facts.method, metric, condition, s.mean, s.sd, s.se, s.low, s.high]
-                    line += [len(comparison.seeds), facts.gate, facts.batch_rows]
-                    t = tests.get((metric, condition, name))
-                    if t is not None:
-                        line += [t.difference, t.reference, t.p, t.p_holm, t.p_wilcoxon, t.pairs]
-                    writer.writerow(["" if v is None else v for v in line + [None] * (19 - len(line))])
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(["" if v is None else v for v in [*row, *[None] * (len(columns) - len(row))]])
     return buffer.getvalue()
 
 
@@ -196,3 +200,29 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_file(path, write)
+
+
+def _csv(findings: Sequence[Findings]) -> str:
+    lines = []
+    for f in findings:
+        tests = {(t.metric, t.condition, t.method): t for t in f.tests}
+        for metric, comparison in f.comparisons.items():
+            for name, by_condition in comparison.scores.items():
+                facts = f.methods[name]
+                for condition, s in by_condition.items():
+                    line = [f.data, name, facts.method, metric, condition, s.mean, s.sd, s.se, s.low, s.high]
+                    line += [1 if s.best else None]
+                    line += [len(comparison.seeds), facts.threshold, facts.batch_rows]
+                    t = tests.get((metric, condition, name))
+                    if t is not None:
+                        line += [t.difference, t.reference, t.p, t.p_holm, t.p_wilcoxon, t.pairs]
+                    lines.append(line)
+    return csv_text(_CSV_COLUMNS, lines)
+
+
+def _mean(score: Score) -> str:
+    return f"{score.mean:.3f}" + ("" if score.sd is None else f" ± {score.sd:.3f}")
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"

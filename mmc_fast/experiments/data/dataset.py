@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
-__all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part"]
+__all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part", "PartBatches"]
 
 PARTS = ("train", "validation", "test")
 METRICS = ("accuracy", "auroc")
@@ -40,6 +40,25 @@ class Part:
     def select(self, rows: Tensor) -> Part:
         """The given rows (int64 positions, repeats allowed, or a bool mask [N]) as a new part."""
         return Part([x[rows] for x in self.features], self.present[rows], self.labels[rows], self.index[rows])
+
+    def batches(self, rows: int = 4096) -> PartBatches:
+        """The part in batches of ``rows``, each read when its turn comes."""
+        return PartBatches(self, rows)
+
+
+@dataclass(frozen=True)
+class PartBatches:
+    """A part as an iterable of smaller parts, in order; it can be read any number of times."""
+
+    part: Part
+    rows: int
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.rows)
+
+    def __iter__(self) -> Iterator[Part]:
+        for start in range(0, len(self.part), self.rows):
+            yield self.part.select(torch.arange(start, min(start + self.rows, len(self.part))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +115,14 @@ class MultimodalDataset:
             features = [x[run] for x in self.features.values()]
             return Part(features, self.present[run], self.labels[run], rows, streamed=True)
         return Part([x[rows] for x in self.features.values()], self.present[rows], self.labels[rows], rows)
+
+    def batches(self) -> PartBatches:
+        """The test part in batches, as :func:`mmc_fast.diagnose` reads it."""
+        return self.part("test").batches()
+
+    def training_batches(self) -> PartBatches:
+        """The training part in batches."""
+        return self.part("train").batches()
 
     def keep(self, modalities: Sequence[str]) -> MultimodalDataset:
         """The data set with these modalities only, in the order of the data set.

@@ -64,31 +64,29 @@ def build(
     presence = np.stack([present[view] for view in flat], 1)
     rows = presence.any(1) | ~train if drop_empty else np.ones(len(train), bool)
     streamed = scratch is not None and any(isinstance(values, np.memmap) for values in raw.views.values())
-    # A part of mapped data must be a run of rows, since picking rows would copy them into memory.
-    order = np.argsort(np.where(rows, raw.split, 3), kind="stable")[: int(rows.sum())] if streamed else None
+    # Mapped data are put in the order of the parts: picking rows of a part would copy them into memory.
+    order = np.argsort(raw.split, kind="stable") if streamed else np.arange(len(train))
+    order = order[rows[order]]
     features, names = {}, {}
     notes: dict[str, Any] = {"never_measured": {}, "constant": {}, "indicators": {}, "absent": {}}
     for view, x in flat.items():
         own = raw.names.get(view) or [f"{view}_{j}" for j in range(x.shape[1])]
         here = present[view]
-        chunk = _CHUNK if scratch is None else scratch.rows(x.shape[1])
+        chunk = scratch.rows(x.shape[1]) if streamed and scratch is not None else _CHUNK
         _check_values(raw.name, view, x, here, own, policy, chunk)
-        scaler = ViewScaler.fit(
-            x,
-            here & train,
-            indicator=policy == "indicator",
-            standardise=standardise,
-            chunk=chunk if streamed else _CHUNK,
-        )
-        if order is None or scratch is None:
-            scaled = scaler.apply(x, here)
-            scaled = scaled if rows.all() else scaled[rows]
-        else:
-            place = np.full(len(x), -1)
-            place[order] = np.arange(len(order))
-            mapped = scratch.empty((len(order), scaler.width(x.shape[1])), np.float32)
-            scaled = scaler.apply(x, here, out=mapped, place=place, chunk=chunk)
-        _check_scaled(raw.name, view, scaled, own, np.flatnonzero(rows) if order is None else order, chunk)
+        scaler = ViewScaler.fit(x, here & train, indicator=policy == "indicator", standardise=standardise, chunk=chunk)
+        shape = (len(order), scaler.width(x.shape[1]))
+        scaled = np.empty(shape, np.float32) if not streamed or scratch is None else scratch.empty(shape, np.float32)
+        for start, some in _pieces(order, chunk):
+            piece = scaler.apply(x[some], here[some])
+            scaled[start : start + len(some)] = piece
+            bad = ~np.isfinite(piece)
+            if bad.any():
+                row, column = np.argwhere(bad)[0]
+                raise InputError(
+                    f"{raw.name}: modality {view!r}, feature {own[column]!r}, row {some[row]}: the value is too far from "
+                    "the training rows for float32 after standardising; clip or rescale the feature."
+                )
         features[view] = scaled
         names[view] = own + [f"{own[j]} measured" for j in scaler.indicated]
         for key, found in (
@@ -101,17 +99,16 @@ def build(
                 notes[key][view] = found
     if not rows.all():
         notes["dropped_rows"] = int((~rows).sum())
-    kept = rows if order is None else order
     return MultimodalDataset(
         name=raw.name,
         features={view: torch.from_numpy(x) for view, x in features.items()},
-        present=torch.from_numpy(presence[kept]),
-        labels=torch.from_numpy(raw.labels[kept].astype(np.int64)),
-        split=torch.from_numpy(raw.split[kept].astype(np.uint8)),
+        present=torch.from_numpy(presence[order]),
+        labels=torch.from_numpy(raw.labels[order].astype(np.int64)),
+        split=torch.from_numpy(raw.split[order].astype(np.uint8)),
         num_classes=raw.num_classes,
         metric=raw.metric,
         feature_names=names,
-        ids=None if raw.ids is None else torch.from_numpy(raw.ids[kept].astype(np.int64)),
+        ids=None if raw.ids is None else torch.from_numpy(raw.ids[order].astype(np.int64)),
         info={**raw.info, "nan_policy": policy, "standardised": standardise, **notes},
         streamed=streamed,
     )
@@ -136,17 +133,6 @@ def _all_nan(x: np.ndarray) -> np.ndarray:
         some = candidates[start : start + _CHUNK]
         found[some] = np.isnan(x[some]).all(1)
     return found
-
-
-def _check_scaled(dataset: str, view: str, scaled: np.ndarray, names: list[str], rows: np.ndarray, chunk: int) -> None:
-    for start, piece in _pieces(scaled, chunk):
-        bad = ~np.isfinite(piece)
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise InputError(
-                f"{dataset}: modality {view!r}, feature {names[column]!r}, row {rows[start + row]}: the value is too far "
-                "from the training rows for float32 after standardising; clip or rescale the feature."
-            )
 
 
 def _check_values(

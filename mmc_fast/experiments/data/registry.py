@@ -9,19 +9,17 @@ from pathlib import Path
 from mmc_fast._util.names import choose, nearest
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data.benchmark_sets import ENTRIES as BENCHMARK
 from mmc_fast.experiments.data.dataset import MultimodalDataset
-from mmc_fast.experiments.data.embedded_sets import ENTRIES as EMBEDDED
-from mmc_fast.experiments.data.files import find, how_to_get
-from mmc_fast.experiments.data.info import DatasetInfo, Entry
+from mmc_fast.experiments.data.info import DatasetInfo, Entry, find, how_to_get
 from mmc_fast.experiments.data.npz import read_npz
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.scaler import NAN_POLICIES
 from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
+from mmc_fast.experiments.data.sets import ENTRIES
 
 __all__ = ["available", "check_options", "load", "why_missing"]
 
-_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in (*EMBEDDED, *BENCHMARK)}
+_ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in ENTRIES}
 
 
 def available() -> list[DatasetInfo]:

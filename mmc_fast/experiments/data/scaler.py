@@ -67,34 +67,17 @@ class ViewScaler:
         """Columns of the result for ``d`` features: theirs and the indicators."""
         return d + len(self.indicated)
 
-    def apply(
-        self,
-        x: np.ndarray,
-        present: np.ndarray,
-        *,
-        out: np.ndarray | None = None,
-        place: np.ndarray | None = None,
-        chunk: int = _CHUNK,
-    ) -> np.ndarray:
-        """float32 [N, d + number of indicators]; rows where ``present`` (bool [N]) is False are zero.
-
-        ``out``: zeros to fill. ``place`` (int64 [N]): where each row goes in it; negative ones are left out.
-        """
+    def apply(self, x: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """float32 [N, d + number of indicators]; rows where ``present`` (bool [N]) is False are zero."""
         d = x.shape[1]
-        if out is None:
-            out = np.zeros((len(x), self.width(d)), np.float32)
-        for start in range(0, len(x), chunk):
-            here = np.flatnonzero(present[start : start + chunk]) + start
-            if place is not None:
-                here = here[place[here] >= 0]
-            rows = x[here].astype(np.float64)
-            measured = ~np.isnan(rows)
-            values = np.where(measured, (rows - self.mean) * self.scale, self.fill)
-            values[:, self.never] = 0.0
-            target = here if place is None else place[here]
-            with np.errstate(over="ignore"):  # the caller tests the result for infinities
-                out[target, :d] = values
-            out[target, d:] = measured[:, self.indicated]
+        out = np.zeros((len(x), self.width(d)), np.float32)
+        rows = x[present].astype(np.float64)
+        measured = ~np.isnan(rows)
+        values = np.where(measured, (rows - self.mean) * self.scale, self.fill)
+        values[:, self.never] = 0.0
+        with np.errstate(over="ignore"):  # the caller tests the result for infinities
+            out[present, :d] = values
+        out[present, d:] = measured[:, self.indicated]
         return out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -34,10 +33,10 @@ def budget_bytes(budget: int | str) -> int:
 
 
 class Scratch:
-    """Makes mapped arrays in ``folder`` (None: the system's folder for temporary files) and works on them in pieces.
+    """Makes mapped arrays in ``folder`` (None: the system's folder for temporary files).
 
-    Each file loses its name as soon as it is mapped, so its space is free again when the process ends, however it ends.
-    ``budget``: bytes; what is held at a time stays well below it.
+    Their files have no name, so their space is free again when the process ends, however it ends. ``budget``: bytes;
+    what is held at a time stays well below it.
     """
 
     def __init__(self, budget: int, folder: str | Path | None = None) -> None:
@@ -49,34 +48,28 @@ class Scratch:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         """A mapped array of zeros."""
-        return self._mapped(shape, np.dtype(dtype), "C", lambda file, size: None)
+        return self.copy(None, shape, np.dtype(dtype), False)
 
-    def copy(self, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, fortran: bool) -> np.ndarray:
-        """The values that follow in ``stream``, as a mapped array."""
-
-        def fill(file: IO[bytes], size: int) -> None:
-            shutil.copyfileobj(stream, file, 1 << 20)
-            if file.tell() != size:
-                raise EOFError(f"{file.tell()} bytes instead of {size}")
-
-        return self._mapped(shape, dtype, "F" if fortran else "C", fill)
-
-    def _mapped(self, shape: tuple[int, ...], dtype: np.dtype, order: str, fill: Callable[[IO[bytes], int], None]):
+    def copy(self, stream: IO[bytes] | None, shape: tuple[int, ...], dtype: np.dtype, fortran: bool) -> np.ndarray:
+        """The values that follow in ``stream`` (None: zeros), as a mapped array."""
+        where = Path(self.folder or tempfile.gettempdir())
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         try:
-            with tempfile.NamedTemporaryFile(prefix="mmc-fast-", dir=self.folder) as file:
-                free = shutil.disk_usage(file.name).free
-                if size > free:
-                    raise InputError(
-                        f"{size} bytes are needed in {Path(file.name).parent} and {free} are free; name another folder "
-                        "with scratch=, or by the environment variable TMPDIR"
-                    )
-                fill(file, size)
+            free = shutil.disk_usage(where).free
+            if size > free:
+                raise InputError(
+                    f"{size} bytes are needed in {where} and {free} are free; name another folder with scratch=, or by "
+                    "the environment variable TMPDIR"
+                )
+            with tempfile.TemporaryFile(dir=where) as file:
+                if stream is not None:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                    if file.tell() != size:
+                        raise EOFError(f"{file.tell()} bytes instead of {size}")
                 file.truncate(size)
                 file.flush()
-                return np.memmap(file.name, dtype, "r+", shape=shape, order=order)  # type: ignore[call-overload]
+                return np.memmap(file, dtype, "r+", shape=shape, order="F" if fortran else "C")  # type: ignore[call-overload]
         except OSError as error:
-            where = self.folder or tempfile.gettempdir()
             raise InputError(
                 f"scratch folder {where} cannot be used ({error.strerror or error}); name another"
             ) from None

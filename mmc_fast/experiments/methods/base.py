@@ -71,7 +71,7 @@ class Method:
             ``TrainConfig`` fields, with the method's own under "options".
         fixed: settings of every candidate.
         batch_dependent: its prediction for a row depends on the other rows of the batch.
-        peer: a re-implementation of somebody else's method; its row has to pass the gate.
+        baseline: a re-implementation of somebody else's method; its results have to pass the sanity threshold.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Method:
     search: tuple[Settings, ...]
     fixed: Settings = field(default_factory=dict)
     batch_dependent: bool = False
-    peer: bool = False
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         if len(self.search) != CANDIDATES:

@@ -6,7 +6,6 @@ Source: Ngiam et al., ICML 2011.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.encoders import MLPEncoder
 
-from ..data import MultimodalDataset
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["CM_AE", "CrossModalAutoencoder"]
 
 
-class CrossModalAutoencoder(PeerModel):
+class CrossModalAutoencoder(BaselineModel):
     """Encoders -> one code; a decoder per modality, a classifier on the code.
 
     Loss: CE + ``rebuild`` · mean squared error of every modality that is in the data, hidden from the encoder or not.
@@ -37,16 +35,16 @@ class CrossModalAutoencoder(PeerModel):
         self.classifier = nn.Linear(code, num_classes)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.slots(features, present)
-        return self.classifier(self.code(slots, filled))
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.code(encoded, filled))
 
-    def code(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
-        """The shared code ``[b, code]``; an empty slot enters as zeros."""
-        return self.to_code(torch.cat([torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)], -1))
+    def code(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
+        """The shared code ``[b, code]``; an absent modality enters as zeros."""
+        return self.to_code(torch.cat([torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)], -1))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.slots(batch.features, batch.present)
-        code = self.code(slots, filled)
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        code = self.code(encoded, filled)
         error = code.new_zeros(())
         for i, (decoder, x) in enumerate(zip(self.decoders, batch.features, strict=True)):
             rows = batch.natural[:, i]
@@ -55,15 +53,11 @@ class CrossModalAutoencoder(PeerModel):
         return F.cross_entropy(self.classifier(code), batch.labels) + self.rebuild * error + extra
 
 
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> CrossModalAutoencoder:
-    return CrossModalAutoencoder(dataset.dims, dataset.num_classes, config, **options)
-
-
 CM_AE = Method(
     "cm-ae",
     "CM-AE",
     "Ngiam et al., ICML 2011",
-    fit_peer(_build),
+    fit_baseline(CrossModalAutoencoder),
     tuple({"modality_dropout": p, "options": {"rebuild": w}} for w in (1.0, 0.1) for p in (0.5, 0.3)),
-    peer=True,
+    baseline=True,
 )

@@ -1,11 +1,23 @@
-"""Message passing between samples and modalities: the layer that GRAPE and MUSE are made of."""
+"""Message passing between samples and modalities, and the two methods made of it: GRAPE and MUSE.
+
+Sources: You et al., NeurIPS 2020; Wu et al., ICLR 2024.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BipartiteGraph", "SageLayer"]
+from ..training import TrainConfig
+from ..training.distillation import info_nce
+from ..training.masks import training_masks
+from .base import Method
+from .baseline import BaselineModel, Batch, fit_baseline
+
+__all__ = ["GRAPE", "MUSE", "BipartiteGraph", "Grape", "Muse", "SageLayer", "supervised_contrastive"]
 
 
 class SageLayer(nn.Module):
@@ -54,11 +66,116 @@ class BipartiteGraph(nn.Module):
         self.start_modality = nn.Parameter(torch.randn(len(widths), width))
         self.rounds = nn.ModuleList(SageLayer(width, width, width) for _ in range(layers))
 
-    def forward(self, slots: list[Tensor], here: Tensor) -> Tensor:
-        """Sample embeddings ``[b, width]`` from slots ``[b, width_i]`` of which those in ``here`` are edges."""
-        masked = [torch.where(here[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+    def forward(self, encoded: list[Tensor], here: Tensor) -> Tensor:
+        """Sample embeddings ``[b, width]`` from features ``[b, width_i]`` of which those in ``here`` are edges."""
+        masked = [torch.where(here[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         edges = torch.stack([enter(z) for enter, z in zip(self.enter, masked, strict=True)], 1)
         samples, modalities = self.start_sample.expand(len(here), -1), self.start_modality
         for layer in self.rounds:
             samples, modalities, edges = layer(samples, modalities, edges, here)
         return samples
+
+
+class Grape(BaselineModel):
+    """GraphSAGE with edge updates, edges hidden at random in training, a classifier on the sample node.
+
+    A modality node gathers from the whole batch, so a prediction depends on the rows that it is made with.
+    """
+
+    batch_dependent = True
+
+    def __init__(self, dims: Mapping[str, int], num_classes: int, config: TrainConfig, layers: int = 3) -> None:
+        super().__init__(dims, num_classes, config)
+        width = config.fusion_hidden[0]
+        self.graph = BipartiteGraph(self.widths, width, layers)
+        self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.graph(encoded, filled))
+
+    def loss(self, batch: Batch) -> Tensor:
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        return F.cross_entropy(self.classifier(self.graph(encoded, filled)), batch.labels) + extra
+
+
+GRAPE = Method(
+    "grape",
+    "GRAPE",
+    "You et al., NeurIPS 2020",
+    fit_baseline(Grape),
+    tuple({"modality_dropout": p, "options": {"layers": n}} for n in (3, 2) for p in (0.3, 0.5)),
+    batch_dependent=True,
+    baseline=True,
+)
+
+
+class Muse(BaselineModel):
+    """Two rounds of message passing with edge updates, a linear classifier on the sample node.
+
+    Loss: CE + ``agreement`` · InfoNCE to a view with dropped edges + ``classes`` · supervised contrast, T = 0.07. A
+    modality node gathers from the whole batch, so a prediction depends on the rows that it is made with.
+    """
+
+    batch_dependent = True
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        num_classes: int,
+        config: TrainConfig,
+        agreement: float = 0.5,
+        classes: float = 0.5,
+        edge_dropout: float = 0.3,
+    ) -> None:
+        super().__init__(dims, num_classes, config)
+        self.agreement, self.classes, self.edge_dropout = agreement, classes, edge_dropout
+        self.graph = BipartiteGraph(self.widths, config.fusion_hidden[0], layers=2)
+        self.classifier = nn.Linear(config.fusion_hidden[0], num_classes)
+
+    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
+        encoded, filled, _ = self.filled(features, present)
+        return self.classifier(self.graph(encoded, filled))
+
+    def loss(self, batch: Batch) -> Tensor:
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        first = self.graph(encoded, filled)
+        second = self.graph(encoded, training_masks(filled, self.edge_dropout, batch.random))
+        a, b = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
+        labels = batch.labels
+        return (
+            F.cross_entropy(self.classifier(first), labels)
+            + extra
+            + self.agreement * info_nce(a, b, 0.07)
+            + self.classes * supervised_contrastive(torch.cat([a, b]), torch.cat([labels, labels]), 0.07)
+        )
+
+
+def supervised_contrastive(unit: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Mean over anchors of ``-mean_{p of the same class} log softmax(unit unitᵀ / T)``, the anchor itself left out.
+
+    ``unit [n, e]``; anchors that are alone in their class do not count. Source: Khosla et al., NeurIPS 2020.
+    """
+    own = torch.eye(len(unit), dtype=torch.bool)
+    logits = (unit @ unit.t() / temperature).masked_fill(own, float("-inf"))
+    shares = logits.log_softmax(-1).masked_fill(own, 0.0)
+    alike = (labels[:, None] == labels) & ~own
+    count = alike.sum(1)
+    anchors = count > 0
+    found = (shares * alike).sum(1)[anchors] / count[anchors]
+    return -found.mean() if len(found) else unit.new_zeros(())
+
+
+MUSE = Method(
+    "muse",
+    "MUSE",
+    "Wu et al., ICLR 2024",
+    fit_baseline(Muse),
+    tuple(
+        {"modality_dropout": p, "options": {"agreement": w, "classes": w, "edge_dropout": 0.3}}
+        for w in (0.5, 0.1)
+        for p in (0.5, 0.0)
+    ),
+    batch_dependent=True,
+    baseline=True,
+)

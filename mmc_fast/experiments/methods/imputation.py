@@ -1,9 +1,8 @@
-"""Zeros and mean: vanilla models whose empty slots are filled with constants before the fusion."""
+"""Zeros and mean: vanilla models whose absent modalities are filled with constants before the fusion."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +10,16 @@ from torch import Tensor
 
 from mmc_fast.nn.fusion import ConcatFusion
 
-from ..data import MultimodalDataset, Part
+from ..data import Part
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
-from .standard import RATES_OF_LEARNING
+from .baseline import BaselineModel, Batch, fit_baseline
+from .standard import LEARNING_RATES
 
 __all__ = ["MEAN", "ZEROS", "ImputedConcat"]
 
 
-class ImputedConcat(PeerModel):
+class ImputedConcat(BaselineModel):
     """Concatenation that sees no mask: an absent modality is what the encoder makes of zeros, or its mean feature.
 
     "zeros": the input is replaced by zeros (the train mean of standardised columns) and encoded. "mean": the feature is
@@ -39,9 +38,9 @@ class ImputedConcat(PeerModel):
         if self.fill == "zeros":
             inputs = [torch.where(present[:, i, None], x, 0.0) for i, x in enumerate(features)]
             return self.layers(self.encode(inputs))
-        slots, filled, _ = self.slots(features, present)
+        encoded, filled, _ = self.filled(features, present)
         means = self.mean.split(self.widths)
-        return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(slots)])
+        return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(encoded)])
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch.features, batch.present), batch.labels)
@@ -55,10 +54,7 @@ class ImputedConcat(PeerModel):
 
 
 def _method(fill: str, title: str) -> Method:
-    def build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> ImputedConcat:
-        return ImputedConcat(dataset.dims, dataset.num_classes, config, fill)
-
-    return Method(fill, title, "substitution by a constant", fit_peer(build), RATES_OF_LEARNING)
+    return Method(fill, title, "substitution by a constant", fit_baseline(ImputedConcat, fill=fill), LEARNING_RATES)
 
 
 ZEROS = _method("zeros", "zeros")

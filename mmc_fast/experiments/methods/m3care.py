@@ -6,7 +6,6 @@ Source: Zhang et al., KDD 2022.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +13,19 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import TransformerFusion
 
-from ..data import MultimodalDataset
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["M3CARE", "M3Care"]
 
 
-class M3Care(PeerModel):
+class M3Care(BaselineModel):
     """Similarity of samples -> thresholded graph -> two graph convolutions per modality -> gated mix -> transformer.
 
     Similarity: mean over the modalities that both samples have of ``exp(-mean (u_a - u_b)²)`` with learned projections
     u; below ``threshold`` it counts as 0. Modality i of sample a is gathered only from samples that have i and share at
-    least one modality with a. A slot for which there is nobody stays empty. Depends on the batch.
+    least one modality with a. A modality for which there is nobody stays absent. Depends on the batch.
     """
 
     batch_dependent = True
@@ -43,10 +41,10 @@ class M3Care(PeerModel):
             self.widths, num_classes, config.fusion_dim, config.fusion_heads, config.fusion_depth
         )
 
-    def nearness(self, slots: Sequence[Tensor], here: Tensor) -> Tensor:
+    def nearness(self, encoded: Sequence[Tensor], here: Tensor) -> Tensor:
         """``[b, b]`` in [0, 1]; 0 between samples without a modality in common."""
         total = shared = torch.zeros(len(here), len(here))
-        for i, (project, z) in enumerate(zip(self.compare, slots, strict=True)):
+        for i, (project, z) in enumerate(zip(self.compare, encoded, strict=True)):
             u = project(torch.where(here[:, i, None], z, 0.0))
             square = u.square().mean(-1)
             distance = (square[:, None] + square - 2 * u @ u.t() / u.shape[1]).clamp(min=0)
@@ -55,13 +53,13 @@ class M3Care(PeerModel):
             shared = shared + both
         return total / shared.clamp(min=1)
 
-    def gather(self, slots: Sequence[Tensor], here: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the neighbours say about every slot, and bool ``[b, m]``: whether there is one."""
-        near = self.nearness(slots, here)
+    def gather(self, encoded: Sequence[Tensor], here: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the neighbours say about every modality, and bool ``[b, m]``: whether there is one."""
+        near = self.nearness(encoded, here)
         near = torch.where(near >= self.threshold, near, 0.0)
         near = near * (1 - torch.eye(len(here)))  # its own value comes in through the gate
         result, found = [], []
-        for i, (first, second, z) in enumerate(zip(self.first, self.second, slots, strict=True)):
+        for i, (first, second, z) in enumerate(zip(self.first, self.second, encoded, strict=True)):
             weights = near * here[:, i].to(near.dtype)
             total = weights.sum(1, keepdim=True)
             weights = weights / total.clamp(min=1e-12)
@@ -72,14 +70,14 @@ class M3Care(PeerModel):
         return result, torch.stack(found, 1)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.slots(features, present)
-        return self.fuse(slots, filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(encoded, filled)
 
-    def fuse(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """Logits: own and gathered features mixed by a gate where both are there."""
-        gathered, found = self.gather(slots, filled)
+        gathered, found = self.gather(encoded, filled)
         mixed = []
-        for i, (gate, z, others) in enumerate(zip(self.gate, slots, gathered, strict=True)):
+        for i, (gate, z, others) in enumerate(zip(self.gate, encoded, gathered, strict=True)):
             here, near = filled[:, i, None], found[:, i, None]
             own = torch.where(here, z, 0.0)
             share = torch.where(near, torch.sigmoid(gate(torch.cat([own, others], -1))), 1.0)
@@ -87,20 +85,16 @@ class M3Care(PeerModel):
         return self.transformer(mixed, filled | found)
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.slots(batch.features, batch.present)
-        return F.cross_entropy(self.fuse(slots, filled), batch.labels) + extra
-
-
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> M3Care:
-    return M3Care(dataset.dims, dataset.num_classes, config, **options)
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        return F.cross_entropy(self.fuse(encoded, filled), batch.labels) + extra
 
 
 M3CARE = Method(
     "m3care",
     "M3Care",
     "Zhang et al., KDD 2022",
-    fit_peer(_build),
+    fit_baseline(M3Care),
     tuple({"modality_dropout": p, "options": {"threshold": t}} for t in (0.5, 0.8) for p in (0.5, 0.0)),
     batch_dependent=True,
-    peer=True,
+    baseline=True,
 )

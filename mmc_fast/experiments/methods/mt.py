@@ -6,7 +6,6 @@ Source: Ma et al., "Are multimodal transformers robust to missing modality?", CV
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from mmc_fast.nn.fusion import TransformerFusion
 
-from ..data import MultimodalDataset
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["MT", "SubsetTransformer", "subsets"]
 
@@ -25,7 +23,7 @@ _ALL_UP_TO = 5  # modalities for which every subset is a task; beyond, as many a
 _DRAWN = 8
 
 
-class SubsetTransformer(PeerModel):
+class SubsetTransformer(BaselineModel):
     """Tokens of the modalities and a class token; attention masked to the subset that is there.
 
     Up to layer ``fusion_layer`` a token attends only to itself, from there on to all of its subset (in the source this
@@ -39,13 +37,13 @@ class SubsetTransformer(PeerModel):
         self.transformer = TransformerFusion(self.widths, num_classes, config.fusion_dim, config.fusion_heads, depth)
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.slots(features, present)
-        return self.fuse(slots, filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(encoded, filled)
 
-    def fuse(self, slots: Sequence[Tensor], filled: Tensor) -> Tensor:
-        """Logits from the slots in ``filled`` ``[b, m]``."""
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
+        """Logits from the modalities in ``filled`` ``[b, m]``."""
         t, batch = self.transformer, len(filled)
-        masked = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+        masked = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         tokens = torch.stack([p(z) for p, z in zip(t.projections, masked, strict=True)], 1) + t.modality
         tokens = torch.cat([t.class_token.expand(batch, 1, -1), tokens], 1)
         seen = F.pad(filled, (1, 0), value=True)[:, None, None, :]
@@ -55,12 +53,12 @@ class SubsetTransformer(PeerModel):
         return t.classifier(t.norm(tokens[:, 0]))
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.slots(batch.features, batch.natural)
+        encoded, filled, extra = self.filled(batch.features, batch.natural)
         tasks = subsets(filled.shape[1], batch.random)
         here = (tasks[:, None] & filled).flatten(0, 1)  # [S * b, m]
         rows = here.any(1)
         labels = batch.labels.repeat(len(tasks))[rows]
-        repeated = [z.repeat(len(tasks), 1)[rows] for z in slots]
+        repeated = [z.repeat(len(tasks), 1)[rows] for z in encoded]
         return F.cross_entropy(self.fuse(repeated, here[rows]), labels) + extra
 
 
@@ -74,15 +72,11 @@ def subsets(m: int, random: torch.Generator) -> Tensor:
     return drawn
 
 
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> SubsetTransformer:
-    return SubsetTransformer(dataset.dims, dataset.num_classes, config, **options)
-
-
 MT = Method(
     "mt",
     "MT",
     "Ma et al., CVPR 2022",
-    fit_peer(_build),
+    fit_baseline(SubsetTransformer),
     tuple({"lr": lr, "options": {"fusion_layer": n}} for lr in (1e-3, 3e-4) for n in (0, 1)),
-    peer=True,
+    baseline=True,
 )

@@ -6,7 +6,6 @@ Source: Wang et al., CVPR 2023.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import ConcatFusion
 
-from ..data import MultimodalDataset
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["SHASPEC", "ShaSpec"]
 
 
-class ShaSpec(PeerModel):
+class ShaSpec(BaselineModel):
     """``f_i = W [s_i; p_i] + s_i`` with the shared encoder ``s`` (one for all) and specific encoders ``p_i``.
 
     Loss: CE + ``alignment`` · mean |s_i - s_j| over pairs that are both there + ``domain`` · CE(modality of p_i).
@@ -46,36 +44,36 @@ class ShaSpec(PeerModel):
         self.name_modality = nn.Linear(width, m)
         self.layers = ConcatFusion([width] * m, num_classes, config.fusion_hidden)
 
-    def parts(self, slots: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def parts(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Shared and specific features, each ``[m, b, width]``."""
-        entered = [enter(z) for enter, z in zip(self.enter, slots, strict=True)]
+        entered = [enter(z) for enter, z in zip(self.enter, encoded, strict=True)]
         shared = torch.stack([self.share(e) for e in entered])
         specific = torch.stack([p(e) for p, e in zip(self.specific, entered, strict=True)])
         return shared, specific
 
     def fuse(self, shared: Tensor, specific: Tensor, filled: Tensor) -> Tensor:
-        """Logits; an empty slot takes the mean shared feature of the others."""
+        """Logits; an absent modality takes the mean shared feature of the others."""
         here = filled.t().unsqueeze(-1)
         own = self.project(torch.cat([shared, specific], -1)) + shared
         mean = torch.where(here, shared, 0.0).sum(0) / here.sum(0).clamp(min=1)
         return self.layers(list(torch.where(here, own, mean)))
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        slots, filled, _ = self.slots(features, present)
-        return self.fuse(*self.parts(slots), filled)
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(*self.parts(encoded), filled)
 
     def loss(self, batch: Batch) -> Tensor:
-        slots, filled, extra = self.slots(batch.features, batch.present)
-        shared, specific = self.parts(slots)
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        shared, specific = self.parts(encoded)
         task = F.cross_entropy(self.fuse(shared, specific, filled), batch.labels)
         here = filled.t()
-        names = torch.arange(len(slots))[:, None].expand_as(here)[here]
+        names = torch.arange(len(encoded))[:, None].expand_as(here)[here]
         domain = F.cross_entropy(self.name_modality(specific[here]), names)
         return task + extra + self.alignment * shared_distance(shared, filled) + self.domain * domain
 
 
 def shared_distance(shared: Tensor, filled: Tensor) -> Tensor:
-    """Mean |s_i - s_j| over pairs of slots that are both filled; ``shared [m, b, w]``, ``filled [b, m]``."""
+    """Mean |s_i - s_j| over pairs of modalities that are both filled; ``shared [m, b, w]``, ``filled [b, m]``."""
     total, pairs = shared.new_zeros(()), 0
     for i in range(len(shared)):
         for j in range(i):
@@ -85,15 +83,11 @@ def shared_distance(shared: Tensor, filled: Tensor) -> Tensor:
     return total / max(1, pairs)
 
 
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> ShaSpec:
-    return ShaSpec(dataset.dims, dataset.num_classes, config, **options)
-
-
 SHASPEC = Method(
     "shaspec",
     "ShaSpec",
     "Wang et al., CVPR 2023",
-    fit_peer(_build),
+    fit_baseline(ShaSpec),
     tuple({"modality_dropout": p, "options": {"alignment": a, "domain": 0.02}} for a in (0.1, 1.0) for p in (0.5, 0.3)),
-    peer=True,
+    baseline=True,
 )

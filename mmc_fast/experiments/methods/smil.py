@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import ConcatFusion
 
-from ..data import MultimodalDataset, Part
+from ..data import Part
 from ..training import TrainConfig
 from .base import Method
-from .peer import Batch, PeerModel, fit_peer
+from .baseline import BaselineModel, Batch, fit_baseline
 
 __all__ = ["SMIL", "Smil"]
 
 _FITTED_ROWS = 4096  # rows that the priors are computed on
 
 
-class Smil(PeerModel):
+class Smil(BaselineModel):
     """``ẑ_i = Σ_k w_k c_ik`` with K-means centres ``c_i`` of the features of modality i on complete train rows.
 
     The weights are the softplus of a small net on the present features, divided by their sum. In training a feature f
@@ -66,9 +66,9 @@ class Smil(PeerModel):
             found.append(torch.as_tensor(centres, dtype=z.dtype)[torch.arange(self.clusters) % k])
         self.centres.copy_(torch.cat(found, 1))
 
-    def impute(self, slots: Sequence[Tensor], filled: Tensor) -> list[Tensor]:
-        """The mixture of priors for every slot, whether it is empty or not."""
-        known = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(slots)]
+    def impute(self, encoded: Sequence[Tensor], filled: Tensor) -> list[Tensor]:
+        """The mixture of priors for every modality, whether it is there or not."""
+        known = [torch.where(filled[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         seen = torch.cat([*known, filled.to(known[0].dtype)], -1)
         result = []
         for weigh, centres in zip(self.weigh, self.centres.split(self.widths, 1), strict=True):
@@ -80,12 +80,12 @@ class Smil(PeerModel):
         self, features: Sequence[Tensor], present: Tensor, natural: Tensor | None = None, epsilon: Tensor | None = None
     ) -> Any:
         """Logits; with ``natural`` logits with gaps and without, MSE of what was filled in, and the heads' loss."""
-        slots, filled, extra = self.slots(features, present)
-        guesses = self.impute(slots, filled)
-        logits = self._classify(slots, guesses, filled, epsilon)
+        encoded, filled, extra = self.filled(features, present)
+        guesses = self.impute(encoded, filled)
+        logits = self._classify(encoded, guesses, filled, epsilon)
         if natural is None:
             return logits
-        clean, known, _ = self.slots(features, natural)
+        clean, known, _ = self.filled(features, natural)
         complete = self._classify(clean, self.impute(clean, known), known, epsilon)
         hidden = known & ~filled
         error = sum(
@@ -95,9 +95,9 @@ class Smil(PeerModel):
         return logits, complete, error / hidden.sum().clamp(min=1), extra
 
     def _classify(
-        self, slots: Sequence[Tensor], guesses: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None
+        self, encoded: Sequence[Tensor], guesses: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None
     ) -> Tensor:
-        pairs = zip(slots, guesses, strict=True)
+        pairs = zip(encoded, guesses, strict=True)
         fused = torch.cat([torch.where(filled[:, i, None], z, guess) for i, (z, guess) in enumerate(pairs)], -1)
         if epsilon is not None:
             fused = fused + epsilon * F.softplus(self.regularise(fused))
@@ -127,19 +127,15 @@ class Smil(PeerModel):
         return {name: p - self.inner_lr * g for (name, p), g in zip(own.items(), slopes, strict=True)}
 
 
-def _build(config: TrainConfig, dataset: MultimodalDataset, options: Mapping[str, Any]) -> Smil:
-    return Smil(dataset.dims, dataset.num_classes, config, **options)
-
-
 SMIL = Method(
     "smil",
     "SMIL",
     "Ma et al., AAAI 2021",
-    fit_peer(_build),
+    fit_baseline(Smil),
     tuple(
         {"modality_dropout": p, "options": {"inner_lr": lr, "clusters": 10, "match": 0.01, "noise": 0.1}}
         for lr in (1e-3, 1e-2)
         for p in (0.5, 0.3)
     ),
-    peer=True,
+    baseline=True,
 )

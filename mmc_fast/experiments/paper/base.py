@@ -6,19 +6,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.diagnose.figures import Drawing
-from mmc_fast.diagnose.statistics import ResampledScores, mean_sd
+from mmc_fast.diagnose.statistics import Interval, ResampledScores, mean_sd
 from mmc_fast.errors import InputError
 
-from ..compare.grid import Event, check_once
+from ..compare.configs import configs_folder
+from ..compare.grid import Tune, check_once
+from ..jobs import Event
+from ..report.comparison import Difference
+from ..training.parse import read_toml
 
-__all__ = ["READINGS", "Direction", "Estimate", "Experiment", "Outcome", "Plan", "ResultTable", "Value", "paired"]
+__all__ = [
+    "READINGS", "Direction", "Estimate", "Experiment", "Outcome", "Plan", "ResultTable", "Value", "declare", "paired",
+]  # fmt: skip
 
 READINGS = ("both", "train", "test")
 TUNES = ("auto", "always", "never")
@@ -28,17 +34,17 @@ TUNES = ("auto", "always", "never")
 class Plan:
     """How an experiment is run.
 
-    ``out``: folder of all experiments; the trainings that they share are in ``out/grid``. ``epochs``: None = the budget
-    of the data. ``data``: names or files of sources, None = the experiment's own. ``tune``: as in
-    :class:`~mmc_fast.experiments.compare.grid.Grid`. ``reading``: of "missing" in tables 3 and 4.
+    ``out``: folder of all experiments; the runs that they share are in ``out/grid``. ``epochs``: None = the budget of the
+    data. ``data``: names or files of data configs. ``tune``: as in :class:`~mmc_fast.experiments.compare.grid.Grid`.
+    ``reading``: of "missing" in tables 3 and 4.
     """
 
     out: Path
+    data: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2)
-    jobs: int = 2
+    workers: int = 2
     epochs: int | None = None
-    data: tuple[str, ...] | None = None
-    tune: Literal["auto", "always", "never"] = "never"
+    tune: Tune = "never"
     reading: Literal["both", "train", "test"] = "both"
     on_event: Event = field(default=lambda event: None)
 
@@ -47,8 +53,13 @@ class Plan:
 
     @property
     def grid(self) -> Path:
-        """Folder of the shared trainings and measurements."""
+        """Folder of the shared runs and measurements."""
         return self.out / "grid"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the plan changes of the budget."""
+        return {} if self.epochs is None else {"epochs": self.epochs}
 
 
 @dataclass(frozen=True)
@@ -89,15 +100,6 @@ class ResultTable:
                 raise ValueError(f"{self.title}: row {label} has {len(values)} values for {len(self.columns)} columns")
 
 
-class _Bounded(Protocol):
-    @property
-    def estimate(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A paired difference with its 95 % interval; infinite ends where one seed says nothing about the spread."""
@@ -107,8 +109,8 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, found: _Bounded) -> Estimate:
-        """From an ``Interval`` of ``analysis.statistics`` or a ``Difference`` of a comparison."""
+    def of(cls, found: Interval | Difference) -> Estimate:
+        """From an interval, or a difference of a comparison."""
         return cls(found.estimate, found.low, found.high)
 
 
@@ -127,7 +129,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
 class Direction:
     """A claim of the paper as the sign of a difference, and ours.
 
-    ``paper``: the difference in the paper's units, never 0. ``ours``: None where it was not measured (a row diverged).
+    ``paper``: the difference in the paper's units, never 0. ``ours``: None where it was not measured (a training diverged).
     ``printed``: whether the paper prints numbers for it; else ``paper`` is only a sign. ``mark``: "†" where it is about an
     under-performing re-implementation.
     """
@@ -157,7 +159,7 @@ class Outcome:
     """What an experiment found.
 
     ``drawings``: file name without ending -> drawing. ``notes``: what a reader must know, the paper's own oddities
-    among them. ``facts``: short names and values. ``record``: plain JSON values behind the numbers (settings, files).
+    among them. ``facts``: short names and values of the environment. ``record``: JSON values behind the numbers.
     """
 
     tables: Sequence[ResultTable]
@@ -188,8 +190,9 @@ class Outcome:
 class Experiment:
     """A table or figure of the paper on open data.
 
-    ``paper``: what the paper shows, and where. ``deviations``: how ours differs, plain sentences. ``data``: default sources.
-    ``readings``, ``searches``: whether ``Plan.reading`` and ``Plan.tune`` concern it. ``fixed``: defined on ``data`` alone.
+    ``paper``: what the paper shows, and where. ``deviations``: how ours differs, plain sentences. ``data``: default data
+    configs. ``readings``, ``searches``: whether ``Plan.reading`` and ``Plan.tune`` concern it. ``fixed``: defined on ``data``
+    alone.
     """
 
     name: str
@@ -216,12 +219,13 @@ class Experiment:
             raise InputError(f"reproduce: {self.name} has no readings of 'missing'; leave --reading out")
         if plan.tune != "never" and not self.searches:
             raise InputError(f"reproduce: {self.name} takes stored settings; leave --tune out, or tune with compare")
-        if plan.data is None:
-            return
-        if self.fixed and plan.data != self.data:
+        if self.fixed and not set(plan.data) <= set(self.data):
             raise InputError(f"{self.name}: its protocol is defined on {', '.join(self.data)} alone; leave --data out")
         check_once("data", plan.data)
 
-    def sources(self, plan: Plan) -> tuple[str, ...]:
-        """The plan's data, or the default."""
-        return self.data if plan.data is None else plan.data
+
+def declare(name: str, body: Callable[[Plan], Outcome]) -> Experiment:
+    """The experiment of this name with its texts from configs/paper.toml."""
+    about: dict[str, Any] = read_toml(configs_folder() / "paper.toml")[name]
+    about |= {key: tuple(about[key]) for key in ("deviations", "data")}
+    return Experiment(name, body=body, **about)

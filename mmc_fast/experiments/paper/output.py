@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +9,18 @@ from typing import Any
 
 from mmc_fast import __version__
 from mmc_fast._util.atomic import write_json
-from mmc_fast.diagnose.document import signed
+from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text, signed
 
-from ..compare.output import markdown_table, write_text
-from ..report import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text
+from ..compare.output import csv_text, markdown_table, write_text
 from .base import Direction, Experiment, Outcome, ResultTable, Value
 
 __all__ = ["DIRECTION_COLUMNS", "direction_rows", "markdown", "table_columns", "table_rows", "to_dict", "write_outcome"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DIRECTION_COLUMNS = ("direction that the paper shows", "paper", "ours", "95 % interval", "verdict")
+_CSV_COLUMNS = (
+    "experiment", "kind", "table", "row", "column", "mean", "sd", "low", "high", "paper", "verdict",
+)  # fmt: skip
 READING = (
     "Ours: mean ± s.d. over the seeds; beside it the number that the paper prints, measured on other data, so that sizes "
     "compare only loosely. A direction agrees where the 95 % interval of our paired difference lies on the paper's side "
@@ -31,7 +31,7 @@ _STRONG = ("agrees", "disagrees")
 
 def table_columns(table: ResultTable) -> list[str]:
     """Headings: every column, followed by the paper's where it has a number in it."""
-    return ["row", *(name for i, column in enumerate(table.columns) for name in _pair(table, i, column))]
+    return ["method", *(name for i, column in enumerate(table.columns) for name in _pair(table, i, column))]
 
 
 def table_rows(table: ResultTable) -> list[list[Cell | str]]:
@@ -177,28 +177,13 @@ def _direction(d: Direction) -> dict[str, Any]:
 
 
 def _csv(experiment: Experiment, outcome: Outcome) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    head = ["experiment", "kind", "table", "row", "column", "mean", "sd", "low", "high", "paper", "verdict"]
-    writer.writerow(head)
+    lines: list[list[Any]] = []
     for table in outcome.tables:
         for label, values in table.rows:
             for column, v in zip(table.columns, values, strict=True):
-                line = [experiment.name, "value", table.title, label, column, v.mean, v.sd, None, None, v.paper, None]
-                writer.writerow(["" if x is None else x for x in line])
+                lines.append([experiment.name, "value", table.title, label, column, v.mean, v.sd, None, None, v.paper])
     for d in outcome.directions:
-        ends = [None] * 3 if d.ours is None else [d.ours.value, d.ours.low, d.ours.high]
-        line = [
-            experiment.name,
-            "direction",
-            "",
-            d.claim,
-            "",
-            ends[0],
-            None,
-            *ends[1:],
-            d.paper if d.printed else None,
-            d.verdict,
-        ]
-        writer.writerow(["" if x is None else x for x in line])
-    return buffer.getvalue()
+        ours = [None] * 4 if d.ours is None else [d.ours.value, None, d.ours.low, d.ours.high]
+        paper = d.paper if d.printed else None
+        lines.append([experiment.name, "direction", None, d.claim, None, *ours, paper, d.verdict])
+    return csv_text(_CSV_COLUMNS, lines)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmc_fast._util.seeds import generator
-from mmc_fast.diagnose.adapter import RunAdapter, flat
-from mmc_fast.diagnose.figures import Drawing, bars
+from mmc_fast.diagnose.adapter import flat
+from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
+from ..diagnosis import RunAdapter
+from ..jobs import Job, Values, Workspace
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict
-from .base import Direction, Experiment, Outcome, Plan, ResultTable, Value
-from .bench import Bench, by_source, estimate, resampled
+from .base import Direction, Outcome, Plan, ResultTable, Value, declare
+from .inside import Bench, Models, by_data, draw_bars, estimate, resampled
 from .paper import TABLE6
-from .pieces import Measured, Measurement, Task, Values
 
 __all__ = ["FILLED", "MODELS", "TABLE_6", "fillings", "hide", "measure"]
 
 FILLED = ("zeros", "random", "nearest neighbour", "mean without class", "mean with class", "mean of the true class")
 """Rules that fill the slot of a vanilla model; the last one reads the label of the test row."""
 MODELS = ("late", "ebr-paper", "ebr-robust")
-"""Rows that bring their own rule."""
+"""Method configs that bring their own rule."""
 _ROWS = 512  # test rows at a time whose neighbours are looked for
 
 
@@ -90,24 +92,24 @@ def _nearest(rows: Mapping[str, Tensor], donors: Mapping[str, Tensor]) -> Tensor
     return torch.cat([torch.cdist(piece, y).argmin(1) for piece in x.split(_ROWS)])
 
 
-def measure(task: Task) -> tuple[Values, dict[str, np.ndarray]]:
-    """Class probabilities ``rule/modality`` on the test part with that modality hidden, and ``complete/row``.
+def measure(settings: Mapping[str, Any], workspace: Workspace) -> tuple[Values, dict[str, np.ndarray]]:
+    """Class probabilities ``rule/modality`` on the test part with that modality hidden, and ``complete/method``.
 
     Trainings: "vanilla", those of :data:`MODELS`, and "target/MODALITY", trained without that modality.
     """
-    vanilla, dataset = task.run("vanilla").model, task.dataset("vanilla")
+    models = Models(settings, workspace)
+    vanilla, dataset = models.run("vanilla").model, models.data("vanilla")
     train, test = dataset.part("train"), dataset.part("test")
-    others = {name: task.run(name).model for name in MODELS}
+    others = {name: models.run(name).model for name in MODELS}
     arrays = {"labels": test.labels.numpy()}
-    for row, model in {"vanilla": vanilla, **others}.items():
-        arrays[f"complete/{row}"] = predict(model, test.features, test.present, on_empty="prior").numpy()
+    for name, model in {"vanilla": vanilla, **others}.items():
+        arrays[f"complete/{name}"] = predict(model, test.features, test.present, on_empty="prior").numpy()
     for column, name in enumerate(dataset.modalities):
-        found = fillings(vanilla, train, test, column, task.seed)
+        found = fillings(vanilla, train, test, column, models.seed)
         hidden = hide(test.present, column)
-        for row, model in others.items():
-            found[row] = predict(model, test.features, hidden, on_empty="prior")
-        without = task.dataset(f"target/{name}").part("test")
-        target = task.run(f"target/{name}").model
+        for rule, model in others.items():
+            found[rule] = predict(model, test.features, hidden, on_empty="prior")
+        without, target = models.data(f"target/{name}").part("test"), models.run(f"target/{name}").model
         found["target"] = predict(target, without.features, without.present, on_empty="prior")
         # A row that has nothing else keeps the modality, which the target never sees.
         kept = test.present[:, column] & hidden[:, column]
@@ -124,8 +126,9 @@ _LABELS = {rule: rule for rule in FILLED} | {
     "ebr-robust": "EBR robust, its own rule",
     "target": "target: trained without it",
 }
-_KEYS = {rule: rule for rule in (*FILLED, "target") if rule in TABLE6} | {"late": "late fusion", "ebr-paper": "ebr"}
+_PAPER = {rule: rule for rule in (*FILLED, "target") if rule in TABLE6} | {"late": "late fusion", "ebr-paper": "ebr"}
 """Rule -> its key among the paper's numbers, where it has one."""
+Scores = Mapping[str, ResampledScores | None]
 
 
 def _run(plan: Plan) -> Outcome:
@@ -133,33 +136,35 @@ def _run(plan: Plan) -> Outcome:
         "The paper does not say whose class the mean with class is; ours weighs class means by the model's own "
         "predictions, and the mean of the true class is shown as what reading the label would give."
     )
-    return by_source(plan, TABLE_6.sources(plan), _one, rows=("vanilla", *MODELS), notes=[note])
+    return by_data(plan, _one, methods=("vanilla", *MODELS), notes=[note])
 
 
 def _one(bench: Bench) -> Outcome:
-    found = bench.measure({seed: _measurement(bench, seed) for seed in bench.plan.seeds})
-    by_seed = list(found.values())
-    scores = {
-        rule: {name: resampled(bench.metric, by_seed, f"{rule}/{name}") for name in bench.modalities}
-        for rule in _LABELS
-    }
+    def trainings(_: str, __: Any, seed: int) -> dict[str, Job]:
+        jobs = {name: bench.training(name, seed) for name in ("vanilla", *MODELS)}
+        for name in bench.modalities:
+            others = [other for other in bench.modalities if other != name]
+            jobs[f"target/{name}"] = bench.training("vanilla", seed, {"unimodal_share": 0.0}, others)
+        return jobs
+
+    found = bench.measure(measure, trainings, methods=("substitution",))
+    results = found.of("substitution")
+    scores = {rule: {n: resampled(bench.metric, results, f"{rule}/{n}") for n in bench.modalities} for rule in _LABELS}
     means = {rule: _average(list(by_name.values())) for rule, by_name in scores.items()}
-    whole = {row: resampled(bench.metric, by_seed, f"complete/{row}") for row in ("vanilla", *MODELS)}
-    measured = all(m.diverged is None for m in by_seed)
-    return Outcome(
-        [_table(bench, scores, means, whole)],
-        _directions(bench.source.name, means),
-        {"substitution": _drawing(bench, by_seed, scores)} if measured else {},
-        bench.notes(found),
+    rows = []
+    for rule, label in _LABELS.items():
+        paper = TABLE6[_PAPER[rule]] if rule in _PAPER else None
+        rows.append((label, [*(_value(s) for s in scores[rule].values()), _value(means[rule], paper)]))
+    for name, title in bench.titles.items():
+        whole = resampled(bench.metric, results, f"complete/{name}")
+        rows.append((f"nothing missing: {title}", [*(Value() for _ in bench.modalities), _value(whole)]))
+    title = (
+        f"Table 6 on {bench.data.name}: test {metric_name(bench.metric)} with one modality missing in every row (the "
+        "paper: AUC (ROC) on MIMIC-IV)"
     )
-
-
-def _measurement(bench: Bench, seed: int) -> Measurement:
-    trainings = {row: bench.training(row, seed) for row in ("vanilla", *MODELS)}
-    for name in bench.modalities:
-        others = [other for other in bench.modalities if other != name]
-        trainings[f"target/{name}"] = bench.training("vanilla", seed, {"unimodal_share": 0.0}, others)
-    return Measurement(measure, "substitution", bench.source.name, seed, trainings)
+    table = ResultTable(title, [*(f"without {name}" for name in bench.modalities), "mean"], rows)
+    drawings = {} if found.failed else {"substitution": _draw(bench, scores)}
+    return Outcome([table], _directions(bench.data.name, means), drawings, bench.notes(found))
 
 
 def _average(scores: Sequence[ResampledScores | None]) -> ResampledScores | None:
@@ -167,35 +172,16 @@ def _average(scores: Sequence[ResampledScores | None]) -> ResampledScores | None
     return average(known) if known and len(known) == len(scores) else None
 
 
-def _table(
-    bench: Bench,
-    scores: Mapping[str, Mapping[str, ResampledScores | None]],
-    means: Mapping[str, ResampledScores | None],
-    whole: Mapping[str, ResampledScores | None],
-) -> ResultTable:
-    rows = []
-    for rule, label in _LABELS.items():
-        paper = TABLE6[_KEYS[rule]] if rule in _KEYS else None
-        rows.append((label, [*(_value(s) for s in scores[rule].values()), _value(means[rule], paper)]))
-    for row, title in bench.titles(("vanilla", *MODELS)).items():
-        rows.append((f"nothing missing: {title}", [Value() for _ in bench.modalities] + [_value(whole[row])]))
-    title = (
-        f"Table 6 on {bench.source.name}: test {metric_name(bench.metric)} with one modality missing in every row (the "
-        "paper: AUC (ROC) on MIMIC-IV)"
-    )
-    return ResultTable(title, [*(f"without {name}" for name in bench.modalities), "mean"], rows)
-
-
 def _value(scores: ResampledScores | None, paper: float | None = None) -> Value:
     return Value(paper=paper) if scores is None else Value.over(list(scores.plain), paper)
 
 
-def _directions(data: str, means: Mapping[str, ResampledScores | None]) -> list[Direction]:
+def _directions(data: str, means: Scores) -> list[Direction]:
     result = []
-    for row, title in (("ebr-paper", "EBR (paper)"), ("ebr-robust", "EBR robust")):
-        for rule, key in _KEYS.items():
+    for method, title in (("ebr-paper", "EBR (paper)"), ("ebr-robust", "EBR robust")):
+        for rule, key in _PAPER.items():
             if key != "ebr":
-                mine, other = means[row], means[rule]
+                mine, other = means[method], means[rule]
                 ours = estimate(None if mine is None or other is None else mine - other)
                 paper = round(TABLE6["ebr"] - TABLE6[key], 4)
                 words = "above" if paper > 0 else "below"
@@ -203,35 +189,15 @@ def _directions(data: str, means: Mapping[str, ResampledScores | None]) -> list[
     return result
 
 
-def _drawing(
-    bench: Bench, found: Sequence[Measured], scores: Mapping[str, Mapping[str, ResampledScores | None]]
-) -> Drawing:
+def _draw(bench: Bench, scores: Mapping[str, Scores]) -> Drawing:
     shown = ("zeros", "nearest neighbour", "mean with class", "late", "ebr-paper", "ebr-robust", "target")
-    series = {_LABELS[rule]: [float(s.plain.mean()) for s in scores[rule].values() if s is not None] for rule in shown}
-    ends = "; ".join(f"{label}: {', '.join(f'{v:.3f}' for v in values)}" for label, values in series.items())
-    return bars(
-        f"{bench.source.name}: one modality missing",
-        bench.modalities,
-        series,
-        y_label=metric_name(bench.metric),
-        alt=f"Test score on {bench.source.name} without {', '.join(bench.modalities)} in turn. {ends}.",
-        caption=f"Mean over {len(found)} seed(s). The axis does not start at 0.",
-        y_limits=(min(min(v) for v in series.values()) * 0.95, None),
+    series = {_LABELS[rule]: [_value(s) for s in scores[rule].values()] for rule in shown}
+    lowest = min(v.mean or 0.0 for values in series.values() for v in values)
+    about = (
+        f"Test score on {bench.data.name} without {', '.join(bench.modalities)} in turn; the axis does not start at 0."
     )
+    heading, y_label = f"{bench.data.name}: one modality missing", metric_name(bench.metric)
+    return draw_bars(heading, bench.modalities, series, y_label, about, y_limits=(lowest * 0.95, None))
 
 
-TABLE_6 = Experiment(
-    "table6",
-    "What to put in the place of a missing modality",
-    "Table 6, MIMIC-IV mortality: EBR's own rule comes within .002 of a model trained on what is present (.7844), and is "
-    "above zeros, random and nearest features, class means and late fusion.",
-    (
-        "By default support2 (death in hospital) and mfeat (digits, accuracy) in place of MIMIC-IV.",
-        "Each modality in turn is missing from every test row; the mean is over the modalities.",
-        "Zeros to mean of the true class fill the slot that the fusion of a vanilla model receives; late fusion and EBR are "
-        "models of their own; random is the feature of a random train row; the target is a vanilla model trained without "
-        "the modality.",
-    ),
-    ("support2", "mfeat"),
-    _run,
-)
+TABLE_6 = declare("table6", _run)

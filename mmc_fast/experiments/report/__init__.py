@@ -1,5 +1,1 @@
-"""Self-contained HTML reports: composable blocks, drawings, and the sections built from run results."""
-
-from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
-
-__all__ = ["Callout", "Cell", "Details", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text"]
+"""What every report shows: methods compared with intervals, and pictures and small tables of trained runs."""

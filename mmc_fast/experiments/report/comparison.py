@@ -1,4 +1,4 @@
-"""Methods side by side: mean ± s.d. over seeds, intervals, and which differences the test data can show."""
+"""Methods side by side: mean ± s.d. over seeds, intervals, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mmc_fast.diagnose.document import Cell
 from mmc_fast.diagnose.statistics import (
     ResampledScores,
     average,
@@ -20,7 +19,7 @@ from mmc_fast.diagnose.statistics import (
 )
 from mmc_fast.errors import InputError
 
-__all__ = ["AVERAGE", "COMPLETE", "Comparison", "Difference", "Score", "compare", "table_rows"]
+__all__ = ["AVERAGE", "COMPLETE", "Comparison", "Difference", "Score", "compare"]
 
 COMPLETE = "complete"
 AVERAGE = "mean missing"
@@ -31,7 +30,7 @@ class Score:
     """A method's score under one condition. ``best``: its paired intervals against all other methods lie above 0, which
     one seed never decides.
 
-    ``se``: standard error over seeds and test samples; None in records that were written before it existed.
+    ``se``: standard error over seeds and test samples.
     """
 
     mean: float
@@ -39,7 +38,7 @@ class Score:
     low: float
     high: float
     best: bool
-    se: float | None = None
+    se: float
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,7 @@ class Difference:
     estimate: float
     low: float
     high: float
-    p: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        """ "better", "worse", or "undecided" where the interval holds 0."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -86,20 +80,6 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """The inverse of ``to_dict``."""
-        scores = {m: {c: Score(**s) for c, s in by.items()} for m, by in values["scores"].items()}
-        return cls(
-            **{
-                **values,
-                "seeds": tuple(values["seeds"]),
-                "conditions": tuple(values["conditions"]),
-                "scores": scores,
-                "differences": tuple(Difference(**d) for d in values["differences"]),
-            }
-        )
 
 
 def compare(
@@ -151,14 +131,6 @@ def compare(
     return Comparison(dataset, metric, tuple(seeds), level, resamples, conditions, scores, differences)
 
 
-def table_rows(comparison: Comparison, names: Mapping[str, str]) -> list[list[Cell]]:
-    """One row per method: its name, then mean ± s.d. per condition, strong where it stands apart from all others."""
-    return [
-        [Cell(names.get(method, method)), *(_cell(scores[c]) for c in comparison.conditions)]
-        for method, scores in comparison.scores.items()
-    ]
-
-
 def _condition(rate: float) -> str:
     return COMPLETE if rate == 0 else f"{rate:g} missing"
 
@@ -171,10 +143,5 @@ def _score(scores: ResampledScores, level: float, best: bool) -> Score:
 
 def _difference(first: str, second: str, condition: str, scores: ResampledScores, level: float) -> Difference:
     interval = scores.interval(level)
-    p = interval.p_zero if interval.seeds > 1 else None
+    p = interval.p_zero if len(scores.plain) > 1 else None
     return Difference(first, second, condition, interval.estimate, interval.low, interval.high, p)
-
-
-def _cell(score: Score) -> Cell:
-    spread = "" if score.sd is None else f" ± {score.sd:.3f}"
-    return Cell(f"{score.mean:.3f}{spread}", strong=score.best)

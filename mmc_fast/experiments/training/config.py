@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.numbers import make_plain
+from mmc_fast._util.schema import Count, NonNegative, Positive, Range, Share, check, from_mapping, to_plain
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
-
-from .parse import check_choices, from_mapping
 
 __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
-# Settings that came after runs had been recorded.
-_LATER: tuple[str, ...] = ("checkpoint_seconds", "accumulate", "clip_grad_norm", "nonfinite", "rates_modality")
-_LATER += ("emphasis_modality", "emphasis", "emphasis_form")
-_LATER_KD = ("loss", "kl_temperature")
-
-
-def _at_least(where: str, values: Mapping[str, float], low: float) -> None:
-    for name, value in values.items():
-        if not low <= value < math.inf:
-            raise InputError(f"{where}: {name} is {value}; it must be finite and at least {low:g}")
-
-
-def _positive(where: str, values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{where}: {name} is {value}; it must be finite and above 0")
 
 
 @dataclass(frozen=True)
@@ -51,22 +32,18 @@ class KDConfig:
             features from a linear map of the student's).
     """
 
-    epochs: int = 20
-    batch_size: int = 256
-    lr: float = 1e-3
-    temperature: float = 0.07
-    embedding_dim: int = 128
+    epochs: Count = 20
+    batch_size: Annotated[int, Range(2)] = 256
+    lr: Positive = 1e-3
+    temperature: Positive = 0.07
+    embedding_dim: Count = 128
     teachers: Literal["strongest", "stronger"] = "strongest"
     order: Literal["weakest_first", "strongest_first", "random", "simultaneous"] = "weakest_first"
     loss: Literal["info_nce", "kl", "mse"] = "info_nce"
-    kl_temperature: float = 4.0
+    kl_temperature: Positive = 4.0
 
     def __post_init__(self) -> None:
-        make_plain(self)
-        check_choices("kd", self)
-        _at_least("kd", {"epochs": self.epochs, "embedding_dim": self.embedding_dim}, 1)
-        _at_least("kd", {"batch_size": self.batch_size}, 2)
-        _positive("kd", {"lr": self.lr, "temperature": self.temperature, "kl_temperature": self.kl_temperature})
+        check("kd", self)
 
 
 @dataclass(frozen=True)
@@ -81,18 +58,17 @@ class TrainConfig:
         fusion: "concat", "late" or "transformer". fusion_hidden: hidden widths of concat and late.
         fusion_dim, fusion_heads, fusion_depth: token width, heads and blocks of the transformer.
         modality_dropout: probability that a present modality is hidden from a training row (no row loses all).
-        substitute_in_training: fill hidden slots during training as at inference (EBR only).
+        substitute_in_training: fill hidden modalities during training as at inference (EBR only).
         consistency: weight c of KL(prediction on complete data, held fixed || prediction on masked data); the step then
             takes both, and L_sem is the mean of the two. Needs ``modality_dropout``.
         noise_modality, noise_rate: uniform noise on one modality in training, ``(1 - r) x + r U std(x)``.
-        reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run), "dann"
-            (2 / (1 + exp(-10 p)) - 1 over the same share) or "balanced" (every step in units of
-            ‖∂L_sem‖ / ‖∂L_md‖ at the encoders; a step costs twice). The strength itself is ``ebr.reversal``.
+        reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run) or "dann"
+            (2 / (1 + exp(-10 p)) - 1 over the same share) times λ = ``ebr.reversal``.
         adversarial_stop: what ``ebr.patience`` watches: "score" (validation) or "loss" (training L_sem).
         selection: which epoch is kept: best validation score on "complete" data, best mean over "masked" validation
             data, or the "last".
         unimodal_share: epochs of the unimodal models as a share of ``epochs``; 0 trains none.
-        control: also train the twin with λ = 0 (EBR only; doubles the cost) to measure what the game changed.
+        control: also train the λ = 0 control (EBR only; doubles the cost) to measure what λ changed.
         rates: MCAR missing rates at which the finished model is scored.
         rates_modality: the one modality that ``rates`` hide; None: each, independently.
         checkpoint_every, keep_checkpoints: epochs between checkpoints, and how many are kept.
@@ -101,104 +77,97 @@ class TrainConfig:
         accumulate: pieces in which the rows of a step are processed, one after the other; changes only rounding.
         clip_grad_norm: largest norm of the gradient over all parameters that move; None for no limit.
         nonfinite: what happens where loss or gradient is NaN or infinite: "stop", or "skip" the batch and count it.
-        emphasis_modality, emphasis, emphasis_form: give one modality the weight 1 + β, β = ``emphasis``: "features" scales
+        reweight_modality, reweight, reweight_form: give one modality the weight 1 + β, β = ``reweight``: "features" scales
             what the fusion receives of it, in training and inference; "loss" adds β times the cross-entropy of a linear
             classifier on its encoder, over the rows that have it, divided by all rows of the step.
         ebr, kd: settings of the parts, None where the method has none.
     """
 
-    epochs: int = 40
-    batch_size: int = 256
+    epochs: Count = 40
+    batch_size: Count = 256
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    lr_decay: float = 0.9
-    lr_decay_every: int = 100
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    momentum: Share = 0.0
+    lr_decay: Positive = 0.9
+    lr_decay_every: Count = 100
     encoder: Literal["mlp", "identity"] = "mlp"
-    encoder_width: int = 128
-    encoder_dim: int = 64
+    encoder_width: Count = 128
+    encoder_dim: Count = 64
     fusion: Literal["concat", "late", "transformer"] = "concat"
-    fusion_hidden: tuple[int, ...] = (128,)
-    fusion_dim: int = 64
-    fusion_heads: int = 4
-    fusion_depth: int = 2
-    modality_dropout: float = 0.0
+    fusion_hidden: tuple[Count, ...] = (128,)
+    fusion_dim: Count = 64
+    fusion_heads: Count = 4
+    fusion_depth: Count = 2
+    modality_dropout: Share = 0.0
     substitute_in_training: bool = False
-    consistency: float = 0.0
+    consistency: NonNegative = 0.0
     noise_modality: str | None = None
-    noise_rate: float = 0.0
-    reversal_schedule: Literal["constant", "linear", "dann", "balanced"] = "constant"
-    reversal_ramp: float = 0.5
+    noise_rate: Annotated[float, Range(0, 1, high_closed=True)] = 0.0
+    reversal_schedule: Literal["constant", "linear", "dann"] = "constant"
+    reversal_ramp: Annotated[float, Range(0, 1, closed=False, high_closed=True)] = 0.5
     adversarial_stop: Literal["score", "loss"] = "score"
     selection: Literal["complete", "masked", "last"] = "complete"
-    unimodal_share: float = 1.0
+    unimodal_share: NonNegative = 1.0
     control: bool = True
-    rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.7)
-    checkpoint_every: int = 1
-    keep_checkpoints: int = 2
+    rates: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4, 0.7)
+    checkpoint_every: Count = 1
+    keep_checkpoints: Count = 2
     ebr: EBRConfig | None = None
-    kd: KDConfig | None = field(default=None)
-    checkpoint_seconds: float = 300.0
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
+    kd: KDConfig | None = None
+    checkpoint_seconds: Positive = 300.0
+    accumulate: Count = 1
+    clip_grad_norm: Positive | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     rates_modality: str | None = None
-    emphasis_modality: str | None = None
-    emphasis: float = 0.0
-    emphasis_form: Literal["features", "loss"] = "features"
+    reweight_modality: str | None = None
+    reweight: NonNegative = 0.0
+    reweight_form: Literal["features", "loss"] = "features"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fusion_hidden", tuple(self.fusion_hidden))
-        object.__setattr__(self, "rates", tuple(self.rates))
-        make_plain(self)
-        where = "config"
-        check_choices(where, self)
-        counts: tuple[str, ...] = ("epochs", "batch_size", "lr_decay_every", "encoder_width", "encoder_dim")
-        counts += ("fusion_dim", "fusion_heads", "fusion_depth", "checkpoint_every", "keep_checkpoints", "accumulate")
-        _at_least(where, {name: getattr(self, name) for name in counts}, 1)
-        _at_least(where, {name: getattr(self, name) for name in ("weight_decay", "unimodal_share")}, 0)
-        _positive(where, {"lr": self.lr, "lr_decay": self.lr_decay, "checkpoint_seconds": self.checkpoint_seconds})
-        if self.clip_grad_norm is not None:
-            _positive(where, {"clip_grad_norm": self.clip_grad_norm})
-        for name, value in (("modality_dropout", self.modality_dropout), ("momentum", self.momentum)):
-            if not 0 <= value < 1:
-                raise InputError(f"{where}: {name} is {value}; it must be at least 0 and below 1")
-        if not 0 < self.reversal_ramp <= 1:
-            raise InputError(f"{where}: reversal_ramp is {self.reversal_ramp}; it is a share of the run in (0, 1]")
-        if not self.fusion_hidden and self.fusion == "concat":
-            raise InputError(f"{where}: fusion_hidden is empty; the concat fusion needs at least one hidden width")
-        if any(w < 1 for w in self.fusion_hidden):
-            raise InputError(f"{where}: fusion_hidden is {list(self.fusion_hidden)}; give widths of 1 or more")
-        if self.fusion_dim % self.fusion_heads:
-            raise InputError(
-                f"{where}: fusion_dim {self.fusion_dim} is not a multiple of fusion_heads {self.fusion_heads}"
-            )
-        if any(not 0 <= r < 1 for r in self.rates):
-            raise InputError(f"{where}: rates is {list(self.rates)}; missing rates are at least 0 and below 1")
-        if self.selection == "masked" and not self.rates:
-            raise InputError(f"{where}: selection is 'masked' but rates is empty; give missing rates to select by")
-        if self.momentum and self.optimizer != "sgd":
-            raise InputError(f"{where}: momentum is {self.momentum} but the optimizer is {self.optimizer}, not sgd")
-        _at_least(where, {"consistency": self.consistency, "noise_rate": self.noise_rate}, 0)
-        if self.consistency and not self.modality_dropout:
-            raise InputError(f"{where}: consistency compares masked with complete data; set modality_dropout above 0")
-        if self.noise_rate > 1 or (self.noise_rate > 0) != (self.noise_modality is not None):
-            raise InputError(f"{where}: noise needs both noise_modality and a noise_rate between 0 and 1")
-        _at_least(where, {"emphasis": self.emphasis}, 0)
-        if (self.emphasis > 0) != (self.emphasis_modality is not None):
-            raise InputError(f"{where}: emphasis needs both emphasis_modality and an emphasis above 0")
-        if self.ebr is not None and self.ebr.substitute == "learned" and not self.substitute_in_training:
-            raise InputError(f"{where}: substitute 'learned' is trained on hidden slots; set substitute_in_training")
-        if self.substitute_in_training and self.ebr is None:
-            raise InputError(f"{where}: substitute_in_training needs EBR heads; add an 'ebr' section")
-        if self.kd is not None and self.encoder == "identity":
-            raise InputError(f"{where}: kd distils into encoders and encoder is 'identity'; use encoder 'mlp'")
-        if self.unimodal_epochs == 0 and (self.kd is not None or self.needs_reference):
-            part = "kd" if self.kd is not None else "the ranking of ebr"
-            raise InputError(
-                f"{where}: unimodal_share is {self.unimodal_share}, but {part} needs unimodal models; raise it"
-            )
+        check("config", self)
+        needs_unimodal = "kd" if self.kd is not None else "the ranking of ebr" if self.needs_reference else None
+        for refused, reason in (
+            (not self.fusion_hidden and self.fusion == "concat", "fusion_hidden is empty; concat needs a hidden width"),
+            (
+                self.fusion_dim % self.fusion_heads > 0,
+                f"fusion_dim {self.fusion_dim} is not a multiple of fusion_heads {self.fusion_heads}",
+            ),
+            (
+                self.selection == "masked" and not self.rates,
+                "selection is 'masked' but rates is empty; give missing rates to select by",
+            ),
+            (
+                self.momentum > 0 and self.optimizer != "sgd",
+                f"momentum is {self.momentum} but the optimizer is {self.optimizer}, not sgd",
+            ),
+            (
+                self.consistency > 0 and not self.modality_dropout,
+                "consistency compares masked with complete data; set modality_dropout above 0",
+            ),
+            (
+                (self.noise_rate > 0) != (self.noise_modality is not None),
+                "noise needs both noise_modality and a noise_rate above 0",
+            ),
+            (
+                (self.reweight > 0) != (self.reweight_modality is not None),
+                "re-weighting needs both reweight_modality and a reweight above 0",
+            ),
+            (
+                self.substitute_in_training and self.ebr is None,
+                "substitute_in_training needs EBR heads; add an 'ebr' section",
+            ),
+            (
+                self.kd is not None and self.encoder == "identity",
+                "kd distils into encoders and encoder is 'identity'; use encoder 'mlp'",
+            ),
+            (
+                self.unimodal_epochs == 0 and needs_unimodal is not None,
+                f"unimodal_share is {self.unimodal_share}, but {needs_unimodal} needs unimodal models; raise it",
+            ),
+        ):
+            if refused:
+                raise InputError(f"config: {reason}")
 
     @property
     def method(self) -> str:
@@ -265,20 +234,5 @@ class TrainConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values of every setting, and ``method``.
-
-        Settings of :data:`_LATER` appear only where they differ from their defaults, which change nothing: so a record
-        written before they existed is still equal to, and has the same hash as, that of the same run today.
-        """
-        values = asdict(self)
-        unchanged = [f.name for f in fields(self) if f.name in _LATER and values[f.name] == f.default]
-        if values["kd"] is not None:
-            plain = KDConfig()
-            values["kd"] = {k: v for k, v in values["kd"].items() if k not in _LATER_KD or v != getattr(plain, k)}
-        return {"method": self.method} | _plain({k: v for k, v in values.items() if k not in unchanged})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+        """Plain JSON values of every setting, and ``method``."""
+        return {"method": self.method} | to_plain(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
-from .autosave import Autosave
 from .checkpoint import (
     Checkpoint,
-    CheckpointStore,
     fits_checkpoint,
     optimizer_tensors,
     prefixed,
@@ -25,7 +22,7 @@ from .checkpoint import (
     stripped,
 )
 from .config import KDConfig
-from .interrupt import InterruptGuard
+from .interrupt import Autosave, Stage
 from .masks import epoch_order
 from .model import MultimodalModel
 from .parts import to_device
@@ -68,33 +65,28 @@ def distil(
     kd: KDConfig,
     *,
     seed: int,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
     nonfinite: str = "stop",
-    checkpoint_seconds: float = 300.0,
-    stage: str = "distillation",
-    store: CheckpointStore | None = None,
-    guard: InterruptGuard | None = None,
-    checkpoint: Checkpoint | None = None,
+    stage: Stage | None = None,
 ) -> list[dict[str, Any]]:
     """Pretrain the encoders of the weaker modalities of ``model`` in place; returns what was done, pair by pair.
 
     Only train rows that have both modalities are used. The teacher (a unimodal model) is frozen; it meets the student's
     encoder in ``kd.loss``, for :func:`info_nce` behind two linear projections to ``embedding_dim``. All maps between
-    the two are dropped afterwards. ``nonfinite``: "stop" or "skip" a batch whose loss is NaN or infinite. ``store``, ``guard`` and
-    ``checkpoint``: where the stage (called ``stage``) saves itself every ``checkpoint_seconds``, what may interrupt it,
-    and the state that it continues from.
+    the two are dropped afterwards. ``nonfinite``: "stop" or "skip" a batch whose loss is NaN or infinite. ``stage``:
+    how it reports and saves.
 
     Raises:
         InputError: fewer than two modalities.
         TrainingDiverged: a loss became NaN or infinite.
-        Interrupted: the guard saw a signal; saved where there is a ``store``.
+        Interrupted: the guard saw a signal; saved where the stage has a store.
     """
     if len(dataset.modalities) < 2:
         raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
     work = _Distillation(model, dataset, unimodal, kd, seed, nonfinite == "skip")
-    if checkpoint is not None:
-        work.restore(checkpoint)
-    work.run(Autosave(stage, store, guard or InterruptGuard(), checkpoint_seconds, work.state), on_epoch)
+    stage = stage or Stage("distillation")
+    if stage.checkpoint is not None:
+        work.restore(stage.checkpoint)
+    work.run(Autosave(stage, work.state))
     return work.done
 
 
@@ -144,17 +136,15 @@ class _Distillation:
             )
         return _Pair(self, teachers, student, t, s, both)
 
-    def run(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+    def run(self, autosave: Autosave) -> None:
         while len(self.done) < len(self.rounds):
             self.pair = self.pair or self._pair()
             pair = self.pair
             while pair.epoch < self.kd.epochs:
                 pair.train_epoch(autosave)
-                if on_epoch is not None:
-                    record = {"stage": "distillation", "epoch": pair.epoch, "loss": pair.losses[-1]}
-                    on_epoch(record | {"teacher": pair.teacher, "student": pair.student})
-                if autosave.guard.stop:
-                    autosave.stop()
+                record = {"stage": "distillation", "epoch": pair.epoch, "loss": pair.losses[-1]}
+                autosave.stage.on_epoch(record | {"teacher": pair.teacher, "student": pair.student})
+                autosave.after_epoch()
             self.done.append({"teacher": pair.teacher, "student": pair.student, "loss": pair.losses})
             self.pair = None
 

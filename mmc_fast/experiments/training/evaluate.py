@@ -120,32 +120,21 @@ def evaluate(
     """Score ``model`` on one part of ``dataset``.
 
     Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
-    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "alone": its unimodal model on the
-    rows that have it, None without ``unimodal``; "without": this modality held at its mean over the train part; "only":
-    all others held there); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
+    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "unimodal": its unimodal model on
+    the rows that have it, None without ``unimodal``; "leave_one_out": this modality held at its mean over the train part;
+    "single_modality": all others held there); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
     part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
     hide; None: each, independently.
 
     Raises:
         InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.
     """
-    return measure(
-        model,
-        dataset,
-        part=part,
-        rates=rates,
-        seed=seed,
-        unimodal=unimodal,
-        reliance=reliance,
-        on_empty=on_empty,
-        rates_modality=rates_modality,
-    )[0]
+    return measure(model, dataset, part, rates, seed, unimodal, reliance, on_empty, rates_modality)[0]
 
 
 def measure(
     model: MultimodalModel,
     dataset: MultimodalDataset,
-    *,
     part: str,
     rates: Sequence[float],
     seed: int,
@@ -162,12 +151,12 @@ def measure(
     metric = dataset.metric
     found = Predictions(part, rows.labels, rows.index)
 
-    def judge(name: str, features: Sequence[Tensor], present: Tensor) -> dict[str, float]:
+    def scored(name: str, features: Sequence[Tensor], present: Tensor) -> dict[str, float]:
         probabilities = predict(model, features, present, on_empty=on_empty)
         found.probabilities[name] = probabilities
         return scores(probabilities, rows.labels, metric)
 
-    complete = judge("complete", rows.features, rows.present)
+    complete = scored("complete", rows.features, rows.present)
     result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
     if "auprc" in complete:
         result["complete_auprc"] = complete["auprc"]
@@ -175,32 +164,34 @@ def measure(
     column = hidden_column(dataset, rates_modality)
     for rate in rates:
         present, realised = masks_at(rows.present, rate, seed, part, column)
-        missing.append({"rate": float(rate), "realised": realised} | judge(f"missing_{rate:g}", rows.features, present))
+        missing.append(
+            {"rate": float(rate), "realised": realised} | scored(f"missing_{rate:g}", rows.features, present)
+        )
     result["missing"] = missing
     result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None
     if reliance:
-        result["reliance"] = _reliance(dataset, rows, judge, unimodal, found)
+        result["reliance"] = _reliance(dataset, rows, scored, unimodal, found)
     return result, found
 
 
-def _reliance(dataset: MultimodalDataset, rows: Part, judge: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
+def _reliance(dataset: MultimodalDataset, rows: Part, scored: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
     train = dataset.part("train")
     means = [_mean(train, i).expand_as(rows.features[i]) for i in range(len(train.features))]
     result: dict[str, Any] = {}
     for i, name in enumerate(dataset.modalities):
-        without = [means[j] if j == i else x for j, x in enumerate(rows.features)]
-        only = [x if j == i else means[j] for j, x in enumerate(rows.features)]
-        entry: dict[str, Any] = {"alone": None, "alone_rows": int(rows.present[:, i].sum())}
-        if unimodal is not None and entry["alone_rows"]:
+        others = [means[j] if j == i else x for j, x in enumerate(rows.features)]
+        single = [x if j == i else means[j] for j, x in enumerate(rows.features)]
+        entry: dict[str, Any] = {"unimodal": None, "unimodal_rows": int(rows.present[:, i].sum())}
+        if unimodal is not None and entry["unimodal_rows"]:
             here = rows.present[:, i]
             pieces = [unimodal.predict(name, rows.features[i][some]) for some in row_pieces(rows, here)]
             probabilities = torch.cat(pieces)
-            found.probabilities[f"alone_{name}"] = _spread(probabilities, here)
+            found.probabilities[f"unimodal_{name}"] = _spread(probabilities, here)
             labels = rows.labels[here]
             if dataset.metric == "accuracy" or len(labels.unique()) == 2:
-                entry["alone"] = scores(probabilities, labels, dataset.metric)["score"]
-        entry["without"] = judge(f"without_{name}", without, rows.present)["score"]
-        entry["only"] = judge(f"only_{name}", only, rows.present)["score"]
+                entry["unimodal"] = scores(probabilities, labels, dataset.metric)["score"]
+        entry["leave_one_out"] = scored(f"leave_one_out_{name}", others, rows.present)["score"]
+        entry["single_modality"] = scored(f"single_modality_{name}", single, rows.present)["score"]
         result[name] = entry
     return result
 

@@ -1,15 +1,19 @@
-"""Ctrl-C or SIGTERM during a run: the first asks for an orderly end, the second ends at once."""
+"""How a stage ends in order: signals that ask for it, and the state that it saves then and from time to time."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
+from .checkpoint import Checkpoint, CheckpointStore
 from .progress import Interrupted, ProcessLost
 
-__all__ = ["InterruptGuard"]
+__all__ = ["Autosave", "InterruptGuard", "Stage"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster that takes its machine back
 
@@ -54,3 +58,48 @@ class InterruptGuard:
         """Raise Interrupted where a signal came during a stage that is repeated rather than saved."""
         if self.stop:
             raise Interrupted(f"interrupted during {stage}; a resumed run repeats this stage")
+
+
+@dataclass
+class Stage:
+    """A stage of a run: its name, who hears of its epochs, where it saves itself and how often, what may interrupt it,
+    and the state that it continues from. ``store`` None saves nothing."""
+
+    name: str = "train"
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None
+    store: CheckpointStore | None = None
+    guard: InterruptGuard = field(default_factory=InterruptGuard)
+    seconds: float = 300.0
+    checkpoint: Checkpoint | None = None
+
+
+class Autosave:
+    """Saves what ``capture() -> (state, epoch, step)`` gives whenever it is time to; that changes no number of the run."""
+
+    def __init__(self, stage: Stage, capture: Callable[[], tuple[Checkpoint, int, int]]) -> None:
+        self.store, self.guard, self.stage, self.capture = stage.store, stage.guard, stage, capture
+        self._saved = time.monotonic()
+
+    def save(self) -> None:
+        if self.store is not None:
+            self.store.save(*self.capture())
+        self._saved = time.monotonic()
+
+    def after_step(self) -> None:
+        """Save where it is time to; end the stage where a signal asks for it.
+
+        Raises:
+            Interrupted: the guard saw a signal; the state was saved.
+        """
+        if self.guard.stop:
+            if self.store is None:
+                raise Interrupted(f"interrupted in stage {self.stage.name}; nothing was saved by this process")
+            self.save()
+            raise Interrupted(f"interrupted; saved {self.store.newest()}")
+        if self.store is not None and time.monotonic() - self._saved >= self.stage.seconds:
+            self.save()
+
+    def after_epoch(self) -> None:
+        """The same, without looking at the clock."""
+        if self.guard.stop:
+            self.after_step()

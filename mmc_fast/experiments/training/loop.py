@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
@@ -20,20 +19,19 @@ from mmc_fast.ops.dispatch import ran
 
 from ..data import MultimodalDataset
 from ..data.dataset import PARTS
-from .checkpoint import Checkpoint, CheckpointStore, prefixed, stripped
+from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
-from .device import check_device, device_of
 from .distillation import distil
 from .evaluate import Predictions, measure
-from .interrupt import InterruptGuard
+from .interrupt import InterruptGuard, Stage
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint
+from .processes import Processes, join
 from .progress import ProcessesDiffer, Progress, Silent
-from .record import SCHEMA_VERSION, game_figures, results_of
+from .record import SCHEMA_VERSION, adversarial_figures, results_of
 from .runfolder import RunFolder, load_run
 from .trainer import Trainer
-from .unimodal import UnimodalModel, UnimodalModels, train_unimodal, unimodal_key
-from .world import World, join_world
+from .unimodal import UnimodalModels, train_unimodal, unimodal_key
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
@@ -68,7 +66,7 @@ def train(
 ) -> TrainResult:
     """Train, select and score one model; the same function for every method.
 
-    Stages: unimodal models, distillation (KD), the run, its control run with lambda 0 (EBR), evaluation.
+    Stages: unimodal models, distillation (KD), the run, its λ = 0 control (EBR), evaluation.
 
     Args:
         seed: everything random is derived from it; the same seed and number of threads give the same numbers on
@@ -80,8 +78,7 @@ def train(
         evaluate_on: parts that are scored; the first one is results["scores"]. The test part is read for nothing else,
             so ``("validation",)`` never touches it. ``()`` scores nothing.
         device: "cpu", "cuda" or "cuda:N". Bitwise repeats are promised on the CPU only.
-        distributed: share each batch among processes: None where torchrun started this one or a process group is there,
-            True always, False never. All processes call ``train`` with the same arguments and get the same result; the
+        distributed: share each batch among processes: None where torchrun started several, True always, False never. All processes call ``train`` with the same arguments and get the same result; the
             first one writes. With "cuda" each takes the device of its LOCAL_RANK.
 
     Raises:
@@ -91,8 +88,7 @@ def train(
         SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
         ProcessLost: another process of a distributed run died.
     """
-    world = join_world(check_device(device), distributed)
-    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), device, world)
+    run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), join(device, distributed))
     return run.execute(run_dir, resume, unimodal)
 
 
@@ -104,35 +100,32 @@ class _Run:
         seed: int,
         progress: Progress,
         evaluate_on: tuple[str, ...],
-        device: str,
-        world: World,
+        processes: Processes,
     ) -> None:
         for part in evaluate_on:
             if part not in PARTS:
                 raise unknown("part", part, PARTS)
         if config.kd is not None and len(dataset.modalities) < 2:
             raise InputError(f"kd needs at least 2 modalities and {dataset.name} has {len(dataset.modalities)}")
-        if config.emphasis_modality is not None and config.emphasis_modality not in dataset.modalities:
-            raise unknown("emphasis_modality", config.emphasis_modality, dataset.modalities)
+        if config.reweight_modality is not None and config.reweight_modality not in dataset.modalities:
+            raise unknown("reweight_modality", config.reweight_modality, dataset.modalities)
         self.heads = 0
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
-        self.progress, self.evaluate_on = progress if world.first else Silent(), evaluate_on
-        self.device = device_of(check_device(device), world)
-        self.world = world
+        self.progress, self.evaluate_on = progress if processes.first else Silent(), evaluate_on
+        self.processes, self.device = processes, processes.device
         self.guard = InterruptGuard()
-        self.guard.agreed = None if world.size == 1 else False
+        self.guard.agreed = None if processes.size == 1 else False
         self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
-        self.distilled: list[dict[str, Any]] | None = None
         self.fingerprint = fingerprint(dataset)
         self.ran_before = ran()
 
     @property
     def trivial(self) -> bool:
-        """Whether lambda cannot change anything, so that the control run would be the run itself."""
+        """Whether λ cannot change anything, so that the λ = 0 control would be the run itself."""
         ebr = self.config.ebr
         return ebr is None or ebr.reversal == 0 or self.heads < 2
 
@@ -163,10 +156,10 @@ class _Run:
             raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to continue")
-        self._check_world()
+        self._check_processes()
         if run_dir is not None:
-            self.world.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
-            if self.world.agree(lambda: self._open(run_dir, resume)):
+            self.processes.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
+            if self.processes.agree(lambda: self._open(run_dir, resume)):
                 loaded = load_run(run_dir)
                 return TrainResult(loaded.model, loaded.results, loaded.unimodal, Path(run_dir))
         try:
@@ -183,42 +176,47 @@ class _Run:
             self.folder.close()
         return self.folder.finished
 
-    def _check_world(self) -> None:
+    def _check_processes(self) -> None:
         advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
         try:
             identity = json.dumps(self.identity(), sort_keys=True).encode()
-            self.world.check_same("arguments", identity, advice)
+            self.processes.check_same("arguments", identity, advice)
         except ProcessesDiffer as error:
             raise InputError(f"train: {error}") from error
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()
-        stored = self._stored_unimodal()
+        folder, dims, classes = self.folder, self.dataset.dims, self.dataset.num_classes
+        stored = self.processes.agree(lambda: folder and folder.load_unimodal(self.config, dims, classes))
         self.unimodal = unimodal or stored
-        self.world.check_same("unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none")
+        self.processes.check_same(
+            "unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none"
+        )
         main = self._checkpoint("train")
         control = self._checkpoint("control")
         alone = self._checkpoint("unimodal") if self.unimodal is None else None
         taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
         self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
         if self.unimodal is None and self.config.unimodal_epochs:
-            self.unimodal = self._same_unimodal(self._timed("unimodal", lambda: self._train_unimodal(alone)))
+            self.unimodal = self.processes.broadcast(self._timed("unimodal", lambda: self._train_unimodal(alone)))
+        for model in self.unimodal.models.values() if self.unimodal is not None else ():
+            model.to(self.device)  # those of the first process come from its device
         if self.folder is not None and stored is None and self.unimodal is not None:
             self.folder.save_unimodal(self.unimodal)
             self.folder.checkpoints("unimodal", 1).clear()
         run = self._fit("train", self.config, main, taught["train"])
-        twin = None
+        control_run = None
         if self.config.control and not self.trivial and self.config.ebr is not None:
-            twin_config = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
-            twin = self._fit("control", twin_config, control, taught["control"])
-        game = self._timed("game", lambda: game_figures(run, twin, self.trivial))
+            zero = replace(self.config, ebr=replace(self.config.ebr, reversal=0.0))
+            control_run = self._fit("control", zero, control, taught["control"])
+        adversarial = self._timed("adversarial", lambda: adversarial_figures(run, control_run, self.trivial))
         self._check_guard("the evaluation")
         scores, predictions = self._timed("evaluate", lambda: self._evaluate(run.model))
         self._check_guard("the evaluation")
         self.timing["total_seconds"] = time.perf_counter() - started
-        results = self.world.agree(
+        results = self.processes.agree(
             lambda: results_of(
-                run, game=game, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
+                run, adversarial=adversarial, trivial=self.trivial, scores=scores, unimodal=self.unimodal,
                 data=self.identity()["data"], ran_before=self.ran_before, timing=self.timing,
             )
         )  # fmt: skip
@@ -236,8 +234,8 @@ class _Run:
         self.guard.check(stage)
 
     def _agree_to_stop(self) -> None:
-        if self.world.size > 1:
-            self.guard.agreed = self.world.any(self.guard.requested)
+        if self.processes.size > 1:
+            self.guard.agreed = self.processes.any(self.guard.requested)
 
     def _on_stage_epoch(self, record: dict[str, Any]) -> None:
         """Progress of a stage that every process goes through by itself; it ends in all of them at the same epoch."""
@@ -250,62 +248,21 @@ class _Run:
         self.timing[f"{name}_seconds"] = time.perf_counter() - started
         return result
 
-    def _stored_unimodal(self) -> UnimodalModels | None:
-        dims, classes = self.dataset.dims, self.dataset.num_classes
-        found = None if self.folder is None else self.folder.load_unimodal(self.config, dims, classes)
-        if not self.world.any(found is not None):
-            return None
-        if found is None:
-            models = {name: UnimodalModel(dim, classes, self.config) for name, dim in dims.items()}
-            found = UnimodalModels(models, {}, {})
-        return self._same_unimodal(found)
-
-    def _same_unimodal(self, mine: UnimodalModels) -> UnimodalModels:
-        """Those of the first process, in all of them."""
-        if self.world.size == 1:
-            return mine
-        tensors: dict[str, Tensor] = {}
-        for name, model in mine.models.items():
-            tensors |= prefixed(name, model.state_dict())
-        tensors = self.world.share(tensors)
-        for name, model in mine.models.items():
-            model.load_state_dict(stripped(name, tensors))
-            model.eval().requires_grad_(False)
-        scores, key = self.world.agree(lambda: [mine.scores, mine.key])
-        return UnimodalModels(mine.models, scores, key)
-
-    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
-        return train_unimodal(
-            self.dataset,
-            self.config,
-            seed=self.seed,
-            fingerprint=self.fingerprint,
-            device=self.device,
-            on_epoch=self._on_stage_epoch,
-            store=self._store("unimodal"),
-            guard=self.guard,
-            checkpoint=checkpoint,
-        )
-
     def _store(self, stage: str) -> CheckpointStore | None:
         return None if self.folder is None else self.folder.checkpoints(stage, self.config.keep_checkpoints)
 
     def _checkpoint(self, stage: str) -> Checkpoint | None:
         store = self._store(stage)
-        if self.world.size == 1:
-            return None if store is None else store.latest()
-        found: Checkpoint | None = None
+        return self.processes.agree(lambda: None if store is None else store.latest())
 
-        def read() -> dict[str, Any] | None:
-            nonlocal found
-            found = None if store is None else store.latest()
-            return None if found is None else found.meta
+    def _stage(self, name: str, on_epoch: Callable[[dict[str, Any]], None], checkpoint: Checkpoint | None) -> Stage:
+        return Stage(name, on_epoch, self._store(name), self.guard, self.config.checkpoint_seconds, checkpoint)
 
-        meta = self.world.agree(read)
-        if meta is None:
-            return None
-        weights = self.world.share({} if found is None else found.weights)
-        return Checkpoint(weights, self.world.share({} if found is None else found.tensors), meta)
+    def _train_unimodal(self, checkpoint: Checkpoint | None) -> UnimodalModels:
+        stage = self._stage("unimodal", self._on_stage_epoch, checkpoint)
+        return train_unimodal(
+            self.dataset, self.config, seed=self.seed, fingerprint=self.fingerprint, device=self.device, stage=stage
+        )
 
     def _epochs_left(
         self,
@@ -343,61 +300,37 @@ class _Run:
             self.dataset,
             config,
             seed=self.seed,
-            stage=stage,
             reference=self.reference,
-            store=self._store(stage),
-            guard=self.guard,
-            on_epoch=self.progress.on_epoch,
-            world=self.world,
+            stage=self._stage(stage, self.progress.on_epoch, checkpoint),
+            processes=self.processes,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif config.kd is not None and self.unimodal is not None:
-            store = self._store(f"{stage}-distillation")
-            self.distilled = self._timed("distillation", lambda: self._distil(model, stage, store, taught))
-            model.load_state_dict(self.world.share(model.state_dict()))
-            trainer.about = {"distilled": self.distilled}
-            trainer.save()
-            if store is not None:
-                store.clear()
+            teachers, kd = self.unimodal, config.kd
+            lesson = self._stage(f"{stage}-distillation", self._on_stage_epoch, taught)
+            done = self._timed(
+                "distillation",
+                lambda: distil(
+                    model, self.dataset, teachers, kd, seed=self.seed, nonfinite=config.nonfinite, stage=lesson
+                ),
+            )
+            model.load_state_dict(self.processes.broadcast(model.state_dict()))
+            trainer.about = {"distilled": done}
+            trainer.autosave.save()
+            if lesson.store is not None:
+                lesson.store.clear()
         self._timed(stage, trainer.fit)
         self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
         return trainer
-
-    def _distil(
-        self, model: MultimodalModel, stage: str, store: CheckpointStore | None, taught: Checkpoint | None
-    ) -> list[dict[str, Any]]:
-        if self.unimodal is None or self.config.kd is None:
-            raise RuntimeError("distillation needs unimodal models and a 'kd' section")
-        return distil(
-            model,
-            self.dataset,
-            self.unimodal,
-            self.config.kd,
-            seed=self.seed,
-            on_epoch=self._on_stage_epoch,
-            nonfinite=self.config.nonfinite,
-            checkpoint_seconds=self.config.checkpoint_seconds,
-            stage=f"{stage}-distillation",
-            store=store,
-            guard=self.guard,
-            checkpoint=taught,
-        )
 
     def _evaluate(self, model: MultimodalModel) -> tuple[list[dict[str, Any]], list[Predictions]]:
         scores, predictions = [], []
         for part in self.evaluate_on:
             result, found = measure(
-                model,
-                self.dataset,
-                part=part,
-                rates=self.config.rates,
-                seed=self.seed,
-                unimodal=self.unimodal,
-                reliance=True,
-                on_empty="prior",
-                rates_modality=self.config.rates_modality,
-            )
+                model, self.dataset, part, self.config.rates, self.seed, self.unimodal, True, "prior",
+                self.config.rates_modality,
+            )  # fmt: skip
             scores.append(result)
             predictions.append(found)
         return scores, predictions

@@ -13,7 +13,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRHead, EBROutput
 from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
-from mmc_fast.nn.substitution import SourceWeights
 
 from .config import TrainConfig
 
@@ -23,7 +22,7 @@ __all__ = ["ModelOutput", "MultimodalModel", "build_encoder", "select_modalities
 @dataclass
 class ModelOutput:
     """Logits ``[B, C]``; with EBR heads, what the heads returned for the modalities that have one; ``own [B, C]``: the
-    logits of the classifier on the emphasised modality alone, where there is one."""
+    logits of the unimodal classifier on the re-weighted modality, where there is one."""
 
     logits: Tensor
     ebr: EBROutput | None
@@ -87,7 +86,6 @@ class MultimodalModel(nn.Module):
         self.encoders = nn.ModuleList(build_encoder(d, config) for d in dims.values())
         self.widths = widths = [int(e.out_dim) for e in self.encoders]  # type: ignore[arg-type]
         self.head: EBRHead | None = None
-        self.source_weights: SourceWeights | None = None
         self.columns: list[int] = []
         if config.ebr is not None:
             e = config.ebr
@@ -101,17 +99,15 @@ class MultimodalModel(nn.Module):
                 normalize=e.normalize,
                 backend=e.backend,
             )
-            if e.substitute == "learned":
-                self.source_weights = SourceWeights([widths[i] for i in self.columns])
         self.fusion = _build_fusion(widths, num_classes, config)
-        self.emphasised: int | None = None
-        if config.emphasis_modality is not None:
-            if config.emphasis_modality not in self.modalities:
-                raise unknown("emphasis_modality", config.emphasis_modality, self.modalities)
-            self.emphasised = self.modalities.index(config.emphasis_modality)
+        self.reweighted: int | None = None
+        if config.reweight_modality is not None:
+            if config.reweight_modality not in self.modalities:
+                raise unknown("reweight_modality", config.reweight_modality, self.modalities)
+            self.reweighted = self.modalities.index(config.reweight_modality)
         self.own: nn.Linear | None = None
-        if self.emphasised is not None and config.emphasis_form == "loss":
-            self.own = nn.Linear(widths[self.emphasised], num_classes)  # last, so that all else starts as without it
+        if self.reweighted is not None and config.reweight_form == "loss":
+            self.own = nn.Linear(widths[self.reweighted], num_classes)  # last, so that all else starts as without it
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
         self.register_buffer("order", torch.full((n,), -1, dtype=torch.int64))
@@ -165,30 +161,28 @@ class MultimodalModel(nn.Module):
     ) -> ModelOutput:
         """Logits for features ``[B, d_i]`` and presence bool ``[B, m]`` (None: all present).
 
-        ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills the slots of absent modalities; a filled slot is not
-        masked in the fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
+        ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills absent modalities; a filled one is not masked in the
+        fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
         denominators of its losses.
         """
         encoded = self.encode(features, present)
-        own = None if self.own is None or self.emphasised is None else self.own(encoded[self.emphasised])
+        own = None if self.own is None or self.reweighted is None else self.own(encoded[self.reweighted])
         if self.head is None:
             return ModelOutput(self.fusion(self.weighted(encoded), present), None, own)
-        if self.source_weights is not None and present is not None:
-            source = self.source_weights([encoded[i] for i in self.columns], self.head_present(present))
         out = self.apply_head(encoded, present, source, reversal, normalizer)
-        for slot, i in enumerate(self.columns):
-            encoded[i] = out.recovered[slot]
+        for h, i in enumerate(self.columns):
+            encoded[i] = out.recovered[h]
         return ModelOutput(self.fusion(self.weighted(encoded), self._visible(present, source)), out, own)
 
     def weighted(self, received: Sequence[Tensor]) -> list[Tensor]:
-        """What the fusion receives, with that of the emphasised modality scaled by 1 + β where the form is "features"."""
-        if self.emphasised is None or self.config.emphasis_form != "features":
+        """What the fusion receives, with that of the re-weighted modality scaled by 1 + β where the form is "features"."""
+        if self.reweighted is None or self.config.reweight_form != "features":
             return list(received)
-        factor = 1 + self.config.emphasis
-        return [z * factor if i == self.emphasised else z for i, z in enumerate(received)]
+        factor = 1 + self.config.reweight
+        return [z * factor if i == self.reweighted else z for i, z in enumerate(received)]
 
     def _visible(self, present: Tensor | None, source: Tensor | None) -> Tensor | None:
-        """Presence as the fusion sees it: a slot that a present latent fills counts as present."""
+        """Presence as the fusion sees it: a modality that a present latent fills counts as present."""
         if present is None or source is None:
             return present
         available = self.head_present(present)
@@ -203,12 +197,10 @@ class MultimodalModel(nn.Module):
         return visible
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by player: "encoders" (f and h), "task" (decoders and fusion), "discriminator" (psi)."""
+        """Parameter groups: "encoders" (f and h), "task" (decoders and fusion), "discriminator" (psi)."""
         encoders = list(self.encoders.parameters())
         task = list(self.fusion.parameters())
         discriminator: list[nn.Parameter] = []
-        if self.source_weights is not None:
-            task += self.source_weights.parameters()
         if self.own is not None:
             task += self.own.parameters()
         if self.head is not None:

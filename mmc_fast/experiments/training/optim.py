@@ -11,22 +11,13 @@ from .config import TrainConfig
 __all__ = ["build_optimizer", "learning_rate", "set_learning_rate"]
 
 
-def build_optimizer(
-    groups: Mapping[str, Sequence[nn.Parameter]],
-    config: TrainConfig,
-    scales: Mapping[str, float] | None = None,
-) -> optim.Optimizer:
-    """One optimiser with a named parameter group for each player; ``scales`` multiplies the rate of a group.
+def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: TrainConfig) -> optim.Optimizer:
+    """One optimiser with a named parameter group for each entry of ``groups``.
 
     Parameters whose gradient is None take no step: neither momentum nor weight decay moves them. That is how the loop
-    freezes a player.
+    freezes a group.
     """
-    scales = scales or {}
-    params = [
-        {"params": list(p), "name": name, "scale": scales.get(name, 1.0), "lr": config.lr * scales.get(name, 1.0)}
-        for name, p in groups.items()
-        if p
-    ]
+    params = [{"params": list(p), "name": name} for name, p in groups.items() if p]
     # The fused step costs a third of the others at these sizes.
     if config.optimizer == "sgd":
         return optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
@@ -40,8 +31,8 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: optim.Optimizer, config: TrainConfig, epoch: int) -> float:
-    """Set every group to the rate of ``epoch`` times its scale; returns the unscaled rate."""
+    """Set every group to the rate of ``epoch``, and return it."""
     rate = learning_rate(config, epoch)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = rate
     return rate

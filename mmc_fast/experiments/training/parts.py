@@ -43,12 +43,12 @@ class Batches:
         return len(self.rows)
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        if self.ordered is None:
-            return self.rows[n], self.features(n, slice(None)), self.labels[n]
-        return self.rows[n], [x[n] for x in self.ordered], self.labels[n]
+        return self.rows[n], self.features(n, slice(None)), self.labels[n]
 
     def features(self, n: int, rows: slice) -> list[Tensor]:
         """Features of some rows of batch ``n``."""
+        if self.ordered is not None:
+            return [x[n][rows] for x in self.ordered]
         chosen = self.rows[n][rows]
         if self.part.streamed:
             there = chosen.cpu()

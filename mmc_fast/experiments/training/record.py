@@ -1,62 +1,86 @@
-"""What a finished run says of itself: the figures of the game, its label, and the content of results.json."""
+"""What a finished run says of itself: figures of the adversarial training, its label, the content of results.json."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
+import sklearn
+import torch
 from torch import Tensor
 
 from mmc_fast import __version__
+from mmc_fast.ops.dispatch import ran
 
 from ..data.dataset import PARTS
+from .adversarial import fresh_discriminator, parameter_distance
 from .distillation import teaching_plan
-from .environment import environment
-from .game import fresh_discriminator, parameter_distance
 from .model import MultimodalModel
 from .parts import to_device
 from .substitution import describe
 from .trainer import Trainer
 from .unimodal import UnimodalModels
 
-__all__ = ["SCHEMA_VERSION", "game_figures", "results_of"]
+__all__ = ["SCHEMA_VERSION", "adversarial_figures", "environment", "results_of"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
-def game_figures(run: Trainer, twin: Trainer | None, trivial: bool) -> dict[str, Any] | None:
-    """Whether the game was played and what it changed; None without EBR. ``trivial``: lambda can change nothing."""
+def adversarial_figures(run: Trainer, control: Trainer | None, trivial: bool) -> dict[str, Any] | None:
+    """What the adversarial training changed; None without EBR. ``trivial``: λ can change nothing."""
     if run.config.ebr is None:
         return None
     parts = [to_device(run.dataset.part(name), run.device) for name in ("train", "validation")]
 
-    def judge(model: MultimodalModel) -> dict[str, Any] | None:
+    def probed(model: MultimodalModel) -> dict[str, Any] | None:
         return fresh_discriminator(model, parts[0], parts[1], run.seed)
 
     distance: float | None = 0.0 if trivial else None
-    control = None
-    if twin is not None:
+    found = None
+    if control is not None:
         names = [n for n, _ in run.model.named_parameters() if not n.startswith("head.discriminator.")]
-        distance = parameter_distance(run.last_weights, twin.last_weights, names)
-        control = {
-            "fresh_discriminator": judge(twin.model),
-            "best_epoch": twin.best_epoch,
-            "best_val_score": twin.best_score,
-        }
+        distance = parameter_distance(run.last_weights, control.last_weights, names)
+        best = {"best_epoch": control.best_epoch, "best_val_score": control.best_score}
+        found = {"modality_probe": probed(control.model)} | best
     return {
         "lambda": run.config.ebr.reversal,
-        "fresh_discriminator": judge(run.model),
+        "modality_probe": probed(run.model),
         "distance_to_lambda0": distance,
-        "first_active_epoch": run.first_pull,
-        "adversarial_stopped_after": run.stop.stopped_after,
-        "control": control,
+        "first_active_epoch": run.first_active,
+        "stopped_after": run.stop.stopped_after,
+        "control": found,
+    }
+
+
+def environment(model: MultimodalModel, before: Mapping[str, int]) -> dict[str, Any]:
+    """What a result depends on besides settings and data: versions, machine, threads, device, backends of the EBR step.
+
+    ``before``: :func:`mmc_fast.ops.dispatch.ran` at the start of the run. "ebr_backend" says what did the work, such as
+    "cpp/avx512", not what was asked for; None where the step never ran.
+    """
+    device, prefix = model.class_prior.device, "ebr_step/"
+    used = [n.removeprefix(prefix) for n, k in ran().items() if n.startswith(prefix) and k > before.get(n, 0)]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scikit_learn": sklearn.__version__,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "ebr_backend": " and ".join(used) or None,
     }
 
 
 def results_of(
     run: Trainer,
     *,
-    game: dict[str, Any] | None,
+    adversarial: dict[str, Any] | None,
     trivial: bool,
     scores: Sequence[dict[str, Any]],
     unimodal: UnimodalModels | None,
@@ -76,15 +100,15 @@ def results_of(
         "schema_version": SCHEMA_VERSION,
         "mmc_fast_version": __version__,
         "method": config.method,
-        "label": _label(run, game, trivial),
+        "label": _label(run, adversarial, trivial),
         "data": {**data, **about},
         "config": config.to_dict(),
         "seed": run.seed,
-        "environment": environment(run.model, ran_before) | {"processes": run.world.size},
+        "environment": environment(run.model, ran_before) | {"processes": run.processes.size},
         "history": run.history,
         "selected_epoch": run.best_epoch,
         "selected_val_score": run.history[run.best_epoch - 1]["val_score"],
-        "game": game,
+        "adversarial": adversarial,
         "ranking": describe(run.model, run.reference),
         "unimodal": None if unimodal is None else unimodal.scores,
         "distillation": distillation,
@@ -94,14 +118,14 @@ def results_of(
     }
 
 
-def _label(run: Trainer, game: dict[str, Any] | None, trivial: bool) -> str:
-    """The method's name, or "inactive" for an EBR run that lambda did not change."""
-    if game is None:
+def _label(run: Trainer, adversarial: dict[str, Any] | None, trivial: bool) -> str:
+    """The method's name, or "without-effect" for an EBR run that λ did not change."""
+    if adversarial is None:
         return run.config.method
-    # Selected before the first reversed gradient, the model is that of the control run, whatever came later.
-    played = run.first_pull is not None and run.best_epoch >= run.first_pull
-    active = played and not trivial and game["distance_to_lambda0"] != 0.0
-    return run.config.method if active else "inactive"
+    # Selected before the first reversed gradient, the model is that of the λ = 0 control, whatever came later.
+    reached = run.first_active is not None and run.best_epoch >= run.first_active
+    effect = reached and not trivial and adversarial["distance_to_lambda0"] != 0.0
+    return run.config.method if effect else "without-effect"
 
 
 def _jsonable(value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mmc_fast import __version__
@@ -19,6 +18,7 @@ from mmc_fast._util.atomic import read_tensors, save_errors, write_json, write_n
 from mmc_fast.errors import InputError
 
 from ..data.archive import Archive
+from ..diagnosis import RunAdapter
 from .checkpoint import CheckpointStore, prefixed, stripped
 from .config import TrainConfig
 from .evaluate import Predictions
@@ -28,14 +28,8 @@ from .unimodal import UnimodalModel, UnimodalModels
 
 __all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
-RUN_VERSION = 1
-_RUN, _RESULTS, _MODEL, _UNIMODAL, _PREDICTIONS = (
-    "run.json",
-    "results.json",
-    "model.safetensors",
-    "unimodal.safetensors",
-    "predictions.npz",
-)
+_RUN, _RESULTS, _PREDICTIONS = "run.json", "results.json", "predictions.npz"
+_MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"
 
 
 def _differences(old: Any, new: Any, where: str) -> list[str]:
@@ -50,7 +44,7 @@ def _differences(old: Any, new: Any, where: str) -> list[str]:
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return read_tensors(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); restore it or train again in another folder") from error
 
 
@@ -116,15 +110,11 @@ class RunFolder:
 
     def _begin(self, identity: dict[str, Any]) -> None:
         self._check_empty()  # again, now that nobody else can write
-        self.write(_RUN, {"run_version": RUN_VERSION, "mmc_fast_version": __version__, "identity": identity})
+        self.write(_RUN, {"mmc_fast_version": __version__, "identity": identity})
 
     def record(self) -> dict[str, Any]:
-        """run.json, of a version that can be read."""
+        """run.json."""
         run = self.read(_RUN)
-        if run.get("run_version") != RUN_VERSION:
-            raise InputError(
-                f"{self.path} has run version {run.get('run_version')}; this version of mmc-fast reads {RUN_VERSION}"
-            )
         if not isinstance(run.get("identity"), dict):
             raise InputError(f"{self.path / _RUN} cannot be read (it names no run); restore it or train again")
         return run
@@ -243,6 +233,13 @@ class LoadedRun:
     config: TrainConfig
     results: dict[str, Any]
     unimodal: UnimodalModels | None
+
+    def as_adapter(self) -> RunAdapter:
+        """The run as :func:`mmc_fast.diagnose` takes it, with the weights of its unimodal models."""
+        weights = None
+        if self.unimodal is not None:
+            weights = {name: m.classifier[0].weight for name, m in self.unimodal.models.items()}
+        return RunAdapter(self.model, weights)  # type: ignore[arg-type]
 
 
 def load_run(run_dir: str | Path) -> LoadedRun:

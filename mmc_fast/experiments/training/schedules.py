@@ -1,4 +1,4 @@
-"""What changes over a run: the strength of the reversal, and when the adversarial part ends."""
+"""What changes over a run: λ of the gradient reversal, and when the adversarial part ends."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ __all__ = ["AdversarialStop", "reversal_at"]
 
 
 def reversal_at(config: TrainConfig, progress: float) -> float:
-    """Lambda at ``progress`` in [0, 1) of the run.
+    """λ at ``progress`` in [0, 1) of the run; with p = progress / reversal_ramp, at most 1:
 
-    "constant": lambda; "balanced" too, in units that change with every step. With p = progress / reversal_ramp, at most
-    1: "linear": lambda p;
-    "dann": lambda (2 / (1 + exp(-10 p)) - 1) (Ganin et al., JMLR 2016, section 5.2).
+    "constant": λ. "linear": λ p. "dann": λ (2 / (1 + exp(-10 p)) - 1) (Ganin et al., JMLR 2016, section 5.2).
     """
     if config.ebr is None:
         return 0.0
-    strength = config.ebr.reversal
-    if config.reversal_schedule in ("constant", "balanced"):
-        return strength
+    lambda_ = config.ebr.reversal
+    if config.reversal_schedule == "constant":
+        return lambda_
     p = min(1.0, progress / config.reversal_ramp)
-    return strength * (p if config.reversal_schedule == "linear" else 2.0 / (1.0 + math.exp(-10.0 * p)) - 1.0)
+    return lambda_ * (p if config.reversal_schedule == "linear" else 2.0 / (1.0 + math.exp(-10.0 * p)) - 1.0)
 
 
 @dataclass
 class AdversarialStop:
-    """Early stop of the adversarial part: after ``patience`` judged epochs without a better value it is over for good.
+    """Early stop of the adversarial part: after ``patience`` watched epochs without a better value it is over for good.
 
-    Under the interleaved schedule only the epochs of L_sem are judged: during L_md alone the task is not trained.
+    Under the interleaved schedule only the epochs of L_sem are watched: during L_md alone the task is not trained.
     """
 
     patience: int | None
@@ -43,7 +41,7 @@ class AdversarialStop:
     def stopped(self) -> bool:
         return self.stopped_after is not None
 
-    def judge(self, epoch: int, value: float) -> None:
+    def watch(self, epoch: int, value: float) -> None:
         """Take the value of an epoch (counted from 1)."""
         if self.patience is None or self.stopped:
             return

@@ -19,7 +19,7 @@ from mmc_fast.nn.substitution import (
 from ..data import MultimodalDataset, Part
 from .model import MultimodalModel
 from .parts import stream_rows
-from .world import World
+from .processes import Processes
 
 __all__ = ["describe", "ranking_parts", "refresh", "source_for"]
 
@@ -32,25 +32,27 @@ def ranking_parts(dataset: MultimodalDataset) -> list[Part]:
 
 
 @torch.no_grad()
-def refresh(model: MultimodalModel, parts: Sequence[Part], reference: str | None, world: World | None = None) -> None:
+def refresh(
+    model: MultimodalModel, parts: Sequence[Part], reference: str | None, processes: Processes | None = None
+) -> None:
     """Recompute similarity and order of the modalities from the latents of ``parts``; call it when weights changed.
 
     ``reference``: name of the strongest modality. Where it has no head (or is None) the order starts at the modality
-    with the highest mean similarity to the others. The processes of ``world`` share the rows. Does nothing for a model
+    with the highest mean similarity to the others. The processes of ``processes`` share the rows. Does nothing for a model
     without heads.
     """
     if model.head is None:
         return
-    world = world or World()
+    processes = processes or Processes()
     sums: Tensor | None = None
-    for pieces in _pieces(parts, world):
+    for pieces in _pieces(parts, processes):
         latents = torch.cat([_latents(model, part, rows) for part, rows in pieces], dim=1)
         present = torch.cat([model.head_present(part.present[rows]) for part, rows in pieces])
         found = cosine_sums(latents, present)
         sums = found if sums is None else sums + found
     if sums is None:
         sums = torch.zeros(2, len(model.columns), len(model.columns), dtype=torch.float64)
-    similarity = similarity_of_sums(world.sum(sums))
+    similarity = similarity_of_sums(processes.sum(sums))
     names = [model.modalities[i] for i in model.columns]
     if reference in names:
         head = names.index(reference)
@@ -65,9 +67,9 @@ def _latents(model: MultimodalModel, part: Part, rows: slice) -> Tensor:
     return model.latents([x[rows].to(device) for x in part.features], part.present[rows].to(device)).cpu()
 
 
-def _pieces(parts: Sequence[Part], world: World) -> list[list[tuple[Part, slice]]]:
+def _pieces(parts: Sequence[Part], processes: Processes) -> list[list[tuple[Part, slice]]]:
     """What is in memory together: all rows of this process, or some of them where they are streamed."""
-    mine = [(part, world.rows(len(part))) for part in parts]
+    mine = [(part, processes.rows(len(part))) for part in parts]
     if not any(part.streamed for part in parts):
         return [mine]
     return [
@@ -78,7 +80,7 @@ def _pieces(parts: Sequence[Part], world: World) -> list[list[tuple[Part, slice]
 
 
 def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:
-    """Source of every slot for presence bool ``[B, m]``; None where the model has no heads.
+    """Source of every target modality for presence bool ``[B, m]``; None where the model has no heads.
 
     Raises:
         RuntimeError: a ranked rule whose ranking was never computed.
@@ -86,8 +88,6 @@ def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:
     if model.head is None or model.config.ebr is None:
         return None
     available = model.head_present(present)
-    if model.config.ebr.substitute == "learned":
-        return None  # the model weighs the latents itself
     if model.config.ebr.substitute == "mean":
         return mean_source(available)
     if int(model.order[0]) < 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import asdict
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import generator
 
 from ..data import MultimodalDataset
+from .adversarial import probe
 from .checkpoint import (
     Checkpoint,
-    CheckpointStore,
     fits_checkpoint,
     optimizer_tensors,
     prefixed,
@@ -25,42 +25,31 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .evaluate import hidden_column, masks_at, predict
-from .game import probe
-from .interrupt import InterruptGuard
+from .interrupt import Autosave, Stage
 from .masks import epoch_order, presence_entropy, training_masks
 from .metrics import NotFiniteError, score
 from .model import MultimodalModel
 from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, to_device
-from .progress import Interrupted, TrainingDiverged
+from .processes import Processes
+from .progress import TrainingDiverged
 from .schedules import AdversarialStop, reversal_at
-from .split import SplitStep
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
-from .world import World
 
 __all__ = ["Trainer"]
 
 _PROBE_ROWS = 512
-
-
-class _Step(NamedTuple):
-    """One step of an epoch: its number, what plays, and the rows' presence, substitutes and presence in the data."""
-
-    number: int
-    phase: Phase
-    present: Tensor | None
-    source: Tensor | None
-    natural: Tensor | None
-    last: bool
+# Plain values of a checkpoint that are attributes as they are.
+_PLAIN = ("epoch", "step", "skipped", "skipped_rows", "history", "best_epoch", "first_active", "about")
 
 
 class Trainer:
     """Trains ``model`` by ``config``; holds everything that a checkpoint has to hold.
 
     Attributes after :meth:`fit`: ``history`` (one record per epoch), ``best_epoch`` (from 1), ``best_weights``,
-    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``first_pull`` (the first
-    epoch after which the encoders receive a reversed gradient; None: never).
+    ``last_weights`` (of the last epoch), ``stop`` (state of the adversarial early stop), ``first_active`` (the
+    first epoch after which the encoders receive a reversed gradient; None: never).
     """
 
     def __init__(
@@ -70,17 +59,14 @@ class Trainer:
         config: TrainConfig,
         *,
         seed: int,
-        stage: str = "train",
         reference: str | None = None,
-        store: CheckpointStore | None = None,
-        guard: InterruptGuard | None = None,
-        on_epoch: Callable[[dict[str, Any]], None] | None = None,
-        world: World | None = None,
+        stage: Stage | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.world = world or World()
+        self.processes = processes or Processes()
         self.model, self.dataset, self.config, self.seed = model, dataset, config, seed
-        self.stage, self.reference, self.store, self.on_epoch = stage, reference, store, on_epoch
-        self.guard = guard or InterruptGuard()
+        self.stage, self.reference = stage or Stage(), reference
+        self.guard = self.stage.guard
         self.device = model.class_prior.device
         self.train_part = to_device(dataset.part("train"), self.device)
         self.validation = dataset.part("validation")
@@ -89,12 +75,10 @@ class Trainer:
         self.validation_masks = [
             masks_at(self.validation.present, rate, seed, "validation", column)[0] for rate in config.rates
         ]
-        scales = {"discriminator": config.ebr.psi_lr_scale} if config.ebr is not None else {}
-        self.optimizer = build_optimizer(model.groups(), config, scales)
-        self.stepper = Stepper(model, self.optimizer, config)
-        split = self.world.size > 1 or config.accumulate > 1
-        self.split = SplitStep(self.stepper, self.world, config) if split else None
+        self.optimizer = build_optimizer(model.groups(), config)
+        self.stepper = Stepper(model, self.optimizer, config, self.processes)
         self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
+        # "foreign": whose latent each modality is rebuilt from
         self.stepper.random = self.generators["foreign"]
         self.noisy = _noisy_column(dataset, config)
         if self.noisy is not None:
@@ -111,16 +95,16 @@ class Trainer:
         self.masks: Tensor | None = None  # presence of its rows
         self.skipped = self.skipped_rows = 0  # batches and rows of the epoch that runs that were not finite
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # L_sem, L_md, L_rec summed over rows
-        self.spent = 0.0  # seconds of the epoch that runs, before an interruption
+        self.spent, self.started = 0.0, time.perf_counter()  # seconds before an interruption; begin of what followed
         self.history: list[dict[str, Any]] = []
         self.best_score, self.best_epoch = -math.inf, 0
         self.best_weights: dict[str, Tensor] = {}
         self.last_weights: dict[str, Tensor] = {}
-        self.first_pull: int | None = None
+        self.first_active: int | None = None
         self.ranking_current = False
         self.ranked = config.ebr is not None and config.ebr.substitute == "ranked"
         self.about: dict[str, Any] = {}  # plain facts about how the state came to be
-        self.saved = time.monotonic()
+        self.autosave = Autosave(self.stage, self.state)
 
     def fit(self) -> None:
         """Run the epochs that are left; saves a checkpoint after each ``checkpoint_every`` of them.
@@ -138,7 +122,7 @@ class Trainer:
         self.model.eval()
 
     def _run_epoch(self) -> None:
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         config, part = self.config, self.train_part
         phase = phase_of(config, self.epoch, self.stop.stopped)
         rate = set_learning_rate(self.optimizer, config, self.epoch)
@@ -148,16 +132,16 @@ class Trainer:
             self.sums.zero_()
             if self.ranked and config.substitute_in_training:
                 self._refresh()
-        self._run_steps(phase, self.order, self.masks.to(self.device), started)
+        self._run_steps(phase, self.order, self.masks.to(self.device))
         entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
         self.order = self.masks = None
         self.step, self.epoch = 0, self.epoch + 1
-        self._finish_epoch(phase, rate, entropy, started)
+        self._finish_epoch(phase, rate, entropy)
 
-    def _run_steps(self, phase: Phase, order: Tensor, masks: Tensor, started: float) -> None:
+    def _run_steps(self, phase: Phase, order: Tensor, masks: Tensor) -> None:
         config, part, size = self.config, self.train_part, self.config.batch_size
         order = order.to(self.device)
-        batches = Batches(part, order, size, lazy=self.split is not None)
+        batches = Batches(part, order, size, lazy=self.stepper.split)
         natural = None if bool(part.present.all()) else part.present[order].split(size)
         present = None if bool(masks.all()) else masks[order].split(size)
         steps = len(batches)
@@ -169,56 +153,37 @@ class Trainer:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if present is None else present[n]
             source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
-            at = _Step(n, phase, here, source, None if natural is None else natural[n], n + 1 == steps)
-            stop = self._whole_step(at, batches) if self.split is None else self._split_step(self.split, at, batches)
+            self._take_step(phase, batches, here, source, None if natural is None else natural[n])
             self.ranking_current = False
             self.step += 1
-            if stop:
-                self.spent += time.perf_counter() - started
-                self._interrupt()
-            elif self.store is not None and time.monotonic() - self.saved >= config.checkpoint_seconds:
-                self._save_within(started)
+            self.autosave.after_step()
 
-    def _whole_step(self, at: _Step, batches: Batches) -> bool:
-        """A step on all rows of the batch at once; True where a signal asks to stop."""
-        skip, known = self.config.nonfinite == "skip", self.stepper.loss_md
-        _, inputs, labels = batches[at.number]
-        if self.noisy is not None:
-            inputs[self.noisy] = self._with_noise(inputs[self.noisy])
-        total, parts, latents = self.stepper.losses(at.phase, inputs, at.present, labels, at.source, at.natural)
-        # On a device a look at the loss costs a synchronisation.
-        looked = self.device.type == "cpu" or at.last or skip
-        refused = looked and not bool(torch.isfinite(total))
-        if refused and not skip:
-            self._loss_diverged(total)
-        self._count(refused or self.stepper.update(at.phase, total, latents, at.present), parts, len(labels), known)
-        return self.guard.requested
-
-    def _split_step(self, split: SplitStep, at: _Step, batches: Batches) -> bool:
-        """The same on the rows of this process, piece by piece; True where all processes have agreed to stop."""
-        known, labels = self.stepper.loss_md, batches.labels[at.number]
+    def _take_step(
+        self, phase: Phase, batches: Batches, present: Tensor | None, source: Tensor | None, natural: Tensor | None
+    ) -> None:
+        """One step on all rows of its batch."""
+        skip, n = self.config.nonfinite == "skip", self.step
+        labels = batches.labels[n]
         noise = None if self.noisy is None else self._draw_noise(len(labels))
 
         def load(rows: slice) -> list[Tensor]:
-            inputs = batches.features(at.number, rows)
+            features = batches.features(n, rows)
             if self.noisy is not None and noise is not None:
-                inputs[self.noisy] = self._with_noise(inputs[self.noisy], noise[rows])
-            return inputs
+                features[self.noisy] = self._with_noise(features[self.noisy], noise[rows])
+            return features
 
-        found = split.backward(at.phase, labels, load, at.present, at.source, at.natural, self.guard.requested)
-        refused = not bool(torch.isfinite(found.total))
-        if refused and self.config.nonfinite == "stop":
-            self._loss_diverged(found.total)
-        self._count(refused or split.finish(at.phase), found.parts, len(labels), known)
-        return found.stop
-
-    def _count(self, refused: bool, parts: Tensor, rows: int, known: Tensor) -> None:
-        """Add the losses of a step that was taken; one that was refused leaves all as it was."""
-        if refused:
-            self._skip(rows)
-            self.stepper.loss_md = known
+        total, parts, stop = self.stepper.backward(phase, labels, load, present, source, natural, self.guard.requested)
+        if self.processes.size > 1:
+            self.guard.agreed = stop
+        # On a device a look at the loss costs a synchronisation.
+        looked = self.device.type == "cpu" or n + 1 == len(batches) or skip
+        refused = looked and not bool(torch.isfinite(total))
+        if refused and not skip:
+            self._loss_diverged(total)
+        if refused or self.stepper.update(phase):
+            self._skip(len(labels))
         else:
-            self.sums += parts.double() * rows
+            self.sums += parts.double() * len(labels)
 
     def _skip(self, rows: int) -> None:
         """Count a batch whose step was not taken; an error where the configuration does not skip."""
@@ -226,34 +191,25 @@ class Trainer:
             self._diverged(f"the gradient became infinite or NaN in epoch {self.epoch + 1}, step {self.step + 1}")
         self.skipped, self.skipped_rows = self.skipped + 1, self.skipped_rows + rows
 
-    def _save_within(self, started: float) -> None:
-        """A checkpoint in the middle of an epoch; weights that are no longer finite must not replace good ones."""
-        if not self._weights_finite():
-            self._diverged(f"the weights became infinite or NaN in epoch {self.epoch + 1}, step {self.step}")
-        before = self.spent
-        self.spent += time.perf_counter() - started
-        self.save()
-        self.spent = before
-
     def _draw_noise(self, rows: int) -> Tensor:
         """U on [-1, 1], for all rows of a batch."""
         width = self.train_part.features[self.noisy or 0].shape[1]
         return 2 * torch.rand(rows, width, generator=self.generators["noise"]).to(self.noise_scale) - 1
 
-    def _with_noise(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+    def _with_noise(self, x: Tensor, uniform: Tensor) -> Tensor:
         """``(1 - r) x + r U std(x)`` with U uniform on [-1, 1] and the standard deviations of the train part."""
         rate = self.config.noise_rate
-        uniform = self._draw_noise(len(x)) if uniform is None else uniform
         return (1 - rate) * x + rate * uniform * self.noise_scale
 
-    def _finish_epoch(self, phase: Phase, rate: float, entropy: float, started: float) -> None:
+    def _finish_epoch(self, phase: Phase, rate: float, entropy: float) -> None:
         config = self.config
         self._check_weights()
-        record: dict[str, Any] = {"stage": self.stage, "epoch": self.epoch, "phase": phase, "lr": rate}
+        record: dict[str, Any] = {"stage": self.stage.name, "epoch": self.epoch, "phase": phase, "lr": rate}
         rows = len(self.train_part) - self.skipped_rows
         if rows == 0:
             self._diverged(f"every batch of epoch {self.epoch} was skipped because its loss or gradient was not finite")
-        means = [None if math.isnan(v) else v / rows for v in self.sums.tolist()]
+        computed = (phase != "adversarial", config.ebr is not None, config.ebr is not None)
+        means = [v / rows if there else None for v, there in zip(self.sums.tolist(), computed, strict=True)]
         record |= dict(zip(("loss_sem", "loss_md", "loss_rec"), means, strict=True))
         record |= {"reversal": None, "loss_md_over_entropy": None}
         if config.nonfinite == "skip":
@@ -267,9 +223,9 @@ class Trainer:
             record["reversal"] = reversal
             if means[1] is not None and entropy > 0:
                 record["loss_md_over_entropy"] = means[1] / entropy
-            record |= probe(self.model, self.probe_part, reversal, self.world)
-            if self.first_pull is None and record["grad_norm_encoders"] > 0:
-                self.first_pull = self.epoch
+            record |= probe(self.model, self.probe_part, reversal, self.processes)
+            if self.first_active is None and record["grad_norm_encoders"] > 0:
+                self.first_active = self.epoch
         record |= self._validate()
         selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
         if record[selected] > self.best_score:
@@ -279,51 +235,54 @@ class Trainer:
             self.best_weights = _copy(self.model.state_dict())
         if phase != "adversarial" and config.ebr is not None:
             watched = record["val_score"] if config.adversarial_stop == "score" else record["loss_sem"]
-            self.stop.judge(self.epoch, watched)
+            self.stop.watch(self.epoch, watched)
         record["adversarial_stopped"] = self.stop.stopped
-        record["seconds"] = self.spent + time.perf_counter() - started
+        record["seconds"] = self._seconds()
         self.spent = 0.0
         self.history.append(record)
         self._check_equal()
-        due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.guard.requested
-        if self.store is not None and due:
-            self.save()
-        if self.on_epoch is not None:
-            self.on_epoch(record)
-        if self.world.any(self.guard.requested):  # perhaps only since on_epoch
-            self._interrupt(saved=due)
+        if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
+            self.autosave.save()
+        self.stage.on_epoch(record)
+        if self.processes.size > 1:
+            self.guard.agreed = self.processes.any(self.guard.requested)
+        self.autosave.after_epoch()
+
+    def _seconds(self) -> float:
+        """Seconds of the epoch that runs."""
+        return self.spent + time.perf_counter() - self.started
 
     def _check_equal(self) -> None:
         """Several processes must hold the same weights; other rounding in one of them would grow unseen."""
-        if self.world.size > 1:
+        if self.processes.size > 1:
             content = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
-            self.world.check_same("weights", content, "do all run on the same kind of processor and library?")
+            self.processes.check_same("weights", content, "do all run on the same kind of processor and library?")
 
     def _refresh(self) -> None:
         """Bring the ranking up to date with the weights."""
         if not self.ranking_current:
-            refresh(self.model, self.ranking_parts, self.reference, self.world)
+            refresh(self.model, self.ranking_parts, self.reference, self.processes)
             self.ranking_current = True
 
     def _validate(self) -> dict[str, float | None]:
-        """Scores on the validation part; the ranking is brought up to date first where a slot will be substituted."""
+        """Scores on the validation part; the ranking is brought up to date first where it will be used."""
         masked = self.config.selection == "masked"
         if self.ranked and (masked or not bool(self.validation.present.all())):
             self._refresh()
         features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
 
-        def judge(present: Tensor) -> float:
-            mine = self.world.rows(len(labels))
+        def score_with(present: Tensor) -> float:
+            mine = self.processes.rows(len(labels))
             found = predict(self.model, [x[mine] for x in features], present[mine], on_empty="prior")
-            found = self.world.gather_rows(found, len(labels))
+            found = self.processes.gather_rows(found, len(labels))
             try:
                 return score(found, labels, metric)
             except NotFiniteError as error:
                 self._diverged(f"{error} (validation after epoch {self.epoch})")
 
-        record: dict[str, float | None] = {"val_score": judge(self.validation.present)}
+        record: dict[str, float | None] = {"val_score": score_with(self.validation.present)}
         if masked:
-            record["val_score_masked"] = sum(map(judge, self.validation_masks)) / len(self.validation_masks)
+            record["val_score_masked"] = sum(map(score_with, self.validation_masks)) / len(self.validation_masks)
         return record
 
     def _weights_finite(self) -> bool:
@@ -332,7 +291,7 @@ class Trainer:
     def _loss_diverged(self, total: Tensor) -> NoReturn:
         """Before the step is taken: the weights are still those of the step before."""
         if self._weights_finite():
-            self.save()
+            self.autosave.save()
         self._diverged(f"the loss became {float(total.detach())} in epoch {self.epoch + 1}, step {self.step + 1}")
 
     def _check_weights(self) -> None:
@@ -341,49 +300,32 @@ class Trainer:
             self._diverged(f"the weights became infinite or NaN at the end of epoch {self.epoch}")
 
     def _diverged(self, what: str) -> NoReturn:
-        newest = self.store.newest() if self.store is not None else None
+        newest = self.stage.store.newest() if self.stage.store is not None else None
         raise TrainingDiverged(
-            f"{what} (stage {self.stage}); lower the learning rate or the reversal; "
+            f"{what} (stage {self.stage.name}); lower the learning rate or the reversal; "
             f"last good checkpoint: {newest or 'none was written'}"
         )
 
-    def _interrupt(self, saved: bool = False) -> None:
-        if not self.world.first:
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1} of stage {self.stage}; the first process saves")
-        if self.store is None:
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1} of stage {self.stage}; nothing was saved")
-        if not saved:
-            self.save()
-        raise Interrupted(f"interrupted; saved {self.store.newest()}")
-
-    def save(self) -> None:
-        """Write a checkpoint of the state as it is now."""
-        if self.store is None:
-            return
+    def state(self) -> tuple[Checkpoint, int, int]:
+        """The state as it is now; weights that are no longer finite must not replace good ones."""
+        if not self._weights_finite():
+            self._diverged(f"the weights became infinite or NaN in epoch {self.epoch + 1}, step {self.step}")
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        tensors["sums"] = self.sums
-        tensors["loss_md"], tensors["reversal"] = self.stepper.loss_md, self.stepper.reversal
+        tensors |= {"sums": self.sums, "reversal": self.stepper.reversal}
         if self.order is not None and self.masks is not None:
             tensors |= {"order": self.order, "masks": self.masks}
-        meta = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "spent": self.spent,
-            "skipped": [self.skipped, self.skipped_rows, self.stepper.clipped],
-            "history": self.history,
+        meta = {name: getattr(self, name) for name in _PLAIN} | {
+            "spent": 0.0 if self.order is None else self._seconds(),
+            "clipped": self.stepper.clipped,
             "best_score": self.best_score if self.best_epoch else None,
-            "best_epoch": self.best_epoch,
-            "first_pull": self.first_pull,
-            "about": self.about,
-            "stop": {"best": self.stop.best, "bad": self.stop.bad, "stopped_after": self.stop.stopped_after},
+            "stop": asdict(self.stop),
         }
-        self.store.save(Checkpoint(self.model.state_dict(), tensors, meta), self.epoch, self.step)
-        self.saved = time.monotonic()
+        return Checkpoint(self.model.state_dict(), tensors, meta), self.epoch, self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint; what follows equals the run that was never interrupted."""
-        with fits_checkpoint(self.stage):
+        with fits_checkpoint(self.stage.name):
             self._restore(checkpoint.weights, checkpoint.tensors, checkpoint.meta)
 
     def _restore(self, weights: dict[str, Tensor], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -393,16 +335,13 @@ class Trainer:
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
         self.sums = tensors["sums"].to(self.device)
-        self.stepper.loss_md = tensors["loss_md"].to(self.device)
         self.stepper.reversal.copy_(tensors["reversal"])  # after the last step of an epoch nobody sets it again
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
-        self.epoch, self.step, self.spent = meta["epoch"], meta["step"], meta["spent"]
-        self.skipped, self.skipped_rows, self.stepper.clipped = meta["skipped"]
-        self.history, self.best_epoch, self.first_pull = meta["history"], meta["best_epoch"], meta["first_pull"]
-        self.about = meta["about"]
+        for name in _PLAIN:
+            setattr(self, name, meta[name])
+        self.spent, self.stepper.clipped = meta["spent"], meta["clipped"]
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
-        self.stop.best, self.stop.bad = meta["stop"]["best"], meta["stop"]["bad"]
-        self.stop.stopped_after = meta["stop"]["stopped_after"]
+        self.stop = AdversarialStop(**meta["stop"])
 
 
 def _noisy_column(dataset: MultimodalDataset, config: TrainConfig) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset, Part
-from .autosave import Autosave
 from .checkpoint import (
     Checkpoint,
-    CheckpointStore,
     fits_checkpoint,
     optimizer_tensors,
     prefixed,
@@ -24,7 +21,7 @@ from .checkpoint import (
     stripped,
 )
 from .config import TrainConfig
-from .interrupt import InterruptGuard
+from .interrupt import Autosave, Stage
 from .masks import epoch_order
 from .metrics import NotFiniteError, score
 from .model import build_encoder
@@ -93,32 +90,29 @@ def train_unimodal(
     seed: int,
     fingerprint: str,
     device: str | torch.device = "cpu",
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
-    store: CheckpointStore | None = None,
-    guard: InterruptGuard | None = None,
-    checkpoint: Checkpoint | None = None,
+    stage: Stage | None = None,
 ) -> UnimodalModels:
     """Train one model per modality on the train rows that have it; keep each one's best validation epoch.
 
     All are trained side by side under the sum of their losses. Their parameters are disjoint, so this is the same as
-    training each alone, with one optimiser step in place of m. ``store``, ``guard`` and ``checkpoint``: where the stage
-    saves itself, what may interrupt it, and the state that it continues from.
+    training each alone, with one optimiser step in place of m. ``stage``: how it reports and saves.
 
     Raises:
         TrainingDiverged: a loss or weight became NaN or infinite.
-        Interrupted: the guard saw a signal; saved where there is a ``store``.
+        Interrupted: the guard saw a signal; saved where the stage has a store.
     """
-    stage = _SideBySide(dataset, config, seed, device)
-    if checkpoint is not None:
-        stage.restore(checkpoint)
-    stage.fit(Autosave("unimodal", store, guard or InterruptGuard(), config.checkpoint_seconds, stage.state), on_epoch)
-    for model, state in zip(stage.models, stage.best_state, strict=True):
+    stage = stage or Stage("unimodal")
+    work = _SideBySide(dataset, config, seed, device)
+    if stage.checkpoint is not None:
+        work.restore(stage.checkpoint)
+    work.fit(Autosave(stage, work.state))
+    for model, state in zip(work.models, work.best_state, strict=True):
         model.load_state_dict(state)
         model.eval().requires_grad_(False)
-    named = dict(zip(dataset.modalities, stage.models, strict=True))
+    named = dict(zip(dataset.modalities, work.models, strict=True))
     return UnimodalModels(
         named,  # type: ignore[arg-type]
-        dict(zip(dataset.modalities, stage.best_score, strict=True)),
+        dict(zip(dataset.modalities, work.best_score, strict=True)),
         unimodal_key(dataset, config, seed, fingerprint),
     )
 
@@ -162,7 +156,7 @@ class _SideBySide:
             meta = checkpoint.meta
             self.epoch, self.step, self.best_score = meta["epoch"], meta["step"], meta["best_score"]
 
-    def fit(self, autosave: Autosave, on_epoch: Callable[[dict[str, Any]], None] | None) -> None:
+    def fit(self, autosave: Autosave) -> None:
         names = self.dataset.modalities
         while self.epoch < self.config.unimodal_epochs:
             set_learning_rate(self.optimizer, self.config, self.epoch)
@@ -181,12 +175,10 @@ class _SideBySide:
                 if value > self.best_score[i]:
                     self.best_score[i] = value
                     self.best_state[i] = {k: v.clone() for k, v in model.state_dict().items()}
-            if on_epoch is not None:
-                scores = dict(zip(names, self.best_score, strict=True))
-                record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
-                on_epoch(record | {"scores": scores})
-            if autosave.guard.stop:
-                autosave.stop()
+            scores = dict(zip(names, self.best_score, strict=True))
+            record = {"stage": "unimodal", "epoch": self.epoch, "val_score": max(self.best_score)}
+            autosave.stage.on_epoch(record | {"scores": scores})
+            autosave.after_epoch()
 
     def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:
         batches = Batches(self.train, order, self.config.batch_size)

@@ -92,7 +92,7 @@ def _cpp_check(*tensors: Tensor | None) -> str | None:
 
 def _triton_check(*tensors: Tensor | None) -> str | None:
     try:
-        from mmc_fast.kernels.agop import coactivation as kernels
+        from mmc_fast.kernels import common as kernels
     except ImportError as error:
         return f"Triton is not installed ({error}); pip install 'mmc-fast[triton]'"
     return kernels.usable([t for t in tensors if t is not None])
@@ -205,7 +205,7 @@ def derivative_gram_update(
         )
         return which
     if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
+        from mmc_fast.kernels.agop import gram as kernels
 
         kernels.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
     else:
@@ -230,7 +230,7 @@ def syrk_update(rows: Tensor, gram: Tensor, *, backend: str = "auto") -> str:
         torch.ops.mmc_fast.syrk_update(rows, gram)
         return which
     if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
+        from mmc_fast.kernels.agop import gram as kernels
 
         kernels.syrk_update(rows, gram)
     else:
@@ -272,7 +272,7 @@ def chain_gram_update(
     _check_accumulator(op, "gram", gram, units, torch.float64)
     which = choose(op, backend, *given)
     if which == "triton":
-        from mmc_fast.kernels.agop import chain as kernels
+        from mmc_fast.kernels.agop import gram as kernels
 
         kernels.chain_gram_update(left, inner, v, outer, gram)
     else:

@@ -234,7 +234,9 @@ def test_without_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("MMC_DATA", str(tmp_path))
     with pytest.raises(InputError, match="set MMC_DATA to the folder that holds avmnist"):
         data.load("avmnist")
-    (tmp_path / "p2012.npz").write_bytes((ROOT / "mmc_fast" / "experiments" / "data" / "embedded" / "mfeat.npz").read_bytes())
+    (tmp_path / "p2012.npz").write_bytes(
+        (ROOT / "mmc_fast" / "experiments" / "data" / "embedded" / "mfeat.npz").read_bytes()
+    )
     with pytest.raises(InputError, match="no array 'x_static'"):
         data.load("p2012")
 

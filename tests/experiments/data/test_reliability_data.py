@@ -20,8 +20,8 @@ from mmc_fast.experiments.training import train
 
 
 @pytest.fixture(autouse=True)
-def _brief_judge(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 2)
+def _brief_probe(monkeypatch):
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
 
 
 def own_file(path: Path, seed: int, rows: int = 400, *, packed: bool = True, shuffled: bool = True) -> Path:
@@ -88,7 +88,7 @@ _LIMITED = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from training_data import small
-from mmc_fast import data
+from mmc_fast.experiments import data
 from mmc_fast.experiments.training import train
 import mmc_fast.experiments.training.loop, sklearn.metrics, numpy
 def anonymous():

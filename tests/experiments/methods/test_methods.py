@@ -89,11 +89,11 @@ def test_overfits_64_samples(name):
     dataset = tiny(3, dims=(12, 10, 8), num_classes=2, sizes=(64, 64, 8))
     for x in dataset.features.values():
         x.normal_(generator=generator)
-        x[64:128] = x[:64]  # judged on what it was trained on
+        x[64:128] = x[:64]  # scored on what it was trained on
     dataset.labels[64:128] = dataset.labels[:64]
     slow = name.startswith("grape") or name.endswith(
         "+ebr"
-    )  # rounds of means, and a game beside the task, learn slowly
+    )  # rounds of means, and an adversary beside the task, learn slowly
     budget = TrainConfig.from_dict(
         BUDGET.to_dict() | {"epochs": 200 if slow else 80, "batch_size": 64 if slow else 32, "selection": "complete",
                             "fusion_hidden": [64 if slow else 32], "encoder_width": 32, "encoder_dim": 32,
@@ -134,7 +134,7 @@ def test_unknown_names_and_options_are_refused_in_one_line():
     [{"modality_dropout": 0.5, "consistency": 1.0}, {"clip_grad_norm": 1.0}, {"ebr": {"cross_recovery": 0.1}},
      {"ebr": {"schedule": "interleave"}}, {"nonfinite": "skip"}],
 )  # fmt: skip
-def test_settings_that_the_loop_of_peers_lacks_are_refused(changes):
+def test_settings_that_the_loop_of_baselines_lacks_are_refused(changes):
     name = "shaspec+ebr" if "ebr" in changes else "shaspec"
     with pytest.raises(InputError, match="which re-implemented methods do not have; leave it at"):
         get(name).fit(tiny(0), changes, 0, budget=BUDGET)

@@ -11,13 +11,12 @@ from test_methods import BUDGET
 from training_data import tiny
 
 from mmc_fast.experiments.methods import get
+from mmc_fast.experiments.methods.baseline import Batch
 from mmc_fast.experiments.methods.cm_ae import CrossModalAutoencoder
-from mmc_fast.experiments.methods.grape import Grape
+from mmc_fast.experiments.methods.graph import Grape, Muse, supervised_contrastive
 from mmc_fast.experiments.methods.imputation import ImputedConcat
 from mmc_fast.experiments.methods.m3care import M3Care
 from mmc_fast.experiments.methods.mt import SubsetTransformer, subsets
-from mmc_fast.experiments.methods.muse import Muse, supervised_contrastive
-from mmc_fast.experiments.methods.peer import Batch
 from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
 from mmc_fast.experiments.methods.smil import Smil
 
@@ -82,8 +81,8 @@ def test_smil_fills_in_mixtures_of_the_priors_of_complete_rows(seed):
     z = model.encoders[1](train.features[1][complete])
     centres = model.centres.split(model.widths, 1)[1]
     assert bool((centres >= z.min(0).values - 1e-5).all() & (centres <= z.max(0).values + 1e-5).all())
-    slots, filled, _ = model.slots(train.features, train.present)
-    guess = model.impute(slots, filled)[1]
+    encoded, filled, _ = model.filled(train.features, train.present)
+    guess = model.impute(encoded, filled)[1]
     solved = torch.linalg.lstsq(
         torch.cat([centres.t(), torch.ones(1, 4)]).double(), torch.cat([guess.t(), torch.ones(1, len(guess))]).double()
     ).solution
@@ -95,19 +94,19 @@ def test_smil_fills_in_mixtures_of_the_priors_of_complete_rows(seed):
 def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
     model = build(SubsetTransformer, seed, fusion_layer=1).eval()
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
-    changed = [torch.where(filled[:, i, None], z, torch.randn(z.shape)) for i, z in enumerate(slots)]
-    torch.testing.assert_close(model.fuse(changed, filled), model.fuse(slots, filled), rtol=0, atol=0)
-    seen = [torch.where(filled[:, i, None], z + 1, z) for i, z in enumerate(slots)]
-    assert not torch.allclose(model.fuse(seen, filled), model.fuse(slots, filled))
+    encoded, filled, _ = model.filled(batch.features, batch.present)
+    changed = [torch.where(filled[:, i, None], z, torch.randn(z.shape)) for i, z in enumerate(encoded)]
+    torch.testing.assert_close(model.fuse(changed, filled), model.fuse(encoded, filled), rtol=0, atol=0)
+    seen = [torch.where(filled[:, i, None], z + 1, z) for i, z in enumerate(encoded)]
+    assert not torch.allclose(model.fuse(seen, filled), model.fuse(encoded, filled))
 
     t = model.transformer  # row 0 has a and c: as if b had no token at all
-    tokens = [t.class_token] + [t.projections[i](slots[i][0]) + t.modality[i] for i in (0, 2)]
+    tokens = [t.class_token] + [t.projections[i](encoded[i][0]) + t.modality[i] for i in (0, 2)]
     tokens = torch.stack(tokens)[None]
     alone = torch.eye(3, dtype=torch.bool)[None, None]
     for n, block in enumerate(t.blocks):
         tokens = block(tokens, alone if n < 1 else None)
-    torch.testing.assert_close(model.fuse(slots, filled)[0], t.classifier(t.norm(tokens[0, 0])))
+    torch.testing.assert_close(model.fuse(encoded, filled)[0], t.classifier(t.norm(tokens[0, 0])))
 
     expected = []
     for chosen in subsets(3, batch.random):
@@ -126,29 +125,29 @@ def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
 def test_absent_edges_carry_nothing(kind, seed):
     model = build(kind, seed)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
-    slots = [z.detach().requires_grad_() for z in slots]
-    out = model.graph(slots, filled)
+    encoded, filled, _ = model.filled(batch.features, batch.present)
+    encoded = [z.detach().requires_grad_() for z in encoded]
+    out = model.graph(encoded, filled)
     out.square().sum().backward()
-    for i, z in enumerate(slots):
+    for i, z in enumerate(encoded):
         assert bool((z.grad[~filled[:, i]] == 0).all())
         assert bool(z.grad[filled[:, i]].abs().sum() > 0)
     # A sample without its edges leaves the others as if it were not there.
     alone = filled.clone()
     alone[3] = False
     keep = torch.arange(len(filled)) != 3
-    without = model.graph([z.detach()[keep] for z in slots], filled[keep])
-    torch.testing.assert_close(model.graph(slots, alone)[keep], without)
+    without = model.graph([z.detach()[keep] for z in encoded], filled[keep])
+    torch.testing.assert_close(model.graph(encoded, alone)[keep], without)
 
 
 def test_a_modality_node_sends_to_samples_that_have_it_only(seed):
     model = build(Grape, seed)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
+    encoded, filled, _ = model.filled(batch.features, batch.present)
     model.graph.start_modality.grad = None
     first = (filled[:, 1]).nonzero().flatten()[0]
     layer = model.graph.rounds[0]
-    edges = torch.stack([enter(z) for enter, z in zip(model.graph.enter, slots, strict=True)], 1)
+    edges = torch.stack([enter(z) for enter, z in zip(model.graph.enter, encoded, strict=True)], 1)
     nodes = model.graph.start_modality
     samples, _, kept = layer(model.graph.start_sample.expand(len(filled), -1), nodes, edges, filled)
     for row in (first, (~filled[:, 1]).nonzero().flatten()[0]):
@@ -165,23 +164,23 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
     present[1] = torch.tensor([False, True, False])  # has b, shares nothing with row 0
     present[2] = torch.tensor([True, False, True])  # shares a, has no b
     present[3] = torch.tensor([True, True, False])  # shares a and has b
-    slots, filled, _ = model.slots(batch.features, present)
-    slots = [z.detach().requires_grad_() for z in slots]
-    gathered, found = model.gather(slots, filled)
-    slopes = torch.autograd.grad(gathered[1][0].square().sum(), slots, retain_graph=True)
+    encoded, filled, _ = model.filled(batch.features, present)
+    encoded = [z.detach().requires_grad_() for z in encoded]
+    gathered, found = model.gather(encoded, filled)
+    slopes = torch.autograd.grad(gathered[1][0].square().sum(), encoded, retain_graph=True)
     assert bool(found[0, 1])
     assert bool(slopes[1][3].abs().sum() > 0)
     assert bool((slopes[1][~filled[:, 1]] == 0).all()), "from a sample without the modality"
-    weights = model.nearness(slots, filled)
+    weights = model.nearness(encoded, filled)
     assert float(weights[0, 1].detach()) == 0.0, "similar without anything in common"
     both = filled.double() @ filled.t().double()
     assert torch.equal(weights > 0, both > 0)
-    # Nobody shares a modality with row 1 once the others have lost b: its slots stay empty.
+    # Nobody shares a modality with row 1 once the others have lost b: its modalities stay absent.
     lonely = torch.zeros_like(present)
     lonely[:, 0] = True
     lonely[1] = torch.tensor([False, True, False])
-    slots, filled, _ = model.slots(batch.features, lonely)
-    found = model.gather(slots, filled)[1]
+    encoded, filled, _ = model.filled(batch.features, lonely)
+    found = model.gather(encoded, filled)[1]
     assert not bool(found[1].any())
     assert not bool(found[:, 1:].any()), "nobody else has b or c"
     assert bool(found[torch.arange(len(found)) != 1, 0].all())
@@ -190,8 +189,8 @@ def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
 def test_m3care_threshold_cuts_what_is_less_similar(seed):
     model = build(M3Care, seed, threshold=1.0)
     batch = rows(seed)
-    slots, filled, _ = model.slots(batch.features, batch.present)
-    assert not bool(model.gather(slots, filled)[1].any())
+    encoded, filled, _ = model.filled(batch.features, batch.present)
+    assert not bool(model.gather(encoded, filled)[1].any())
 
 
 def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
@@ -203,8 +202,8 @@ def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
         fitted = method.fit(dataset, changes, 0, budget=BUDGET)
         model = fitted.answer.__self__
         part = dataset.part("validation")
-        slots, filled, _ = model.slots(part.features, part.present)
-        shared, _ = model.parts(slots)
+        encoded, filled, _ = model.filled(part.features, part.present)
+        shared, _ = model.parts(encoded)
         distances.append(float(shared_distance(shared, filled).detach()) / float(shared.std().detach() + 1e-3))
     assert distances[1] < 0.3 * distances[0], distances
 
@@ -212,8 +211,8 @@ def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
 def test_shaspec_puts_the_mean_shared_feature_into_an_empty_slot(seed):
     model = build(ShaSpec, seed)
     batch = rows(seed)
-    slots, _, _ = model.slots(batch.features, batch.present)
-    shared, specific = model.parts(slots)
+    encoded, _, _ = model.filled(batch.features, batch.present)
+    shared, specific = model.parts(encoded)
     own = model.project(torch.cat([shared, specific], -1)) + shared
     mean = (shared[0, 0] + shared[2, 0]) / 2  # row 0 has a and c
     expected = model.layers.layers(torch.cat([own[0, 0], mean, own[2, 0]]))

@@ -5,27 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
-from training_data import check_one_line, tiny
+from training_data import BUDGET, check_one_line, own_data
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.compare import grid as grid_module
-from mmc_fast.experiments.compare.cells import read_cell
-from mmc_fast.experiments.compare.rows import Row, Source, load_rows, load_source
-from mmc_fast.experiments.compare.table import GATE
+from mmc_fast.experiments import jobs as jobs_module
+from mmc_fast.experiments.compare.configs import DataConfig, MethodConfig, load_method_configs
+from mmc_fast.experiments.compare.findings import UNDER_PERFORMING
+from mmc_fast.experiments.jobs import Result, read
 from mmc_fast.experiments.paper import (
     EXPERIMENTS,
     Direction,
@@ -39,38 +34,18 @@ from mmc_fast.experiments.paper import (
 )
 from mmc_fast.experiments.paper.output import direction_rows, markdown, table_columns, table_rows, to_dict
 from mmc_fast.experiments.paper.paper import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5
-from mmc_fast.experiments.paper.scores import score_rows
+from mmc_fast.experiments.paper.scores import score_methods
 
 ROOT = Path(__file__).resolve().parents[3]
-BUDGET = {
-    "epochs": 1,
-    "batch_size": 16,
-    "encoder_width": 8,
-    "encoder_dim": 8,
-    "fusion_hidden": [8],
-    "rates": [0.2, 0.5],
-}
-
-
-def own_data(folder: Path, seed: int, epochs: int = 1) -> Path:
-    """Two classes, three modalities, 120 rows; the TOML file names the budget."""
-    load_source.cache_clear()
-    dataset = tiny(seed, num_classes=2)
-    arrays = {f"x_{name}": x.numpy() for name, x in dataset.features.items()}
-    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
-    budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in (BUDGET | {"epochs": epochs}).items())
-    path = folder / "mine.toml"
-    path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')
-    return path
 
 
 def command(*arguments: object):
     return CliRunner().invoke(app, ["reproduce", *map(str, arguments)])
 
 
-def cells(result: dict, folder: Path, row: str) -> list[tuple[dict, dict]]:
-    files = sorted(c["file"] for c in result["record"]["cells"] if c["row"] == row)
-    return [read_cell(folder / "grid" / file) for file in files]
+def runs(result: dict, folder: Path, method: str) -> list[Result]:
+    files = sorted(c["file"] for c in result["record"]["runs"] if c["method"] == method)
+    return [read(folder / "grid" / file) for file in files]
 
 
 # Verdicts
@@ -129,7 +104,7 @@ def test_tables_and_counts_are_printed_as_they_are():
     assert outcome.summary == (
         "Of 5 directions of the paper: 2 agree (1 with a row marked †), 1 disagree, 1 undecided, 1 not measured."
     )
-    assert table_columns(table) == ["row", "a", "paper", "b"]
+    assert table_columns(table) == ["method", "a", "paper", "b"]
     assert table_rows(table) == [["x", "0.500 ± 0.010", "0.6100", "0.250"], ["y", "–", "0.7000", "– §"]]
     printed = [[c if isinstance(c, str) else c.text for c in row] for row in direction_rows(outcome)]
     assert printed == [
@@ -172,7 +147,7 @@ def test_the_papers_numbers(number, table):
     printed = {}
     for entry in PRINTED[number].split(";"):
         name, _, numbers = entry.strip().partition(" ")
-        printed[name.lower()] = tuple(float(x) for x in re.findall(r"\d*\.\d+", numbers))
+        printed[name.lower()] = [float(x) for x in re.findall(r"\d*\.\d+", numbers)]
     assert dict(table) == printed
 
 
@@ -201,15 +176,19 @@ def test_a_clinical_table_end_to_end(tmp_path, seed, name):
         "table2": [("GRAPE + EBR", "grape+ebr", "grape+ebr"), ("M3Care", "m3care", "m3care")],
         "table5": [("KD, weakest to strongest", "kd", "kd"), ("KD, random order", "kd-random", "kd-random")],
     }[name]:
-        found = cells(result, out, row)
+        found = runs(result, out, row)
         assert len(found) == 2
         for place, judge in enumerate((roc_auc_score, average_precision_score)):
             conditions = ["missing_0.2", "missing_0.5"] if name == "table1" else ["complete"]
-            ours = [np.mean([judge(a["labels"], a[c][:, 1]) for c in conditions]) for _, a in found]
+            ours = [np.mean([judge(r.arrays["labels"], r.arrays[c][:, 1]) for c in conditions]) for r in found]
             assert values[label][place]["mean"] == pytest.approx(np.mean(ours), rel=1e-6)
             assert values[label][place]["sd"] == pytest.approx(np.std(ours, ddof=1), rel=1e-6)
             assert values[label][place]["paper"] == numbers[key][place]
-    weak = {f["title"] for f in result["record"]["findings"]["mine"]["rows"].values() if f["gate"] == GATE}
+    weak = {
+        f["title"]
+        for f in result["record"]["findings"]["mine"]["methods"].values()
+        if f["threshold"] == UNDER_PERFORMING
+    }
     for d in result["directions"]:
         assert d["mark"] == ("†" if weak & set(re.split(" above | below |, mine", d["claim"])) else "")
         side, (low, high) = math.copysign(1, d["paper"]), (d["ours"]["low"], d["ours"]["high"])
@@ -227,8 +206,8 @@ def test_finished_trainings_are_taken_over_and_shared(tmp_path, seed, monkeypatc
     first = command("table5", *arguments)
     assert first.exit_code == 0, first.output
     rows = []
-    compute = grid_module.compute
-    monkeypatch.setattr(grid_module, "compute", lambda cell, *rest: rows.append(cell.row) or compute(cell, *rest))
+    perform = jobs_module.perform
+    monkeypatch.setattr(jobs_module, "perform", lambda job, *rest: rows.append(job.name) or perform(job, *rest))
     again = command("table5", *arguments)
     assert rows == []
     drop = ("seconds",)
@@ -245,41 +224,39 @@ def test_all_orders_of_distillation_have_the_same_settings(tmp_path, seed):
     for d in result["directions"]:  # one training of each
         assert (d["ours"]["low"], d["ours"]["high"], d["verdict"]) == (None, None, "undecided")
     plain = []
-    for cell in result["record"]["cells"]:
-        if cell["row"] != "vanilla":
-            cell["config"]["kd"] = {k: v for k, v in cell["config"]["kd"].items() if k not in ("teachers", "order")}
-            plain.append(cell["config"])
+    for run in result["record"]["runs"]:
+        if run["method"] != "vanilla":
+            run["config"]["kd"] = {k: v for k, v in run["config"]["kd"].items() if k not in ("teachers", "order")}
+            plain.append(run["config"])
     assert len(plain) == len(TABLE5)
     assert all(config == plain[0] for config in plain)
 
 
-def test_stored_choices_of_kd_hold_for_every_order(tmp_path, seed):
-    """A choice is stored for weakest-first alone; the others must not fall back to another learning rate."""
-    (kd,) = load_rows(["kd"])
-    data = own_data(tmp_path, seed).rename(tmp_path / "mfeat.toml")  # named as data that have a stored choice
+def test_stored_selections_of_kd_hold_for_every_order(tmp_path, seed):
+    """A selection is stored for weakest-first alone; the others must not fall back to another learning rate."""
+    (kd,) = load_method_configs(["kd"])
+    data = own_data(tmp_path, seed).rename(tmp_path / "mfeat.toml")  # named as data that have a stored selection
     done = command("table5", "--data", data, "--seeds", 1, "--jobs", 1, "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.output
-    rates = {c["row"]: c["config"]["lr"] for c in json.loads(done.stdout)["record"]["cells"]}
-    assert {rates[name] for name in TABLE5} == {kd.chosen["mfeat"]["lr"]}
-    assert kd.chosen["mfeat"]["lr"] != kd.plugin.search[0]["lr"]
+    rates = {c["method"]: c["config"]["lr"] for c in json.loads(done.stdout)["record"]["runs"]}
+    assert {rates[name] for name in TABLE5} == {kd.selected["mfeat"]["lr"]}
+    assert kd.selected["mfeat"]["lr"] != kd.plugin.search[0]["lr"]
 
 
-def test_a_verdict_on_an_under_performing_row_is_marked(tmp_path, seed):
-    """Rows that cannot learn fall below vanilla: whatever is said about them carries the mark."""
-    load_source.cache_clear()
-    own_data(tmp_path, seed, epochs=12)
-    source = Source("mine", str(tmp_path / "mine.npz"), {}, BUDGET | {"epochs": 12, "lr": 0.01})
-    crippled = Row.parse("muse", {"method": "muse", "settings": {"lr": 1e-9}})
-    rows = [*load_rows(["vanilla", "late"]), crippled]
-    scored = score_rows(Plan(tmp_path / "out", seeds=(0, 1), jobs=1), rows, [source], {})
-    gate = scored.findings["mine"].rows["muse"].gate
-    assert gate == GATE, scored.findings["mine"].main.scores
+def test_a_verdict_on_an_under_performing_baseline_is_marked(tmp_path, seed):
+    """Methods that cannot learn fall below vanilla: whatever is said about them carries the mark."""
+    own_data(tmp_path, seed)
+    data = DataConfig("mine", str(tmp_path / "mine.npz"), {}, BUDGET | {"epochs": 12, "lr": 0.01})
+    crippled = MethodConfig.parse("muse", {"method": "muse", "settings": {"lr": 1e-9}})
+    methods = [*load_method_configs(["vanilla", "late"]), crippled]
+    scored = score_methods(Plan(tmp_path / "out", ("mine",), seeds=(0, 1), workers=1), methods, [data], {})
+    assert scored.findings["mine"].methods["muse"].threshold == UNDER_PERFORMING, scored.findings["mine"].main.scores
     assert scored.direction("mine", "auroc", ("late", "muse"), "complete", 1.0).mark == "†"
     assert scored.direction("mine", "auroc", ("muse", "late"), "complete", 1.0).mark == "†"
     assert scored.direction("mine", "auroc", ("late", "vanilla"), "complete", 1.0).mark == ""
     assert scored.value("mine", "auroc", "muse", "complete", None).mark == "†‡"
     assert scored.footnote == (
-        f"† {GATE}, below vanilla by more than one standard error with nothing removed; ‡ batch of 256"
+        f"† {UNDER_PERFORMING}, below vanilla by more than one standard error on complete data; ‡ batch of 256"
     )
 
 
@@ -296,14 +273,14 @@ def test_the_digits_in_both_readings(needs_data, tmp_path, name):
     assert "test samples" in test["title"]
     for reading, table in (("train", train), ("test", test)):
         record = result["record"][reading]
-        row = next(c for c in record["cells"] if c["row"] == "muse")
-        _, arrays = read_cell(out / "grid" / row["file"])
+        file = next(c["file"] for c in record["runs"] if c["method"] == "muse")  # of the first share, where they differ
+        arrays = read(out / "grid" / file).arrays
         values = {r["label"]: r["values"] for r in table["rows"]}
         assert [v["paper"] for v in values["MUSE"]] == list(TABLE3["muse"])
         key = "complete" if reading == "train" else "missing_0.95"
         accuracy = 100 * np.mean(arrays[key].argmax(1) == arrays["labels"])
         assert values["MUSE"][0]["mean"] == pytest.approx(accuracy)
-        assert {c["data"] for c in record["cells"]} == (
+        assert {c["data"] for c in record["runs"]} == (
             {f"avmnist-paper-{share}" for share in (95, 90, 85, 80)} if reading == "train" else {"avmnist-paper"}
         )
     if name == "table3":
@@ -315,60 +292,18 @@ def test_the_digits_in_both_readings(needs_data, tmp_path, name):
     assert [r[1] for r in realised.values()] == pytest.approx([0.95, 0.9, 0.85, 0.8], abs=0.06)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, seed):
-    data = own_data(tmp_path, seed, epochs=3)
-
-    def start(out: str) -> subprocess.Popen:
-        code = [sys.executable, "-m", "mmc_fast", "reproduce", "table5", "--data", str(data), "--seeds", "2"]
-        code += ["--jobs", "1", "--out", str(tmp_path / out)]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(code, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-    first = start("killed")
-    end = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("grid/cells/mine/*.npz")) and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(seed % 100 / 1000)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("grid/cells/mine/*.npz")}
-    assert 0 < len(done) < 12
-    assert not (tmp_path / "killed" / "table5").exists()
-    for process in (start("killed"), start("whole")):
-        assert process.wait(300) == 0, process.stderr.read().decode()
-    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    results = [json.loads((tmp_path / out / "table5" / "result.json").read_text()) for out in ("killed", "whole")]
-    for key in ("tables", "directions", "summary"):
-        assert results[0][key] == results[1][key]
-
-
 # Bad input
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("tabel5",), "Did you mean 'table5'"),
-        (("table5", "--seeds", "0"), "give a number of seeds"),
-        (("table5", "--epochs", "0"), "give 1 or more"),
-        (("table5", "--jobs", "0"), "at least 1"),
-        (("table5", "--tune", "maybe"), "Allowed: auto, always, never"),
-        (("table5", "--reading", "train"), "leave --reading out"),
-        (("table3", "--reading", "tests"), "Did you mean 'test'"),
-        (("table3", "--data", "mfeat"), "leave --data out"),
-        (("table5", "--data", "mfeet"), "Did you mean 'mfeat'"),
-        (("table5", "--data", "mfeat,mfeat"), "each once"),
-    ],
+    ("arguments", "words"), [(("tabel5",), "Did you mean 'table5'"), (("table5", "--data", "mfeat,mfeat"), "each once")]
 )
 def test_bad_input_is_one_line_and_writes_no_result(tmp_path, arguments, words):
-    out = tmp_path / "out"
-    done = command(*arguments, "--out", out)
+    done = command(*arguments, "--out", tmp_path / "out")
     assert done.exit_code == 2, done.output
     assert words in done.output
     check_one_line(InputError(done.output.strip()))
-    assert not list(out.glob("**/*.npz"))
-    assert not list(out.glob("**/result.*"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_foreign_folder_is_refused(tmp_path):

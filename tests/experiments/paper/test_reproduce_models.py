@@ -15,20 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
-from test_compare import own_data
-from training_data import check_one_line, small, tiny
+from training_data import check_one_line, own_data, small, tiny
 from typer.testing import CliRunner
 
 from mmc_fast.cli import app
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.compare.rows import load_source, load_sources
+from mmc_fast.experiments.compare.configs import load_data_configs
+from mmc_fast.experiments.compare.runs import settings_of, train_and_keep
+from mmc_fast.experiments.jobs import Job, Result, Workspace, perform
 from mmc_fast.experiments.paper import EXPERIMENTS, Plan, fig5, fig6, get, paper, table7, table9
 from mmc_fast.experiments.paper.base import Direction, Estimate, Outcome
-from mmc_fast.experiments.paper.bench import METHODS, Bench, direction, resampled, value
 from mmc_fast.experiments.paper.fig7 import noisy_mean, slope
+from mmc_fast.experiments.paper.inside import METHODS, Bench, Models, alone, direction, fused, resampled, value
 from mmc_fast.experiments.paper.output import direction_rows
-from mmc_fast.experiments.paper.pieces import Measured, Measurement, Task, Training, finish, measured
-from mmc_fast.experiments.paper.representation import alone, fused
 from mmc_fast.experiments.paper.table6 import FILLED, fillings, hide
 from mmc_fast.experiments.paper.table7 import contributions
 from mmc_fast.experiments.training import MultimodalModel, TrainConfig, load_run, train
@@ -38,9 +37,8 @@ MINE = ("table6", "table7", "table9", "fig4", "fig5", "fig6", "fig7")
 
 
 def plan(folder: Path, seed: int, seeds: int = 1, jobs: int = 1, **options) -> Plan:
-    load_source.cache_clear()
     own_data(folder, seed, num_classes=3)
-    return Plan(folder / "out", range(seeds), jobs, data=(str(folder / "mine.toml"),), **options)
+    return Plan(folder / "out", (str(folder / "mine.toml"),), range(seeds), jobs, **options)
 
 
 def trained(seed: int, method: str = "vanilla", absent: float = 0.0, **changes):
@@ -150,40 +148,43 @@ def test_contributions_are_leading_components_of_the_blocks(seed):
         assert found[:, i].var(ddof=1) == pytest.approx(values[-1], rel=1e-6)
 
 
-def stored(folder: Path, data, seed: int, rows: dict[str, TrainConfig]) -> Task:
-    """Trained runs where a measuring function looks for them."""
+def stored(folder: Path, data, seed: int, rows: dict[str, TrainConfig]) -> dict:
+    """Settings of a measuring function, whose trained runs are in the folder."""
     np.savez(
         folder / "own.npz", y=data.labels.numpy(), split=data.split.numpy(),
         **{f"x_{name}": x.numpy() for name, x in data.features.items()},
     )  # fmt: skip
-    load_source.cache_clear()
-    (source,) = load_sources([str(folder / "own.npz")])
+    (config,) = load_data_configs([str(folder / "own.npz")])
     trainings = {}
-    for name, config in rows.items():
-        trainings[name] = Training(name, "own", source.key, "f", seed, config.to_dict())
-        trainings[name].work(folder, None)
-    return Task(folder, trainings, {}, seed)
+    for name, settings in rows.items():
+        every = settings_of(config, seed, settings, evaluate_on=[], unimodal=None)
+        job = Job(name, train_and_keep, every)
+        assert perform(job, folder).failed is None
+        trainings[name] = {"folder": job.own, "source": config.key}
+    return {"trainings": trainings, "options": {}, "seed": seed}
 
 
 def test_redundancy_rank_and_likeness_against_numpy(tmp_path, seed):
     config = small("vanilla", rates=(), epochs=2)
-    task = stored(tmp_path, tiny(seed, sizes=(60, 30, 90)), seed, {"model": config, "unimodal": config})
-    run, part = task.run("model"), task.dataset("model").part("test")
+    data = tiny(seed, sizes=(60, 30, 90))
+    settings, here = stored(tmp_path, data, seed, {"model": config, "unimodal": config}), Workspace(tmp_path, tmp_path)
+    models = Models(settings, here)
+    run, part = models.run("model"), models.data("model").part("test")
     x = fused(run.model, part).double().numpy()
     moving = x.std(0) > 1e-6 * x.std(0).max()
     r = np.corrcoef(x[:, moving].T)
     ridge = 1e-3
     options = {"ridge": ridge, "tolerance": 0.05, "strongest": "a", "weakest": "c"}
-    task = Task(task.folder, task.trainings, options, seed)
+    settings |= {"options": options}
     expected = np.diagonal(np.linalg.inv(r + ridge * np.eye(len(r)))).mean()
-    values = table7.measure(task)[0]
+    values = table7.measure(settings, here)[0]
     assert values["units"] == pytest.approx(expected, rel=1e-5)
     assert values["constant"] == int((~moving).sum())
     one = contributions(run.model, part).numpy()
     expected = np.diagonal(np.linalg.inv(np.corrcoef(one.T) + ridge * np.eye(3))).mean()
     assert values["modalities"] == pytest.approx(expected, rel=1e-6)
     s = np.linalg.svd(x - x.mean(0), compute_uv=False)
-    values = fig5.measure(task)[0]
+    values = fig5.measure(settings, here)[0]
     assert values["numerical"] == int((s > 0.05 * s[0]).sum())
     p = s / s.sum()
     assert values["effective"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-5)
@@ -193,31 +194,34 @@ def test_redundancy_rank_and_likeness_against_numpy(tmp_path, seed):
         a, b = x - x.mean(0), z - z.mean(0)
         cka = (np.linalg.norm(a.T @ b) ** 2) / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
         assert values[which] == pytest.approx(cka, rel=1e-5)
-    found = table9.measure(task)[0]
+    found = table9.measure(settings, here)[0]
     assert found["not_applicable"] is None
     assert found["cross_entropy"] > 0
     assert 0 <= found["mixing"] <= 1
     transformer = small("vanilla", rates=(), epochs=1, fusion="transformer")
     (tmp_path / "other").mkdir()
-    task = stored(tmp_path / "other", tiny(seed), seed, {"model": transformer, "unimodal": config})
-    found = table9.measure(task)[0]
+    settings = stored(tmp_path / "other", tiny(seed), seed, {"model": transformer, "unimodal": config})
+    here = Workspace(tmp_path / "other", tmp_path)
+    found = table9.measure(settings, here)[0]
     assert "no Linear layer" in found["not_applicable"]
     assert found["cross_entropy"] is None
+
+
+def made(arrays: dict, failed: str | None = None) -> Result:
+    return Result({}, {}, arrays, failed, 1.0, 1)
 
 
 def test_slope_and_mean_under_noise_are_those_of_the_scores(seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, 40)
-    found = {
-        r: [Measured({}, {"labels": labels, "p": rng.random((40, 3))}, None) for _ in range(2)] for r in (0.0, 0.1, 0.5)
-    }
+    found = {r: [made({"labels": labels, "p": rng.random((40, 3))}) for _ in range(2)] for r in (0.0, 0.1, 0.5)}
     curve = {r: resampled("accuracy", some, "p") for r, some in found.items()}
     scores = {r: [accuracy_score(labels, m.arrays["p"].argmax(1)) for m in some] for r, some in found.items()}
     for n in range(2):
         by_seed = [s[n] for s in scores.values()]
         assert slope(curve).plain[n] == pytest.approx(np.polyfit(list(scores), by_seed, 1)[0])
         assert noisy_mean(curve).plain[n] == pytest.approx(np.mean(by_seed[1:]))
-    lost = Measured({}, {}, "the loss became nan")
+    lost = made({}, "the loss became nan")
     assert resampled("accuracy", [found[0.0][0], lost], "p") is None
     assert slope(curve | {0.5: None}) is None
 
@@ -282,30 +286,27 @@ def test_the_paper_has_its_numbers_where_it_prints_some(tmp_path, seed):
 
 
 def test_a_training_that_diverges_is_left_out_and_named(tmp_path, seed):
-    some = plan(tmp_path, seed)
-    (source,) = load_sources(some.data)
-    bench = Bench(some, source)
-    broken = bench.training("vanilla", 0, {"lr": 1e30})
-    finish([broken], some.grid, jobs=1, on_event=lambda event: None)
-    assert broken.diverged(some.grid)
-    wanted = Measurement(fig6.measure, "vanilla", "mine", 0, {"model": broken})
-    found = bench.measure({0: wanted})
-    assert found[0].values == {}
-    assert "diverged" in bench.notes(found)[0]
-    assert measured(wanted, some.grid).diverged == broken.diverged(some.grid)
+    bench = Bench(some := plan(tmp_path, seed), load_data_configs(some.data)[0])
+    found = bench.measure(fig6.measure, lambda method, _, s: {"model": bench.training(method, s, {"lr": 1e30})})
+    assert found.series("vanilla", "epochs") == [None]
+    assert all("became nan" in reason for reason in found.failed)
+    assert [note.partition(": ")[2] for note in bench.notes(found)] == found.failed
+    whole = bench.measure(fig6.measure, lambda method, _, s: {"model": bench.training(method, s)})
+    assert whole.failed == []
+    assert whole.series("vanilla", "epochs") == [[1]]
 
 
-def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
-    (source,) = load_sources(["mfeat"])
-    bench = Bench(Plan(tmp_path, (0,)), source)
-    for row in METHODS:
-        config = TrainConfig.from_dict(bench.training(row, 0).config)
-        chosen = bench.rows[row].chosen["mfeat"]
+def test_settings_are_those_of_the_stored_selection(tmp_path):
+    (data,) = load_data_configs(["mfeat"])
+    bench = Bench(Plan(tmp_path, ("mfeat",), (0,)), data)
+    for name in METHODS:
+        config = TrainConfig.from_dict(bench.training(name, 0).settings["config"])
+        selected = bench.methods[name].selected["mfeat"]
         assert config.epochs == 30
         assert config.selection == "complete"
-        assert config.lr == chosen.get("lr", config.lr)
-        if "ebr" in chosen:
-            assert all(getattr(config.ebr, k) == v for k, v in chosen["ebr"].items())
+        assert config.lr == selected.get("lr", config.lr)
+        if "ebr" in selected:
+            assert all(getattr(config.ebr, k) == v for k, v in selected["ebr"].items())
     keys = {
         bench.training("vanilla", s, c, m).key
         for s in (0, 1)
@@ -313,11 +314,10 @@ def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
         for m in (None, ["fou", "mor"])
     }
     assert len(keys) == 8
-    model = bench.training("vanilla", 0)
     paths = {
-        Measurement(slope, "vanilla", "mfeat", seed_, {"model": training}, options).path
-        for seed_ in (0, 1)
-        for training in (model, bench.training("vanilla", 1))
+        bench._measurement(fig6.measure, ("vanilla", None, s), {"model": bench.training("vanilla", t)}, options).path
+        for s in (0, 1)
+        for t in (0, 1)
         for options in ({}, {"ridge": 1e-6}, {"ridge": 1e-3})
     }
     assert len(paths) == 12
@@ -325,9 +325,8 @@ def test_settings_are_those_of_the_stored_choice(tmp_path, seed):
 
 def test_bad_input_is_one_line(tmp_path, seed):
     with pytest.raises(InputError, match="stored settings") as caught:
-        EXPERIMENTS["fig6"].run(Plan(tmp_path, tune="always"))
+        EXPERIMENTS["fig6"].run(Plan(tmp_path, ("mfeat",), tune="always"))
     check_one_line(caught.value)
-    load_source.cache_clear()
     data = tiny(seed).keep(["a"])
     np.savez(tmp_path / "one.npz", x_a=data.features["a"].numpy(), y=data.labels.numpy(), split=data.split.numpy())
     done = CliRunner().invoke(
@@ -352,13 +351,13 @@ def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, se
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command("whole"), check=True, env=environment, capture_output=True, timeout=300)
     process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs = tmp_path / "killed" / "out" / "grid" / "runs"
+    runs = tmp_path / "killed" / "out" / "grid" / "trained"
     deadline = time.monotonic() + 120
-    while len(list(runs.glob("*/*.json"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+    while len(list(runs.glob("*/*.npz"))) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {p: p.stat().st_mtime_ns for p in runs.glob("*/*.json")}
+    done = {p: p.stat().st_mtime_ns for p in runs.glob("*/*.npz")}
     assert len(done) >= 3
     subprocess.run(command("killed"), check=True, env=environment, capture_output=True, timeout=300)
     assert {p: p.stat().st_mtime_ns for p in done} == done
@@ -367,8 +366,8 @@ def test_killed_and_resumed_gives_the_numbers_of_an_undisturbed_run(tmp_path, se
         for name in ("whole", "killed")
     ]
     assert tables[0] == tables[1]
-    assert len(list(runs.glob("*/*.json"))) == len(list((tmp_path / "whole").glob("out/grid/runs/*/*.json")))
-    assert all(load_run(p.with_suffix("")).model for p in runs.glob("*/*.json"))
+    assert len(list(runs.glob("*/*.npz"))) == len(list((tmp_path / "whole").glob("out/grid/trained/*/*.npz")))
+    assert all(load_run(p.with_suffix("")).model for p in runs.glob("*/*.npz"))
 
 
 PRINTED = {
@@ -392,7 +391,7 @@ def test_the_papers_numbers_are_those_that_it_prints(table, numbers):
     printed = {}
     for entry in PRINTED[table].split("; "):
         name, _, values = entry.rpartition(" ")
-        found = tuple(float(v) for v in values.split("/"))
+        found = [float(v) for v in values.split("/")]
         printed[name] = found if len(found) > 1 else found[0]
     assert dict(numbers) == printed
 

@@ -1,8 +1,7 @@
-"""The report: what it says follows from the numbers, the page stands alone, and blocks render safely."""
+"""The report: what it shows follows from the numbers, the page stands alone, and blocks render safely."""
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,21 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
 from mmc_fast.diagnose.figures import VARIABLES, Line, lines
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.report import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
-from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare, table_rows
-from mmc_fast.experiments.report.drawings import draw_missing_rates, draw_reliance
-from mmc_fast.experiments.report.reliance import judge, sentence
-from mmc_fast.experiments.report.runs import group_runs
-from mmc_fast.experiments.report.sections import (
+from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare
+from mmc_fast.experiments.report.drawings import draw_adversary, draw_rates, draw_reliance
+from mmc_fast.experiments.report.trained import (
     chance_score,
-    game_section,
-    results_section,
-    settings_section,
-    summary_section,
+    history,
+    probe_table,
+    reliance,
+    reliance_table,
+    settings_table,
+    verdicts,
 )
-from mmc_fast.experiments.report.words import collapse_summary, comparison_words, game_words
 
 RATES = (0.0, 0.2, 0.5)
 LABELS = np.random.default_rng(0).integers(0, 4, 600)
@@ -82,8 +80,8 @@ def comparison_of(quality: dict[str, float]) -> Comparison:
 
 def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None) -> dict:
     """A results object of the documented layout."""
-    game = {
-        "fresh_discriminator": {"balanced_accuracy": fresh, "chance": 0.5},
+    adversarial = {
+        "modality_probe": {"balanced_accuracy": fresh, "chance": 0.5},
         "distance_to_lambda0": 0.125,
         "lambda": 0.1,
     }
@@ -105,94 +103,23 @@ def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label:
         "data": {"name": "toy", "metric": "accuracy"},
         "config": {"method": method, "epochs": 3, "ebr": {"reversal": 0.1} if method == "ebr" else None},
         "history": history,
-        "game": game if method == "ebr" else None,
+        "adversarial": adversarial if method == "ebr" else None,
         "scores": {
             "complete": 0.9 + 0.01 * seed,
             "missing": [{"rate": r, "realised": [r, r / 2], "score": 0.9 - r} for r in RATES[1:]],
             "reliance": {
-                "strong": {"alone": 0.88, "without": 0.5, "only": 0.85},
-                "faint": {"alone": 0.6, "without": 0.9, "only": only},
+                "strong": {"unimodal": 0.88, "leave_one_out": 0.5, "single_modality": 0.85},
+                "faint": {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": only},
             },
         },
     }
 
 
-def toy_runs(**changes) -> list[dict]:
-    return [run(method, seed, **changes) for method in ("vanilla", "dropout", "ebr") for seed in (2, 0, 1)]
+def toy_runs(method: str, **changes) -> list[dict]:
+    return [run(method, seed, **changes) for seed in (0, 1, 2)]
 
 
-# What is said
-
-
-@pytest.mark.parametrize(
-    ("alone", "without", "only", "kind"),
-    [
-        (0.60, 0.90, 0.30, "collapsed"),
-        (0.60, 0.70, 0.30, "relied on"),
-        (0.60, 0.90, 0.55, "redundant"),
-        (0.30, 0.90, 0.26, "weak"),
-        (0.20, 0.90, 0.26, "weak"),  # below chance alone: no signal of its own to keep
-    ],
-)
-def test_verdict_per_modality(alone, without, only, kind):
-    (verdict,) = judge({"x": {"alone": alone, "without": without, "only": only}}, complete=0.9, chance=0.25)
-    assert verdict.kind == kind
-    assert all(f"{value:.3f}" in sentence(verdict, "vanilla") for value in (alone, without, only))
-
-
-def test_shares_are_measured_from_chance():
-    (v,) = judge({"x": {"alone": 0.575, "without": 0.77, "only": 0.31}}, complete=0.9, chance=0.25)
-    assert (v.signal, v.loss, v.kept) == (pytest.approx(0.5), pytest.approx(0.2), pytest.approx(0.06 / 0.325))
-
-
-def test_a_model_at_chance_gives_no_verdict():
-    assert judge({"x": {"alone": 0.6, "without": 0.2, "only": 0.2}}, complete=0.25, chance=0.25) == []
-    runs = [run("vanilla", 0)]
-    runs[0]["scores"]["complete"] = 0.2
-    assert "not above chance" in collapse_summary(group_runs(runs)[0], "vanilla", 0.25)
-
-
-def test_collapse_is_named_with_its_numbers_and_only_when_it_is_there():
-    (collapsed,) = group_runs(toy_runs())
-    text = collapse_summary(collapsed, "vanilla", 0.25)
-    assert "**faint** collapsed" in text
-    assert "strong" not in text
-    for number in ("0.600 alone", "0.900 without", "0.910 with it", "0.300 when"):
-        assert number in text
-    (healthy,) = group_runs(toy_runs(only=0.55))
-    assert "no modality collapsed" in collapse_summary(healthy, "vanilla", 0.25)
-
-
-def test_modality_dropout_is_the_control():
-    (verdict,) = judge({"faint": {"alone": 0.6, "without": 0.9, "only": 0.3}}, complete=0.9, chance=0.25)
-    assert "The signal is there" in sentence(verdict, "vanilla", trained_with_masks=0.58)
-    assert "does not bring it back" in sentence(verdict, "vanilla", trained_with_masks=0.31)
-
-
-def test_words_on_ebr_follow_the_sign_of_the_difference():
-    better = comparison_words(comparison_of({"vanilla": 0.6, "ebr": 0.9}), "ebr")
-    worse = comparison_words(comparison_of({"vanilla": 0.9, "ebr": 0.6}), "ebr")
-    same = comparison_words(comparison_of({"vanilla": 0.8, "ebr": 0.8}), "ebr")
-    assert all("better than vanilla (+0." in t and "worse" not in t for t in better)
-    assert all("worse than vanilla (−0." in t and "better" not in t for t in worse)
-    assert all("no difference that the data can show from vanilla" in t for t in same)
-    assert "on average over the missing rates" in better[0]
-    assert "on complete data" in better[1]
-
-
-def test_words_on_the_game_follow_the_fresh_discriminator():
-    def words(fresh: float, label: str | None = None) -> str:
-        return game_words(group_runs([run("ebr", s, fresh=fresh, label=label) for s in (0, 1)])[0], "ebr")
-
-    assert "close to modality-invariant" in words(0.52)
-    assert "partly" in words(0.65)
-    assert "still tell their modality" in words(0.97)
-    assert "relative distance of 0.125" in words(0.97)
-    assert "inactive" not in words(0.97)
-    assert "In 2 of 2 runs λ changed nothing" in words(0.97, label="inactive")
-
-
-# Comparison and its table
+# Comparison
 
 
 def test_comparison_means_and_differences_are_those_of_the_predictions():
@@ -209,20 +136,16 @@ def test_comparison_means_and_differences_are_those_of_the_predictions():
     assert result.difference("vanilla", "ebr", COMPLETE).high == -result.difference("ebr", "vanilla", COMPLETE).low
 
 
-def test_bold_only_where_intervals_separate_from_every_other_method():
+def test_best_only_where_intervals_separate_from_every_other_method_and_seeds_are_several():
     clear = comparison_of({"vanilla": 0.6, "dropout": 0.6, "ebr": 0.9})
-    assert [[c.strong for c in row] for row in table_rows(clear, {})] == [
-        [False] * 5,
-        [False] * 5,
-        [False] + [True] * 4,
-    ]
+    best = {method: {s.best for s in by.values()} for method, by in clear.scores.items()}
+    assert best == {"vanilla": {False}, "dropout": {False}, "ebr": {True}}
     tied = comparison_of({"vanilla": 0.3, "dropout": 0.8, "ebr": 0.8})
-    assert not any(cell.strong for row in table_rows(tied, {}) for cell in row)
-
-
-def test_comparison_survives_json():
-    result = comparison_of({"vanilla": 0.7, "ebr": 0.8})
-    assert Comparison.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert not any(s.best for by in tied.scores.values() for s in by.values())
+    one = {m: runs[:1] for m, runs in predictions({"vanilla": 0.6, "ebr": 0.9}).items()}
+    alone = compare("toy", "accuracy", LABELS, one, seeds=[0], resamples=50, generator=np.random.default_rng(1))
+    assert not any(s.best for by in alone.scores.values() for s in by.values())
+    assert {d.p for d in alone.differences} == {None}
 
 
 def test_comparison_refuses_what_does_not_pair():
@@ -233,25 +156,41 @@ def test_comparison_refuses_what_does_not_pair():
     del made["ebr"][0][0.5]
     with pytest.raises(InputError, match="same missing rates"):
         compare("toy", "accuracy", LABELS, made, seeds=[0, 1, 2], generator=generator)
-    with pytest.raises(InputError, match="different seeds"):
-        group_runs([run("vanilla", 0), run("ebr", 1)])
-    with pytest.raises(InputError, match="no finished runs"):
-        group_runs([])
 
 
-def test_runs_are_grouped_in_seed_order_and_name_inactive_ones():
-    runs = toy_runs()
-    runs[-1]["label"] = "inactive"
-    (grouped,) = group_runs(runs)
-    assert grouped.seeds == [0, 1, 2]
-    assert grouped.name("vanilla") == "vanilla"
-    assert grouped.name("ebr") == "EBR (inactive in 1 of 3)"
-    assert grouped.complete("ebr") == pytest.approx(0.91)
-    epochs, means, spread = grouped.history("ebr", "val_score")
+# Trained runs
+
+
+def test_reliance_and_curves_are_means_over_the_runs():
+    runs = toy_runs("ebr")
+    everything, scored = reliance(runs)
+    assert everything == pytest.approx(0.91)
+    assert scored["faint"] == pytest.approx({"alone": 0.6, "without": 0.9, "only": 0.3})
+    epochs, means, spread = history(runs, "val_score")
     assert epochs == [1, 2, 3]
     assert means[2] == pytest.approx(0.81)
     assert spread[0] == pytest.approx(0.01)
-    assert grouped.history("vanilla", "psi_accuracy") == ([], [], [])
+    assert history(toy_runs("vanilla"), "psi_accuracy") == ([], [], [])
+
+
+def test_verdicts_are_those_of_the_diagnosis():
+    found = {v.modality: v for v in verdicts(toy_runs("vanilla"), 0.25)}
+    assert {name: v.kind for name, v in found.items()} == {"strong": "relied on", "faint": "collapsed"}
+    assert found["faint"].evidence["kept"] == pytest.approx(0.05 / 0.35)
+    assert {v.kind for v in verdicts(toy_runs("vanilla", only=0.58), 0.25)} == {"relied on", "redundant"}
+    assert {v.kind for v in verdicts(toy_runs("vanilla"), 0.95)} == {"undecided"}
+
+
+def test_tables_hold_the_numbers():
+    by_method = {"vanilla": toy_runs("vanilla"), "EBR": toy_runs("ebr", fresh=0.7)}
+    rows = [[c if isinstance(c, str) else c.text for c in row] for row in reliance_table(by_method, 0.25).rows]
+    assert rows[1] == ["faint", "0.600", "0.900", "0.300", "collapsed", "0.900", "0.300", "collapsed"]
+    found = probe_table(by_method)
+    assert found is not None
+    assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
+    assert probe_table({"vanilla": toy_runs("vanilla")}) is None
+    settings = settings_table({"vanilla": {"lr": 0.1, "ebr": None}, "EBR": {"lr": 0.1, "ebr": {"reversal": 2.0}}})
+    assert ["`ebr.reversal`", "–", "2.0"] in [list(row) for row in settings.rows]
 
 
 def test_chance_is_what_label_frequencies_give():
@@ -265,14 +204,14 @@ def test_chance_is_what_label_frequencies_give():
 
 @pytest.fixture(scope="module")
 def full_page() -> str:
-    (runs,) = group_runs(toy_runs())
-    comparison = comparison_of({"vanilla": 0.7, "dropout": 0.72, "ebr": 0.8})
+    comparison = comparison_of({"vanilla": 0.7, "ebr": 0.8})
+    runs = {"vanilla": toy_runs("vanilla"), "EBR": toy_runs("ebr")}
+    drawings = [draw_rates(comparison, {"vanilla": "vanilla", "ebr": "EBR"})]
+    drawings += [draw_reliance(some, title, 0.25) for title, some in runs.items()]
+    drawings.append(draw_adversary(runs["EBR"], "EBR", 0.5))
     report = Report("Toy", "A **lead**.", "made by a test")
-    report.add_section(summary_section([runs], [comparison], [0.25], base="vanilla", focus=["ebr"]))
-    report.add_section(results_section(runs, comparison, 0.25, base="vanilla", focus=["ebr"], masked="dropout"))
-    report.add_section(game_section([runs], focus=["ebr"]))
-    configs = {m: runs.methods[m][0]["config"] for m in runs.methods}
-    return report.add_section(settings_section({"seeds": "0, 1, 2"}, configs)).html()
+    blocks = [Panels([d.figure() for d in drawings]), reliance_table(runs, 0.25), probe_table(runs)]
+    return report.add_section(Section("What the runs show", blocks)).html()
 
 
 def test_page_nests_and_asks_for_nothing(full_page):
@@ -301,14 +240,9 @@ def test_every_identifier_is_unique_and_every_local_link_resolves(full_page):
 
 def test_every_drawing_has_an_alternative_text_with_numbers(full_page):
     drawings = [a for tag, a in Outline(full_page).tags if tag == "svg"]
-    assert len(drawings) == 7
+    assert len(drawings) == 4
     assert all(re.search(r"\d\.\d", a["aria-label"]) for a in drawings)
     assert all(a["role"] == "img" for a in drawings)
-
-
-def test_page_holds_the_numbers_and_the_settings(full_page):
-    for part in ("0.910", "realised", "ebr.reversal", "Bold: the paired", "faint", "relative distance"):
-        assert part.lower() in full_page.lower(), part
 
 
 def test_text_is_escaped_but_keeps_its_two_marks():
@@ -325,7 +259,7 @@ def test_text_is_escaped_but_keeps_its_two_marks():
     assert "<script>" not in page
     assert "<strong>b</strong>" in page
     assert "<code>c&lt;d</code>" in page
-    assert 'aria-label="alt &#34;quoted&#34; &lt;x&gt;"' in page
+    assert 'aria-label="alt &quot;quoted&quot; &lt;x&gt;"' in page
     assert Outline(page).open == []
 
 
@@ -373,17 +307,16 @@ def test_drawing_follows_the_colours_of_the_page_and_is_reproducible():
 
 
 def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
-    (runs,) = group_runs(toy_runs())
     comparison = comparison_of({"vanilla": 0.7, "dropout": 0.72, "ebr": 0.8})
-    rates = draw_missing_rates(runs, comparison)
+    rates = draw_rates(comparison, {"vanilla": "vanilla", "ebr": "EBR"})
     (axes,) = rates.canvas.axes
     plotted = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     expected = [comparison.scores["ebr"][c].mean for c in (COMPLETE, "0.2 missing", "0.5 missing")]
     assert plotted["EBR"] == expected
     assert f"{expected[0]:.3f} to {expected[-1]:.3f}" in rates.alt
-    reliance = draw_reliance(runs, "vanilla", 0.25)
-    heights = [round(bar.get_height(), 3) for bar in reliance.canvas.axes[0].patches]
+    reliance_of = draw_reliance(toy_runs("vanilla"), "vanilla", 0.25)
+    heights = [round(bar.get_height(), 3) for bar in reliance_of.canvas.axes[0].patches]
     assert heights == [0.88, 0.6, 0.5, 0.9, 0.85, 0.3]
-    assert "faint alone 0.600, without 0.900, only 0.300" in reliance.alt
-    reliance.save_png(tmp_path / "deep" / "r.png")
+    assert "faint unimodal 0.600, left out 0.900, nothing else 0.300" in reliance_of.alt
+    reliance_of.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")

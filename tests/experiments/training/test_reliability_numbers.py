@@ -14,12 +14,12 @@ from mmc_fast.experiments.training import TrainingDiverged, train
 from mmc_fast.experiments.training.metrics import score
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
-from mmc_fast.experiments.training.steps import Stepper
+from mmc_fast.experiments.training.steps import Rows, Stepper
 
 
 @pytest.fixture(autouse=True)
-def _brief_judge(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 2)
+def _brief_probe(monkeypatch):
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
 
 
 def poisoned(monkeypatch, calls: set[int], value: float) -> None:
@@ -28,8 +28,8 @@ def poisoned(monkeypatch, calls: set[int], value: float) -> None:
 
     def losses(self, *args):
         count.append(1)
-        total, parts, latents = real(self, *args)
-        return (total * value if len(count) in calls else total), parts, latents
+        total, parts = real(self, *args)
+        return (total * value if len(count) in calls else total), parts
 
     monkeypatch.setattr(Stepper, "losses", losses)
 
@@ -55,9 +55,9 @@ def test_skipped_batches_are_counted_and_leave_no_trace(value, accumulate, seed,
         return
     real, count = Stepper.update, []
 
-    def update(self, phase, total, latents, present):
+    def update(self, phase):
         count.append(1)
-        return None if len(count) == 6 else real(self, phase, total, latents, present)
+        return None if len(count) == 6 else real(self, phase)
 
     monkeypatch.setattr(Stepper, "update", update)
     expected = train(tiny(seed), config, seed=seed)
@@ -82,17 +82,18 @@ def test_an_epoch_without_any_usable_batch_is_an_error(seed, monkeypatch):
 
 
 def test_clipping_limits_the_norm_over_all_that_moves(seed):
-    config = small("ebr", clip_grad_norm=0.01, ebr_psi_steps=1, optimizer="sgd", lr=1.0)
+    config = small("ebr", clip_grad_norm=0.01, optimizer="sgd", lr=1.0)
     part = tiny(seed).part("train")
     model = MultimodalModel(tiny(seed).dims, 3, config)
     stepper = Stepper(model, build_optimizer(model.groups(), config), config)
     stepper.reversal.fill_(0.5)
     before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
-    total, _, latents = stepper.losses("joint", part.features, None, part.labels)
+    total, _ = stepper.losses("joint", Rows(part.features, part.labels))
     gradients = torch.autograd.grad(total, list(model.parameters()), retain_graph=True, allow_unused=True)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     assert norm > 0.01
-    assert not stepper.update("joint", total, latents, None)
+    stepper.backward("joint", part.labels, lambda rows: [x[rows] for x in part.features])
+    assert not stepper.update("joint")
     assert stepper.clipped == 1
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         moved = p.detach().double() - before[name]
@@ -176,8 +177,7 @@ def test_batches_of_one_class_and_of_one_row(method, seed):
         assert finite(train(ordered, replace(config, batch_size=10, epochs=2), seed=seed))
 
 
-@pytest.mark.parametrize("changes", [{}, {"substitute_in_training": True}, {"ebr_cross_recovery": 0.5, "ebr_psi_steps": 2},
-                                     {"ebr_alignment": "distance"}, {"ebr_alignment": "contrastive"},
+@pytest.mark.parametrize("changes", [{}, {"substitute_in_training": True}, {"ebr_cross_recovery": 0.5}, {"ebr_alignment": "contrastive"},
                                      {"accumulate": 3}, {"ebr_modalities": ("a", "b")}])  # fmt: skip
 def test_a_modality_hidden_in_every_row_of_an_epoch(changes, seed, monkeypatch):
     def hide(present, rate, generator):

@@ -13,17 +13,16 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import train
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
-from mmc_fast.experiments.training.split import SplitStep, _pieces
-from mmc_fast.experiments.training.steps import Stepper
-from mmc_fast.experiments.training.world import World
+from mmc_fast.experiments.training.processes import Processes
+from mmc_fast.experiments.training.steps import Stepper, pieces
 
 TOLERANCE = 2e-5
 """Relative, of weights after two epochs of SGD (docs/reliability.md); measured below 1e-6."""
 
 
 @pytest.fixture(autouse=True)
-def _brief_judge(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.game._FRESH_EPOCHS", 2)
+def _brief_probe(monkeypatch):
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
 
 
 def distance(a: dict, b: dict) -> float:
@@ -43,16 +42,16 @@ def close(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n, c in cases().items() if c.optimizer == "sgd"])
-@pytest.mark.parametrize("pieces", [2, 5])
-def test_accumulated_run_equals_the_run_of_whole_steps(name, pieces, seed):
+@pytest.mark.parametrize("count", [2, 5])
+def test_accumulated_run_equals_the_run_of_whole_steps(name, count, seed):
     config = cases()[name]
     whole = train(data(seed), config, seed=seed)
-    split = train(data(seed), replace(config, accumulate=pieces), seed=seed)
+    split = train(data(seed), replace(config, accumulate=count), seed=seed)
     assert distance(whole.model.state_dict(), split.model.state_dict()) < TOLERANCE
     assert close(whole.results["history"], split.results["history"])
-    assert whole.results["game"] is None or close(
-        {k: v for k, v in whole.results["game"].items() if k != "fresh_discriminator" and k != "control"},
-        {k: v for k, v in split.results["game"].items() if k != "fresh_discriminator" and k != "control"},
+    assert whole.results["adversarial"] is None or close(
+        {k: v for k, v in whole.results["adversarial"].items() if k != "modality_probe" and k != "control"},
+        {k: v for k, v in split.results["adversarial"].items() if k != "modality_probe" and k != "control"},
     )
 
 
@@ -60,7 +59,7 @@ def test_accumulated_run_equals_the_run_of_whole_steps(name, pieces, seed):
 @pytest.mark.parametrize("complete", [False, True])
 def test_gradient_of_pieces_is_that_of_the_whole_in_float64_terms(phase, complete, seed):
     """Pieces of 13 rows by 4, each with other modalities missing; gradients before any step."""
-    options = {"ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3, "ebr_alignment": "distance", "ebr_psi_steps": 2}
+    options = {"ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3}
     config = small("ebr", consistency=1.0, modality_dropout=0.3, substitute_in_training=True, **options)
     config = replace(config, ebr=replace(config.ebr, substitute="mean"))
     dataset = tiny(seed, absent=0.0 if complete else 0.4)
@@ -68,22 +67,15 @@ def test_gradient_of_pieces_is_that_of_the_whole_in_float64_terms(phase, complet
     torch.manual_seed(seed)
     model = MultimodalModel(dataset.dims, 3, config)
     found = []
-    for pieces in (1, 4):
-        stepper = Stepper(model, build_optimizer(model.groups(), config), config)
+    for count in (1, 4):
+        split = replace(config, accumulate=count)
+        stepper = Stepper(model, build_optimizer(model.groups(), config), split)
         stepper.reversal.fill_(0.7)
         stepper.random.manual_seed(seed)
         present = None if complete else part.present
-        if pieces == 1:
-            total, parts, _ = stepper.losses(phase, part.features, present, part.labels, None, present)
-            model.zero_grad()
-            total.backward()
-            stepper.rest(phase)
-        else:
-            step = SplitStep(stepper, World(), replace(config, accumulate=pieces))
-            outcome = step.backward(
-                phase, part.labels, lambda r: [x[r] for x in part.features], present, None, present, False
-            )
-            total, parts = outcome.total, outcome.parts
+        total, parts, _ = stepper.backward(
+            phase, part.labels, lambda r: [x[r] for x in part.features], present, None, present
+        )
         gradients = {n: None if p.grad is None else p.grad.double() for n, p in model.named_parameters()}
         found.append((gradients, float(total.detach()), parts))
     (a, total_a, parts_a), (b, total_b, parts_b) = found
@@ -100,10 +92,14 @@ def test_gradient_of_pieces_is_that_of_the_whole_in_float64_terms(phase, complet
 def test_pieces_cover_the_rows_once_and_none_is_empty(seed):
     for rows in range(40):
         for count in range(1, 9):
-            pieces = _pieces(slice(3, 3 + rows), count)
-            assert [i for s in pieces for i in range(s.start, s.stop)] == list(range(3, 3 + rows))
-            assert all(s.stop > s.start for s in pieces)
-            shares = [World(rank, count).rows(rows) for rank in range(count)]
+            found = pieces(slice(3, 3 + rows), count)
+            assert [i for s in found for i in range(s.start, s.stop)] == list(range(3, 3 + rows))
+            assert all(s.stop > s.start for s in found)
+            shares = []
+            for rank in range(count):
+                process = Processes()
+                process.rank, process.size = rank, count
+                shares.append(process.rows(rows))
             assert [i for s in shares for i in range(s.start, s.stop)] == list(range(rows))
             assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) <= 1
 

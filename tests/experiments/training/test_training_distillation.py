@@ -13,7 +13,7 @@ from training_data import small, tiny
 from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset
-from mmc_fast.experiments.training import KDConfig, TrainConfig, UnimodalModels
+from mmc_fast.experiments.training import KDConfig, UnimodalModels
 from mmc_fast.experiments.training.distillation import distil, info_nce, teaching_plan
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.parts import fingerprint
@@ -148,10 +148,3 @@ def test_simultaneous_teachers_are_the_mean_of_their_lessons_on_the_rows_that_ha
             p, q = torch.softmax(source(y) / 4, 1), torch.softmax(student(z) / 4, 1)
             lessons.append(16 * (p * (p / q).log()).sum(1).mean())
     assert done[0]["loss"][0] == pytest.approx(float(torch.stack(lessons).mean().detach()), rel=1e-4)
-
-
-def test_settings_of_distillation_that_came_later_are_recorded_only_where_they_differ():
-    assert set(TrainConfig.preset("kd").to_dict()["kd"]).isdisjoint({"loss", "kl_temperature"})
-    changed = TrainConfig.preset("kd", kd=KDConfig(loss="kl", kl_temperature=2.0))
-    assert changed.to_dict()["kd"]["loss"] == "kl"
-    assert TrainConfig.from_dict(changed.to_dict()) == changed

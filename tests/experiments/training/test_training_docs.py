@@ -51,8 +51,10 @@ def test_stated_defaults_are_the_defaults():
 
 def test_every_key_of_the_record_is_described(seed):
     results = train(tiny(seed, num_classes=2), small("ebr", selection="masked"), seed=seed).results
-    keys = set(results) | set(results["history"][0]) | set(results["game"]) | set(results["scores"])
-    keys |= set(results["ranking"]) | set(results["game"]["fresh_discriminator"]) | set(results["game"]["control"])
+    keys = set(results) | set(results["history"][0]) | set(results["adversarial"]) | set(results["scores"])
+    keys |= (
+        set(results["ranking"]) | set(results["adversarial"]["modality_probe"]) | set(results["adversarial"]["control"])
+    )
     keys |= set(results["scores"]["missing"][0]) | set(results["scores"]["reliance"]["a"])
     keys |= set(results["data"]) | {"ebr_backend"}
     assert not keys - NAMED - {"stage"}

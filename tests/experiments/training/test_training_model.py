@@ -50,16 +50,16 @@ def test_absent_rows_are_never_read_in_either_direction(method, fusion, seed):
 
 
 def by_hand(model: MultimodalModel, features, present, order: list[int]) -> torch.Tensor:
-    """Row by row: a missing slot is decoded from the present latent nearest in the ranked list."""
+    """Row by row: a missing modality is decoded from the present latent nearest in the ranked list."""
     rows = []
     for b in range(len(present)):
         latents = {i: model.head.encoders[i](model.encoders[i](features[i][b])) for i in range(3) if present[b, i]}
-        slots = []
+        received = []
         for i in range(3):
             place = {m: n for n, m in enumerate(order)}
             j = i if i in latents else min(latents, key=lambda m: (abs(place[m] - place[i]), place[m]))
-            slots.append(model.head.decoders[i](latents[j]))
-        rows.append(model.fusion.layers(torch.cat(slots)))
+            received.append(model.head.decoders[i](latents[j]))
+        rows.append(model.fusion.layers(torch.cat(received)))
     return torch.stack(rows)
 
 
@@ -82,8 +82,8 @@ def test_mean_substitution_row_by_row(seed):
     for b in range(30):
         latents = [model.head.encoders[i](model.encoders[i](part.features[i][b])) for i in range(3) if present[b, i]]
         mean, kept = sum(latents) / len(latents), iter(latents)
-        slots = [model.head.decoders[i](next(kept) if present[b, i] else mean) for i in range(3)]
-        rows.append(model.fusion.layers(torch.cat(slots)))
+        received = [model.head.decoders[i](next(kept) if present[b, i] else mean) for i in range(3)]
+        rows.append(model.fusion.layers(torch.cat(received)))
     expected = torch.stack(rows).softmax(-1).detach()
     torch.testing.assert_close(predict(model, part.features, present), expected, rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Unimodal models: trained side by side as if alone, on present rows only, judged on validation."""
+"""Unimodal models: trained side by side as if alone, on present rows only, scored on validation."""
 
 from __future__ import annotations
 

@@ -75,18 +75,6 @@ def test_a_compiler_that_would_round_is_refused(version, capability, precision, 
         assert "TF32" in reason
 
 
-@needs_triton
-@pytest.mark.parametrize(("version", "widest"), [("3.7.1", 128), ("3.9.0", 64)])
-def test_float_latents_of_the_narrow_path_depend_on_the_compiler(version, widest, monkeypatch):
-    from mmc_fast.kernels.ebr import plan as ebr_plan
-
-    monkeypatch.setattr(ebr_plan.triton, "__version__", version)
-    for latent in (1, 64, 65, 128, 129):
-        sizes = ebr_plan.Sizes(2, (5, 3), 6, (latent, 7, 2))
-        assert sizes.narrow(torch.float32) == (latent <= widest)
-        assert sizes.narrow(torch.bfloat16) == (latent <= 128)
-
-
 def test_the_package_works_where_triton_is_not_installed():
     script = (
         "import sys; sys.modules['triton'] = None\n"
@@ -109,7 +97,7 @@ def test_the_package_works_where_triton_is_not_installed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("latent", "psi"), [(16, (24,)), (144, (64, 32))], ids=["narrow", "wide"])
+@pytest.mark.parametrize(("latent", "psi"), [(16, (24,)), (144, (64, 32))])
 def test_a_step_is_captured_into_a_cuda_graph(latent, psi, generator):
     """One capture of forward and backward serves other inputs and another λ."""
     head = EBRHead([40, 24], latent_dim=latent, hidden_dim=48, psi_dims=psi, backend="triton").cuda()
@@ -133,7 +121,7 @@ def test_a_step_is_captured_into_a_cuda_graph(latent, psi, generator):
     draw(0.5)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # compiles, and fills the pool of counters, before the capture
+    with torch.cuda.stream(aside):  # compiles before the capture
         step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()

@@ -76,13 +76,8 @@ class Originals:
         """Refuse, in one line, all that is missing; several names of one file are given as a sequence."""
         missing = [names[0] for names in map(_names, files) if self._locate(names) is None]
         if missing:
-            stems = [(name, name.split(".")[0].lower()) for name in missing]
-            hints = [
-                f"is {f!r} the file {n!r}? then rename it"
-                for n, stem in stems
-                for f in self._plain
-                if stem in f.lower()
-            ]
+            near = [(n, f) for n in missing for f in self._plain if _stem(n) in _stem(f)]
+            hints = [f"is {file!r} the file {name!r}? then rename it" for name, file in near]
             raise self.missing(", ".join(missing), hints[0] if hints else "")
 
     def missing(self, what: str, hint: str = "") -> InputError:
@@ -215,6 +210,10 @@ class Originals:
 def _names(names: str | Sequence[str]) -> list[str]:
     given = [names] if isinstance(names, str) else list(names)
     return [*given, *(f"{name}.gz" for name in given)]
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0].lower()
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.prepare.originals import Originals
 
@@ -19,14 +20,8 @@ __all__ = ["chunks", "multi_hot", "one_hot", "pandas", "table"]
 
 
 def pandas() -> Any:
-    """The module pandas, or one line that says how to get it."""
-    try:
-        import pandas as pd
-    except ModuleNotFoundError:
-        raise InputError(
-            "reading these tables needs the package pandas; install it with: pip install 'mmc-fast[experiments]'"
-        ) from None
-    return pd
+    """The module pandas; :class:`~mmc_fast._util.extras.MissingExtra`, one line, where it is not installed."""
+    return require("pandas", extra="experiments")
 
 
 def table(originals: Originals, name: str, columns: Sequence[str], **options: Any) -> pd.DataFrame:

@@ -1,0 +1,35 @@
+"""``Diagnosis``: what was found, in words, plots and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .page import build_page
+from .plot import plot
+from .result import DiagnosisData
+
+__all__ = ["Diagnosis"]
+
+
+class Diagnosis(DiagnosisData):
+    """What :func:`mmc_fast.diagnose` found: the numbers and verdicts of :class:`DiagnosisData`, and how to look at them.
+
+    Plots and the page need matplotlib (``pip install 'mmc-fast[diagnose]'``).
+    """
+
+    def plot(self, kind: str, ax: Any = None) -> Any:
+        """One picture on matplotlib axes (new ones where ``ax`` is None), which are returned.
+
+        ``kind``: "use_shares", "blocks", "spectra", "reliance", "shapley", "neurons", "responses", "similarity" or "ranks".
+        Raises InputError for another kind, or where this diagnosis lacks what the picture shows.
+        """
+        return plot(self, kind, ax)
+
+    def to_html(self, other: DiagnosisData | None = None) -> str:
+        """One offline page with every panel, what each means and what it cannot show; ``other``: compared with."""
+        return build_page(self, other).html()
+
+    def save_html(self, path: str | Path, other: DiagnosisData | None = None) -> Path:
+        """:meth:`to_html` in a file, written in one step."""
+        return build_page(self, other).save(path)

@@ -1,0 +1,93 @@
+"""What a diagnosis measures, and how: every setting with its meaning, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import check_seed, integer, make_plain
+from mmc_fast.errors import InputError
+
+from .verdict import THRESHOLDS, Thresholds
+
+__all__ = ["METRICS", "DiagnoseOptions"]
+
+METRICS = ("accuracy", "auroc")
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """Settings of :func:`mmc_fast.diagnose`; InputError for a value that has no meaning.
+
+    Attributes:
+        metric: "accuracy", "auroc" (two classes), or None: auroc for two classes, else accuracy.
+        groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
+        seed: of groups, samples and probes.
+        reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
+        probes: train a small network on each modality's features alone, on ``sample_rows`` samples.
+        control: also train networks on the features without each modality.
+        alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
+            probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak.
+        unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
+        initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
+        sample_rows: samples that are kept for what needs rows: probes, controls, responses of neurons.
+        tolerance: of the numerical rank, relative to the largest value.
+        tau, energy: of the degree of polysemanticity. ridge: of the variance inflation.
+        thresholds: where verdicts change.
+    """
+
+    metric: str | None = None
+    groups: int = 16
+    resamples: int = 100
+    level: float = 0.95
+    seed: int = 0
+    reliance: bool = True
+    probes: bool = True
+    control: bool = False
+    alone: Mapping[str, float] | None = None
+    unimodal_weights: Mapping[str, Tensor] | None = None
+    initial_weight: Tensor | None = None
+    sample_rows: int = 4096
+    tolerance: float = 1e-3
+    tau: float = 0.5
+    energy: float = 0.99
+    ridge: float = 1e-6
+    thresholds: Thresholds = THRESHOLDS
+
+    def __post_init__(self) -> None:
+        make_plain(self)  # NumPy's numbers are taken
+        for name in ("groups", "resamples", "sample_rows"):
+            if integer(getattr(self, name)) is None:
+                raise InputError(f"diagnose: {name} is {getattr(self, name)!r}; give a whole number")
+        check_seed(self.seed)
+        if not 1 <= self.groups <= 1024 or self.resamples < 0 or not 0 < self.level < 1:
+            raise InputError(
+                f"diagnose: groups {self.groups}, resamples {self.resamples}, level {self.level}; need 1 to 1024 groups, "
+                "resamples >= 0 and a level between 0 and 1"
+            )
+        if self.metric not in (None, *METRICS):
+            raise InputError(f"diagnose: unknown metric {self.metric!r}; known are {', '.join(METRICS)}")
+        if self.sample_rows < 1:
+            raise InputError(
+                f"diagnose: sample_rows is {self.sample_rows}; give the number of rows to keep for probes, such as 4096"
+            )
+        if not 0 <= self.tolerance < 1 or not 0 < self.tau <= 1 or not 0 < self.energy <= 1 or not self.ridge > 0:
+            raise InputError(
+                f"diagnose: tolerance {self.tolerance}, tau {self.tau}, energy {self.energy}, ridge {self.ridge}; need a "
+                "tolerance in [0, 1), tau and energy in (0, 1] and a ridge above 0"
+            )
+        for name, score in (self.alone or {}).items():
+            if not 0 <= score <= 1:
+                raise InputError(f"diagnose: alone[{name!r}] is {score}; give a score between 0 and 1, not in percent")
+
+    def override(self, changes: Mapping[str, Any]) -> DiagnoseOptions:
+        """A copy with some fields changed; InputError for a name that is no option."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise unknown("option of diagnose", name, known)
+        return replace(self, **changes)

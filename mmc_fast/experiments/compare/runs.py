@@ -1,0 +1,115 @@
+"""What the jobs do: train and score a method, train a model that is kept, and check a finished result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmc_fast.errors import InputError
+
+from ..data import MultimodalDataset
+from ..jobs import Job, Values, Workspace, perform, read
+from ..methods import BATCH_ROWS, Task, get
+from ..training import TrainConfig, load_run, train
+from ..training.evaluate import hidden_column, masks_at
+from ..training.metrics import scores
+from .configs import DataConfig, fingerprint_of, load_data
+
+__all__ = ["check", "mean_missing", "score", "settings_of", "train_and_keep"]
+
+Settings = Mapping[str, Any]
+
+
+def settings_of(data: DataConfig, seed: int, config: TrainConfig, **more: Any) -> dict[str, Any]:
+    """Settings of a job on these data: their name, origin and content, the seed, every setting of the training."""
+    about = {"data": data.name, "source": data.key, "fingerprint": fingerprint_of(data.key)}
+    return {**about, "seed": seed, "config": config.to_dict(), **more}
+
+
+def score(settings: Settings, workspace: Workspace) -> tuple[Values, dict[str, np.ndarray]]:
+    """Train a method and score it on complete data and at the missing rates.
+
+    Of the settings "part" is "test", or "validation" for a candidate of a search; "method" and "options" belong to the
+    method. Test runs keep "labels", "index" and class probabilities by condition ("complete", "missing_0.3", …).
+    """
+    dataset = _data(settings)
+    method, config = get(settings["method"]), TrainConfig.from_dict(settings["config"])
+    seed, part_name = settings["seed"], settings["part"]
+    fitted = method.fitter(Task(dataset, config, settings["options"], seed, workspace.progress))
+    part = dataset.part(part_name)
+    answers: dict[str, Tensor] = {"complete": fitted.predict(part.features, part.present)}
+    realised: dict[str, list[float]] = {}
+    column = hidden_column(dataset, config.rates_modality)
+    for rate in config.rates:
+        present, realised[f"missing_{rate:g}"] = masks_at(part.present, rate, seed, part_name, column)
+        answers[f"missing_{rate:g}"] = fitted.predict(part.features, present)
+    values: Values = {
+        "metric": dataset.metric,
+        "batch_rows": BATCH_ROWS if method.batch_dependent else None,
+        "scores": {name: scores(p, part.labels, dataset.metric) for name, p in answers.items()},
+        "realised": realised,
+        "training": fitted.record,
+    }
+    if part_name != "test":
+        return values, {}
+    arrays = {name: p.numpy() for name, p in answers.items()}
+    return values, arrays | {"labels": part.labels.numpy(), "index": part.index.numpy()}
+
+
+def train_and_keep(settings: Settings, workspace: Workspace) -> tuple[Values, dict[str, np.ndarray]]:
+    """Train by the standard loop in the job's own folder; continues what a killed process left there.
+
+    "evaluate_on": parts that are scored. "unimodal": own folder of a finished run whose unimodal models are shared, or None.
+    """
+    shared = settings["unimodal"]
+    train(
+        _data(settings),
+        TrainConfig.from_dict(settings["config"]),
+        seed=settings["seed"],
+        run_dir=workspace.own,
+        resume="auto",
+        unimodal=None if shared is None else load_run(workspace.folder / shared).unimodal,
+        evaluate_on=tuple(settings["evaluate_on"]),
+        distributed=False,
+        progress=workspace.progress,
+    )
+    return {}, {}
+
+
+def check(path: Path) -> list[str]:
+    """Repeat a finished :func:`score` from its stored settings; names of what is different (empty: the same numbers)."""
+    stored = read(path)
+    if "method" not in stored.settings:
+        raise InputError(f"result {path} is of no run of a comparison; give a file of OUT/runs or OUT/search")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(stored.threads)
+    try:
+        again = perform(Job(path.stem, score, stored.settings), path.parent)
+    finally:
+        torch.set_num_threads(threads)
+    found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
+    different = [name for name in found[0] if found[0][name] != found[1][name]]
+    names = sorted(stored.arrays.keys() | again.arrays.keys())
+    return different + [n for n in names if not _same(stored.arrays.get(n), again.arrays.get(n))]
+
+
+def mean_missing(found: Mapping[str, Mapping[str, float]], key: str = "score") -> float | None:
+    """Mean over the missing rates of a run's scores; None without rates."""
+    values = [s[key] for name, s in found.items() if name != "complete"]
+    return statistics.fmean(values) if values else None
+
+
+def _data(settings: Settings) -> MultimodalDataset:
+    if fingerprint_of(settings["source"]) != settings["fingerprint"]:
+        raise InputError(f"the data {settings['data']} have changed since this run was planned; start it anew")
+    return load_data(settings["source"])
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and np.array_equal(a, b)

@@ -1,0 +1,166 @@
+"""Jobs in worker processes: all of them run, the first error ends the rest, Ctrl-C ends them in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.jobs import Job, finish
+from mmc_fast.experiments.pool import run_pool
+from mmc_fast.experiments.training import TrainingDiverged
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def square(job: int, emit) -> None:
+    emit((job, job * job, os.getpid(), torch.get_num_threads()))
+
+
+def fail_on_three(job: int, emit) -> None:
+    if job == 3:
+        raise InputError("job 3 cannot be done")
+    emit(job)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_job_runs_once_with_one_thread(workers):
+    before = torch.get_num_threads()
+    events: list[tuple[int, int, int, int]] = []
+    run_pool([1, 2, 3, 4], square, workers=workers, on_event=events.append)
+    assert sorted((job, result) for job, result, _, _ in events) == [(1, 1), (2, 4), (3, 9), (4, 16)]
+    assert {threads for *_, threads in events} == {1}
+    assert (os.getpid() in {pid for _, _, pid, _ in events}) == (workers == 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_error_is_raised_as_it_was(workers):
+    with pytest.raises(InputError, match="job 3 cannot be done"):
+        run_pool([1, 3, 5, 7], fail_on_three, workers=workers, on_event=lambda event: None)
+
+
+def test_no_worker_is_refused():
+    with pytest.raises(InputError, match="workers is 0"):
+        run_pool([1], square, workers=0, on_event=lambda event: None)
+
+
+def halve(settings, workspace):
+    """A job's function: half of a number; odd ones diverge."""
+    if settings["n"] % 2:
+        raise TrainingDiverged("the loss\nbecame nan")
+    return {"half": settings["n"] // 2}, {"n": np.array([settings["n"]])}
+
+
+def test_every_job_leaves_one_result_and_a_diverged_one_says_why(tmp_path):
+    jobs = [Job(f"some/{name}", halve, {"n": n}) for name, n in (("four", 4), ("three", 3), ("four", 4))]
+    events = []
+    results = finish(jobs, tmp_path, workers=1, on_event=events.append)
+    assert [r.values for r in results] == [{"half": 2}, {}, {"half": 2}]
+    assert [r.failed for r in results] == [None, "the loss became nan", None]
+    assert results[0].arrays["n"].tolist() == [4]
+    assert [(kind, job.name, value) for kind, job, value in events] == [
+        ("plan", "some/four", 2), ("done", "some/four", None), ("done", "some/three", None),
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("some/*.npz"))) == 2
+    assert Job("other name", halve, {"n": 4}).key == jobs[0].key != jobs[1].key
+    finish(jobs, tmp_path, workers=1, on_event=events.append)
+    assert events[3:] == [("plan", jobs[0], 0)]
+
+
+SCRIPT = """
+    import signal, sys, time
+    from pathlib import Path
+    from mmc_fast.experiments.training.interrupt import InterruptGuard
+    from mmc_fast.experiments.pool import run_pool
+    from mmc_fast.experiments.training.progress import Interrupted
+
+    def patient(job, emit):
+        with InterruptGuard() as guard:
+            for step in range(600):
+                emit(("step", job))
+                if guard.requested:
+                    Path(sys.argv[1], f"saved-{job}").touch()
+                    raise Interrupted(f"job {job} saved")
+                time.sleep(0.05)
+
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+        try:
+            run_pool([1, 2, 3], patient, workers=2, on_event=lambda event: print(event, flush=True))
+        except Interrupted as error:
+            print("end:", error, flush=True)
+            sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(
+    "whole_group", [pytest.param(False, id="parent", marks=pytest.mark.slow), pytest.param(True, id="as in a terminal")]
+)
+def test_ctrl_c_lets_jobs_save_and_starts_no_other(tmp_path: Path, whole_group: bool):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    seen: set[str] = set()
+    while len(seen) < 2:  # both workers are at work
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        seen.add(line.strip())
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "end: interrupted" in out
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.glob("saved-*")) == ["saved-1", "saved-2"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path):
+    script = tmp_path / "script.py"
+    source = textwrap.dedent(SCRIPT).replace('("step", job)', '("pid", __import__("os").getpid())')
+    script.write_text(source, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    pids: set[int] = set()
+    while len(pids) < 2:
+        pids.add(int(process.stdout.readline().split()[1].rstrip(")")))
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(_alive(pid) for pid in pids):
+        time.sleep(0.1)
+    assert not [pid for pid in pids if _alive(pid)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "zombie" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc").exists() else True

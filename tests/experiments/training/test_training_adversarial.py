@@ -1,0 +1,189 @@
+"""The figures that watch the adversarial training, against data where the answer is known and gradients written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training_data import small, tiny
+
+from mmc_fast._util.seeds import generator
+from mmc_fast.experiments.training.adversarial import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.interrupt import Stage
+from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
+from mmc_fast.experiments.training.model import MultimodalModel
+from mmc_fast.experiments.training.steps import Stepper
+from mmc_fast.experiments.training.substitution import ranking_parts, refresh
+from mmc_fast.experiments.training.trainer import Trainer
+
+
+def model_of(seed: int, dataset, **changes) -> MultimodalModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MultimodalModel(dataset.dims, dataset.num_classes, small("ebr", **changes))
+
+
+def with_latents(model, monkeypatch, shift: float, seed: int) -> None:
+    """Replace the latents by noise whose mean tells the modality apart by ``shift`` standard deviations."""
+    g = torch.Generator().manual_seed(seed)
+
+    def latents(features, present=None):
+        noise = torch.randn(3, len(features[0]), 4, generator=g)
+        noise[:, :, 0] += shift * torch.arange(3)[:, None]
+        return noise * 1e-4  # shrunken latents must not fool the probe
+
+    monkeypatch.setattr(model, "latents", latents)
+
+
+def test_fresh_discriminator_finds_what_is_there(seed, monkeypatch):
+    dataset = tiny(seed, sizes=(400, 400, 30))
+    model = model_of(seed, dataset)
+    with_latents(model, monkeypatch, 8.0, seed)
+    told = fresh_discriminator(model, dataset.part("train"), dataset.part("validation"), seed)
+    assert told["balanced_accuracy"] > 0.95
+    assert told["chance"] == pytest.approx(1 / 3)
+    assert told["rows"] == 1200
+
+
+def test_fresh_discriminator_is_at_chance_on_invariant_latents(seed, monkeypatch):
+    dataset = tiny(seed, sizes=(400, 1500, 30))
+    model = model_of(seed, dataset)
+    with_latents(model, monkeypatch, 0.0, seed)
+    told = fresh_discriminator(model, dataset.part("train"), dataset.part("validation"), seed)
+    assert abs(told["balanced_accuracy"] - 1 / 3) < 0.05
+
+
+def test_fresh_discriminator_sees_present_rows_of_train_and_validation_only(seed):
+    dataset = tiny(seed, absent=0.4)
+    model = model_of(seed, dataset)
+    train, held_out = dataset.part("train"), dataset.part("validation")
+    told = fresh_discriminator(model, train, held_out, seed)
+    assert told["rows"] == int(held_out.present.sum())
+    for part in (train, held_out):
+        for i, x in enumerate(part.features):
+            x[~part.present[:, i]] = float("nan")
+    assert fresh_discriminator(model, train, held_out, seed) == told
+
+
+def test_fresh_discriminator_needs_two_heads(seed):
+    dataset = tiny(seed, dims=(5,))
+    assert fresh_discriminator(model_of(seed, dataset), dataset.part("train"), dataset.part("validation"), 0) is None
+
+
+def test_probe_equals_gradients_written_out(seed):
+    dataset = tiny(seed, absent=0.3)
+    model, part = model_of(seed, dataset), dataset.part("train")
+    got = probe(model, part, reversal=0.3)
+    losses, hits, total = [], 0, 0
+    for i in range(3):
+        here = part.present[:, i]
+        logits = model.head.discriminator(model.head.encoders[i](model.encoders[i](part.features[i][here])))
+        losses.append(F.cross_entropy(logits, torch.full((len(logits),), i), reduction="sum"))
+        hits, total = hits + int((logits.argmax(1) == i).sum()), total + len(logits)
+    groups = model.groups()
+    loss = sum(losses) / total
+
+    def norm(params):
+        found = torch.autograd.grad(loss, params, retain_graph=True)
+        return math.sqrt(sum(float(g.double().square().sum()) for g in found))
+
+    assert got["grad_norm_psi"] == pytest.approx(norm(groups["discriminator"]), rel=1e-4)
+    assert got["grad_norm_encoders"] == pytest.approx(0.3 * norm(groups["encoders"]), rel=1e-4)
+    assert got["psi_accuracy"] == pytest.approx(hits / total)
+    assert probe(model, part, reversal=0.0)["grad_norm_encoders"] == 0.0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_logged_loss_is_relative_to_the_entropy_of_what_was_present(seed):
+    dataset = tiny(seed, absent=0.4)
+    trainer = Trainer(model_of(seed, dataset), dataset, small("ebr", epochs=1, lr=1e-12), seed=seed, reference="a")
+    trainer.fit()
+    record = trainer.history[0]
+    counts = dataset.part("train").present.sum(0).tolist()
+    entropy = -sum(c / sum(counts) * math.log(c / sum(counts)) for c in counts)
+    assert record["loss_md_over_entropy"] == pytest.approx(record["loss_md"] / entropy, rel=1e-9)
+
+
+def test_entropy_of_presence():
+    assert presence_entropy(torch.ones(5, 4, dtype=torch.bool)) == pytest.approx(math.log(4))
+    one = torch.zeros(5, 4, dtype=torch.bool)
+    one[:, 2] = True
+    assert presence_entropy(one) == 0.0
+
+
+def test_parameter_distance():
+    a = {"x": torch.tensor([3.0, 4.0]), "y": torch.tensor([1.0]), "psi": torch.tensor([9.0])}
+    b = {"x": torch.tensor([0.0, 4.0]), "y": torch.tensor([5.0]), "psi": torch.tensor([0.0])}
+    assert parameter_distance(a, b, ["x", "y"]) == pytest.approx(5 / math.sqrt(41))
+    assert parameter_distance(a, a, ["x", "y"]) == 0.0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.95])
+def test_training_masks_never_empty_a_row_nor_invent_presence(rate, seed):
+    present = torch.rand(2000, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
+    present[~present.any(1), 0] = True
+    masks = training_masks(present, rate, torch.Generator().manual_seed(seed))
+    assert bool(masks.any(1).all())
+    assert not (masks & ~present).any()
+    single = present.sum(1) == 1
+    assert torch.equal(masks[single], present[single])
+    several = present.sum(1) > 1
+    assert (masks != present)[several].any()
+
+
+def test_modality_dropout_rate_is_the_one_asked_for(seed):
+    masks = training_masks(torch.ones(20000, 4, dtype=torch.bool), 0.3, torch.Generator().manual_seed(seed))
+    kept = 1 - 0.3 * (1 - 0.3**3) / (1 - 0.3**4)  # given that a row keeps at least one
+    assert abs(float(masks.double().mean()) - kept) < 0.01
+    assert torch.equal(training_masks(masks, 0.0, torch.Generator()), masks)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
+    """Order and masks drawn again outside of the loop are what the steps get, row by row, epoch by epoch."""
+    dataset = tiny(seed, absent=0.3)
+    seen = []
+    original = Stepper.losses
+
+    def losses(self, phase, rows, counts):
+        seen.append((rows.features, rows.present, rows.labels))
+        return original(self, phase, rows, counts)
+
+    monkeypatch.setattr(Stepper, "losses", losses)
+    config = small("vanilla", epochs=2, modality_dropout=rate)
+    Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed).fit()
+    part = dataset.part("train")
+    order_of, masks_of = generator(seed, "order"), generator(seed, "masks")
+    for epoch in range(2):
+        steps = seen[epoch * 4 : epoch * 4 + 4]
+        order, masks = epoch_order(60, order_of), training_masks(part.present, rate, masks_of)
+        assert torch.equal(torch.cat([s[1] for s in steps]), masks[order])
+        assert torch.equal(torch.cat([s[2] for s in steps]), part.labels[order])
+        assert torch.equal(torch.cat([s[0][1] for s in steps]), part.features[1][order])
+        assert torch.equal(masks, part.present) == (rate == 0)
+    assert len(seen) == 8
+
+
+def test_validation_under_masks_uses_the_ranking_of_the_weights_it_scores(seed):
+    dataset, config = tiny(seed), small("ebr", selection="masked", lr=0.05)
+    model = model_of(seed, dataset)
+    found = []
+
+    def compare(record):
+        stored = model.similarity.clone()
+        refresh(model, ranking_parts(dataset), "a")
+        found.append((stored, model.similarity.clone()))
+
+    Trainer(model, dataset, config, seed=seed, reference="a", stage=Stage(on_epoch=compare)).fit()
+    assert len(found) == 3
+    assert all(torch.equal(stored, fresh) for stored, fresh in found)
+    assert not torch.equal(found[0][0], found[-1][0])
+
+
+def test_epoch_order_is_a_permutation_and_moves_on(seed):
+    g = torch.Generator().manual_seed(seed)
+    first, second = epoch_order(50, g), epoch_order(50, g)
+    assert sorted(first.tolist()) == list(range(50))
+    assert not torch.equal(first, second)
