@@ -7,53 +7,27 @@ from typing import Any
 import numpy as np
 
 from mmc_fast.experiments.data.prepare.originals import Originals
-from mmc_fast.experiments.data.prepare.recipe import Recipe, dense
+from mmc_fast.experiments.data.prepare.recipe import Recipe, dense, view_arrays
 from mmc_fast.experiments.data.prepare.tables import one_hot, pandas, table
 
 __all__ = ["RECIPE"]
 
 FILE = "diabetic_data.csv"
 SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
-ROWS = 101_766
 COUNTS = ["num_lab_procedures", "num_procedures", "num_medications", "number_outpatient", "number_emergency"]
 COUNTS += ["number_inpatient", "number_diagnoses"]
 CODES = ["diag_1", "diag_2", "diag_3"]
 DRUGS = [
-    "metformin",
-    "repaglinide",
-    "nateglinide",
-    "chlorpropamide",
-    "glimepiride",
-    "acetohexamide",
-    "glipizide",
-    "glyburide",
-    "tolbutamide",
-    "pioglitazone",
-    "rosiglitazone",
-    "acarbose",
-    "miglitol",
-    "troglitazone",
-    "tolazamide",
-    "insulin",
-    "glyburide-metformin",
-    "glipizide-metformin",
-    "glimepiride-pioglitazone",
-    "metformin-rosiglitazone",
+    "metformin", "repaglinide", "nateglinide", "chlorpropamide", "glimepiride", "acetohexamide", "glipizide", "glyburide",
+    "tolbutamide", "pioglitazone", "rosiglitazone", "acarbose", "miglitol", "troglitazone", "tolazamide", "insulin",
+    "glyburide-metformin", "glipizide-metformin", "glimepiride-pioglitazone", "metformin-rosiglitazone",
     "metformin-pioglitazone",
-]
+]  # fmt: skip
 IDS = ["admission_type_id", "admission_source_id", "discharge_disposition_id"]
 OTHERS = [
-    "patient_nbr",
-    "race",
-    "gender",
-    "payer_code",
-    "age",
-    "weight",
-    "medical_specialty",
-    "time_in_hospital",
-    "max_glu_serum",
-    "A1Cresult",
-]
+    "patient_nbr", "race", "gender", "payer_code", "age", "weight", "medical_specialty", "time_in_hospital",
+    "max_glu_serum", "A1Cresult",
+]  # fmt: skip
 COLUMNS = [*OTHERS, *IDS, *COUNTS, *CODES, *DRUGS, "change", "diabetesMed", "readmitted"]
 DIED = [11, 19, 20, 21]  # discharge dispositions
 HOSPICE = [13, 14]
@@ -62,11 +36,9 @@ READMITTED = {"NO": 0, ">30": 1, "<30": 2}
 
 def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A rare value of a column counts as ``other``; a diagnosis is 2 as primary, 1 as secondary, 3 as both."""
-    originals.require(FILE)
+    originals.expect({FILE: 101_766})
     originals.read(FILE, sha256=SHA256)
-    text = dict.fromkeys(CODES, str)
-    frame = table(originals, FILE, COLUMNS, na_values="?", keep_default_na=False, dtype=text)
-    originals.rows(FILE, len(frame), ROWS)
+    frame = table(originals, FILE, COLUMNS, na_values="?", keep_default_na=False, dtype=dict.fromkeys(CODES, str))
 
     def hot(column: str, least: int = 1, name: str | None = None) -> tuple[np.ndarray, list[str]]:
         return one_hot(frame[column].rename(name or column), least)
@@ -93,9 +65,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "medications": dense(*_medications(frame, least=20), dtype=np.uint8),
         "disposition": dense(hot("discharge_disposition_id", 20, "disposition"), dtype=np.uint8),
     }  # fmt: skip
-    arrays: dict[str, np.ndarray] = {}
-    for view, (values, names) in views.items():
-        arrays[f"x_{view}"], arrays[f"names_{view}"] = values, names
+    arrays = view_arrays(views)
     disposition = frame["discharge_disposition_id"]
     arrays["y_readmit"], arrays["y_died"] = readmitted, disposition.isin(DIED).to_numpy(np.uint8)
     arrays["eligible"] = (~disposition.isin(DIED + HOSPICE)).to_numpy(np.uint8)
@@ -103,10 +73,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     u = np.random.default_rng(0).random(len(patients))
     arrays["split"] = np.where(u < 0.7, 0, np.where(u < 0.8, 1, 2)).astype(np.uint8)[number]
     arrays["patient"] = pandas().factorize(frame["patient_nbr"])[0].astype(np.int32)
-    tasks = {
-        "y_readmit": "0 no, 1 after 30 days, 2 within 30 days; of rows with eligible = 1",
-        "y_died": "at discharge",
-    }
+    tasks = {"y_readmit": "0 no, 1 after 30 days, 2 within 30 days; rows with eligible = 1", "y_died": "at discharge"}
     return arrays, {"name": "Diabetes 130-US hospitals", "views": list(views), "tasks": tasks}
 
 

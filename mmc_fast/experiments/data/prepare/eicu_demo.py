@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mmc_fast.experiments.data.prepare.originals import Originals
-from mmc_fast.experiments.data.prepare.recipe import Recipe, dense
+from mmc_fast.experiments.data.prepare.recipe import Recipe, dense, view_arrays
 from mmc_fast.experiments.data.prepare.tables import multi_hot, one_hot, pandas, table
+from mmc_fast.experiments.data.splits import stratified_split
 
 __all__ = ["RECIPE"]
 
@@ -17,8 +18,8 @@ DAY = 1440  # minutes after admission to the unit
 RARE = 25  # an item that fewer stays have gets no column
 KEY = "patientunitstayid"
 ROWS = {
-    "patient": 2520, "apacheApsVar": 2205, "vitalAperiodic": 274_088, "diagnosis": 24_978, "treatment": 38_290,
-    "medication": 75_604, "pastHistory": 12_109,
+    "patient.csv": 2520, "apacheApsVar.csv": 2205, "vitalAperiodic.csv": 274_088, "diagnosis.csv": 24_978,
+    "treatment.csv": 38_290, "medication.csv": 75_604, "pastHistory.csv": 12_109,
 }  # fmt: skip
 PATIENT = [
     KEY, "patienthealthsystemstayid", "gender", "age", "ethnicity", "hospitalid", "apacheadmissiondx", "admissionheight",
@@ -26,53 +27,26 @@ PATIENT = [
     "unitstaytype", "unitdischargeoffset", "unitdischargestatus", "uniquepid",
 ]  # fmt: skip
 BEDSIDE = [
-    "intubated",
-    "vent",
-    "dialysis",
-    "eyes",
-    "motor",
-    "verbal",
-    "meds",
-    "urine",
-    "temperature",
-    "respiratoryrate",
-    "heartrate",
-    "meanbp",
-]
+    "intubated", "vent", "dialysis", "eyes", "motor", "verbal", "meds", "urine", "temperature", "respiratoryrate",
+    "heartrate", "meanbp",
+]  # fmt: skip
 LABS = [
-    "wbc",
-    "sodium",
-    "ph",
-    "hematocrit",
-    "creatinine",
-    "albumin",
-    "pao2",
-    "pco2",
-    "bun",
-    "glucose",
-    "bilirubin",
-    "fio2",
-]
+    "wbc", "sodium", "ph", "hematocrit", "creatinine", "albumin", "pao2", "pco2", "bun", "glucose", "bilirubin", "fio2",
+]  # fmt: skip
 PRESSURES = ["noninvasivesystolic", "noninvasivediastolic", "noninvasivemean"]
 FORMS = {"FLEX", "CONT", "TABS", "SOLN", "PREMIX", "VIAL", "INJ"}  # first words of a drug's name that are not the drug
 
 
 def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Everything known 24 hours after admission to the unit; NaN where nothing was measured."""
-    originals.require(*(f"{name}.csv" for name in ROWS))
+    originals.expect(ROWS)
     pd = pandas()
-
-    def read(name: str, columns: list[str]) -> Any:
-        frame = table(originals, f"{name}.csv", columns)
-        originals.rows(f"{name}.csv", len(frame), ROWS[name])
-        return frame
-
-    patient = read("patient", PATIENT).sort_values(KEY).reset_index(drop=True)
+    patient = table(originals, "patient.csv", PATIENT).sort_values(KEY).reset_index(drop=True)
     n, stays = len(patient), pd.Index(patient[KEY])
 
     def until(name: str, time: str, columns: list[str]) -> Any:
         """Rows of the known stays that were entered by the end of the first day; ``row`` is the stay's."""
-        frame = read(name, [KEY, time, *columns])
+        frame = table(originals, f"{name}.csv", [KEY, time, *columns])
         frame["row"] = stays.get_indexer(frame[KEY])
         return frame[(frame[time] <= DAY) & (frame["row"] >= 0)]
 
@@ -82,8 +56,8 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         items = np.concatenate([np.array(text.astype(object).where(text.notna(), ""), object) for _, text in pairs])
         return multi_hot(rows[items != ""], items[items != ""], n, RARE)
 
-    aps = read("apacheApsVar", [KEY, *BEDSIDE, *LABS]).drop_duplicates(KEY).set_index(KEY).reindex(stays)
-    aps = aps.astype(float).where(aps != -1)
+    aps = table(originals, "apacheApsVar.csv", [KEY, *BEDSIDE, *LABS]).drop_duplicates(KEY)
+    aps = aps.set_index(KEY).reindex(stays).astype(float).replace(-1, np.nan)
     diagnosis = until("diagnosis", "diagnosisoffset", ["diagnosisstring"])
     admission = patient.assign(row=np.arange(n))
     treatment = until("treatment", "treatmentoffset", ["treatmentstring"])
@@ -94,7 +68,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "demographics": _demographics(patient),
         "bedside": dense((aps[BEDSIDE].to_numpy(), BEDSIDE)),
         "labs": dense((aps[LABS].to_numpy(), LABS)),
-        "bp_series": (_pressures(until("vitalAperiodic", "observationoffset", PRESSURES), n), _array("systolic diastolic mean")),
+        "bp_series": (_pressures(until("vitalAperiodic", "observationoffset", PRESSURES), n), ["systolic", "diastolic", "mean"]),
         "diagnoses": listed(
             *((diagnosis, _path(diagnosis["diagnosisstring"], depth)) for depth in (1, 2, 3)),
             (admission, "apache:" + admission["apacheadmissiondx"].astype(object)),
@@ -105,21 +79,14 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             (history, history["pasthistorypath"].str.replace("notes/Progress Notes/Past History/", "", regex=False))
         ),
     }  # fmt: skip
-    arrays: dict[str, np.ndarray] = {}
-    for view, (values, names) in views.items():
-        arrays[f"x_{view}"], arrays[f"names_{view}"] = values, names
-    arrays |= _outcomes(patient)
+    arrays = view_arrays(views) | _outcomes(patient)
     person = pd.factorize(patient["uniquepid"], sort=True)[0]
-    arrays["split"] = _split(arrays["y_hospital_death"] == 1, person)
+    arrays["split"] = stratified_split(arrays["y_hospital_death"] == 1, seed=0, ids=person)
     arrays["patient"], arrays["stay"] = person.astype(np.int32), patient[KEY].to_numpy(np.int32)
     arrays["hospital"] = pd.factorize(patient["hospitalid"])[0].astype(np.int16)
     tasks = {"y_hospital_death": "255 unknown", "y_unit_death": "255 unknown"}
     tasks["y_icu_readmit"] = "a later 'readmit' stay in the same hospital stay"
     return arrays, {"name": "eICU-CRD Demo 2.0", "views": list(views), "tasks": tasks}
-
-
-def _array(words: str) -> np.ndarray:
-    return np.array(words.split())
 
 
 def _path(text: Any, depth: int) -> Any:
@@ -168,18 +135,6 @@ def _outcomes(patient: Any) -> dict[str, np.ndarray]:
         "los_days": (patient["unitdischargeoffset"].to_numpy() / DAY).astype(np.float32),
         "first_stay": (patient["unitvisitnumber"] == 1).to_numpy(np.uint8),
     }
-
-
-def _split(died: np.ndarray, person: np.ndarray) -> np.ndarray:
-    """60/10/30 of the persons, apart for those of whom a stay ended in death."""
-    dead = np.zeros(person.max() + 1, bool)
-    np.logical_or.at(dead, person, died)
-    part, rng = np.zeros(len(dead), np.uint8), np.random.default_rng(0)
-    for value in (False, True):
-        rows = rng.permutation(np.flatnonzero(dead == value))
-        first, second = round(0.6 * len(rows)), round(0.7 * len(rows))
-        part[rows[first:second]], part[rows[second:]] = 1, 2
-    return part[person]
 
 
 RECIPE = Recipe(

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.prepare.originals import Originals
-from mmc_fast.experiments.data.prepare.recipe import Recipe, dense
+from mmc_fast.experiments.data.prepare.recipe import Recipe, dense, view_arrays
 from mmc_fast.experiments.data.prepare.spill import Spill
 from mmc_fast.experiments.data.prepare.tables import chunks, one_hot, pandas, table
 from mmc_fast.experiments.data.splits import stratified_split
@@ -29,8 +29,8 @@ TEXTS = ["gender", "admission_type", "admission_location", "insurance", "marital
 ADMISSIONS = ["subject_id", "hadm_id", "admittime", "dischtime", "hospital_expire_flag", *TEXTS[1:]]
 PATIENTS = ["subject_id", "gender", "anchor_age", "anchor_year"]
 DEMO_ROWS = {
-    "admissions": 275, "patients": 100, "diagnoses_icd": 4506, "procedures_icd": 722, "prescriptions": 18_087,
-    "labevents": 107_727, "d_labitems": 1622,
+    "admissions.csv": 275, "patients.csv": 100, "diagnoses_icd.csv": 4506, "procedures_icd.csv": 722,
+    "prescriptions.csv": 18_087, "labevents.csv": 107_727, "d_labitems.csv": 1622,
 }  # fmt: skip
 VITALS: dict[str, tuple[dict[int, float], float, float]] = {
     "heart_rate": ({220045: 1}, 0, 300),
@@ -77,11 +77,14 @@ def build(originals: Originals, *, demo: bool) -> tuple[dict[str, np.ndarray], d
     becomes a column is decided by the training part alone.
     """
     rules = SMALL if demo else FULL
-    originals.require(*(f"{name}.csv" for name in DEMO_ROWS))
+    if demo:
+        originals.expect(DEMO_ROWS)
+    else:
+        originals.require(*DEMO_ROWS)
     admissions = _admissions(originals, adults=not demo)
     n, expired = len(admissions), admissions["hospital_expire_flag"].to_numpy(np.uint8)
     person = pandas().factorize(admissions["subject_id"], sort=True)[0].astype(np.int32)
-    split = _demo_split(person) if demo else stratified_split(expired, seed=0, ids=person)
+    split = stratified_split(np.zeros(n, int) if demo else expired, seed=0, ids=person)
     counted = split == 0 if rules.share else np.ones(n, bool)
     least = {
         view: max(2, math.ceil(value * counted.sum())) if rules.share else int(value)
@@ -103,58 +106,26 @@ def build(originals: Originals, *, demo: bool) -> tuple[dict[str, np.ndarray], d
             raise InputError(f"{originals.name}: no {view} that {least[view]} admissions have; are the tables whole?")
         matrix = spill.means(columns) if view in ("labs", "vitals") else spill.listed(columns, dtype)
         views[view] = matrix, np.array(names)
-    arrays: dict[str, np.ndarray] = {}
-    for view, (matrix, names_) in views.items():
-        arrays[f"x_{view}"], arrays[f"names_{view}"] = matrix, names_
+    arrays = view_arrays(views)
     arrays |= {"y_death": expired, "y_readmit30": _readmitted(admissions), "split": split, "patient": person}
     arrays["hadm"] = admissions["hadm_id"].to_numpy(np.int32)
     title = "MIMIC-IV Clinical Database Demo 2.2" if demo else "MIMIC-IV"
     return arrays, {"name": title, "views": list(views), "tasks": ["y_death", "y_readmit30"]}
 
 
-def _read(originals: Originals, name: str, columns: list[str], **options: Any) -> Any:
-    frame = table(originals, f"{name}.csv", columns, **options)
-    _count(originals, name, len(frame))
-    return frame
-
-
-def _count(originals: Originals, name: str, rows: int) -> None:
-    if originals.name == "mimic4_demo":
-        originals.rows(f"{name}.csv", rows, DEMO_ROWS[name])
-
-
-def _stream(originals: Originals, name: str, columns: list[str], **options: Any) -> Iterator[Any]:
-    done = 0
-    for frame in chunks(originals, f"{name}.csv", columns, CHUNK, **options):
-        done += len(frame)
-        yield frame
-    _count(originals, name, done)
-
-
 def _admissions(originals: Originals, *, adults: bool) -> Any:
-    frame = _read(originals, "admissions", ADMISSIONS)
-    patients = _read(originals, "patients", PATIENTS)
+    frame = table(originals, "admissions.csv", ADMISSIONS)
+    patients = table(originals, "patients.csv", PATIENTS)
     with originals.reading("admissions.csv"):
         for column in ("admittime", "dischtime"):
             frame[column] = pandas().to_datetime(frame[column], format="ISO8601")
         joined = frame.merge(patients, on="subject_id", how="left", validate="many_to_one")
         if joined["anchor_age"].isna().any() or joined["hadm_id"].duplicated().any():
             raise ValueError("patients that patients.csv lacks, or an admission twice")
-        joined["anchor_age"], joined["anchor_year"] = (
-            joined["anchor_age"].astype(int),
-            joined["anchor_year"].astype(int),
-        )
+    joined = joined.astype({"anchor_age": int, "anchor_year": int})
     if adults:
         joined = joined[joined["anchor_age"] + joined["admittime"].dt.year - joined["anchor_year"] >= 18]
     return joined.sort_values("hadm_id").reset_index(drop=True)
-
-
-def _demo_split(person: np.ndarray) -> np.ndarray:
-    """60, 10 and 30 of the hundred patients."""
-    order, part = np.random.default_rng(0).permutation(person.max() + 1), np.zeros(person.max() + 1, np.uint8)
-    first, second = round(0.6 * len(order)), round(0.7 * len(order))
-    part[order[first:second]], part[order[second:]] = 1, 2
-    return part[person]
 
 
 def _readmitted(admissions: Any) -> np.ndarray:
@@ -190,7 +161,7 @@ Events = Iterator[tuple[np.ndarray, np.ndarray, "np.ndarray | None"]]
 def _codes(originals: Originals, rows: _Rows, rules: Rules, *, name: str) -> Events:
     """``VERSION:`` and the first three characters of the ICD code."""
     columns = ["hadm_id", "icd_code", "icd_version"]
-    for frame in _stream(originals, name, columns, dtype={"icd_code": str, "icd_version": str}):
+    for frame in chunks(originals, f"{name}.csv", columns, CHUNK, dtype={"icd_code": str, "icd_version": str}):
         at = rows.of(frame["hadm_id"])
         known = (at >= 0) & frame["icd_code"].notna().to_numpy()
         frame = frame[known]
@@ -198,7 +169,7 @@ def _codes(originals: Originals, rows: _Rows, rules: Rules, *, name: str) -> Eve
 
 
 def _drugs(originals: Originals, rows: _Rows, rules: Rules) -> Events:
-    for frame in _stream(originals, "prescriptions", ["hadm_id", "starttime", "drug"], dtype={"drug": str}):
+    for frame in chunks(originals, "prescriptions.csv", ["hadm_id", "starttime", "drug"], CHUNK, dtype={"drug": str}):
         at = rows.of(frame["hadm_id"])
         known = (at >= 0) & frame["drug"].notna().to_numpy()
         at, frame = at[known], frame[known]
@@ -212,7 +183,7 @@ def _measured(
     originals: Originals, rows: _Rows, name: str, first_hour: float, items: set[int] | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Row, item and value of the numbers measured from ``first_hour`` to hour 48."""
-    for frame in _stream(originals, name, ["hadm_id", "itemid", "charttime", "valuenum"]):
+    for frame in chunks(originals, f"{name}.csv", ["hadm_id", "itemid", "charttime", "valuenum"], CHUNK):
         if items is not None:
             frame = frame[frame["itemid"].isin(items)]
         at = rows.of(frame["hadm_id"])
@@ -251,7 +222,7 @@ _EVENTS: dict[str, Callable[[Originals, _Rows, Rules], Events]] = {
 
 
 def _lab_names(originals: Originals, items: list[Any]) -> list[str]:
-    label = _read(originals, "d_labitems", ["itemid", "label"]).set_index("itemid")["label"].to_dict()
+    label = table(originals, "d_labitems.csv", ["itemid", "label"]).set_index("itemid")["label"].to_dict()
     return [str(label.get(item, item)) for item in items]
 
 

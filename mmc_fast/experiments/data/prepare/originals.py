@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +56,7 @@ class Originals:
         self.scratch = Path(scratch or tempfile.gettempdir())
         self.folders = [Path(folder).expanduser() for folder in folders]
         self.used: dict[str, str] = {}
+        self.expected: dict[str, int] = {}
         self._plain: dict[str, list[Path]] = {}
         self._sums: dict[Path, str] = {}
         self._verified: set[Path] = set()
@@ -79,6 +80,11 @@ class Originals:
             near = [(n, f) for n in missing for f in self._plain if _stem(n) in _stem(f)]
             hints = [f"is {file!r} the file {name!r}? then rename it" for name, file in near]
             raise self.missing(", ".join(missing), hints[0] if hints else "")
+
+    def expect(self, rows: Mapping[str, int]) -> None:
+        """Require tables by name, and that :mod:`tables` finds as many rows in each as the release has."""
+        self.require(*rows)
+        self.expected = dict(rows)
 
     def missing(self, what: str, hint: str = "") -> InputError:
         """The error for files that are not there."""

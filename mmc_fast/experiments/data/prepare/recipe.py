@@ -18,7 +18,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.archive import Archive
 from mmc_fast.experiments.data.prepare.originals import Originals, Progress
 
-__all__ = ["Recipe", "check_file", "dense", "prepare_file"]
+__all__ = ["Recipe", "check_file", "dense", "prepare_file", "view_arrays"]
 
 _LARGE = 1 << 26  # bytes; beyond that, compression level 9 costs minutes and saves little
 
@@ -133,3 +133,11 @@ def dense(*parts: tuple[np.ndarray, Sequence[str]], dtype: Any = np.float32) -> 
     """Columns side by side, and their names."""
     names = [str(name) for _, columns in parts for name in columns]
     return np.concatenate([np.asarray(x, dtype) for x, _ in parts], 1), np.array(names)
+
+
+def view_arrays(views: Mapping[str, tuple[np.ndarray, Any]]) -> dict[str, np.ndarray]:
+    """``x_VIEW`` and ``names_VIEW`` of each."""
+    found = {}
+    for view, (values, names) in views.items():
+        found |= {f"x_{view}": values, f"names_{view}": np.array(names)}
+    return found

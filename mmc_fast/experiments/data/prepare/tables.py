@@ -30,6 +30,7 @@ def table(originals: Originals, name: str, columns: Sequence[str], **options: An
     with originals.open(name) as stream:
         frame: pd.DataFrame = pandas().read_csv(stream, usecols=list(columns), **{"low_memory": False, **options})
     originals.progress(f"read {name}", len(frame), len(frame))
+    originals.rows(name, len(frame), originals.expected.get(name, len(frame)))
     return frame
 
 
@@ -44,6 +45,7 @@ def chunks(
             done += len(frame)
             originals.progress(f"read {name}", done, None)
             yield frame
+    originals.rows(name, done, originals.expected.get(name, done))
 
 
 def _check_header(originals: Originals, name: str, columns: Sequence[str]) -> None:
