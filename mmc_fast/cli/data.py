@@ -17,7 +17,7 @@ from .terminal import PassDisplay, error_console, output_console, print_table
 __all__ = ["COMMAND"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the npz files. [default: MMC_DATA, else ./data]")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the npz files. (default: MMC_DATA, else ./data)")]
 
 
 def _folder(out: Path | None) -> Path:
@@ -81,7 +81,7 @@ def prepare(
 @app.command()
 @clean
 def check(
-    names: Annotated[list[str] | None, typer.Argument(help="Data sets. [default: all]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets (default: all).")] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
