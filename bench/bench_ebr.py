@@ -34,7 +34,6 @@ from mmc_fast.experiments.training.steps import Stepper
 from mmc_fast.nn import EBRConfig, EBRHead, EBROutput
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops import native as library
-from mmc_fast.ops.ebr import op as ebr_ops
 
 # of all outputs and gradients as one vector. In float32 a pre-activation at the kink of a ReLU may fall to either side,
 # one among hundreds of thousands, which moves the whole by up to 1e-4; so it does for eager.
@@ -213,7 +212,7 @@ def check(job: Job, names: tuple[str, ...]) -> None:
     """Refuse to time a wrong result: outputs and gradients of every candidate against the float64 reference."""
     row, baseline = job.row, 0.0  # largest error of what PyTorch itself does in bfloat16
     names = tuple(sorted(names, key=lambda name: name.startswith("ours")))
-    truth_head = EBRHead([row.d] * row.m, row.k, row.h, row.psi, backend="torch").double()
+    truth_head = EBRHead([row.d] * row.m, row.k, row.h, row.psi, backend="reference").double()
     truth_head.load_state_dict(job.head.state_dict())
     x = [f.detach().double().requires_grad_() for f in job.x]
     for name in names:
@@ -321,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="48 shapes against the best of eager, compiled, stacked")
     parser.add_argument("--dtype", choices=tuple(SIDES), help="of the grid; both where left out")
     parser.add_argument("--seconds", type=float, default=4.0, help="measure short steps at least that long")
-    options = gate.begin(parser, argv, ebr_ops._native_reason)
+    options = gate.begin(parser, argv, library.load_ebr())
     results = grid(options) if options.grid else []
     for row in () if options.grid else ROWS:
         if (options.row and row.name not in options.row) or (options.one_thread and row.threads > 1):

@@ -35,8 +35,8 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
         raise InputError(f"explain: 'agop' takes the head, a torch.nn.Module; got {type(head).__name__}")
     method = AGOPAccumulator(head)._method
     if method is None:
-        return [Backend("torch", True, "usable: vector-Jacobian products, as this head is no chain of known layers")]
+        return [Backend("eager", True, "usable: vector-Jacobian products, as this head is no chain of known layers")]
     if method.primitive is None:
-        return [Backend("torch", True, f"usable: {method.name}, which needs no kernel")]
+        return [Backend("eager", True, f"usable: {method.name}, which needs no kernel")]
     rows = explain_op(method.primitive, *head.parameters(), *inputs)
     return [row._replace(reason=f"usable: {method.name}") if row.usable else row for row in rows]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mmc_fast.ops.agop import op as primitives
-from mmc_fast.ops.agop.coactivation import flag_nonfinite
+from mmc_fast.ops.agop.reference import flag_nonfinite
 
 __all__ = ["add_gram", "fast_linear", "shifted_derivative_gram", "stable_linear", "value_and_derivative"]
 

@@ -64,7 +64,7 @@ class ConstantMethod(_Base):
 
     def __init__(self, p: Tensor, center: bool) -> None:
         self._p, self._center = p, center
-        self.backend = "torch"
+        self.backend = "eager"
 
     def states(self) -> list[CountState | MomentState | ProbeSums]:
         return []
@@ -263,7 +263,7 @@ class AutogradMethod(_Base):
         self, runner: OpaqueRunner, output: str, center: bool, probes: int | None, seed: int, width: int, outputs: int
     ) -> None:
         self.name = "vector-Jacobian products" if probes is None else "probes"
-        self.backend = "torch"
+        self.backend = "eager"
         self._runner, self._output = runner, output
         device = runner.device
         self._sums: MomentState | ProbeSums
@@ -322,8 +322,8 @@ def choose_chain_method(
 
 
 def _refuse_backend(backend: str, what: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise RuntimeError(f"agop: backend={backend!r} has no kernel for {what}; use backend='torch' or 'auto'")
+    if backend not in ("auto", "eager"):
+        raise RuntimeError(f"agop: backend={backend!r} has no kernel for {what}; use backend='eager' or 'auto'")
 
 
 def _own_kernel(backend: str) -> str | None:

@@ -11,7 +11,7 @@ from mmc_fast.errors import InputError
 
 __all__ = ["Options", "resolve_blocks"]
 
-_BACKENDS = ("auto", "cpp", "triton", "cuda", "torch")
+_BACKENDS = ("auto", "cpp", "triton", "cuda", "eager")
 _PRECISIONS = {
     "float64": torch.float64, "fp64": torch.float64, torch.float64: torch.float64,
     "float32": torch.float32, "fp32": torch.float32, torch.float32: torch.float32,
@@ -71,10 +71,10 @@ class Options:
 
     def check_autograd(self) -> None:
         """Refuse what the vector-Jacobian path cannot do."""
-        if self.backend not in ("auto", "torch"):
+        if self.backend not in ("auto", "eager"):
             raise RuntimeError(
                 f"agop: backend={self.backend!r} has no kernel for heads other than Linear layers and elementwise "
-                "activations; use backend='torch' or 'auto'"
+                "activations; use backend='eager' or 'auto'"
             )
         if self.precision is not None and _PRECISIONS[self.precision] == torch.bfloat16:
             raise InputError(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mmc_fast.ops.agop.coactivation import flag_nonfinite
+from mmc_fast.ops.agop.reference import flag_nonfinite
 
 from .gram import fast_linear, stable_linear, value_and_derivative
 from .head import Activation, Affine

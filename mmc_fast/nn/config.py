@@ -12,7 +12,7 @@ _CHOICES = {
     "ranking": ("reference", "pairwise"),
     "substitute": ("ranked", "mean", "learned"),
     "alignment": ("none", "distance", "contrastive"),
-    "backend": ("auto", "cpp", "triton", "cuda", "torch"),
+    "backend": ("auto", "cpp", "triton", "cuda", "eager", "reference"),
 }
 
 
@@ -34,7 +34,7 @@ class EBRConfig:
         ranking, substitute: how a missing modality finds its proxy ("ranked", the "mean" of the present latents, or a
             "learned" weighted mean of them).
         modalities: names that get a head (None: all).
-        backend: what computes the EBR step; "torch" gives the same numbers with and without the native library.
+        backend: what computes the EBR step; "reference" gives the same numbers with and without the native library.
     """
 
     latent_dim: int = 512

@@ -13,7 +13,7 @@ import mmc_fast
 from mmc_fast.agop import reference as definition
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops.agop import op as agop
-from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")

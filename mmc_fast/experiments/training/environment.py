@@ -38,7 +38,7 @@ def environment(model: MultimodalModel, before: dict[str, int]) -> dict[str, Any
 
 
 def _ebr_backend(before: dict[str, int]) -> str | None:
-    """What was counted by the code that did the work, not what was asked for: "torch", "cpp/avx512", ..."""
+    """What was counted by the code that did the work, not what was asked for: "eager", "reference", "cpp/avx512", ..."""
     prefix = "ebr_step/"
     found = [n.removeprefix(prefix) for n, k in ran().items() if n.startswith(prefix) and k > before.get(n, 0)]
     return " and ".join(found) or None

@@ -1,8 +1,7 @@
 """AGOP primitives: schemas, fake implementations, checks and the choice of backend.
 
-Every primitive has one contract, stated in ``reference/coactivation.py`` and ``reference/gram.py``, and these backends:
-``cpp`` (float32 on the CPU), ``cuda`` (co-activation alone) and ``triton`` (float32 and 16 bit on a CUDA device) and
-``torch`` (any dtype and device).
+Every primitive has one contract, stated in ``reference.py``, and these backends: ``cpp`` (float32 on the CPU), ``cuda``
+(co-activation alone) and ``triton`` (float32 and 16 bit on a CUDA device) and ``eager`` (any dtype and device).
 Updates add to the upper triangle of an accumulator in place; nothing here records an autograd graph.
 """
 
@@ -15,19 +14,16 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-from .. import native as library
+from .. import native
 from ..dispatch import choose, record, register
-from . import coactivation as _counts_reference
-from . import gram as _gram_reference
+from . import reference
 
 __all__ = [
     "ACTIVATIONS",
     "SCHEMA_VERSION",
     "agop_finalise",
     "chain_gram_update",
-    "coactivation_counts",
     "derivative_gram_update",
-    "pack_signs",
     "relu_coactivation_update",
     "syrk_update",
 ]
@@ -47,8 +43,6 @@ _SCHEMAS = {
     " Tensor(a!) gram, Tensor(b!) total, Tensor(c!) nonfinite, int chunk_rows) -> ()",
     "syrk_update": "(Tensor rows, Tensor(a!) gram) -> ()",
     "agop_finalise": "(Tensor weight, Tensor? outer, Tensor inner) -> Tensor",
-    "pack_signs": "(Tensor z) -> Tensor",
-    "coactivation_counts": "(Tensor words) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"mmc_fast::{_name}", _schema)
@@ -66,18 +60,8 @@ def _finalise_fake(weight: Tensor, outer: Tensor | None, inner: Tensor) -> Tenso
     return weight.new_empty(weight.shape[1], weight.shape[1])
 
 
-@torch.library.register_fake("mmc_fast::pack_signs")
-def _pack_fake(z: Tensor) -> Tensor:
-    return z.new_empty(z.shape[1], (z.shape[0] + 63) // 64, dtype=torch.int64)
-
-
-@torch.library.register_fake("mmc_fast::coactivation_counts")
-def _counts_fake(words: Tensor) -> Tensor:
-    return words.new_empty(words.shape[0], words.shape[0])
-
-
 def _cpp_check(*tensors: Tensor | None) -> str | None:
-    reason = library.unavailable_reason()
+    reason = native.unavailable_reason()
     if reason is not None:
         return reason
     for tensor in tensors:
@@ -116,7 +100,7 @@ for _name in (*_SCHEMAS, "chain_gram_update"):
         register(_name, "triton", _triton_check)
     if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
         register(_name, "cuda", _cuda_check)
-    register(_name, "torch", _always)
+    register(_name, "eager", _always)
 
 
 @torch.no_grad()
@@ -159,7 +143,7 @@ def relu_coactivation_update(
 
         _cuda.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
     else:
-        _counts_reference.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
+        reference.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
     record(op, which)
     return which
 
@@ -209,7 +193,7 @@ def derivative_gram_update(
 
         kernels.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
     else:
-        _gram_reference.derivative_gram_update(
+        reference.derivative_gram_update(
             x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
         )
     record(op, which)
@@ -234,7 +218,7 @@ def syrk_update(rows: Tensor, gram: Tensor, *, backend: str = "auto") -> str:
 
         kernels.syrk_update(rows, gram)
     else:
-        _gram_reference.syrk_update(rows, gram)
+        reference.syrk_update(rows, gram)
     record("syrk_update", which)
     return which
 
@@ -276,7 +260,7 @@ def chain_gram_update(
 
         kernels.chain_gram_update(left, inner, v, outer, gram)
     else:
-        _gram_reference.chain_gram_update(left, inner, v, outer, gram)
+        reference.chain_gram_update(left, inner, v, outer, gram)
     record(op, which)
     return which
 
@@ -304,33 +288,7 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
     if which == "cpp":
         return torch.ops.mmc_fast.agop_finalise(weight, outer, inner)
     record("agop_finalise", which)
-    return _gram_reference.agop_finalise(weight, outer, inner)
-
-
-@torch.no_grad()
-def pack_signs(z: Tensor, *, backend: str = "auto") -> Tensor:
-    """Pack ``z > 0`` along the samples, least significant bit first: ``[N, h]`` to int64 ``[h, ceil(N / 64)]``."""
-    if z.dim() != 2 or not z.is_floating_point():
-        raise InputError(f"pack_signs: z is {_describe(z)}; pass a floating [samples, units]")
-    which = choose("pack_signs", backend, z)
-    if which == "cpp":
-        return torch.ops.mmc_fast.pack_signs(z)
-    record("pack_signs", which)
-    return _counts_reference.pack_signs(z)
-
-
-@torch.no_grad()
-def coactivation_counts(words: Tensor, *, backend: str = "auto") -> Tensor:
-    """Count ``Σ_w popcount(words_iw & words_jw)``: int64 ``[h, W]`` to the full symmetric int64 ``[h, h]``, exact."""
-    if words.dim() != 2 or words.dtype != torch.int64:
-        raise InputError(
-            f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs"
-        )
-    which = choose("coactivation_counts", backend, words)
-    if which == "cpp":
-        return torch.ops.mmc_fast.coactivation_counts(words.contiguous())
-    record("coactivation_counts", which)
-    return _counts_reference.coactivation_counts(words)
+    return reference.agop_finalise(weight, outer, inner)
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

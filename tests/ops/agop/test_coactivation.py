@@ -16,7 +16,7 @@ from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops import native as library
 from mmc_fast.ops.agop import coactivation as reference
 from mmc_fast.ops.agop import op as agop
-from mmc_fast.ops.agop.gram import activation_derivative, mirror
+from mmc_fast.ops.agop.reference import activation_derivative, mirror
 
 ISAS = library.supported_isas()
 NO_NATIVE = library.unavailable_reason() or ""

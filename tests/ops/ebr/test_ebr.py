@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ebr_oracle import BACKENDS, actual, backend, draw_case, expected
+from ebr_oracle import BACKENDS, NO_NATIVE, actual, draw_case, expected
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -50,7 +50,7 @@ def test_float32_equals_row_by_row(round_, which):
     assert_close(got_gradients, gradients, FLOAT32_TOLERANCE * max(1.0, abs(case.reversal)), case.describe())
 
 
-@pytest.mark.parametrize("which", ["cpp", "plain"])
+@pytest.mark.parametrize("which", ["cpp", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_plain_torch(dtype, which):
     """By the median over cases: where rounding moves one pre-activation across zero, a single case says nothing."""
@@ -60,7 +60,7 @@ def test_low_precision_is_as_good_as_plain_torch(dtype, which):
         case = draw_case(seed + n, dtype, reversal=1.0, m=3, batch=9, hidden_dim=17, latent_dim=16, psi_dims=(8, 5))
         case.normalizer = None
         values, gradients = expected(case)
-        plain_values, plain_gradients = actual(case, "torch")
+        plain_values, plain_gradients = actual(case, "reference")
         got_values, got_gradients = actual(case, which)
         got, plain = got_values | got_gradients, plain_values | plain_gradients
         for name, truth in (values | gradients).items():
@@ -81,7 +81,7 @@ def test_reversal_as_tensor_equals_float(which):
         assert torch.equal(as_float[name], as_tensor[name]), f"{case.describe()}: {name}"
 
 
-@pytest.fixture(params=["cpp", "plain"])
+@pytest.fixture(params=["cpp", "eager"])
 def kernel(request):
     """Runs a test that leaves the backend to "auto" once per kernel behind the op."""
     with backend(request.param):
