@@ -191,7 +191,9 @@ def actual(case: Case, name: str, reversal=None) -> tuple[dict[str, Tensor], dic
     if name == "cpp" and NO_NATIVE:
         pytest.skip(f"no native EBR step: {NO_NATIVE}")
     head.backend = name
-    out = head(case.features, case.present, case.source, case.reversal if reversal is None else reversal, case.normalizer)
+    out = head(
+        case.features, case.present, case.source, case.reversal if reversal is None else reversal, case.normalizer
+    )
     c = case.cotangents
     loss = sum((r * t).sum() for r, t in zip(out.recovered, c["recovered"], strict=True))
     loss = loss + (out.latents * c["latents"]).sum()

@@ -20,9 +20,9 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
 
     Args:
         op_name: "ebr_step", "agop", or one of the primitives that AGOP is made of ("relu_coactivation_update",
-            "derivative_gram_update", "syrk_update", "agop_finalise", "pack_signs", "coactivation_counts").
-        args: the tensors of the call; for "agop" the head and, if at hand, its inputs. Without them only what holds for every call is judged
-            (installed, built, device there), for "agop" that of a head with one hidden ReLU layer.
+            "derivative_gram_update", "syrk_update", "chain_gram_update", "agop_finalise").
+        args: the tensors of the call; for "agop" the head and, if at hand, its inputs. Without them only what holds for
+            every call is judged (installed, built, device there), for "agop" that of a head with one hidden ReLU layer.
 
     Raises :class:`InputError` for an unknown op, and for "agop" what :func:`mmc_fast.agop` raises for the head.
     """

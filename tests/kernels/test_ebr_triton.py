@@ -164,9 +164,7 @@ def test_the_operator_keeps_its_contract(seed, path):
     head, features = small_call(seed)
     params = [p.detach().requires_grad_() for p in head.parameters()]
     args = (features, None, None, torch.tensor(0.5), None, params, True, True, False, "triton")
-    torch.library.opcheck(
-        torch.ops.mmc_fast.ebr_step.default, args, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.mmc_fast.ebr_step.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def figure_head(dims: list[int], hidden: int, latent: int, psi: tuple[int, ...], batch: int, seed: int):

@@ -7,6 +7,7 @@ Updates add to the upper triangle of an accumulator in place; nothing here recor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmc_fast.errors import InputError
 
 from .. import native
 from ..dispatch import choose, record, register
-from . import reference
+from . import cuda, reference
 
 __all__ = [
     "ACTIVATIONS",
@@ -83,9 +84,7 @@ def _triton_check(*tensors: Tensor | None) -> str | None:
 
 
 def _cuda_check(*tensors: Tensor | None) -> str | None:
-    from . import cuda as _cuda
-
-    return _cuda.unusable_reason([t for t in tensors if t is not None])
+    return cuda.unusable_reason([t for t in tensors if t is not None])
 
 
 def _always(*tensors: Tensor | None) -> str | None:
@@ -101,6 +100,26 @@ for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
         register(_name, "cuda", _cuda_check)
     register(_name, "eager", _always)
+
+
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function of an op on a backend other than the native library; all have the op's arguments and its name."""
+    if backend == "triton":
+        from mmc_fast.kernels.agop import chain, coactivation
+
+        return getattr(chain if op == "chain_gram_update" else coactivation, op)
+    return getattr(cuda if backend == "cuda" else reference, op)
+
+
+def _run(op: str, backend: str, tensors: Sequence[Tensor | None], *arguments: Any) -> tuple[str, Any]:
+    """Call ``op`` on the backend that is chosen for ``tensors``; return the backend and what it returned."""
+    which = choose(op, backend, *tensors)
+    if which == "cpp":
+        coded = [ACTIVATIONS[a] if isinstance(a, str) else a for a in arguments]
+        return which, getattr(torch.ops.mmc_fast, op)(*coded)
+    result = _implementation(op, which)(*arguments)
+    record(op, which)
+    return which, result
 
 
 @torch.no_grad()
@@ -130,22 +149,8 @@ def relu_coactivation_update(
     _check_layer(op, x, weight, bias, chunk_rows)
     _check_accumulator(op, "counts", counts, weight.shape[0], torch.int64)
     _check_flag(op, nonfinite)
-    which = choose(op, backend, x, weight, bias, counts, nonfinite)
-    if which == "cpp":
-        torch.ops.mmc_fast.relu_coactivation_update(x, weight, _contiguous(bias), counts, nonfinite, chunk_rows)
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
-
-        kernels.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    elif which == "cuda":
-        from . import cuda as _cuda
-
-        _cuda.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    else:
-        reference.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    record(op, which)
-    return which
+    tensors = (x, weight, _contiguous(bias), counts, nonfinite)
+    return _run(op, backend, tensors, *tensors, chunk_rows)[0]
 
 
 @torch.no_grad()
@@ -182,22 +187,8 @@ def derivative_gram_update(
     if total.shape != (weight.shape[0],) or total.dtype != torch.float64 or not total.is_contiguous():
         raise InputError(f"{op}: total is {_describe(total)}; pass a contiguous float64 [{weight.shape[0]}]")
     _check_flag(op, nonfinite)
-    which = choose(op, backend, x, weight, bias)
-    if which == "cpp":
-        torch.ops.mmc_fast.derivative_gram_update(
-            x, weight, _contiguous(bias), ACTIVATIONS[activation], alpha, beta, gram, total, nonfinite, chunk_rows
-        )
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
-
-        kernels.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
-    else:
-        reference.derivative_gram_update(
-            x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
-        )
-    record(op, which)
-    return which
+    layer = (x, weight, _contiguous(bias))
+    return _run(op, backend, layer, *layer, activation, alpha, beta, gram, total, nonfinite, chunk_rows)[0]
 
 
 @torch.no_grad()
@@ -209,18 +200,7 @@ def syrk_update(rows: Tensor, gram: Tensor, *, backend: str = "auto") -> str:
     if rows.dim() != 2 or not rows.is_floating_point():
         raise InputError(f"syrk_update: rows is {_describe(rows)}; pass a floating [rows, units]")
     _check_accumulator("syrk_update", "gram", gram, rows.shape[1], torch.float64)
-    which = choose("syrk_update", backend, rows)
-    if which == "cpp":
-        torch.ops.mmc_fast.syrk_update(rows, gram)
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
-
-        kernels.syrk_update(rows, gram)
-    else:
-        reference.syrk_update(rows, gram)
-    record("syrk_update", which)
-    return which
+    return _run("syrk_update", backend, (rows,), rows, gram)[0]
 
 
 @torch.no_grad()
@@ -254,15 +234,7 @@ def chain_gram_update(
     if any(t.dtype != v.dtype or t.device != v.device for t in given):
         raise InputError(f"{op}: left, inner, v and outer differ in dtype or device; convert them to one")
     _check_accumulator(op, "gram", gram, units, torch.float64)
-    which = choose(op, backend, *given)
-    if which == "triton":
-        from mmc_fast.kernels.agop import chain as kernels
-
-        kernels.chain_gram_update(left, inner, v, outer, gram)
-    else:
-        reference.chain_gram_update(left, inner, v, outer, gram)
-    record(op, which)
-    return which
+    return _run(op, backend, given, left, inner, v, outer, gram)[0]
 
 
 @torch.no_grad()
@@ -284,11 +256,7 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
     if inner.dtype not in (torch.int64, torch.float64):
         raise InputError(f"agop_finalise: inner is {_describe(inner)}; pass an int64 or float64 [{units}, {units}]")
     _check_accumulator("agop_finalise", "inner", inner, units, inner.dtype)
-    which = choose("agop_finalise", backend, weight, outer)
-    if which == "cpp":
-        return torch.ops.mmc_fast.agop_finalise(weight, outer, inner)
-    record("agop_finalise", which)
-    return reference.agop_finalise(weight, outer, inner)
+    return _run("agop_finalise", backend, (weight, outer), weight, outer, inner)[1]
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

@@ -20,9 +20,9 @@ __all__ = ["check", "saved_like", "step", "step_backward"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(tensors: Sequence[Tensor]) -> str | None:
+def check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
     """Say why this form cannot run on these tensors, None where it can."""
-    wrong = [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES]
+    wrong = [t.dtype for t in features if t.is_floating_point() and t.dtype not in _DTYPES]
     return f"it sums in float32 and a tensor is {wrong[0]}" if wrong else None
 
 

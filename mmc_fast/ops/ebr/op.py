@@ -9,7 +9,7 @@ brings the autograd formula, for every device; where it was not built, the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +50,9 @@ def _kernels(call: Call) -> ModuleType:
         return triton
     if call.backend == "eager":
         return eager
-    raise RuntimeError(f"ebr_step: backend='{call.backend}' has no kernel here for tensors on {call.features[0].device}")
+    raise RuntimeError(
+        f"ebr_step: backend='{call.backend}' has no kernel here for tensors on {call.features[0].device}"
+    )
 
 
 def _step(*arguments: Any):
@@ -92,33 +94,26 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
     kept = () if call.recompute else (latents, *recovered, *saved)
-    ctx.sizes = (len(call.features), len(call.params))
-    ctx.call = call._replace(features=(), present=None, source=None, reversal=None, normalizer=None, params=())
-    ctx.save_for_backward(
-        call.present, call.source, call.reversal, call.normalizer, *call.features, *call.params, *kept
-    )
+    ctx.sizes, ctx.flags = (len(call.features), len(call.params)), call[6:]
+    ctx.save_for_backward(*call[1:5], *call.features, *call.params, *kept)
 
 
 def _autograd(ctx: Any, d_recovered, d_latents, d_discrimination, d_reconstruction, d_saved):
     m, n_params = ctx.sizes
-    present, source, reversal, normalizer, *rest = ctx.saved_tensors
-    features, params, kept = rest[:m], rest[m : m + n_params], rest[m + n_params :]
-    call = ctx.call._replace(
-        features=features, present=present, source=source, reversal=reversal, normalizer=normalizer, params=params
-    )
+    masks, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    call, kept = Call(rest[:m], *masks, rest[m : m + n_params], *ctx.flags), rest[m + n_params :]
     latents, recovered, saved = (None, [], []) if call.recompute else (kept[0], kept[1 : 1 + m], kept[1 + m :])
     wanted = Call(*ctx.needs_input_grad)
-    need_source = bool(wanted.source) and source is not None and source.is_floating_point()
+    need_source = bool(wanted.source) and call.source is not None and call.source.is_floating_point()
     needs = [*map(int, wanted.features), int(need_source), *map(int, wanted.params)]
     d_features, d_source, d_params = torch.ops.mmc_fast.ebr_step_backward(
         list(d_recovered or [None] * m), d_latents, d_discrimination, d_reconstruction,
         *call, recovered, latents, saved, needs,
     )  # fmt: skip
-    grads = Call(*[None] * _FIELDS)._replace(  # type: ignore[arg-type]
-        features=[d if need else None for d, need in zip(d_features, wanted.features, strict=True)],
-        source=d_source if need_source else None,
-        params=[d if need else None for d, need in zip(d_params, wanted.params, strict=True)],
-    )
+    grads: list[Any] = [None] * _FIELDS
+    grads[0] = [d if need else None for d, need in zip(d_features, wanted.features, strict=True)]
+    grads[2] = d_source if need_source else None
+    grads[5] = [d if need else None for d, need in zip(d_params, wanted.params, strict=True)]
     return tuple(grads)
 
 
@@ -149,22 +144,12 @@ if _native_reason is not None:
     torch.library.register_autograd(_BACKWARD, _refuse_double_backward)
 
 
-def _examples(args: tuple[Any, ...]) -> Sequence[Tensor | None]:
-    """What is judged: nothing, tensors (in ``explain``), or one feature of a call, given as two lists: features and params.
-
-    One is enough: functional.py and the kernel see to it that the other tensors have its dtype and device.
-    """
-    return args[0][:1] if args and type(args[0]) is list else args
-
-
-def _cpp_check(*args: Any) -> str | None:
+def _cpp_check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
     if _native_reason is not None:
         if _wrong_setting is not None:
             raise InputError(_wrong_setting)
         return _native_reason
-    for tensor in _examples(args):
-        if tensor is None:
-            continue
+    for tensor in features:
         if not tensor.is_cpu:
             return f"it runs on the CPU and a tensor is on {tensor.device}"
         if tensor.dtype not in _NATIVE_DTYPES and tensor.is_floating_point():
@@ -172,23 +157,26 @@ def _cpp_check(*args: Any) -> str | None:
     return None
 
 
-def _triton_check(*args: Any) -> str | None:
-    return triton.check(*args) if args and type(args[0]) is list else triton.check([t for t in args if t is not None])
-
-
-def _eager_check(*args: Any) -> str | None:
-    return eager.check([t for t in _examples(args) if t is not None])
-
-
-def _reference_check(*args: Any) -> str | None:
+def _reference_check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
     return None
 
 
-_CHECKS = {"cpp": _cpp_check, "triton": _triton_check, "eager": _eager_check, "reference": _reference_check}
+def _judges(check: Callable[..., str | None]) -> Callable[..., str | None]:
+    """The check as the registry calls it: on the features and parameters of a call, two lists, or on tensors, or nothing."""
+
+    def judge(*args: Any) -> str | None:
+        if args and type(args[0]) is list:
+            return check(*args)
+        return check([t for t in args if t is not None])
+
+    return judge
+
+
+_CHECKS = {"cpp": _cpp_check, "triton": triton.check, "eager": eager.check, "reference": _reference_check}
 # The portable tiles are there to be right everywhere; torch's own products are faster than they are.
 _native_wins = _native_reason is None and (native.current_isa() != "base" or env("MMC_CPU_ISA") is not None)
 for _name in ("cpp", "triton", "eager", "reference") if _native_wins else ("triton", "eager", "cpp", "reference"):
-    register("ebr_step", _name, _CHECKS[_name])
+    register("ebr_step", _name, _judges(_CHECKS[_name]))
 
 _op = torch.ops.mmc_fast.ebr_step.default
 
@@ -199,5 +187,7 @@ def ebr_step(call: Call, backend: str) -> tuple[list[Tensor], Tensor, Tensor, Te
         if not torch.compiler.is_compiling():
             record("ebr_step", "reference")
         return reference.ebr_step(call)
-    recompute = call.recompute or not torch.is_grad_enabled()  # nothing will be asked for again, so nothing need be kept
+    recompute = (
+        call.recompute or not torch.is_grad_enabled()
+    )  # nothing will be asked for again, so nothing need be kept
     return _op(*call[:8], recompute, backend)[:4]

@@ -12,7 +12,9 @@ from mmc_fast.errors import InputError
 __all__ = ["grad_reverse", "lambda_tensor"]
 
 
-def lambda_tensor(reversal: float | Tensor, device: torch.device, dtype: torch.dtype, where: str = "ebr_step") -> Tensor:
+def lambda_tensor(
+    reversal: float | Tensor, device: torch.device, dtype: torch.dtype, where: str = "ebr_step"
+) -> Tensor:
     """Return λ as a 0-d tensor without history: a finite number at or above 0, or a 0-d tensor.
 
     The value of a tensor is not looked at: that would synchronise with its device. Raises :class:`InputError`.
