@@ -132,8 +132,7 @@ class _Mixer:
 def step(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """(recovered, latents, both losses, what backward needs); the last is empty with ``recompute``."""
     record("ebr_step", "eager")
-    *outputs, saved = _forward(call)
-    recovered, latents, discrimination, reconstruction = outputs
+    recovered, latents, discrimination, reconstruction, saved = _forward(call)
     return recovered, latents, discrimination, reconstruction, [] if call.recompute else saved.flat()
 
 

@@ -101,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _autograd(ctx: Any, d_recovered, d_latents, d_discrimination, d_reconstruction, d_saved):
     m, n_params = ctx.sizes
     masks, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    call, kept = Call(rest[:m], *masks, rest[m : m + n_params], *ctx.flags), rest[m + n_params :]
+    call, kept = Call._make((rest[:m], *masks, rest[m : m + n_params], *ctx.flags)), rest[m + n_params :]
     latents, recovered, saved = (None, [], []) if call.recompute else (kept[0], kept[1 : 1 + m], kept[1 + m :])
     wanted = Call(*ctx.needs_input_grad)
     need_source = bool(wanted.source) and call.source is not None and call.source.is_floating_point()

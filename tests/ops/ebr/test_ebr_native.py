@@ -97,12 +97,6 @@ def test_fuzz_thousand(part):
     fuzz(range(100 * part, 100 * part + 100), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fuzz_low_precision(dtype):
-    start = secrets.randbelow(2**31)
-    fuzz(range(start, start + 12), dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_go_through_every_path(dtype):
     """Products long enough for chunks along the sum, for threads and, in bfloat16, for the matrix library."""
@@ -159,7 +153,7 @@ def test_instruction_sets_agree():
             torch.testing.assert_close(value, exact[isa][name], rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq"])
 def test_low_precision_on_every_instruction_set(isa):
     if isa not in library.supported_isas():
         pytest.skip(f"this processor has no {isa}")
@@ -342,7 +336,7 @@ from ebr_oracle import NO_NATIVE, actual, draw_case
 from mmc_fast.nn import EBRHead
 from mmc_fast.ops.dispatch import ran
 assert "taken away" in NO_NATIVE, NO_NATIVE
-for _ in range(12):
+for _ in range(6):
     case = draw_case(secrets.randbits(32), torch.float32)
     for recompute in (False, True):
         case.head.recompute = recompute
@@ -356,7 +350,6 @@ params = list(case.head.parameters())
 op = torch.ops.mmc_fast.ebr_step.default
 call = (case.features, case.present, case.source, torch.tensor(0.5), None, params, True, True)
 torch.library.opcheck(op, (*call, False, "eager"))
-torch.library.opcheck(op, (*call, True, "eager"))
 head = EBRHead([3, 2], 16, 64, (6,))
 x = [torch.randn(4, d, requires_grad=True) for d in head.dims]
 step = torch.compile(lambda x: head(x).recovered[0].square().sum(), fullgraph=True, backend="aot_eager")
