@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.ops.agop.reference import activation_derivative
 
 __all__ = ["BASELINES", "closed_form", "closed_form_int8", "jacrev_rows", "row_chain", "sum_trick", "torch_probe"]
 

@@ -102,7 +102,7 @@ class Job:
         self.head = EBRHead([row.d] * row.m, row.k, row.h, row.psi)
         self.low = EBRHead([row.d] * row.m, row.k, row.h, row.psi).bfloat16()
         self.low.load_state_dict(self.head.state_dict())
-        self.exact = EBRHead([row.d] * row.m, row.k, row.h, row.psi, backend="torch").double()
+        self.exact = EBRHead([row.d] * row.m, row.k, row.h, row.psi, backend="reference").double()
         self.exact.load_state_dict(self.head.state_dict())
         self.truths: dict[bool, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(1)

@@ -30,7 +30,7 @@ SETS = {
 PLANTED = "planted"
 METHODS = {"vanilla": "vanilla", "robust": "EBR robust"}
 COMMON = {"selection": "masked", "unimodal_share": 0.0, "control": False}
-HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32], "backend": "torch", "residual": True, "normalize": True,
+HEADS = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32], "backend": "reference", "residual": True, "normalize": True,
          "substitute": "mean", "reversal": 0.1, "cross_recovery": 0.1}  # fmt: skip
 SETTINGS = {
     "vanilla": COMMON | {"method": "vanilla"},

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmc_fast.ops.ebr.grad_reverse import grad_reverse
-from mmc_fast.ops.ebr.op import ebr_step as _ebr_step_op
-from mmc_fast.ops.ebr.op import resolve_backend
-from mmc_fast.ops.ebr.reference import ebr_step as _ebr_step_reference
+from mmc_fast.ops.dispatch import choose
+from mmc_fast.ops.ebr import op
+from mmc_fast.ops.ebr.reference import Call
+from mmc_fast.ops.ebr.reversal import grad_reverse, lambda_tensor
 
 __all__ = ["EBROutput", "ebr_step", "grad_reverse"]
 
@@ -61,13 +61,15 @@ def ebr_step(
         source: int64 ``[B, m]`` (which latent is decoded into slot i; -1 = none) or float ``[B, m, m]`` (weights,
             differentiable); None decodes each modality from its own latent. Absent latents have no weight; a slot
             without any is a zero row.
-        reversal: strength λ of the gradient reversal, float or 0-d tensor; 0 cuts the branch.
+        reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is never
+            read by the host; 0 cuts the branch.
         normalizer: replaces both denominators (one element), or #present and #rows (two elements): exact means
             over processes and accumulation steps.
         residual: add the decoded row to the feature where the modality is present.
         normalize: layer-normalise latents (no affine parameters, eps 1e-5) before every further use.
-        backend: "auto", "cpp", "triton", "cuda" or "torch". An explicit one is used or raises with the reason.
-            "torch" is plain differentiable torch (double backward works); float64 always takes that path.
+        backend: "auto", "cpp" (native), "triton", "eager" (torch, arranged by hand) or "reference" (the definition:
+            float64 and double backward). An explicit one is used or raises with the reason; "auto" takes the first row
+            of ``mmc_fast.explain("ebr_step", ...)`` that is usable.
         recompute: keep only the inputs for backward and compute the activations again.
 
     Returns:
@@ -75,7 +77,7 @@ def ebr_step(
         losses are float32 scalars (float64 for float64 inputs), never synchronised to the host.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes or an integer source out of range (on CPU).
+        TypeError, ValueError: wrong dtypes, shapes, λ, or an integer source out of range (on CPU).
         RuntimeError: an explicit backend cannot run here.
 
     Autocast: computes and returns autocast's dtype, losses in float32; on a CPU layers of at most 64 units are computed
@@ -87,54 +89,35 @@ def ebr_step(
     filled, present = _fill_absent(features, present, encoders)
     params = [t for head in (*encoders, *decoders) for t in head] + list(discriminator)
     _check(filled, encoders, decoders, discriminator, present, source, normalizer)
-    device = filled[0].device
-    if torch.is_autocast_enabled(device.type) and filled[0].dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-        # so narrow layers take longer in bfloat16 on a CPU than in float32, and are less exact
-        narrow = device.type == "cpu" and backend != "torch" and max(max(p.shape) for p in params) <= _NARROW
-        inside = torch.float32 if narrow else dtype
-        filled, params = [f.to(inside) for f in filled], [p.to(inside) for p in params]
-        with torch.autocast(device.type, enabled=False):
-            out = _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
-        return EBROutput([r.to(dtype) for r in out.recovered], out.latents.to(dtype), *out[2:]) if narrow else out
-    return _run(filled, params, present, source, reversal, normalizer, residual, normalize, backend, recompute)
+    device, double = filled[0].device, filled[0].dtype == torch.float64
+    lambda_ = lambda_tensor(reversal, device, torch.float64 if double else torch.float32)
+    call = Call(filled, present, source, lambda_, normalizer, params, residual, normalize, recompute, backend)
+    return _autocast(call) if torch.is_autocast_enabled(device.type) and not double else _run(call)
 
 
-def _run(
-    features: list[Tensor],
-    params: list[Tensor],
-    present: Tensor | None,
-    source: Tensor | None,
-    reversal: float | Tensor,
-    normalizer: Tensor | None,
-    residual: bool,
-    normalize: bool,
-    backend: str,
-    recompute: bool,
-) -> EBROutput:
-    m, dtype, device = len(features), features[0].dtype, features[0].device
-    which = resolve_backend(backend, features, params)
-    for i, p in enumerate(params if which != "cpp" else ()):  # the native kernel looks for itself, at less cost
-        if p.dtype != dtype or p.device != device:
-            raise TypeError(
-                f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {dtype} on {device}; "
-                "cast the model or use torch.autocast"
-            )
-    if which == "torch":
-        heads = [params[4 * i : 4 * i + 4] for i in range(2 * m)]
-        return EBROutput(
-            *_ebr_step_reference(
-                features, heads[:m], heads[m:], params[8 * m :],
-                present, source, reversal, normalizer, residual, normalize,
-            )
-        )  # fmt: skip
-    if isinstance(reversal, Tensor):
-        strength = reversal.detach().to(device=device, dtype=torch.float32)
-    else:
-        strength = torch.full((), float(reversal), dtype=torch.float32, device=device)
-    return EBROutput(
-        *_ebr_step_op(features, params, present, source, strength, normalizer, residual, normalize, recompute, which)
-    )
+def _run(call: Call) -> EBROutput:
+    backend = choose("ebr_step", call.backend, call.features, call.params)
+    if backend != "cpp":  # the native kernel looks for itself, at less cost
+        like = call.features[0]
+        for i, p in enumerate(call.params):
+            if p.dtype != like.dtype or p.device != like.device:
+                raise TypeError(
+                    f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {like.dtype} on {like.device}; "
+                    "cast the model or use torch.autocast"
+                )
+    return EBROutput(*op.ebr_step(call, backend))
+
+
+def _autocast(call: Call) -> EBROutput:
+    device = call.features[0].device.type
+    dtype = torch.get_autocast_dtype(device)
+    # narrow layers take longer in bfloat16 on a CPU than in float32, and are less exact
+    narrow = device == "cpu" and call.backend != "reference" and max(max(p.shape) for p in call.params) <= _NARROW
+    inside = torch.float32 if narrow else dtype
+    features, params = [f.to(inside) for f in call.features], [p.to(inside) for p in call.params]
+    with torch.autocast(device, enabled=False):
+        out = _run(call._replace(features=features, params=params))
+    return EBROutput([r.to(dtype) for r in out.recovered], out.latents.to(dtype), *out[2:]) if narrow else out
 
 
 def _fill_absent(

@@ -48,13 +48,6 @@ MMC_API void reset_dispatch_counts();
 MMC_API bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float* bias, int64_t* counts, int64_t ld,
                                       int64_t chunk, const Pool& pool);
 
-// words[j * ceil(N / 64) + w]: bit b is z[64 w + b, j] > 0
-MMC_API void pack_signs(const Matrix& z, uint64_t* words, const Pool& pool);
-
-// counts [h, h], both triangles, of words [h, words_per_unit]
-MMC_API void coactivation_counts(const uint64_t* words, int64_t units, int64_t words_per_unit, int64_t* counts,
-                                 const Pool& pool);
-
 // gram[i * ld + j] += sum_n s'(z_ni) s'(z_nj) for j >= i and total[i] += sum_n s'(z_ni), float64; total may be null.
 // alpha, beta: slope of LeakyReLU; alpha of ELU; beta and threshold of softplus. Returns whether a z was not finite.
 MMC_API bool derivative_gram_update(const Matrix& x, const Matrix& weight, const float* bias, Activation activation,
@@ -68,12 +61,5 @@ MMC_API void syrk_update(const Matrix& rows, double* gram, int64_t ld, int64_t c
 // it). Only the upper triangle of inner is read. Exactly one of inner_counts, inner_gram is not null.
 MMC_API void agop_finalise(const Matrix& weight, const Matrix* outer, const int64_t* inner_counts, const double* inner_gram,
                            int64_t ld, float* out, const Pool& pool);
-
-// Rate of count_tile's instructions on registers alone, in bit multiply-adds per second of this thread; 0 where the current
-// instruction set has no such loop. The ceiling that the benchmark compares with.
-MMC_API double register_only_rate();
-
-// Rate of the counting kernel itself on packed words that lie ready, in useful (upper triangle) bit multiply-adds per second.
-MMC_API double coactivation_kernel_rate(int64_t units, int64_t words_per_unit);
 
 }  // namespace mmc

@@ -1,6 +1,4 @@
 // Which instruction set runs: the best that the processor has, or the one that is forced.
-#include <ctime>
-
 #include "internal.h"
 
 namespace mmc {
@@ -15,9 +13,8 @@ const KernelTable* const kTables[] = {
 #endif
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
-const char* const kPrimitiveNames[kPrimitives] = {"relu_coactivation_update", "pack_signs",  "coactivation_counts",
-                                                  "derivative_gram_update",   "syrk_update", "agop_finalise",
-                                                  "ebr_step", "ebr_step_backward"};
+const char* const kPrimitiveNames[kPrimitives] = {"relu_coactivation_update", "derivative_gram_update", "syrk_update",
+                                                  "agop_finalise", "ebr_step", "ebr_step_backward"};
 
 std::atomic<int> current{-1};
 std::atomic<int64_t> calls[kPrimitives][kCount];
@@ -115,34 +112,6 @@ std::vector<Count> dispatch_counts() {
 void reset_dispatch_counts() {
   for (auto& row : calls)
     for (auto& count : row) count.store(0);
-}
-
-double thread_seconds() {
-  timespec now;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-double register_only_rate() {
-#ifdef MMC_X86
-  const int index = current_index();
-  void (*loop)(int64_t, uint64_t*) = index == 3 ? avx512_vpopcntdq::register_only : index == 1 ? avx2::register_only : nullptr;
-  if (!loop) return 0;
-  const double bits_per_repeat = index == 3 ? 24 * 512.0 : 8 * 256.0;
-  const int64_t repeats = 100000;
-  double best_seconds = 1e9;
-  for (int trial = 0; trial < 20; ++trial) {
-    uint64_t sink[16];
-    for (int i = 0; i < 16; ++i) sink[i] = 0x9e3779b97f4a7c15u * (i + 1);
-    const double start = thread_seconds();
-    loop(repeats, sink);
-    const double seconds = thread_seconds() - start;
-    if (seconds < best_seconds) best_seconds = seconds;
-  }
-  return repeats * bits_per_repeat / best_seconds;
-#else
-  return 0;
-#endif
 }
 
 }  // namespace mmc

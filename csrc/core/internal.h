@@ -9,12 +9,10 @@
 
 namespace mmc {
 
-enum Primitive : int { kCoactivation, kPackSigns, kCounts, kDerivativeGram, kSyrk, kFinalise, kEbrStep, kEbrStepBackward, kPrimitives };
+enum Primitive : int { kCoactivation, kDerivativeGram, kSyrk, kFinalise, kEbrStep, kEbrStepBackward, kPrimitives };
 
 const KernelTable& kernels(Primitive primitive);  // the current table; counts the call
 const KernelTable& current_kernels();             // the current table, for parts of a call that was counted
-
-double thread_seconds();  // CPU time of this thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -74,12 +74,6 @@ void column_sums(const float*, int64_t, double*);
 
 namespace avx512_vpopcntdq {
 extern const KernelTable table;
-// 10^12 bit multiply-adds a second of and + popcount + add on registers alone: the ceiling of count_tile
-void register_only(int64_t repeats, uint64_t* sink);
 }  // namespace avx512_vpopcntdq
-
-namespace avx2 {
-void register_only(int64_t repeats, uint64_t* sink);
-}
 
 }  // namespace mmc

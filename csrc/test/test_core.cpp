@@ -79,21 +79,7 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
     }
   expect(right, "counts against float64", seed, n, d, h);
 
-  // packed words and their counts
   std::vector<float> zf(z.begin(), z.end());
-  const int64_t words = (n + 63) / 64;
-  std::vector<uint64_t> packed(h * words);
-  mmc::pack_signs({zf.data(), n, h, h, 1}, packed.data(), pool);
-  std::vector<int64_t> full(h * h);
-  mmc::coactivation_counts(packed.data(), h, words, full.data(), pool);
-  bool equal = true;
-  for (int64_t i = 0; i < h; ++i)
-    for (int64_t j = 0; j < h; ++j) {
-      int64_t truth = 0;
-      for (int64_t s = 0; s < n; ++s) truth += zf[s * h + i] > 0 && zf[s * h + j] > 0;
-      equal &= full[i * h + j] == truth;
-    }
-  expect(equal, "counts of packed words", seed, n, d, h);
 
   // Gram of derivatives and of rows; total
   std::vector<double> gram(h * h, 0), total(h, 0), gram_truth(h * h, 0), total_truth(h, 0);

@@ -61,7 +61,7 @@ def agop(
             that does not grow with C.
         precision: None (the head's dtype; float32 inside for half precision), "float64", "float32", or "bf16":
             Jacobian rows in bfloat16, for deep heads and probes. The forward pass and the sums keep float32.
-        backend: "auto", or one of "cpp", "triton", "cuda", "torch", which then runs or raises with the reason.
+        backend: "auto", or one of "cpp", "triton", "cuda", "eager", which then runs or raises with the reason.
         chunk_size: samples per step, rounded up to a multiple of 64; None: from the memory budget. Changes only
             rounding, and integer counts not at all.
         memory_budget: bytes for one chunk.

@@ -20,9 +20,9 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
 
     Args:
         op_name: "ebr_step", "agop", or one of the primitives that AGOP is made of ("relu_coactivation_update",
-            "derivative_gram_update", "syrk_update", "agop_finalise", "pack_signs", "coactivation_counts").
-        args: the tensors of the call; for "agop" the head and, if at hand, its inputs. Without them only what holds for every call is judged
-            (installed, built, device there), for "agop" that of a head with one hidden ReLU layer.
+            "derivative_gram_update", "syrk_update", "chain_gram_update", "agop_finalise").
+        args: the tensors of the call; for "agop" the head and, if at hand, its inputs. Without them only what holds for
+            every call is judged (installed, built, device there), for "agop" that of a head with one hidden ReLU layer.
 
     Raises :class:`InputError` for an unknown op, and for "agop" what :func:`mmc_fast.agop` raises for the head.
     """
@@ -35,8 +35,8 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
         raise InputError(f"explain: 'agop' takes the head, a torch.nn.Module; got {type(head).__name__}")
     method = AGOPAccumulator(head)._method
     if method is None:
-        return [Backend("torch", True, "usable: vector-Jacobian products, as this head is no chain of known layers")]
+        return [Backend("eager", True, "usable: vector-Jacobian products, as this head is no chain of known layers")]
     if method.primitive is None:
-        return [Backend("torch", True, f"usable: {method.name}, which needs no kernel")]
+        return [Backend("eager", True, f"usable: {method.name}, which needs no kernel")]
     rows = explain_op(method.primitive, *head.parameters(), *inputs)
     return [row._replace(reason=f"usable: {method.name}") if row.usable else row for row in rows]

@@ -22,7 +22,7 @@ from .state import SUMMING_KERNELS, CountState, MomentState, Panel, ProbeState, 
 
 __all__ = ["AutogradMethod", "Method", "Options", "choose_method"]
 
-_BACKENDS = ("auto", "cpp", "triton", "cuda", "torch")
+_BACKENDS = ("auto", "cpp", "triton", "cuda", "eager")
 _PRECISIONS: dict[object, torch.dtype | None] = {
     None: None,
     "float64": torch.float64, torch.float64: torch.float64,
@@ -90,9 +90,9 @@ class Options:
 
     def refuse_backend(self, what: str) -> None:
         """Raise for an explicit backend that has no kernel for ``what``."""
-        if self.backend not in ("auto", "torch"):
+        if self.backend not in ("auto", "eager"):
             raise RuntimeError(
-                f"agop: backend={self.backend!r} has no kernel for {what}; use backend='torch' or 'auto'"
+                f"agop: backend={self.backend!r} has no kernel for {what}; use backend='eager' or 'auto'"
             )
 
 
@@ -152,7 +152,7 @@ class _ConstantMethod(Method):
     """No activation after the layer: the same Jacobian ``W1`` for every sample, ``G = N W1ᵀW1``, zero about the mean."""
 
     name = "constant"
-    backend = "torch"
+    backend = "eager"
 
     def __init__(self, w1: Tensor, options: Options) -> None:
         super().__init__(w1.shape[1], w1.dtype, w1.device, w1)
@@ -313,7 +313,7 @@ class _RowMethod(Method):
 class AutogradMethod(Method):
     """Any other head: one vector-Jacobian product per output (or probe) over a chunk of samples."""
 
-    backend = "torch"
+    backend = "eager"
 
     def __init__(self, rows: AutogradRows, inputs: int, outputs: int, device: torch.device, options: Options) -> None:
         super().__init__(inputs, rows.dtype, device)

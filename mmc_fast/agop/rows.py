@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmc_fast.errors import InputError
-from mmc_fast.ops.agop.coactivation import flag_nonfinite
+from mmc_fast.ops.agop.reference import flag_nonfinite
 
 from .head import Affine, ParsedHead
 

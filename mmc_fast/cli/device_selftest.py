@@ -12,7 +12,7 @@ from torch import Tensor
 from mmc_fast import functional
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops.agop import op as agop
-from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.ops.selftest import Check
 
 __all__ = ["device_selftest"]
@@ -46,7 +46,7 @@ def device_selftest(device: torch.device) -> list[Check]:
 
 def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, Callable[[], str | None]]]:
     example = torch.ones(2, 2, device=device)
-    for backend, dtype, size in product(("cuda", "triton", "torch"), _DTYPES, _SIZES):
+    for backend, dtype, size in product(("cuda", "triton", "eager"), _DTYPES, _SIZES):
         label = f"{backend} {str(dtype).removeprefix('torch.')} {size[0]}x{size[1]}x{size[2]}"
         for op, check in (
             ("relu_coactivation_update", _counts),
@@ -56,7 +56,7 @@ def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[
             offered = {row.backend for row in backends.explain(op, example) if row.usable}
             if backend in offered:
                 yield f"{op} {label}", partial(check, device, generator, backend, dtype, *size)
-    for backend, dtype in product(("triton", "torch"), _DTYPES):
+    for backend, dtype in product(("triton", "eager"), _DTYPES):
         if any(row.backend == backend and row.usable for row in backends.explain("ebr_step", example)):
             for sizes in (
                 ((20, 33), 24, 16, (16,)),
@@ -90,8 +90,8 @@ def _gram(device, generator, backend, dtype, samples, inputs, units) -> str | No
     total, flag = gram.new_zeros(units), torch.zeros(1, dtype=torch.int64, device=device)
     operands = (x.to(device, dtype), (weight / 8).to(device, dtype))
     agop.derivative_gram_update(*operands, None, "gelu", gram, total, flag, backend=backend)
-    return _far(gram, (a.t() @ a).triu(), dtype if backend == "torch" else torch.float32) or _far(
-        total, a.sum(0), dtype if backend == "torch" else torch.float32
+    return _far(gram, (a.t() @ a).triu(), dtype if backend == "eager" else torch.float32) or _far(
+        total, a.sum(0), dtype if backend == "eager" else torch.float32
     )
 
 
@@ -132,7 +132,7 @@ def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | 
         wanted = [*out.recovered, out.discrimination_loss, *(t.grad for head in leaves for t in head)]
         return [t.detach() for t in (*wanted, *(t.grad for t in psi_leaves), *(f.grad for f in inputs))]
 
-    truth = run(torch.float64, torch.device("cpu"), "torch")
+    truth = run(torch.float64, torch.device("cpu"), "reference")
     for index, (got, expected) in enumerate(zip(run(dtype, device, backend), truth, strict=True)):
         limits = _LIMITS if index <= len(dims) else _GRADIENT_LIMITS  # what is recovered and the loss come first
         if problem := _far(got, expected, dtype, limits):

@@ -25,7 +25,7 @@ class EBRConfig:
         cross_recovery: weight of the reconstruction loss of each modality from another one's latent, drawn afresh.
         ranking, substitute: how a missing modality finds its proxy ("ranked", or the "mean" of the present latents).
         modalities: names that get a head (None: all).
-        backend: what computes the EBR step; "torch" gives the same numbers with and without the native library.
+        backend: what computes the EBR step; "reference" gives the same numbers with and without the native library.
     """
 
     latent_dim: Count = 512
@@ -44,7 +44,7 @@ class EBRConfig:
     ranking: Literal["reference", "pairwise"] = "reference"
     substitute: Literal["ranked", "mean"] = "ranked"
     modalities: tuple[str, ...] | None = None
-    backend: Literal["auto", "cpp", "triton", "cuda", "torch"] = "auto"
+    backend: Literal["auto", "cpp", "triton", "cuda", "eager", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         check("ebr", self)

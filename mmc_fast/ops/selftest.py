@@ -41,7 +41,7 @@ class Speed:
 
 
 def selftest() -> list[Check]:
-    """Run the AGOP primitives on every instruction set of this machine and in torch, against float64 on drawn inputs.
+    """Run the AGOP primitives on every instruction set of this machine and in eager torch, against float64 on drawn inputs.
 
     One row per primitive and backend; ``passed`` is False where a count differs or a float is off by more than 1e-5.
     """
@@ -71,7 +71,7 @@ def selftest() -> list[Check]:
     for isa in library.supported_isas():
         with library.forced_isa(isa):
             run("cpp", f"cpp on {isa}")
-    run("torch", "torch")
+    run("eager", "eager")
     return rows
 
 
@@ -90,9 +90,9 @@ def quick_bench(rounds: int = 7) -> list[Speed]:
     torch.set_num_threads(1)
     try:
         speeds = []
-        names = [*(isa for isa in library.supported_isas() if isa != "base"), "torch"]  # base is for testing
+        names = [*(isa for isa in library.supported_isas() if isa != "base"), "eager"]  # base is for testing
         for name in names:
-            backend = "torch" if name == "torch" else "cpp"
+            backend = "eager" if name == "eager" else "cpp"
             best = [float("inf"), float("inf")]
             for _ in range(rounds):
                 if backend == "cpp":

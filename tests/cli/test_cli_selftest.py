@@ -19,7 +19,7 @@ from mmc_fast.ops import selftest
 from mmc_fast.ops.agop import op as agop
 
 ISAS = library.supported_isas()
-BACKENDS = [*(f"cpp on {isa}" for isa in ISAS), "torch"]
+BACKENDS = [*(f"cpp on {isa}" for isa in ISAS), "eager"]
 CHECKS = ["co-activation counts", "derivative Gram", "final product"]
 
 
@@ -86,7 +86,7 @@ def quick(monkeypatch):
 def test_bench_times_every_instruction_set(quick):
     threads = torch.get_num_threads()
     lines = call("bench").splitlines()
-    expected = [*(isa for isa in ISAS if isa != "base"), "torch"]
+    expected = [*(isa for isa in ISAS if isa != "base"), "eager"]
     assert [line.split(" on ")[1].split(":")[0] for line in lines] == expected
     assert all("x the forward product" in line for line in lines)
     assert torch.get_num_threads() == threads
@@ -94,7 +94,7 @@ def test_bench_times_every_instruction_set(quick):
 
 def test_bench_as_json(quick):
     rows = json.loads(call("bench", "--json"))
-    assert [row["isa"] for row in rows] == [*(isa for isa in ISAS if isa != "base"), "torch"]
+    assert [row["isa"] for row in rows] == [*(isa for isa in ISAS if isa != "base"), "eager"]
     for row in rows:
         assert row["milliseconds"] > 0
         assert row["ratio"] == pytest.approx(row["milliseconds"] / row["forward_milliseconds"])
@@ -124,7 +124,7 @@ def test_explain_agop_judges_the_head():
 
 def test_explain_is_public_and_names_what_auto_takes():
     rows = mmc_fast.explain("relu_coactivation_update", torch.ones(2, 2), torch.ones(3, 2))
-    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "torch"]
+    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "eager"]
     assert rows[0].usable == bool(ISAS)
     assert rows[-1].usable
     counts, flag = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)

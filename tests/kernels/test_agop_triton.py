@@ -12,7 +12,7 @@ from torch import nn
 import mmc_fast
 from mmc_fast.agop import reference as definition
 from mmc_fast.ops.agop import op as agop
-from mmc_fast.ops.agop.gram import activation_derivative
+from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.testing import assert_as_accurate
 
 triton = pytest.importorskip("triton")

@@ -20,7 +20,7 @@ from mmc_fast.nn import EBRHead
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops.ebr import triton as ebr_triton
 
-REFERENCE = "torch"
+REFERENCE = "reference"
 EDGES = (1, 15, 16, 17, 63, 65)
 PSI = ((), (1,), (15,), (63,), (65,), (17, 33), (16, 17, 5), (3, 17, 16, 9))
 

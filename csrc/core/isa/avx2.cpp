@@ -114,25 +114,6 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 
 }  // namespace
 
-void register_only(int64_t repeats, uint64_t* sink) {
-  constexpr int kChains = 8;
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  __m256i acc[kChains];
-  __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sink));
-  const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sink + 4));
-  for (int t = 0; t < kChains; ++t) acc[t] = _mm256_setzero_si256();
-  for (int64_t n = 0; n < repeats; ++n) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kChains; ++t) {
-      asm volatile("" : "+x"(word));  // a new value to the compiler, so that no two products are shared
-      acc[t] = _mm256_add_epi8(acc[t], byte_counts(_mm256_and_si256(word, other), ones, nibble));
-    }
-  }
-  for (int t = 1; t < kChains; ++t) acc[0] = _mm256_add_epi8(acc[0], acc[t]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sink), acc[0]);
-}
-
 const KernelTable table = {"avx2",    kLanes,     kRows, gemm_tile,  gram_tile,
                            sign_tile, count_tile, pack,  derivative, column_sums};
 

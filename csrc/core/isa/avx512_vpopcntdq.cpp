@@ -40,23 +40,6 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 
 }  // namespace
 
-void register_only(int64_t repeats, uint64_t* sink) {
-  constexpr int kChains = 24;
-  __m512i acc[kChains];
-  __m512i word = _mm512_loadu_si512(sink);
-  const __m512i other = _mm512_loadu_si512(sink + 8);
-  for (int t = 0; t < kChains; ++t) acc[t] = _mm512_setzero_si512();
-  for (int64_t n = 0; n < repeats; ++n) {
-#pragma GCC unroll 24
-    for (int t = 0; t < kChains; ++t) {
-      asm volatile("" : "+v"(word));  // a new value to the compiler, so that no two products are shared
-      acc[t] = _mm512_add_epi64(acc[t], _mm512_popcnt_epi64(_mm512_and_si512(word, other)));
-    }
-  }
-  for (int t = 1; t < kChains; ++t) acc[0] = _mm512_add_epi64(acc[0], acc[t]);
-  _mm512_storeu_si512(sink, acc[0]);
-}
-
 const KernelTable table = {"avx512_vpopcntdq",
                            kMaxLanes,
                            kMaxRows,

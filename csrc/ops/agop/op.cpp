@@ -98,22 +98,6 @@ Tensor agop_finalise(const Tensor weight, const std::optional<Tensor> outer, con
   return out;
 }
 
-Tensor pack_signs(const Tensor z) {
-  const mmc::Matrix values = matrix(z, "z");
-  Tensor words = torch::stable::new_empty(z, {values.cols, (values.rows + 63) / 64}, ScalarType::Long);
-  mmc::pack_signs(values, reinterpret_cast<uint64_t*>(words.mutable_data_ptr<int64_t>()), torch_pool());
-  return words;
-}
-
-Tensor coactivation_counts(const Tensor words) {
-  check(words, "words", 2, ScalarType::Long);
-  STD_TORCH_CHECK(words.is_contiguous(), "words: not contiguous");
-  Tensor counts = torch::stable::new_empty(words, {words.size(0), words.size(0)});
-  mmc::coactivation_counts(reinterpret_cast<const uint64_t*>(words.const_data_ptr<int64_t>()), words.size(0), words.size(1),
-                           counts.mutable_data_ptr<int64_t>(), torch_pool());
-  return counts;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmc_fast, CPU, m) {
@@ -121,6 +105,4 @@ STABLE_TORCH_LIBRARY_IMPL(mmc_fast, CPU, m) {
   m.impl("derivative_gram_update", TORCH_BOX(&derivative_gram_update));
   m.impl("syrk_update", TORCH_BOX(&syrk_update));
   m.impl("agop_finalise", TORCH_BOX(&agop_finalise));
-  m.impl("pack_signs", TORCH_BOX(&pack_signs));
-  m.impl("coactivation_counts", TORCH_BOX(&coactivation_counts));
 }

@@ -1,21 +1,14 @@
-// mmc_fast::ebr_step and its backward as CPU operators: checks, data pointers, outputs. The arithmetic is in ebr_forward.cpp and
-// ebr_backward.cpp, the schema in mmc_fast/ops/ebr/op.py. Uses ATen's C++ interface, so this library belongs to one torch release.
+// mmc_fast::ebr_step and its backward as CPU operators: checks, data pointers, outputs. The arithmetic is in forward.cpp and
+// backward.cpp, the schema in mmc_fast/ops/ebr/op.py. Uses ATen's C++ interface, so this library belongs to one torch release.
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include "inputs.h"
 #include "step.h"
 
 namespace mmc::ebr {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = c10::List<std::optional<Tensor>>;
-using Forward = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, std::vector<Tensor>>;
-using Gradients = std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>>;
 
 void run_in_torch(int64_t begin, int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   struct Call {
@@ -37,16 +30,6 @@ Pool torch_pool() {
 
 Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
 
-// the arguments that forward and backward share
-struct Inputs {
-  TensorList features;
-  const OptionalTensor &present, &source;
-  const Tensor& reversal;
-  const OptionalTensor& normalizer;
-  TensorList params;
-  bool residual, normalize;
-};
-
 bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
 template <class T>
@@ -61,7 +44,7 @@ void check_inputs(const Inputs& in) {
                     " features; pass four per encoder and decoder and two per layer of the discriminator");
   const auto type = in.features[0].scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "ebr_step: features[0] is ", type,
-                   "; the native kernel computes float32, bfloat16 and float16; use backend='torch'");
+                   "; the native kernel computes float32, bfloat16 and float16; use backend='reference'");
   const int64_t batch = in.features[0].dim() == 2 ? in.features[0].size(0) : -1;
   for (int64_t i = 0; i < m; ++i) {
     const Tensor& f = in.features[i];
@@ -233,34 +216,35 @@ auto with_dtype(at::ScalarType type, F&& f) {
   return f(at::Half{});
 }
 
-Forward ebr_step(TensorList features, const OptionalTensor& present, const OptionalTensor& source, const Tensor& reversal,
-                 const OptionalTensor& normalizer, TensorList params, bool residual, bool normalize, bool recompute) {
-  const Inputs in{features, present, source, reversal, normalizer, params, residual, normalize};
+// Another backend was asked for: the kernel of no key is the one that every device without its own falls back to, in Python.
+bool elsewhere(const Inputs& in) { return in.backend != "cpp"; }
+constexpr c10::DispatchKeySet kFallback;
+
+Forward ebr_step(const Inputs& in) {
+  if (elsewhere(in)) return call_step(in, kFallback);
   check_inputs(in);
   count_ebr_step(false);
-  const at::ScalarType type = features[0].scalar_type();
+  const at::ScalarType type = in.features[0].scalar_type();
   return with_dtype(type, [&](auto tag) {
     const Bound<decltype(tag)> bound(in);
-    return run_forward(bound.step, type, !recompute);
+    return run_forward(bound.step, type, !in.recompute);
   });
 }
 
 template <class T>
-Gradients run_backward(const Inputs& in, const OptionalTensors& d_recovered, const OptionalTensor& d_latents,
-                       const OptionalTensor& d_discrimination, const OptionalTensor& d_reconstruction, TensorList recovered,
-                       const OptionalTensor& latents, TensorList saved, at::IntArrayRef needs) {
+Gradients run_backward(const Upstream& up, const Inputs& in, const Computed& computed, at::IntArrayRef needs) {
   const Bound<T> bound(in);
   const Step<T>& step = bound.step;
   const int64_t m = step.m();
   const at::ScalarType type = in.features[0].scalar_type();
 
   Forward again;
-  if (saved.empty()) again = run_forward(step, type, true);
-  const std::vector<Tensor>& again_recovered = std::get<0>(again);
-  const TensorList values = saved.empty() ? TensorList(again_recovered) : recovered;
-  const TensorList tensors = saved.empty() ? TensorList(std::get<4>(again)) : saved;
-  TORCH_CHECK(saved.empty() || given(latents), "ebr_step_backward: latents are missing beside the saved tensors");
-  const Tensor g = (saved.empty() ? std::get<1>(again) : *latents).contiguous();
+  const bool nothing_saved = computed.saved.empty();
+  if (nothing_saved) again = run_forward(step, type, true);
+  const TensorList values = nothing_saved ? TensorList(std::get<0>(again)) : computed.recovered;
+  const TensorList tensors = nothing_saved ? TensorList(std::get<4>(again)) : computed.saved;
+  TORCH_CHECK(nothing_saved || given(computed.latents), "ebr_step_backward: latents are missing beside the saved tensors");
+  const Tensor g = (nothing_saved ? std::get<1>(again) : *computed.latents).contiguous();
   const Kept<T> kept = bind_kept(step, tensors);
   std::vector<Tensor> dense_values;
   std::vector<const T*> value_pointers;
@@ -272,7 +256,7 @@ Gradients run_backward(const Inputs& in, const OptionalTensors& d_recovered, con
   Incoming<T> incoming;
   std::vector<Tensor> held;
   for (int64_t i = 0; i < m; ++i) {
-    const OptionalTensor t = d_recovered.get(i);
+    const OptionalTensor t = up.recovered.get(i);
     Given<T> matrix;
     if (given(t)) {
       held.push_back(*t);
@@ -281,12 +265,12 @@ Gradients run_backward(const Inputs& in, const OptionalTensors& d_recovered, con
     }
     incoming.recovered.push_back(matrix);
   }
-  if (given(d_latents)) {
-    incoming.latents = pointer<T>(*d_latents);
-    for (int n = 0; n < 3; ++n) incoming.latents_stride[n] = d_latents->stride(n);
+  if (given(up.latents)) {
+    incoming.latents = pointer<T>(*up.latents);
+    for (int n = 0; n < 3; ++n) incoming.latents_stride[n] = up.latents->stride(n);
   }
-  if (given(d_discrimination)) incoming.discrimination = d_discrimination->item<float>();
-  if (given(d_reconstruction)) incoming.reconstruction = d_reconstruction->item<float>();
+  if (given(up.discrimination)) incoming.discrimination = up.discrimination->item<float>();
+  if (given(up.reconstruction)) incoming.reconstruction = up.reconstruction->item<float>();
   incoming.reversal = in.reversal.item<float>();
 
   const auto count = static_cast<int64_t>(in.params.size());
@@ -311,23 +295,16 @@ Gradients run_backward(const Inputs& in, const OptionalTensors& d_recovered, con
   return {std::move(d_features), std::move(d_source), std::move(d_params)};
 }
 
-Gradients ebr_step_backward(const OptionalTensors& d_recovered, const OptionalTensor& d_latents,
-                            const OptionalTensor& d_discrimination, const OptionalTensor& d_reconstruction, TensorList features,
-                            const OptionalTensor& present, const OptionalTensor& source, const Tensor& reversal,
-                            const OptionalTensor& normalizer, TensorList params, TensorList recovered, const OptionalTensor& latents,
-                            TensorList saved, bool residual, bool normalize, at::IntArrayRef needs) {
-  const Inputs in{features, present, source, reversal, normalizer, params, residual, normalize};
+Gradients ebr_step_backward(const Upstream& up, const Inputs& in, const Computed& computed, at::IntArrayRef needs) {
+  if (elsewhere(in)) return call_backward(up, in, computed, needs, kFallback);
   check_inputs(in);
   count_ebr_step(true);
-  return with_dtype(features[0].scalar_type(), [&](auto tag) {
-    return run_backward<decltype(tag)>(in, d_recovered, d_latents, d_discrimination, d_reconstruction, recovered, latents, saved,
-                                       needs);
-  });
+  return with_dtype(in.features[0].scalar_type(), [&](auto tag) { return run_backward<decltype(tag)>(up, in, computed, needs); });
 }
 
 TORCH_LIBRARY_IMPL(mmc_fast, CPU, library) {
-  library.impl("ebr_step", TORCH_FN(ebr_step));
-  library.impl("ebr_step_backward", TORCH_FN(ebr_step_backward));
+  library.impl("ebr_step", TORCH_FN(Op::step<ebr_step>));
+  library.impl("ebr_step_backward", TORCH_FN(Op::backward<ebr_step_backward>));
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ _EXTENDED = (GRAPE, M3CARE, MUSE, SMIL, SHASPEC)  # tables 2 and 4 of the paper 
 def _extended(method: Method) -> tuple[Method, Method]:
     heads = {"ebr": robust_heads() | {"cross_recovery": 0.0}}
     if method is SMIL:  # its step is differentiated twice, which the fused operator does not offer
-        heads["ebr"]["backend"] = "torch"
+        heads["ebr"]["backend"] = "reference"
     return (
         method.with_settings(f"{method.name}+kd", f"{method.title} + KD", distilled(KD.fixed["kd"])),
         method.with_settings(f"{method.name}+ebr", f"{method.title} + EBR", heads),

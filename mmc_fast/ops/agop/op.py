@@ -1,13 +1,13 @@
 """AGOP primitives: schemas, fake implementations, checks and the choice of backend.
 
-Every primitive has one contract, stated in ``reference/coactivation.py`` and ``reference/gram.py``, and these backends:
-``cpp`` (float32 on the CPU), ``cuda`` (co-activation alone) and ``triton`` (float32 and 16 bit on a CUDA device) and
-``torch`` (any dtype and device).
+Every primitive has one contract, stated in ``reference.py``, and these backends: ``cpp`` (float32 on the CPU), ``cuda``
+(co-activation alone) and ``triton`` (float32 and 16 bit on a CUDA device) and ``eager`` (any dtype and device).
 Updates add to the upper triangle of an accumulator in place; nothing here records an autograd graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,16 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-from .. import native as library
+from .. import native
 from ..dispatch import choose, record, register
-from . import coactivation as _counts_reference
-from . import gram as _gram_reference
+from . import cuda, reference
 
 __all__ = [
     "ACTIVATIONS",
     "SCHEMA_VERSION",
     "agop_finalise",
     "chain_gram_update",
-    "coactivation_counts",
     "derivative_gram_update",
-    "pack_signs",
     "relu_coactivation_update",
     "syrk_update",
 ]
@@ -47,8 +44,6 @@ _SCHEMAS = {
     " Tensor(a!) gram, Tensor(b!) total, Tensor(c!) nonfinite, int chunk_rows) -> ()",
     "syrk_update": "(Tensor rows, Tensor(a!) gram) -> ()",
     "agop_finalise": "(Tensor weight, Tensor? outer, Tensor inner) -> Tensor",
-    "pack_signs": "(Tensor z) -> Tensor",
-    "coactivation_counts": "(Tensor words) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"mmc_fast::{_name}", _schema)
@@ -66,18 +61,8 @@ def _finalise_fake(weight: Tensor, outer: Tensor | None, inner: Tensor) -> Tenso
     return weight.new_empty(weight.shape[1], weight.shape[1])
 
 
-@torch.library.register_fake("mmc_fast::pack_signs")
-def _pack_fake(z: Tensor) -> Tensor:
-    return z.new_empty(z.shape[1], (z.shape[0] + 63) // 64, dtype=torch.int64)
-
-
-@torch.library.register_fake("mmc_fast::coactivation_counts")
-def _counts_fake(words: Tensor) -> Tensor:
-    return words.new_empty(words.shape[0], words.shape[0])
-
-
 def _cpp_check(*tensors: Tensor | None) -> str | None:
-    reason = library.unavailable_reason()
+    reason = native.unavailable_reason()
     if reason is not None:
         return reason
     for tensor in tensors:
@@ -99,9 +84,7 @@ def _triton_check(*tensors: Tensor | None) -> str | None:
 
 
 def _cuda_check(*tensors: Tensor | None) -> str | None:
-    from . import cuda as _cuda
-
-    return _cuda.unusable_reason([t for t in tensors if t is not None])
+    return cuda.unusable_reason([t for t in tensors if t is not None])
 
 
 def _always(*tensors: Tensor | None) -> str | None:
@@ -113,10 +96,30 @@ for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name in _SCHEMAS:
         register(_name, "cpp", _cpp_check)
     if _name in _TRITON:
-        register(_name, "triton", _triton_check)
+        register(_name, "triton", _triton_check, note="not measured on this device")
     if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
         register(_name, "cuda", _cuda_check)
-    register(_name, "torch", _always)
+    register(_name, "eager", _always)
+
+
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function of an op on a backend other than the native library; all have the op's arguments and its name."""
+    if backend == "triton":
+        from mmc_fast.kernels.agop import coactivation, gram
+
+        return getattr(coactivation if op == "relu_coactivation_update" else gram, op)
+    return getattr(cuda if backend == "cuda" else reference, op)
+
+
+def _run(op: str, backend: str, tensors: Sequence[Tensor | None], *arguments: Any) -> tuple[str, Any]:
+    """Call ``op`` on the backend that is chosen for ``tensors``; return the backend and what it returned."""
+    which = choose(op, backend, *tensors)
+    if which == "cpp":
+        coded = [ACTIVATIONS[a] if isinstance(a, str) else a for a in arguments]
+        return which, getattr(torch.ops.mmc_fast, op)(*coded)
+    result = _implementation(op, which)(*arguments)
+    record(op, which)
+    return which, result
 
 
 @torch.no_grad()
@@ -146,22 +149,8 @@ def relu_coactivation_update(
     _check_layer(op, x, weight, bias, chunk_rows)
     _check_accumulator(op, "counts", counts, weight.shape[0], torch.int64)
     _check_flag(op, nonfinite)
-    which = choose(op, backend, x, weight, bias, counts, nonfinite)
-    if which == "cpp":
-        torch.ops.mmc_fast.relu_coactivation_update(x, weight, _contiguous(bias), counts, nonfinite, chunk_rows)
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import coactivation as kernels
-
-        kernels.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    elif which == "cuda":
-        from . import cuda as _cuda
-
-        _cuda.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    else:
-        _counts_reference.relu_coactivation_update(x, weight, bias, counts, nonfinite, chunk_rows)
-    record(op, which)
-    return which
+    tensors = (x, weight, _contiguous(bias), counts, nonfinite)
+    return _run(op, backend, tensors, *tensors, chunk_rows)[0]
 
 
 @torch.no_grad()
@@ -198,22 +187,8 @@ def derivative_gram_update(
     if total.shape != (weight.shape[0],) or total.dtype != torch.float64 or not total.is_contiguous():
         raise InputError(f"{op}: total is {_describe(total)}; pass a contiguous float64 [{weight.shape[0]}]")
     _check_flag(op, nonfinite)
-    which = choose(op, backend, x, weight, bias)
-    if which == "cpp":
-        torch.ops.mmc_fast.derivative_gram_update(
-            x, weight, _contiguous(bias), ACTIVATIONS[activation], alpha, beta, gram, total, nonfinite, chunk_rows
-        )
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import gram as kernels
-
-        kernels.derivative_gram_update(x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows)
-    else:
-        _gram_reference.derivative_gram_update(
-            x, weight, bias, activation, alpha, beta, gram, total, nonfinite, chunk_rows
-        )
-    record(op, which)
-    return which
+    layer = (x, weight, _contiguous(bias))
+    return _run(op, backend, layer, *layer, activation, alpha, beta, gram, total, nonfinite, chunk_rows)[0]
 
 
 @torch.no_grad()
@@ -225,18 +200,7 @@ def syrk_update(rows: Tensor, gram: Tensor, *, backend: str = "auto") -> str:
     if rows.dim() != 2 or not rows.is_floating_point():
         raise InputError(f"syrk_update: rows is {_describe(rows)}; pass a floating [rows, units]")
     _check_accumulator("syrk_update", "gram", gram, rows.shape[1], torch.float64)
-    which = choose("syrk_update", backend, rows)
-    if which == "cpp":
-        torch.ops.mmc_fast.syrk_update(rows, gram)
-        return which
-    if which == "triton":
-        from mmc_fast.kernels.agop import gram as kernels
-
-        kernels.syrk_update(rows, gram)
-    else:
-        _gram_reference.syrk_update(rows, gram)
-    record("syrk_update", which)
-    return which
+    return _run("syrk_update", backend, (rows,), rows, gram)[0]
 
 
 @torch.no_grad()
@@ -270,15 +234,7 @@ def chain_gram_update(
     if any(t.dtype != v.dtype or t.device != v.device for t in given):
         raise InputError(f"{op}: left, inner, v and outer differ in dtype or device; convert them to one")
     _check_accumulator(op, "gram", gram, units, torch.float64)
-    which = choose(op, backend, *given)
-    if which == "triton":
-        from mmc_fast.kernels.agop import gram as kernels
-
-        kernels.chain_gram_update(left, inner, v, outer, gram)
-    else:
-        _gram_reference.chain_gram_update(left, inner, v, outer, gram)
-    record(op, which)
-    return which
+    return _run(op, backend, given, left, inner, v, outer, gram)[0]
 
 
 @torch.no_grad()
@@ -300,37 +256,7 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
     if inner.dtype not in (torch.int64, torch.float64):
         raise InputError(f"agop_finalise: inner is {_describe(inner)}; pass an int64 or float64 [{units}, {units}]")
     _check_accumulator("agop_finalise", "inner", inner, units, inner.dtype)
-    which = choose("agop_finalise", backend, weight, outer)
-    if which == "cpp":
-        return torch.ops.mmc_fast.agop_finalise(weight, outer, inner)
-    record("agop_finalise", which)
-    return _gram_reference.agop_finalise(weight, outer, inner)
-
-
-@torch.no_grad()
-def pack_signs(z: Tensor, *, backend: str = "auto") -> Tensor:
-    """Pack ``z > 0`` along the samples, least significant bit first: ``[N, h]`` to int64 ``[h, ceil(N / 64)]``."""
-    if z.dim() != 2 or not z.is_floating_point():
-        raise InputError(f"pack_signs: z is {_describe(z)}; pass a floating [samples, units]")
-    which = choose("pack_signs", backend, z)
-    if which == "cpp":
-        return torch.ops.mmc_fast.pack_signs(z)
-    record("pack_signs", which)
-    return _counts_reference.pack_signs(z)
-
-
-@torch.no_grad()
-def coactivation_counts(words: Tensor, *, backend: str = "auto") -> Tensor:
-    """Count ``Σ_w popcount(words_iw & words_jw)``: int64 ``[h, W]`` to the full symmetric int64 ``[h, h]``, exact."""
-    if words.dim() != 2 or words.dtype != torch.int64:
-        raise InputError(
-            f"coactivation_counts: words is {_describe(words)}; pass the int64 [units, words] of pack_signs"
-        )
-    which = choose("coactivation_counts", backend, words)
-    if which == "cpp":
-        return torch.ops.mmc_fast.coactivation_counts(words.contiguous())
-    record("coactivation_counts", which)
-    return _counts_reference.coactivation_counts(words)
+    return _run("agop_finalise", backend, (weight, outer), weight, outer, inner)[1]
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

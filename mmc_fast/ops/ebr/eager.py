@@ -1,6 +1,6 @@
-"""The EBR step in plain torch with a hand-written backward: what the registered op runs where no native kernel is.
+"""The EBR step in hand-arranged torch with its own backward: what runs where no kernel is.
 
-Same results as ``reference/ebr.py``; no autograd graph, losses accumulated in float32, absent rows never read.
+Same results as ``reference.py``; no autograd graph, losses accumulated in float32, absent rows never read.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import LAYER_NORM_EPS, check_source_range, denominators
+from ..dispatch import record
+from .reference import LAYER_NORM_EPS, Call, Params, check_source_range, denominators, split_params
 
-__all__ = ["Params", "Saved", "backward", "forward", "split_params"]
+__all__ = ["check", "saved_like", "step", "step_backward"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Params(NamedTuple):
-    """Views into the flat parameter list of the schema: four tensors a head, then the discriminator's."""
-
-    encoders: Sequence[Sequence[Tensor]]
-    decoders: Sequence[Sequence[Tensor]]
-    discriminator: Sequence[Tensor]
+def check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
+    """Say why this form cannot run on these tensors, None where it can."""
+    wrong = [t.dtype for t in features if t.is_floating_point() and t.dtype not in _DTYPES]
+    return f"it sums in float32 and a tensor is {wrong[0]}" if wrong else None
 
 
 class Saved(NamedTuple):
@@ -54,11 +55,6 @@ class Saved(NamedTuple):
         gate = rest[-4] if psi_layers > 1 else None
         psi_hidden = rest[2 * m : 2 * m + max(0, psi_layers - 2)]
         return Saved(rest[:m], rest[m : 2 * m], psi_hidden, gate, d_logits, d_last_weight, d_last_bias, rstd)
-
-
-def split_params(params: Sequence[Tensor], m: int) -> Params:
-    heads = [params[4 * i : 4 * i + 4] for i in range(2 * m)]
-    return Params(heads[:m], heads[m:], params[8 * m :])
 
 
 def _mask(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -133,15 +129,51 @@ class _Mixer:
         return None
 
 
-def forward(
-    features: Sequence[Tensor],
-    present: Tensor | None,
-    source: Tensor | None,
-    normalizer: Tensor | None,
-    params: Params,
-    residual: bool,
-    normalize: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Saved]:
+def step(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    """(recovered, latents, both losses, what backward needs); the last is empty with ``recompute``."""
+    record("ebr_step", "eager")
+    recovered, latents, discrimination, reconstruction, saved = _forward(call)
+    return recovered, latents, discrimination, reconstruction, [] if call.recompute else saved.flat()
+
+
+def saved_like(call: Call) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of :class:`Saved`, flat."""
+    like, m, params = call.features[0], len(call.features), split_params(call)
+    batch = like.shape[0]
+    saved = [like.new_empty(batch, head[0].shape[0]) for head in (*params.encoders, *params.decoders)]
+    widths = [w.shape[1] for w in params.discriminator[0::2]]  # of the inputs of its layers
+    saved += [like.new_empty(m * batch, p) for p in widths[1:-1]]
+    if len(widths) > 1:
+        saved.append(like.new_empty(m * batch, widths[-1], dtype=torch.uint8))
+    shapes = [(m * batch, m), (m, widths[-1]), (m,)] + [(m, batch)] * call.normalize
+    return saved + [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def step_backward(
+    upstream: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    call: Call,
+    recovered: Sequence[Tensor],
+    latents: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Sequence[int],
+) -> tuple[Sequence[Tensor], Tensor | None, Sequence[Tensor]]:
+    """Gradients of features, source and parameters for those of (recovered, latents, two losses).
+
+    Computes all of them but that of the source, asked for or not: the plain form, not the fast one.
+    """
+    record("ebr_step_backward", "eager")
+    m = len(call.features)
+    if saved and latents is not None:
+        kept = Saved.unflatten(saved, m, len(call.params) // 2 - 4 * m, call.normalize)
+    else:
+        recovered, latents, _, _, kept = _forward(call)
+    d_features, d_source, d = _backward(upstream, call, recovered, latents, kept, bool(needs[m]))
+    d_params = [t for head in (*d.encoders, *d.decoders) for t in head] + list(d.discriminator)
+    return [t.contiguous() for t in d_features], d_source, d_params
+
+
+def _forward(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Saved]:
+    features, present, params = call.features, call.present, split_params(call)
     m, batch = len(features), features[0].shape[0]
     x = [_mask(f, _column(present, i)) for i, f in enumerate(features)]
 
@@ -153,14 +185,14 @@ def forward(
         encoded.append(torch.addmm(b2, hidden, w2.t()))
     latents = torch.stack(encoded)  # [m, B, k]
     rstd = None
-    if normalize:
+    if call.normalize:
         k = latents.shape[-1]
         latents, _, rstd = torch.native_layer_norm(latents, [k], None, None, LAYER_NORM_EPS)
         rstd = rstd.reshape(m, batch)
     if present is not None:
         latents.masked_fill_(~present.t().unsqueeze(-1), 0)
 
-    mixer = _Mixer(latents, present, source)
+    mixer = _Mixer(latents, present, call.source)
     rows = mixer.rows()
     loss_rows, decoder_hidden, recovered = [], [], []
     for i, u in enumerate(mixer.mixed()):
@@ -170,7 +202,7 @@ def forward(
         decoded = _mask(torch.addmm(b2, hidden, w2.t()), _column(mixer.valid, i))
         error = (decoded.float() - x[i].float()).square().mean(-1)  # [B]
         loss_rows.append(_mask(error.unsqueeze(-1), _column(rows, i)).sum())
-        recovered.append(decoded.add_(x[i]) if residual else decoded)
+        recovered.append(decoded.add_(x[i]) if call.residual else decoded)
 
     a, psi_hidden = latents.view(m * batch, latents.shape[-1]), []
     for n in range(0, len(params.discriminator) - 2, 2):
@@ -185,7 +217,7 @@ def forward(
         d_logits = torch.where(present.t().unsqueeze(-1), d_logits, 0)
     d_logits = d_logits.reshape(m * batch, m)
 
-    counts = _counts(present, rows, normalizer, (batch, m), latents.device)
+    counts = _counts(call, rows)
     saved = Saved(
         encoder_hidden,
         decoder_hidden,
@@ -205,46 +237,24 @@ def forward(
     )
 
 
-def _counts(
-    present: Tensor | None,
-    rows: Tensor | None,
-    normalizer: Tensor | None,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    everything = torch.ones(shape, dtype=torch.bool, device=device)
-    return denominators(
-        everything if present is None else present,
-        everything if rows is None else rows,
-        normalizer,
-        torch.float32,
-    )
+def _counts(call: Call, rows: Tensor | None) -> Tensor:
+    like, m = call.features[0], len(call.features)
+    everything = torch.ones((like.shape[0], m), dtype=torch.bool, device=like.device)
+    present = everything if call.present is None else call.present
+    return denominators(present, everything if rows is None else rows, call.normalizer, torch.float32)
 
 
-def backward(
-    grads: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
-    features: Sequence[Tensor],
-    present: Tensor | None,
-    source: Tensor | None,
-    reversal: Tensor,
-    normalizer: Tensor | None,
-    params: Params,
-    recovered: Sequence[Tensor],
-    latents: Tensor,
-    saved: Saved,
-    residual: bool,
-    need_source: bool,
-) -> tuple[list[Tensor], Tensor | None, Params]:
-    """Gradients of features, source and parameters for ``grads`` of (recovered, latents, two losses).
-
-    Computes all of them but that of the source, asked for or not: the plain kernel, not the fast one.
-    """
-    d_recovered, d_latents_in, d_discrimination, d_reconstruction = grads
+def _backward(
+    upstream: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    call: Call, recovered: Sequence[Tensor], latents: Tensor, saved: Saved, need_source: bool,
+) -> tuple[list[Tensor], Tensor | None, Params]:  # fmt: skip
+    d_recovered, d_latents_in, d_discrimination, d_reconstruction = upstream
+    present, params = call.present, split_params(call)
     m, batch, k = latents.shape
-    x = [_mask(f, _column(present, i)) for i, f in enumerate(features)]
-    mixer = _Mixer(latents, present, source)
+    x = [_mask(f, _column(present, i)) for i, f in enumerate(call.features)]
+    mixer = _Mixer(latents, present, call.source)
     rows = mixer.rows()
-    counts = _counts(present, rows, normalizer, (batch, m), latents.device)
+    counts = _counts(call, rows)
 
     # Discriminator: its own gradient keeps its sign, the latents receive it times -lambda.
     d_psi = [torch.zeros_like(p) for p in params.discriminator]
@@ -261,9 +271,9 @@ def backward(
             d_psi[2 * n] = d.t() @ acts[n]
             d_psi[2 * n + 1] = d.sum(0)
             d = d @ params.discriminator[2 * n]
-        strength = reversal.to(d.dtype)
-        # Zero strength cuts the branch instead of multiplying it, so that 0 * inf never becomes NaN.
-        d_latents = torch.where(strength == 0, 0, -strength * d).reshape(m, batch, k)
+        lambda_ = call.reversal.to(d.dtype)
+        # Zero cuts the branch instead of multiplying it, so that 0 * inf never becomes NaN.
+        d_latents = torch.where(lambda_ == 0, 0, -lambda_ * d).reshape(m, batch, k)
 
     # Decoders: from the recovered features and the reconstruction loss only.
     d_decoders, d_mixed = [], []
@@ -273,7 +283,7 @@ def backward(
         grad = d_recovered[i]
         d = torch.zeros_like(recovered[i]) if grad is None else grad
         if d_reconstruction is not None:
-            decoded = (recovered[i] - x[i] if residual else recovered[i]).float()
+            decoded = (recovered[i] - x[i] if call.residual else recovered[i]).float()
             scale = 2.0 / x[i].shape[1] * (d_reconstruction / counts[1])
             d = d + _mask((decoded - x[i].float()) * scale, _column(rows, i)).to(d.dtype)
         d = _mask(d, _column(mixer.valid, i))
@@ -301,7 +311,7 @@ def backward(
         d_encoders.append([d_hidden.t() @ x[i], d_hidden.sum(0), d.t() @ saved.encoder_hidden[i], d.sum(0)])
         d_x = d_hidden @ w1
         grad = d_recovered[i]
-        if residual and grad is not None:
+        if call.residual and grad is not None:
             d_x = d_x + grad
         d_features.append(_mask(d_x, _column(present, i)))
     return d_features, d_source, Params(d_encoders, d_decoders, d_psi)

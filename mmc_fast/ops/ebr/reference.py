@@ -1,4 +1,4 @@
-"""The EBR step (encode, reconstruct, discriminate) in its plainest differentiable form.
+"""The EBR step (encode, reconstruct, discriminate) in its plainest differentiable form, and the arguments of every form.
 
 Loops over modalities only, never over the batch; any float dtype; first and second derivatives by autograd.
 """
@@ -6,16 +6,46 @@ Loops over modalities only, never over the batch; any float dtype; first and sec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grad_reverse import grad_reverse
+from .reversal import grad_reverse
 
-__all__ = ["LAYER_NORM_EPS", "ebr_step", "source_weights"]
+__all__ = ["LAYER_NORM_EPS", "Call", "Params", "denominators", "ebr_step", "source_weights", "split_params"]
 
 LAYER_NORM_EPS = 1e-5
+
+
+class Call(NamedTuple):
+    """The arguments of an EBR step in the order of the registered op; meaning: :func:`mmc_fast.functional.ebr_step`."""
+
+    features: Sequence[Tensor]  # m x [B, d_i]
+    present: Tensor | None  # bool [B, m]
+    source: Tensor | None  # int64 [B, m] or float [B, m, m]
+    reversal: Tensor  # λ, 0-d
+    normalizer: Tensor | None  # one or two elements
+    params: Sequence[Tensor]  # four a head, encoders first, then two a layer of the discriminator
+    residual: bool
+    normalize: bool
+    recompute: bool
+    backend: str  # as asked for; to the registered op, the one that runs
+
+
+class Params(NamedTuple):
+    """Views into the flat parameter list: four tensors a head, then the discriminator's."""
+
+    encoders: Sequence[Sequence[Tensor]]
+    decoders: Sequence[Sequence[Tensor]]
+    discriminator: Sequence[Tensor]
+
+
+def split_params(call: Call) -> Params:
+    m = len(call.features)
+    heads = [call.params[4 * i : 4 * i + 4] for i in range(2 * m)]
+    return Params(heads[:m], heads[m:], call.params[8 * m :])
 
 
 def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
@@ -51,23 +81,10 @@ def check_source_range(source: Tensor, m: int) -> None:
         )
 
 
-def ebr_step(
-    features: Sequence[Tensor],
-    encoders: Sequence[Sequence[Tensor]],
-    decoders: Sequence[Sequence[Tensor]],
-    discriminator: Sequence[Tensor],
-    present: Tensor | None = None,
-    source: Tensor | None = None,
-    reversal: float | Tensor = 1.0,
-    normalizer: Tensor | None = None,
-    residual: bool = False,
-    normalize: bool = False,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Return ``(recovered, latents [m, B, k], discrimination_loss, reconstruction_loss)``.
-
-    ``features[i]``: ``[B, d_i]``; ``encoders[i]``, ``decoders[i]``, ``discriminator``: ``(W_1, b_1, W_2, b_2, ...)``.
-    The contract is spelled out in :func:`mmc_fast.functional.ebr_step`.
-    """
+def ebr_step(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return ``(recovered, latents [m, B, k], discrimination_loss, reconstruction_loss)``."""
+    features, present, source = call.features, call.present, call.source
+    encoders, decoders, discriminator = split_params(call)
     m, batch = len(features), features[0].shape[0]
     dtype, device = features[0].dtype, features[0].device
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -80,7 +97,7 @@ def ebr_step(
     encoded = []
     for i in range(m):
         g = mlp(x[i], encoders[i])
-        if normalize:
+        if call.normalize:
             g = F.layer_norm(g, g.shape[-1:], eps=LAYER_NORM_EPS)
         encoded.append(torch.where(present[:, i, None], g, zero))
     latents = torch.stack(encoded)  # [m, B, k]
@@ -97,13 +114,13 @@ def ebr_step(
             mixed = mixed + w.unsqueeze(-1) * used
         keep = valid[:, i, None]
         decoded.append(torch.where(keep, mlp(torch.where(keep, mixed, zero), decoders[i]), zero))
-    recovered = [x[i] + decoded[i] for i in range(m)] if residual else decoded
+    recovered = [x[i] + decoded[i] for i in range(m)] if call.residual else decoded
 
     # Losses: masked means over present rows, accumulated in at least float32.
-    logits = mlp(grad_reverse(latents, reversal), discriminator).to(loss_dtype)  # [m, B, m]
+    logits = mlp(grad_reverse(latents, call.reversal), discriminator).to(loss_dtype)  # [m, B, m]
     cross_entropy = -F.log_softmax(logits, dim=-1).diagonal(dim1=0, dim2=2)  # [B, m]
     rows = present & valid
-    counts = denominators(present, rows, normalizer, loss_dtype)  # [2]
+    counts = denominators(present, rows, call.normalizer, loss_dtype)  # [2]
     discrimination = torch.where(present, cross_entropy, 0).sum() / counts[0]
 
     squared = torch.stack(

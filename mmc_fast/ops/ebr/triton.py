@@ -1,79 +1,68 @@
-"""The EBR step on Triton behind the op's contract: implementation, fake and backward, as ``ops/ebr.py`` registers them.
-
-Triton is imported at the first call: installations without it work.
-"""
+"""The EBR step on Triton behind the op's contract. Triton is imported at the first call: installations without it work."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..dispatch import record
-from .reference import check_source_range
+from .reference import Call, check_source_range
 
-__all__ = ["check", "step", "step_backward", "step_fake"]
+__all__ = ["check", "saved_like", "step", "step_backward"]
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def check(*tensors: Tensor | None) -> str | None:
-    """Say why the kernels cannot run on these tensors, None where they can."""
+def check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
+    """Say why the kernels cannot run on these tensors, None where they can; ``params``: of a call, whose widths count."""
+    if not _INSTALLED:
+        return "Triton is not installed; pip install 'mmc-fast[triton]'"
+    if features and not features[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels need a GPU and a tensor is on {features[0].device}"
     try:
         from mmc_fast.kernels.ebr import launch as kernels
-        from mmc_fast.kernels.ebr.plan import DTYPES
     except ImportError as error:
-        return f"Triton is not installed ({error}); pip install 'mmc-fast[triton]'"
-    given = [t for t in tensors if t is not None]
-    for tensor in given:
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"it computes in float32, bfloat16 and float16 and a tensor is {tensor.dtype}"
-    return kernels.usable(given)
+        return f"Triton does not load ({error}); pip install 'mmc-fast[triton]'"
+    reason = kernels.usable([*features, *(params or ())])
+    return kernels.unsupported(features, params) if reason is None and params is not None else reason
 
 
-def check_call(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
-    """The same for one call, whose widths count too."""
-    reason = check(*features, *params)
-    if reason is not None:
-        return reason
-    from mmc_fast.kernels.ebr import launch as kernels
-
-    return kernels.unsupported(features, params)
-
-
-def step(features, present, source, reversal, normalizer, params, residual, normalize, recompute):
+def step(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    """(recovered, latents, both losses, what backward needs); the last is empty with ``recompute``."""
     from mmc_fast.kernels.ebr import launch as kernels
 
     record("ebr_step", "triton")
+    features, present, source, _, normalizer, params, residual, normalize, recompute, _ = call
     if source is not None and not source.is_floating_point():
         check_source_range(source, len(features))
     return kernels.forward(features, present, source, normalizer, params, residual, normalize, not recompute)
 
 
-def step_fake(features, present, source, reversal, normalizer, params, residual, normalize, recompute):
+def saved_like(call: Call) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes that :func:`step` saves."""
     from mmc_fast.kernels.ebr import launch as kernels
 
-    like = features[0]
-    latents = like.new_empty(len(features), like.shape[0], params[2].shape[0])
-    recovered = [f.new_empty(f.shape) for f in features]
-    losses = [like.new_empty((), dtype=torch.float32) for _ in range(2)]
-    return recovered, latents, *losses, [] if recompute else kernels.saved_like(features, params, normalize)
+    return kernels.saved_like(call.features, call.params, call.normalize)
 
 
 def step_backward(
-    d_recovered, d_latents, d_discrimination, d_reconstruction,
-    features, present, source, reversal, normalizer, params,
-    recovered, latents, saved, residual, normalize, needs,
-):  # fmt: skip
+    upstream: tuple[Sequence[Tensor | None], Tensor | None, Tensor | None, Tensor | None],
+    call: Call,
+    recovered: Sequence[Tensor],
+    latents: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Sequence[int],
+) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+    """Gradients of features, source and parameters for those of (recovered, latents, two losses)."""
     from mmc_fast.kernels.ebr import launch as kernels
 
     record("ebr_step_backward", "triton")
-    m = len(features)
-    d_features, d_source, d_params = kernels.backward(
-        kernels.Upstream(tuple(d_recovered), d_latents, d_discrimination, d_reconstruction),
-        features, present, source, reversal, normalizer, params, recovered, latents, saved, residual, normalize,
-        kernels.Needs(any(needs[:m]), bool(needs[m]), any(needs[m + 1 :])),
-    )  # fmt: skip
-    nothing = features[0].new_empty(0)
-    wanted = [d if need else nothing.clone() for d, need in zip(d_features, needs[:m], strict=True)]
-    grads = [d if need else nothing.clone() for d, need in zip(d_params, needs[m + 1 :], strict=True)]
-    return wanted, nothing if d_source is None else d_source, grads
+    m, (d_recovered, *others) = len(call.features), upstream
+    wanted = kernels.Needs(any(needs[:m]), bool(needs[m]), any(needs[m + 1 :]))
+    *tensors, residual, normalize, _, _ = call
+    return kernels.backward(
+        kernels.Upstream(tuple(d_recovered), *others), *tensors, recovered, latents, saved, residual, normalize, wanted
+    )

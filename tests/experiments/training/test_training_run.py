@@ -275,7 +275,7 @@ def test_record_of_a_run(method, seed, tmp_path):
         assert 0 <= found["modality_probe"]["balanced_accuracy"] <= 1
         assert found["modality_probe"]["chance"] == pytest.approx(1 / 3)
         assert all(r["loss_md_over_entropy"] > 0 and r["grad_norm_encoders"] > 0 for r in stored["history"])
-        assert stored["environment"]["ebr_backend"].split("/")[0] in ("torch", "cpp")
+        assert stored["environment"]["ebr_backend"].split("/")[0] in ("eager", "cpp")
     else:
         assert stored["adversarial"] is None
         assert stored["environment"]["ebr_backend"] is None

@@ -58,7 +58,7 @@ def test_the_emulation_stops_broken_kernels(emulated, broken):
 def compile_for(arch, out):
     flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror", "all-warnings"]
     flags += ["-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
-    source = ROOT / "csrc" / "ops" / "cuda" / "coactivation.cu"
+    source = ROOT / "csrc" / "ops" / "agop" / "cuda" / "coactivation.cu"
     return subprocess.run([NVCC, *flags, "-c", source, "-o", out], capture_output=True, text=True)
 
 
@@ -130,16 +130,16 @@ def test_without_a_gpu_the_backends_refuse_with_the_reason():
     assert counts.sum() == 0
     assert gram.sum() == 0
     rows = backends.explain("relu_coactivation_update", x, weight)
-    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "torch"]
+    assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "eager"]
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_chain_gram_update_by_torch(own, generator):
+def test_chain_gram_update_in_eager_torch(own, generator):
     left = torch.randn(*((7,) if own else ()), 3, 5, generator=generator, dtype=torch.float64)
     inner, v = torch.randn(7, 5, generator=generator).double(), torch.randn(5, 4, generator=generator).double()
     outer = torch.randn(7, 4, generator=generator).double()
     gram = torch.zeros(4, 4, dtype=torch.float64)
-    assert agop.chain_gram_update(left, inner, v, outer, gram) == "torch"
+    assert agop.chain_gram_update(left, inner, v, outer, gram) == "eager"
     expected = torch.zeros(4, 4, dtype=torch.float64)
     for n in range(7):
         for r in range(3):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import random
 import secrets
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ebr_oracle import Case, actual, draw_case, grouped, in_float64, sensitivity
+from ebr_oracle import NO_NATIVE, Case, actual, draw_case, grouped, in_float64, sensitivity
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from training_data import small, tiny
@@ -19,12 +22,9 @@ from mmc_fast.experiments.training import train
 from mmc_fast.nn import EBRHead
 from mmc_fast.ops import dispatch as backends
 from mmc_fast.ops import native as library
-from mmc_fast.ops.ebr import op as ebr_ops
 from mmc_fast.testing import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(
-    ebr_ops._native_reason is not None, reason=f"no native EBR step: {ebr_ops._native_reason}"
-)
+pytestmark = pytest.mark.skipif(bool(NO_NATIVE), reason=f"no native EBR step: {NO_NATIVE}")
 
 WIDTHS = (1, 7, 16, 33, 257)
 
@@ -38,7 +38,7 @@ def wide_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
         "latent_dim": rng.choice(WIDTHS),
         "psi_dims": rng.choice([(), (1,), (33,), (7, 257), (16, 33, 7)]),
         "batch": rng.choice([1, 2, 4, 5, 13, 40]),
-        "reversal": rng.choice([0.0, 1.0, -1.0] if dtype == torch.float16 else [0.0, 1.0, -1.0, 1e4]),
+        "reversal": rng.choice([0.0, 0.5, 1.0] if dtype == torch.float16 else [0.0, 0.5, 1.0, 1e4]),
     }
     return draw_case(seed, dtype, **fixed)
 
@@ -46,9 +46,9 @@ def wide_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 def check_against_float64(case: Case, line: str) -> list[float]:
     """Error by norm, cosine and signed drift; returns the errors as multiples of plain torch's."""
     eps = torch.finfo(case.features[0].dtype).eps
-    wanted = actual(in_float64(case), "torch")
+    wanted = actual(in_float64(case), "reference")
     got = actual(case, "cpp")
-    truths, plains, gots = grouped(*wanted), grouped(*actual(case, "torch")), grouped(*got)
+    truths, plains, gots = grouped(*wanted), grouped(*actual(case, "reference")), grouped(*got)
     ratios = []
     for kind, truth in truths.items():
         scale = max(float(truth.norm()), 1e-2)
@@ -95,12 +95,6 @@ def test_fuzz_hundred(part):
 @pytest.mark.parametrize("part", range(10))
 def test_fuzz_thousand(part):
     fuzz(range(100 * part, 100 * part + 100), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fuzz_low_precision(dtype):
-    start = secrets.randbelow(2**31)
-    fuzz(range(start, start + 12), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,7 +153,7 @@ def test_instruction_sets_agree():
             torch.testing.assert_close(value, exact[isa][name], rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq"])
 def test_low_precision_on_every_instruction_set(isa):
     if isa not in library.supported_isas():
         pytest.skip(f"this processor has no {isa}")
@@ -242,11 +236,12 @@ def test_a_gradient_that_nobody_needs_comes_back_empty():
     x = [torch.randn(11, d) for d in head.dims]
     params = [p.detach() for p in head.parameters()]
     ops, one = torch.ops.mmc_fast, torch.tensor(1.0)
-    recovered, latents, _, _, saved = ops.ebr_step(x, None, None, one, None, params, False, False, False)
+    recovered, latents, _, _, saved = ops.ebr_step(x, None, None, one, None, params, False, False, False, "cpp")
     needs = [1, 0, 0] + [n % 2 for n in range(len(params))]
     d_features, d_source, d_params = ops.ebr_step_backward(
-        [None, None], None, one, one, x, None, None, one, None, params, recovered, latents, saved, False, False, needs
-    )
+        [None, None], None, one, one, x, None, None, one, None, params, False, False, False, "cpp",
+        recovered, latents, saved, needs,
+    )  # fmt: skip
     assert [d.numel() > 0 for d in [*d_features, d_source, *d_params]] == [n == 1 for n in needs]
 
 
@@ -289,7 +284,7 @@ def test_rows_that_are_absent_are_kept_as_zeros():
     x = [torch.full((9, d), float("nan")) for d in head.dims]
     present = torch.zeros(9, 2, dtype=torch.bool)
     params = [p.detach() for p in head.parameters()]
-    out = torch.ops.mmc_fast.ebr_step(x, present, None, torch.tensor(1.0), None, params, True, True, False)
+    out = torch.ops.mmc_fast.ebr_step(x, present, None, torch.tensor(1.0), None, params, True, True, False, "cpp")
     assert all(not t.any() for t in out[4])
 
 
@@ -300,23 +295,81 @@ def test_a_training_run_goes_through_the_native_kernel():
     steps = len(result.results["history"])
     assert ran["ebr_step_backward"] >= steps > 0
     assert ran["ebr_step"] >= ran["ebr_step_backward"]
-    assert not [row for row in backends.ran() if row.startswith("ebr_step") and row.endswith("/torch")]
+    assert not [row for row in backends.ran() if row.startswith("ebr_step") and row.endswith(("/eager", "/reference"))]
 
 
-def test_explicit_backend_never_falls_back(monkeypatch):
-    head = EBRHead([3, 2], 4, 5, (6,), backend="cpp")
-    with pytest.raises(RuntimeError, match="computes in float32, bfloat16 and float16"):
-        head.double()([torch.randn(4, d, dtype=torch.float64) for d in head.dims])
-    monkeypatch.setattr(ebr_ops, "_native_reason", "taken away")
-    with pytest.raises(RuntimeError, match="cannot run: taken away"):
-        head.float()([torch.randn(4, d) for d in head.dims])
-    rows = {row.backend: row for row in backends.explain("ebr_step")}
-    assert (rows["cpp"].usable, rows["cpp"].reason) == (False, "taken away")
-    assert rows["torch"].usable
-    backends.reset_ran()
-    head.backend = "auto"
-    head([torch.randn(4, d) for d in head.dims])
-    assert backends.ran() == {"ebr_step/torch": 1}
+def test_an_explicit_backend_never_falls_back():
+    x = [torch.randn(4, 3), torch.randn(4, 2)]
+    head = EBRHead([3, 2], 4, 5, (6,))
+    for head.backend in ("cpp", "eager", "reference"):
+        backends.reset_ran()
+        head(x)
+        assert [row.split("/")[:2] for row in backends.ran()] == [["ebr_step", head.backend]]
+    for head.backend in ("cpp", "eager"):
+        with pytest.raises(RuntimeError, match=f"backend='{head.backend}' cannot run: .* torch.float64"):
+            head.double()([f.double() for f in x])
+
+
+def test_auto_takes_the_first_row_that_explain_calls_usable():
+    head = EBRHead([3, 2], 4, 5, (6,))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = [torch.randn(4, d, dtype=dtype) for d in head.dims]
+        backends.reset_ran()
+        head.to(dtype)(x)
+        first = next(row.backend for row in backends.explain("ebr_step", *x) if row.usable)
+        assert [row.split("/")[1] for row in backends.ran()] == [first]
+    assert [row.backend for row in backends.explain("ebr_step")] == ["cpp", "eager", "triton", "reference"]
+
+
+_NO_LIBRARY = """
+import secrets, sys, torch
+load = torch.ops.load_library
+def refuse(path):
+    if "mmc_ebr" in str(path):
+        raise OSError("taken away")
+    load(path)
+torch.ops.load_library = refuse
+sys.path.insert(0, "tests")
+import warnings
+warnings.simplefilter("ignore")
+from ebr_oracle import NO_NATIVE, actual, draw_case
+from mmc_fast.nn import EBRHead
+from mmc_fast.ops.dispatch import ran
+assert "taken away" in NO_NATIVE, NO_NATIVE
+for _ in range(6):
+    case = draw_case(secrets.randbits(32), torch.float32)
+    for recompute in (False, True):
+        case.head.recompute = recompute
+        for got, want in zip(actual(case, "auto"), actual(case, "reference")):
+            for name, value in want.items():
+                size = max(1.0, float(value.norm())) * max(1.0, case.reversal)
+                assert float((got[name] - value).norm()) <= 4e-5 * size, f"{case.describe()}: {name}"
+assert {row.split("/")[1] for row in ran()} == {"eager", "reference"}, ran()
+case = draw_case(7, torch.float32, m=3, batch=5, mask="some", source="weights")
+params = list(case.head.parameters())
+op = torch.ops.mmc_fast.ebr_step.default
+call = (case.features, case.present, case.source, torch.tensor(0.5), None, params, True, True)
+torch.library.opcheck(op, (*call, False, "eager"))
+head = EBRHead([3, 2], 16, 64, (6,))
+x = [torch.randn(4, d, requires_grad=True) for d in head.dims]
+step = torch.compile(lambda x: head(x).recovered[0].square().sum(), fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(torch.autograd.grad(step(x), x[0]), torch.autograd.grad(head(x).recovered[0].square().sum(), x[0]))
+for backend, message in (("cpp", "backend='cpp' cannot run"), ("eager", "backend='reference' for double backward")):
+    head.backend = backend
+    try:
+        (g,) = torch.autograd.grad(head(x).recovered[0].square().sum(), x[0], create_graph=True)
+        g.sum().backward()
+    except RuntimeError as error:
+        assert message in str(error), error
+    else:
+        raise SystemExit(f"{backend} did not raise")
+"""
+
+
+def test_without_the_library_python_registers_the_same_autograd():
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", _NO_LIBRARY], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_another_torch_release_is_named(monkeypatch):
@@ -395,8 +448,8 @@ def test_long_sums_are_as_accurate_as_torch(normalize):
     case = draw_case(seed, torch.float32, m=2, widths=[16], hidden_dim=33, latent_dim=16, psi_dims=(16,), batch=6000,
                      mask="all", source="own", normalize=normalize, reversal=1.0)  # fmt: skip
     case.normalizer = None
-    values, gradients = actual(in_float64(case), "torch")
-    plain_values, plain_gradients = actual(case, "torch")
+    values, gradients = actual(in_float64(case), "reference")
+    plain_values, plain_gradients = actual(case, "reference")
     got_values, got_gradients = actual(case, "cpp")
     for truth, plain, got in [(values, plain_values, got_values), (gradients, plain_gradients, got_gradients)]:
         for name in truth:

@@ -1,8 +1,13 @@
-"""Gram matrices of activation derivatives and the final product of the AGOP: the definition in plain PyTorch.
+"""The primitives of exact AGOP, the definition in plain PyTorch: what runs where no kernel is.
 
-``a[n, i] = s'(z[n, i])`` with ``z = x Wᵀ + b``; an update adds ``Σ_n a[n, i] a[n, j]`` to the upper triangle of a
-float64 accumulator and leaves the lower one as it was. Products are taken in the dtype of the inputs, chunk by chunk; their sums
-in float32 at least.
+With ``z = x Wᵀ + b`` an update adds to the upper triangle of an accumulator and leaves the strictly lower one alone:
+
+- co-activation counts of ReLU units, ``c[i, j] = #{n : z[n, i] > 0 and z[n, j] > 0}``, int64 and exact;
+- Gram matrices of activation derivatives, ``Σ_n a[n, i] a[n, j]`` with ``a = s'(z)``, in float64: products in the dtype of
+  the inputs, chunk by chunk, their sums in float32 at least.
+
+A NaN or infinite pre-activation raises ``nonfinite[0]`` above zero (how high is unspecified), and the signs of a row do
+not depend on the rows beside it, see :func:`row_stable_linear`.
 """
 
 from __future__ import annotations
@@ -16,14 +21,61 @@ __all__ = [
     "agop_finalise",
     "chain_gram_update",
     "derivative_gram_update",
+    "flag_nonfinite",
     "mirror",
+    "relu_coactivation_update",
+    "row_stable_linear",
     "syrk_update",
 ]
 
+_CHUNK_ROWS = 2048  # a float32 mask of this height counts exactly, and stays in cache
 _ROWS = 1024
 _SQRT_HALF = 0.7071067811865476
 _SQRT_2_OVER_PI = 0.7978845608028654
 _INV_SQRT_2PI = 0.3989422804014327
+
+
+def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + b`` whose rows are bitwise the same however the samples are cut into calls: ``[n, d] -> [n, h]``.
+
+    BLAS libraries use other kernels for the last rows of an odd height, and so round them otherwise. A height that is a
+    multiple of 64 has no such rows, so a ragged end is computed with zero rows below it.
+    """
+    rows = x.shape[0]
+    ragged = rows % 64
+    if not ragged:
+        return linear(x, weight, bias)
+    padded = x.new_zeros(rows + 64 - ragged, x.shape[1])
+    padded[:rows] = x
+    return linear(padded, weight, bias)[:rows]
+
+
+def flag_nonfinite(z: Tensor, nonfinite: Tensor) -> None:
+    """Add 1 to the int64 ``nonfinite[0]`` if ``z`` holds a NaN or an infinity, without a host synchronisation."""
+    if z.numel():
+        low, high = torch.aminmax(z.detach())
+        nonfinite += ~(torch.isfinite(low) & torch.isfinite(high))
+
+
+def relu_coactivation_update(
+    x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
+) -> None:
+    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``, in place.
+
+    ``x [N, d]``, ``weight [h, d]``, ``bias [h]`` or None share one floating dtype; ``counts`` is int64 ``[h, h]`` (its
+    diagonal tells how often each unit was active); ``nonfinite`` is int64 ``[1]``. ``chunk_rows = 0`` chooses the step.
+    """
+    units = weight.shape[0]
+    panel = max(64, -(-units // 4))
+    for part in x.split(chunk_rows or _CHUNK_ROWS):
+        z = row_stable_linear(part, weight, bias)
+        flag_nonfinite(z, nonfinite)
+        active = (z > 0).to(torch.float32)
+        for start in range(0, units, panel):
+            stop = min(start + panel, units)
+            block = (active[:, start:stop].t() @ active[:, start:]).to(torch.int64)
+            block[:, : stop - start].triu_()
+            counts[start:stop, start:] += block
 
 
 def activation_derivative(z: Tensor, activation: str, alpha: float = 0.0, beta: float = 20.0) -> Tensor:
