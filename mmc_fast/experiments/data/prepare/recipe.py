@@ -137,7 +137,7 @@ def dense(*parts: tuple[np.ndarray, Sequence[str]], dtype: Any = np.float32) -> 
 
 def view_arrays(views: Mapping[str, tuple[np.ndarray, Any]]) -> dict[str, np.ndarray]:
     """``x_VIEW`` and ``names_VIEW`` of each."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for view, (values, names) in views.items():
         found |= {f"x_{view}": values, f"names_{view}": np.array(names)}
     return found
