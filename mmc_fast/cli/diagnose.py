@@ -34,6 +34,7 @@ def run_diagnose(
     options: Mapping[str, Any],
     state: Path | None,
     settings: Mapping[str, Any],
+    save_every: float = 30.0,
 ) -> Diagnosis:
     """Diagnose a run, or ``weights`` behind ``adapter`` (``module:function``) on ``data``.
 
@@ -63,7 +64,7 @@ def run_diagnose(
             loader, training = _parts(data, part, given)
         state = state or weights.with_name(weights.name + ".diagnose.state")
     with PassDisplay(error_console()) as display:
-        return diagnose(model, loader, probe_data=training, state=state, progress=display, **settings)
+        return diagnose(model, loader, probe_data=training, state=state, save_every=save_every, progress=display, **settings)
 
 
 def _parts(data: str, part: str, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -98,7 +98,7 @@ def test_train_shows_a_table_of_the_stored_scores(finished: Path, own_file: Path
     for entry in stored["scores"]["missing"]:
         assert re.search(rf"{entry['rate']:g}\s+{entry['score']:.3f}", out)
     for modality, entry in stored["scores"]["reliance"].items():
-        assert re.search(rf"{modality}\s+{entry['alone']:.3f}\s+{entry['without']:.3f}\s+{entry['only']:.3f}", out)
+        assert re.search(rf"{modality}\s+{entry['unimodal']:.3f}\s+{entry['leave_one_out']:.3f}\s+{entry['single_modality']:.3f}", out)
 
 
 def test_the_default_folder_carries_the_name_that_the_method_was_called_by(own_file: Path, tmp_path: Path):
@@ -236,7 +236,7 @@ BAD_CALLS = {
     "unknown setting": (["train", "--data", "mfeat", "--set", "epoch=3"], "Did you mean 'epochs'"),
     "setting of a wrong type": (["train", "--data", "mfeat", "--set", "epochs=many"], "give an integer"),
     "setting out of range": (["train", "--data", "mfeat", "--set", "lr=-1"], "above 0"),
-    "negative reversal": (["train", "--data", "mfeat", "--set", "ebr.reversal=-1"], "not negative"),
+    "negative reversal": (["train", "--data", "mfeat", "--set", "ebr.reversal=-1"], "at least 0"),
     "no assignment": (["train", "--data", "mfeat", "--set", "lr"], "KEY=VALUE"),
     "method against settings": (
         ["train", "--data", "mfeat", "--method", "vanilla", "--set", "ebr.reversal=1"],

@@ -186,7 +186,7 @@ def test_a_killed_process_goes_on_with_the_same_numbers(own_model: Path) -> None
     code = (
         "import torch; torch.set_num_threads(1)\nfrom mmc_fast.cli.diagnose import run_diagnose\nfrom pathlib import Path\n"
         "d = run_diagnose(None, Path('model.safetensors'), 'my_adapter:Slow', 'anything', part='test', options={}, state=None,\n"
-        "    settings={'resamples': 10, 'save_every': 0.2, 'probes': False})\nprint(d.to_json())"
+        "    settings={'resamples': 10, 'probes': False}, save_every=0.2)\nprint(d.to_json())"
     )
     state = Path("model.safetensors.diagnose.state")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -138,7 +138,7 @@ def test_refusals(generator, tmp_path):
         with pytest.raises(InputError, match=text):
             trainer(tmp_path, callback).fit(module, loader(generator))
     for arguments, text in (
-        ({"reconstruction": -1.0}, "not negative"),
+        ({"reconstruction": -1.0}, "at least 0"),
         ({"log_every": -1}, "0 for never"),
         ({"latent_dim": 3}, "latent_dim given without at"),
     ):
