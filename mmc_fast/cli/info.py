@@ -20,7 +20,7 @@ from .terminal import output_console, print_table
 
 __all__ = ["COMMAND", "collect_info"]
 
-PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "scipy", "safetensors", "matplotlib", "typer", "rich", "jinja2")
+PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "scipy", "safetensors", "matplotlib", "typer", "rich", "pandas")
 
 
 def collect_info() -> dict[str, Any]:
