@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmc_fast.errors import InputError
 from mmc_fast.ops.ebr.grad_reverse import grad_reverse
 from mmc_fast.ops.ebr.op import ebr_step as _ebr_step_op
 from mmc_fast.ops.ebr.op import resolve_backend
 from mmc_fast.ops.ebr.reference import ebr_step as _ebr_step_reference
 
-__all__ = ["EBROutput", "ebr_step", "grad_reverse"]
+__all__ = ["EBROutput", "check_reversal", "ebr_step", "grad_reverse"]
 
 _NARROW = 64  # widest layer that autocast computes in float32 (docs/performance.md)
 
@@ -25,6 +27,29 @@ class EBROutput(NamedTuple):
     latents: Tensor
     discrimination_loss: Tensor
     reconstruction_loss: Tensor
+
+
+def check_reversal(reversal: float | Tensor, where: str = "reversal") -> float | Tensor:
+    """λ as it may be used, or :class:`InputError`: a finite number at or above 0, or a 0-d tensor that takes no gradient.
+
+    The value of a tensor is looked at on the CPU alone: elsewhere that would synchronise.
+    """
+    if isinstance(reversal, Tensor):
+        if reversal.dim() != 0 or reversal.dtype == torch.bool or reversal.is_complex():
+            raise InputError(f"{where}: λ is {reversal.dtype} {list(reversal.shape)}; give a number or a 0-d tensor")
+        if reversal.requires_grad or isinstance(reversal, torch.nn.Parameter):
+            raise InputError(
+                f"{where}: λ is a parameter, but it takes no gradient; give a number or a tensor's .detach()"
+            )
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if reversal.device.type == "cpu" and not traced and not 0 <= reversal.item() < float("inf"):
+            raise InputError(f"{where}: λ is {reversal.item()}; it must be finite and not negative (0 cuts the branch)")
+        return reversal
+    if isinstance(reversal, bool) or not isinstance(reversal, numbers.Real):
+        raise InputError(f"{where}: λ is {reversal!r} ({type(reversal).__name__}); give a number or a 0-d tensor")
+    if not 0 <= reversal < float("inf"):
+        raise InputError(f"{where}: λ is {reversal}; it must be finite and not negative (0 cuts the branch)")
+    return float(reversal)
 
 
 def ebr_step(

@@ -171,7 +171,7 @@ class EBRHead(nn.Module):
     def check_options(self, theirs: Mapping[str, Any], what: str = "EBRHead") -> None:
         """Refuse the options of weights that belong to another head, in one line with what differs."""
         mine = self.options()
-        differing = [key for key in mine if key in theirs and theirs[key] != mine[key]]
+        differing = [key for key in mine if key != "apply" and key in theirs and theirs[key] != mine[key]]
         if differing:
             told = "; ".join(f"{key} of the weights is {theirs[key]}, of the model {mine[key]}" for key in differing)
             raise InputError(f"{what}: {told}; build the same heads, or use mmc_fast.load_ebr, which does")
@@ -185,6 +185,11 @@ class EBRHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         theirs = read_options(state_dict.pop(prefix + _OPTIONS, None))
         if theirs is not None:
+            if self.names is None:  # a head without names takes the weights of a named one by order
+                for part, (i, name) in itertools.product(("encoders", "decoders"), enumerate(theirs.pop("modalities") or ())):
+                    start = f"{prefix}{part}.{name}."
+                    for key in [k for k in state_dict if k.startswith(start)]:
+                        state_dict[f"{prefix}{part}.{i}.{key.removeprefix(start)}"] = state_dict.pop(key)
             self.check_options(theirs, f"load_state_dict: {prefix.rstrip('.') or 'EBRHead'}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -1,0 +1,114 @@
+"""``Deferred``: stands for features that a head has not recovered yet; the first read of any of them runs all heads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Context", "Deferred", "saving_hooks", "unwrap"]
+
+# What is known before the values are: asking for it reads nothing.
+_METADATA = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.__hash__, torch.is_floating_point}  # fmt: skip
+
+
+class Deferred(Tensor):
+    """A tensor without values, of the shape that the recovered features will have.
+
+    Any torch function that reads it gets the recovered tensor in its place, with its autograd history. Code that takes
+    tensors past that interface is refused, never given other values.
+    """
+
+    _value: Callable[[str], Tensor]
+    _name: str
+
+    @staticmethod
+    def __new__(cls, like: Tensor, requires_grad: bool, value: Callable[[str], Tensor], name: str) -> Deferred:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=requires_grad
+        )
+        made._value, made._name = value, name
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def recovered(self, reader: str) -> Tensor:
+        """The tensor that this one stands for; ``reader``: what asks, for the report."""
+        return self._value(reader)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+        if name == "getset_descriptor.__get__" or name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+        args, kwargs = unwrap((args, kwargs or {}), name)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names: list[str] = []
+        tree_map_only(Deferred, lambda d: names.append(d._name), (args, kwargs))
+        raise _refusal(names[0] if names else "features", str(func))
+
+
+def unwrap(tree: Any, reader: str) -> Any:
+    """``tree`` with every :class:`Deferred` in lists, tuples, mappings and the like replaced by what it stands for."""
+    return tree_map_only(Deferred, lambda d: d.recovered(reader), tree)
+
+
+def _refusal(name: str, reader: str) -> RuntimeError:
+    return RuntimeError(
+        f"apply_ebr: {name} is read by {reader} past torch's Python functions (an autograd.Function, a reentrant checkpoint, "
+        "an extension); name the module that does so as fusion=, or give one_call=False to run each head at its site"
+    )
+
+
+def saving_hooks() -> Any:
+    """The innermost saved-tensor hooks (activation checkpointing, offloading), or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+class Context:
+    """The surroundings in which a site ran, so that its head runs in the same ones: grad mode, autocast, saving hooks."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.grad = device, torch.is_grad_enabled()
+        self.autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device)
+
+    def entered(self, name: str) -> ExitStack:
+        stack = ExitStack()
+        if torch.is_grad_enabled() != self.grad:
+            if self.grad and _inside_a_function():
+                raise _refusal(name, "code")
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+        if torch.is_autocast_enabled(self.device) != self.autocast:
+            stack.enter_context(torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast))
+        if saving_hooks() is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        return stack
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _inside_a_function() -> bool:
+    """Whether the forward of an ``autograd.Function`` runs: what is read there has no history afterwards."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("function.py"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

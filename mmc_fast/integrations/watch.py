@@ -1,0 +1,77 @@
+"""``Watch``: tells once where training leaves the heads as they are."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmc_fast.nn import EBRHead
+
+__all__ = ["Watch", "held_by"]
+
+_PATIENCE = 20  # training forwards in which other parameters moved and these did not
+
+
+def held_by(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """The ids of all parameters of some optimisers."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _parts(head: EBRHead) -> dict[str, list[nn.Parameter]]:
+    parts = {"encoders": head.encoders, "decoders": head.decoders, "discriminator": head.discriminator}
+    return {name: list(module.parameters()) for name, module in parts.items()}
+
+
+class Watch:
+    """Looks at the version counters of parameters whenever a training forward begins, until the heads have moved."""
+
+    def __init__(self, model: nn.Module, head: EBRHead) -> None:
+        self.done = False
+        self._forwards = 0  # since others were first seen to move
+        self._start: tuple[dict[str, int], int, dict[str, Tensor]] | None = None
+        self.model, self.head = model, head
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_start": None}  # a copy counts its own versions
+
+    def look(self, where: str) -> None:
+        """Called when a training forward begins; ``where``: the sites, for the message."""
+        parts = {name: ps for name, ps in _parts(self.head).items() if ps}
+        if not parts or self.done:
+            return
+        mine = {id(p) for ps in parts.values() for p in ps}
+        others = sum(p._version for p in self.model.parameters() if id(p) not in mine)
+        now = {name: sum(p._version for p in ps) for name, ps in parts.items()}
+        if self._start is None:
+            self._start = now, others, {name: ps[-1].detach().clone() for name, ps in parts.items()}
+            return
+        start, others_start, values = self._start
+        still = [name for name in parts if now[name] == start.get(name) and torch.equal(parts[name][-1], values[name])]
+        self.done = not still
+        if not still or others == others_start:
+            return
+        self._forwards += 1
+        if self._forwards == 1:
+            held = held_by(o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+            lost = [name for name in still if not any(id(p) in held for p in parts[name])]
+            if held and lost:
+                self._tell(f"the {' and '.join(lost)} of the heads at {where} are in no optimiser")
+        elif self._forwards >= _PATIENCE:
+            frozen = [name for name in still if not any(p.requires_grad for p in parts[name])]
+            why = "are frozen (requires_grad is False)" if frozen == still else "got no gradient"
+            self._tell(
+                f"the {' and '.join(still)} of the heads at {where} {why} in {self._forwards} steps in which the model moved"
+            )
+
+    def _tell(self, what: str) -> None:
+        self.done = True
+        warnings.warn(
+            f"apply_ebr: {what}; build the optimiser after apply_ebr, or optimizer.add_param_group({{'params': "
+            "handle.parameters()}), and add handle.losses() to your loss",
+            stacklevel=2,
+        )
