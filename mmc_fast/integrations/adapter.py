@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mmc_fast.errors import InputError
 
@@ -91,7 +92,7 @@ class ModelAdapter:
                     "modality must run exactly once"
                 )
         self._outputs = {name: outputs[0] for name, outputs in seen.items()}
-        return {name: self._read(self.sites[name], self._outputs[name]) for name in self.sites}
+        return {name: self._read(self.sites[name], self._outputs[name]).clone() for name in self.sites}
 
     def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits ``[B, C]`` of the last encoded batch with these features in place of its own."""
@@ -154,14 +155,18 @@ class ModelAdapter:
         """While this lasts, the named modules return recorded outputs with other features inside."""
         if not self._outputs:
             raise RuntimeError("ModelAdapter: encode() a batch before fuse()")
+        hooks: list[Any] = []
         before = {name: module.__dict__.get("forward") for name, module in self._modules.items()}
         try:
             for name, module in self._modules.items():
-                site = self.sites[name]
-                output = site.write(self._outputs[name], site.from_rows(features[name]))
-                module.__dict__["forward"] = _returning(output)
+                site, recorded = self.sites[name], self._outputs[name]
+                # The hook comes after hooks of others, such as those of EBR heads: what it returns is what goes on.
+                module.__dict__["forward"] = _returning(recorded)
+                hooks.append(module.register_forward_hook(_replacing(site, recorded, features[name])))
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, module in self._modules.items():
                 if before[name] is None:
                     module.__dict__.pop("forward", None)
@@ -192,16 +197,24 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 def _keep(seen: list[Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output)
+        # a copy: the model may change what it got in place
+        seen.append(tree_map_only(Tensor, lambda t: t.clone(), output))
 
     return hook
 
 
 def _returning(output: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return output
+        return tree_map_only(Tensor, lambda t: t.clone(), output)
 
     return forward
+
+
+def _replacing(site: Site, recorded: Any, features: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return site.write(tree_map_only(Tensor, lambda t: t.clone(), recorded), site.from_rows(features).clone())
+
+    return hook
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

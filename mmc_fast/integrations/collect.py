@@ -194,6 +194,8 @@ class Collector:
         if found.compiled or found.depth or output is None:
             return None
         self.finish(found, "the end of the forward")
+        if type(output) is Tensor:
+            return None
         changed = unwrap(output, "the end of the forward")
         return None if changed is output else changed
 

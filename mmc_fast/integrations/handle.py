@@ -125,6 +125,10 @@ class EBRHandle:
         if self._watch is not None and not self._watch.done and self.model.training and torch.is_grad_enabled():
             self._watch.look(", ".join(map(str, self.sites.values())))
 
+    def unwatch(self) -> None:
+        """Leave out the warning that the heads do not learn."""
+        self._watch = None
+
     def restore(self) -> None:
         """Take heads and hooks off: state dict and outputs are those of the model before. Safe to repeat.
 

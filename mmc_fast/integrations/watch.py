@@ -28,45 +28,53 @@ def _parts(head: EBRHead) -> dict[str, list[nn.Parameter]]:
 
 
 class Watch:
-    """Looks at the version counters of parameters whenever a training forward begins, until the heads have moved."""
+    """Looks at the version counters of parameters when training forwards begin, until the heads have moved."""
 
     def __init__(self, model: nn.Module, head: EBRHead) -> None:
-        self.done = False
-        self._forwards = 0  # since others were first seen to move
-        self._start: tuple[dict[str, int], int, dict[str, Tensor]] | None = None
         self.model, self.head = model, head
+        self.done = False
+        self._forwards = 0
+        self._moved = 0  # forwards since others were first seen to move
+        self._parts: dict[str, list[nn.Parameter]] = {}
+        self._others: list[nn.Parameter] = []
+        self._start: tuple[dict[str, int], int, dict[str, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_start": None}  # a copy counts its own versions
+        return {**self.__dict__, "_start": None, "_parts": {}, "_others": []}  # a copy counts its own versions
 
     def look(self, where: str) -> None:
         """Called when a training forward begins; ``where``: the sites, for the message."""
-        parts = {name: ps for name, ps in _parts(self.head).items() if ps}
-        if not parts or self.done:
-            return
-        mine = {id(p) for ps in parts.values() for p in ps}
-        others = sum(p._version for p in self.model.parameters() if id(p) not in mine)
-        now = {name: sum(p._version for p in ps) for name, ps in parts.items()}
+        self._forwards += 1
         if self._start is None:
-            self._start = now, others, {name: ps[-1].detach().clone() for name, ps in parts.items()}
+            self._parts = {name: ps for name, ps in _parts(self.head).items() if ps}
+            mine = {id(p) for ps in self._parts.values() for p in ps}
+            self._others = [p for p in self.model.parameters() if id(p) not in mine]
+            values = {name: ps[-1].detach().clone() for name, ps in self._parts.items()}
+            self._start = *self._versions(), values
+            return
+        if not self._moved and self._forwards & (self._forwards - 1):  # no step yet: look at 2, 4, 8, ... forwards
             return
         start, others_start, values = self._start
-        still = [name for name in parts if now[name] == start.get(name) and torch.equal(parts[name][-1], values[name])]
+        now, others = self._versions()
+        parts = self._parts
+        still = [name for name in parts if now[name] == start[name] and torch.equal(parts[name][-1], values[name])]
         self.done = not still
         if not still or others == others_start:
             return
-        self._forwards += 1
-        if self._forwards == 1:
+        self._moved += 1
+        if self._moved == 1:
             held = held_by(o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
             lost = [name for name in still if not any(id(p) in held for p in parts[name])]
             if held and lost:
-                self._tell(f"the {' and '.join(lost)} of the heads at {where} are in no optimiser")
-        elif self._forwards >= _PATIENCE:
+                self._tell(f"{_listed(lost)} of the heads at {where} are in no optimiser")
+        elif self._moved >= _PATIENCE:
             frozen = [name for name in still if not any(p.requires_grad for p in parts[name])]
             why = "are frozen (requires_grad is False)" if frozen == still else "got no gradient"
-            self._tell(
-                f"the {' and '.join(still)} of the heads at {where} {why} in {self._forwards} steps in which the model moved"
-            )
+            self._tell(f"{_listed(still)} of the heads at {where} {why} in {self._moved} steps in which the model moved")
+
+    def _versions(self) -> tuple[dict[str, int], int]:
+        mine = {name: sum(p._version for p in ps) for name, ps in self._parts.items()}
+        return mine, sum(p._version for p in self._others)
 
     def _tell(self, what: str) -> None:
         self.done = True
@@ -75,3 +83,7 @@ class Watch:
             "handle.parameters()}), and add handle.losses() to your loss",
             stacklevel=2,
         )
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(names)
