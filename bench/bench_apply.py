@@ -58,7 +58,9 @@ def main() -> int:
     torch.manual_seed(0)
     written, applied = Written(), Towers()
     handle = mmc_fast.apply_ebr(applied, {name: f"encoders.{name}" for name in INPUTS}, **HEAD)
-    applied.load_state_dict({k.replace("head.", "ebr."): v for k, v in written.state_dict().items() if "_extra" not in k})
+    applied.load_state_dict(
+        {k.replace("head.", "ebr."): v for k, v in written.state_dict().items() if "_extra" not in k}
+    )
     x, y = {name: torch.randn(BATCH, d) for name, d in INPUTS.items()}, torch.randint(CLASSES, (BATCH,))
 
     optimizers = {model: torch.optim.SGD(model.parameters(), lr=1e-4) for model in (written, applied)}

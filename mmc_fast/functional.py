@@ -34,6 +34,8 @@ def check_reversal(reversal: float | Tensor, where: str = "reversal") -> float |
 
     The value of a tensor is looked at on the CPU alone: elsewhere that would synchronise.
     """
+    if type(reversal) is float and 0 <= reversal < float("inf"):
+        return reversal
     if isinstance(reversal, Tensor):
         if reversal.dim() != 0 or reversal.dtype == torch.bool or reversal.is_complex():
             raise InputError(f"{where}: λ is {reversal.dtype} {list(reversal.shape)}; give a number or a 0-d tensor")

@@ -91,7 +91,10 @@ _TOKENS = itertools.count()
 
 def _with(variable: ContextVar[dict[int, Any]], token: int, value: Any) -> dict[int, Any]:
     """The variable's mapping with one entry changed and those of collectors that are gone left out."""
-    return {k: v for k, v in variable.get({}).items() if k in _ALIVE} | {token: value}
+    before = variable.get(None)
+    if not before or (len(before) == 1 and token in before):
+        return {token: value}
+    return {k: v for k, v in before.items() if k in _ALIVE} | {token: value}
 
 
 class Tap:
@@ -99,6 +102,9 @@ class Tap:
 
     def __init__(self, collector: Collector, module: str, entries: list[tuple[int, Site]]) -> None:
         self.collector, self.module, self.entries = collector, module, entries
+
+    def put_on(self, module: nn.Module) -> Any:
+        return module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.collector.tapped(self, module, args, output)
@@ -209,6 +215,9 @@ class Collector:
             found.depth = 0
         self.finish(found, "the end of the step")
         found.scope = False
+
+    def watch_fusion(self, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(self.at_fusion, prepend=True, with_kwargs=True)
 
     def at_fusion(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook of the module that was named as fusion."""
@@ -438,7 +447,8 @@ class Collector:
         slots = [found.pending[i] for i in range(len(self.sites))]
         for i, slot in enumerate(slots):
             self._unchanged(i, slot)
-        x = [slot.rows.flatten(0, -2) for slot in slots]
+        flat = slots[0].rows.dim() == 2
+        x = [slot.rows if flat else slot.rows.flatten(0, -2) for slot in slots]
         masks = [slot.present for slot in slots]
         like, shape = x[0], slots[0].rows.shape[:-1]
         present = None
@@ -448,13 +458,14 @@ class Collector:
         with slots[0].context.entered(self.name(0)):
             one = like.new_ones((), dtype=torch.float32)
             out = self.head(x, present, found.settings.source, found.reversal, one)
-            recovered = [r.reshape(*shape, r.shape[-1]) for r in out.recovered]
+            recovered = out.recovered if flat else [r.reshape(*shape, r.shape[-1]) for r in out.recovered]
             if found.counts():
-                per_sample = max(1, shape[1:].numel())
-                found.discrimination.append(out.discrimination_loss / per_sample)
-                found.reconstruction.append(out.reconstruction_loss / per_sample)
-                latents = out.latents.reshape(len(slots), *shape, self.head.latent_dim)
-                found.records += [Record(i, recovered[i], latents[i], s.present, True) for i, s in enumerate(slots)]
+                per_sample = 1 if flat else max(1, shape[1:].numel())
+                found.discrimination.append(out.discrimination_loss if flat else out.discrimination_loss / per_sample)
+                found.reconstruction.append(out.reconstruction_loss if flat else out.reconstruction_loss / per_sample)
+                found.records += [
+                    Record(i, recovered[i], out.latents, s.present, True, shape) for i, s in enumerate(slots)
+                ]
             for i, slot in enumerate(slots):
                 self._hand_out(found, i, slot, recovered[i])
         found.pending, found.together = {}, True
@@ -501,7 +512,7 @@ class Collector:
         decoded, latents, errors = self.head(run=run)
         recovered = by_modules.keep(z, present) + decoded if self.head.residual else decoded
         if recording and found.counts():
-            found.records.append(Record(i, recovered, latents, present, False))
+            found.records.append(Record(i, recovered, latents, present, False, z.shape[:-1]))
             found.reconstruction.append(errors)
             recovered = recovered.clone()
         return recovered
@@ -513,8 +524,9 @@ class Collector:
 
 
 def _dtype(head: EBRHead, i: int, x: Tensor) -> torch.dtype:
-    first = next(head.encoders[i].parameters(), None)  # quantised layers have no parameters
-    return x.dtype if first is None else first.dtype
+    first = next(iter(head.encoders[i]._modules.values()))
+    weight = getattr(first, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else x.dtype  # a quantised layer has a method of that name
 
 
 def _by_sample(present: Tensor) -> bool:

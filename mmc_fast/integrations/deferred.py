@@ -64,6 +64,15 @@ class Deferred(Tensor):
 
 def unwrap(tree: Any, reader: str) -> Any:
     """``tree`` with every :class:`Deferred` in lists, tuples, mappings and the like replaced by what it stands for."""
+    kind = type(tree)
+    if kind is Deferred:
+        return tree.recovered(reader)
+    if kind is tuple or kind is list:
+        return kind([unwrap(child, reader) for child in tree])
+    if kind is dict:
+        return {key: unwrap(child, reader) for key, child in tree.items()}
+    if kind is Tensor or kind is int or kind is str or kind is float or kind is bool or tree is None:
+        return tree
     return tree_map_only(Deferred, lambda d: d.recovered(reader), tree)
 
 
@@ -85,7 +94,7 @@ class Context:
     def __init__(self, device: str) -> None:
         self.device, self.grad = device, torch.is_grad_enabled()
         self.autocast = torch.is_autocast_enabled(device)
-        self.dtype = torch.get_autocast_dtype(device)
+        self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
 
     def entered(self, name: str) -> ExitStack:
         stack = ExitStack()

@@ -54,6 +54,7 @@ class EBRHandle:
         self.head: SiteHead | None = None
         self._collector: Collector | None = None
         self._hooks: dict[str, Any] = {}
+        self._taps: dict[str, Any] = {}
         self._warned: set[int] = set()
         self._watch: Watch | None = None
         self.reversal = reversal
@@ -80,6 +81,7 @@ class EBRHandle:
         self._collector = collector = Collector(self.model, head, self.sites, repeats, fusion, one_call)
         collector.reversal = self._reversal
         self._watch = Watch(self.model, head)
+        self._plan_taps(collector)
         self.model.add_module(self.report.name, head)
         self._hooks["begin"] = self.model.register_forward_pre_hook(self._begin)
         self.refresh()
@@ -94,24 +96,21 @@ class EBRHandle:
             InputError: a name is gone.
         """
         collector = self._alive()[1]
-        entries: dict[str, list[tuple[int, Site]]] = {}
-        for i, site in enumerate(self.sites.values()):
-            entries.setdefault(site.module, []).append((i, site))
-        for name, sites in entries.items():
+        for name, make in self._taps.items():
             module = collector.resolve(name)
             if self._hooks.get(name, (None,))[0] is not module:
                 if name in self._hooks:
                     self._hooks[name][1].remove()
-                self._hooks[name] = module, module.register_forward_hook(Tap(collector, name, sites))
+                self._hooks[name] = module, make(module)
+
+    def _plan_taps(self, collector: Collector) -> None:
+        """By the name of a module, the function that puts our hook on it."""
+        entries: dict[str, list[tuple[int, Site]]] = {}
+        for i, site in enumerate(self.sites.values()):
+            entries.setdefault(site.module, []).append((i, site))
+        self._taps = {name: Tap(collector, name, sites).put_on for name, sites in entries.items()}
         if collector.fusion is not None:
-            module = collector.resolve(collector.fusion)
-            if self._hooks.get("fusion", (None,))[0] is not module:
-                if "fusion" in self._hooks:
-                    self._hooks["fusion"][1].remove()
-                self._hooks["fusion"] = (
-                    module,
-                    module.register_forward_pre_hook(collector.at_fusion, prepend=True, with_kwargs=True),
-                )
+            self._taps[collector.fusion] = collector.watch_fusion
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
@@ -146,7 +145,7 @@ class EBRHandle:
         for hook in self._hooks.values():
             (hook[1] if isinstance(hook, tuple) else hook).remove()
         delattr(self.model, self.report.name)
-        self._hooks = {}
+        self._hooks, self._taps = {}, {}
         self.head = self._collector = self._watch = None
         self.report = dataclasses.replace(self.report, status="restored")
 

@@ -115,7 +115,10 @@ class EBRCallback(pl.Callback):
                 )
         if self.handle is not None and trainer.optimizers:
             held = held_by(getattr(o, "optimizer", o) for o in trainer.optimizers)
-            if not any(id(p) in held for p in self.handle.parameters()) and "FSDP" not in type(trainer.strategy).__name__:
+            if (
+                not any(id(p) in held for p in self.handle.parameters())
+                and "FSDP" not in type(trainer.strategy).__name__
+            ):
                 sites = ", ".join(map(str, self.handle.sites.values()))
                 warnings.warn(
                     f"EBRCallback: the heads at {sites} are in no optimiser of the Trainer; let configure_optimizers take "

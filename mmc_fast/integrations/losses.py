@@ -22,14 +22,21 @@ class EBRLosses(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one call of a site leaves: modality index, recovered rows ``[B, ..., d]``, latents ``[B, ..., k]``, which rows are
-    present (bool ``[B, ...]``; None: all), and whether psi has seen the latents (in the fused op)."""
+    """What one call of a site leaves: modality index, recovered rows ``[B, ..., d]``, latents (see :attr:`latents`), which rows
+    are present (bool ``[B, ...]``; None: all), whether psi has seen the latents (in the fused op), and ``(B, ...)``."""
 
     modality: int
     recovered: Tensor
-    latents: Tensor
+    kept: Tensor
     present: Tensor | None
     judged: bool
+    rows: torch.Size
+
+    @property
+    def latents(self) -> Tensor:
+        """``[B, ..., k]``; one call of the op leaves those of all modalities, ``[m, rows, k]``."""
+        mine = self.kept[self.modality] if self.judged else self.kept
+        return mine.reshape(*self.rows, mine.shape[-1])
 
 
 def loss_dtype(like: Tensor) -> torch.dtype:
@@ -38,7 +45,7 @@ def loss_dtype(like: Tensor) -> torch.dtype:
 
 def counts(record: Record) -> Tensor | int:
     """The number of samples with at least one present row."""
-    rows = record.latents.shape[:-1]
+    rows = record.rows
     if record.present is None:
         return rows[0] if all(s > 0 for s in rows[1:]) else 0
     return (record.present if record.present.dim() == 1 else record.present.flatten(1).any(1)).sum()
@@ -84,13 +91,13 @@ def psi_logits(records: Sequence[Record], psi: nn.Module, reversal: float | Tens
     ``reversal``: λ of the gradient reversal before psi; None leaves it out.
     """
     weight = next(psi.parameters(), None)
-    like = records[0].latents if weight is None else weight  # quantised layers have no parameters
+    like = records[0].kept if weight is None else weight  # quantised layers have no parameters
     flat = torch.cat([r.latents.flatten(0, -2).to(like.device) for r in records])
     if not torch.is_autocast_enabled(like.device.type):
         flat = flat.to(like.dtype)
     logits = psi(flat if reversal is None else grad_reverse(flat, reversal))
-    sizes = [r.latents.shape[:-1].numel() for r in records]
-    return [part.reshape(*r.latents.shape[:-1], -1) for part, r in zip(logits.split(sizes), records, strict=True)]
+    sizes = [r.rows.numel() for r in records]
+    return [part.reshape(*r.rows, part.shape[-1]) for part, r in zip(logits.split(sizes), records, strict=True)]
 
 
 def sums_of_cross_entropy(records: Sequence[Record], psi: nn.Module, reversal: float | Tensor) -> list[Tensor]:

@@ -70,7 +70,9 @@ class Watch:
         elif self._moved >= _PATIENCE:
             frozen = [name for name in still if not any(p.requires_grad for p in parts[name])]
             why = "are frozen (requires_grad is False)" if frozen == still else "got no gradient"
-            self._tell(f"{_listed(still)} of the heads at {where} {why} in {self._moved} steps in which the model moved")
+            self._tell(
+                f"{_listed(still)} of the heads at {where} {why} in {self._moved} steps in which the model moved"
+            )
 
     def _versions(self) -> tuple[dict[str, int], int]:
         mine = {name: sum(p._version for p in ps) for name, ps in self._parts.items()}
