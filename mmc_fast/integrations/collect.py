@@ -104,6 +104,9 @@ class Tap:
         self.collector, self.module, self.entries = collector, module, entries
 
     def put_on(self, module: nn.Module) -> Any:
+        """Register on a module, once: what swaps modules (quantisation) may have brought the hooks of the old one along."""
+        for key in [k for k, hook in module._forward_hooks.items() if hook is self]:
+            del module._forward_hooks[key]
         return module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -359,7 +362,16 @@ class Collector:
             return "the site was called outside of a forward of the model"
         if "FSDP" in type(self.model).__name__:
             return "sharded modules take tensors only"
+        if any(m._backward_hooks or m._backward_pre_hooks for m in self._around(i)) or _global_hooks():
+            return "backward hooks on or around the site take tensors only"
         return None
+
+    def _around(self, i: int) -> Iterator[nn.Module]:
+        """The module of a site and those that contain it."""
+        module = self.model
+        for part in list(self.sites.values())[i].module.split("."):
+            module = module._modules[part]  # type: ignore[assignment]
+            yield module
 
     def _mask(self, i: int, z: Tensor, settings: Settings) -> Tensor | None:
         mask = None if settings.masks is None else settings.masks[i]
@@ -423,9 +435,9 @@ class Collector:
 
     def _why_not_one(self, found: Pass) -> str | None:
         slots = [found.pending.get(i) for i in range(len(self.sites))]
-        absent = [name for name, slot in zip(self.sites, slots, strict=True) if slot is None]
+        absent = [(i, name) for i, name in enumerate(self.sites) if i not in found.pending]
         if absent:
-            return f"{', '.join(absent)} did not run, or ran alone"
+            return ", ".join(f"{name} {'ran alone' if i in found.ran else 'did not run'}" for i, name in absent)
         rows = {name: slot.rows for name, slot in zip(self.sites, slots, strict=True) if slot is not None}
         if len({x.shape[:-1] for x in rows.values()}) > 1:
             return "rows differ: " + ", ".join(f"{name} {list(x.shape[:-1])}" for name, x in rows.items())
@@ -527,6 +539,11 @@ def _dtype(head: EBRHead, i: int, x: Tensor) -> torch.dtype:
     first = next(iter(head.encoders[i]._modules.values()))
     weight = getattr(first, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else x.dtype  # a quantised layer has a method of that name
+
+
+def _global_hooks() -> bool:
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _by_sample(present: Tensor) -> bool:

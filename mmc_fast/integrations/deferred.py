@@ -49,8 +49,8 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
-        if name == "getset_descriptor.__get__" or name == "__get__":
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
         args, kwargs = unwrap((args, kwargs or {}), name)
         return func(*args, **kwargs)

@@ -174,8 +174,10 @@ class EBRHandle:
         """How each head ran in the latest forward: in one call of the op for all, or in one of its own, and why."""
         collector = self._alive()[1]
         lines = [f"EBR on {self.report.model}"]
+        ran = {} if collector.latest is None else collector.latest.ran
         for i, name in enumerate(self.sites):
-            lines.append(f"  {name} ({self.sites[name]}): {collector.decisions.get(i, 'has not run yet')}")
+            unseen = "a call of its own: compiled code holds no features back" if i in ran else "has not run yet"
+            lines.append(f"  {name} ({self.sites[name]}): {collector.decisions.get(i, unseen)}")
         return "\n".join(lines)
 
     def reset(self) -> None:
