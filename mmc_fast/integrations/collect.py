@@ -17,10 +17,10 @@ from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.functional import check_reversal, ebr_step
 from mmc_fast.nn import EBRHead, by_modules
-from mmc_fast.nn.ebr import plain_parameters
+from mmc_fast.nn.ebr import plain_parameters, read_options
 
 from .deferred import Context, Deferred, saving_hooks, unwrap
-from .losses import EBRLosses, Record, sum_of_errors
+from .losses import EBRLosses, Record, sum_of_cross_entropy, sum_of_errors
 from .site import Site
 
 __all__ = ["Collector", "Pass", "Settings", "SiteHead", "Tap"]
@@ -34,6 +34,12 @@ class SiteHead(EBRHead):
 
     def forward(self, *args: Any, run: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs) if run is None else run()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Called by loaders that set entries one by one, as ``from_pretrained`` does."""
+        theirs = read_options(state)
+        if theirs is not None:
+            self.check_options(theirs, "from_pretrained")
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "sites": self.sites, "apply": self.applied}
@@ -68,7 +74,7 @@ class Pass:
         self.depth = 0  # forwards of the whole model that are running
         self.taken = False  # the losses were asked for
         self.records: list[Record] = []
-        self.discrimination: list[Tensor] = []  # sums over samples, of the records that psi has seen
+        self.discrimination: list[Tensor] = []  # sums over samples
         self.reconstruction: list[Tensor] = []
         self.losses: tuple[int, EBRLosses] | None = None
         self.ran: dict[int, int] = {}  # modality -> calls in this forward
@@ -341,7 +347,7 @@ class Collector:
             self.decisions[i] = f"a call of its own: {why}"
             self.masked_recompute |= present is not None and saving_hooks() is not None
         recording = not (again or torch.compiler.is_exporting())
-        recovered = self._alone(found, i, rows, present, recording)
+        recovered = self._alone(found, i, rows, present, recording, again)
         return site.write(output, site.from_rows(recovered.to(features.dtype)))
 
     def _why_alone(self, found: Pass, i: int, rows: Tensor, traced: bool, again: bool) -> str | None:
@@ -493,18 +499,21 @@ class Collector:
         # a copy: whoever gets it may change it in place
         found.values[i] = slot.site.from_rows(recovered.to(slot.features.dtype, copy=True))
 
-    def _alone(self, found: Pass, i: int, z: Tensor, present: Tensor | None, recording: bool) -> Tensor:
-        """Recovered rows of one modality; psi sees the latents when the losses are asked for."""
+    def _alone(
+        self, found: Pass, i: int, z: Tensor, present: Tensor | None, recording: bool, again: bool = False
+    ) -> Tensor:
+        """Recovered rows of one modality, by the op with one head and psi behind it; ``again``: recomputed in backward."""
+        recording = recording and found.counts()
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
+        def run() -> list[Tensor]:
             head, shape = self.head, z.shape[:-1]
             x, where = z.flatten(0, -2), None if present is None else present.flatten()
             params, m = plain_parameters(head), len(head.dims)
+            alike = present is None or _by_sample(present)  # rows of a sample weigh the same
+            errors = None
             if params is None or torch.jit.is_tracing():
-                x = by_modules.keep(x, where)
-                latents = by_modules.encode(head, i, x, where)
+                latents = by_modules.encode(head, i, by_modules.keep(x, where), where)
                 decoded = by_modules.decode(head, i, latents, where)
-                errors = sum_of_errors(decoded.reshape(*shape, head.dims[i]), z, present)
             else:
                 no_psi = [params[i][2].new_zeros(1, head.latent_dim), params[i][3].new_zeros(1)]
                 out = ebr_step(
@@ -514,17 +523,22 @@ class Collector:
                     normalizer=x.new_ones((), dtype=torch.float32),
                     normalize=head.normalize, backend=head.backend, recompute=head.recompute,
                 )  # fmt: skip
-                decoded, latents, errors = out.recovered[0], out.latents[0], out.reconstruction_loss
-                if present is None or _by_sample(present):
-                    errors = errors / max(1, shape[1:].numel())
-                else:
-                    errors = sum_of_errors(decoded.reshape(*shape, head.dims[i]), by_modules.keep(z, present), present)
-            return decoded.reshape(*shape, head.dims[i]), latents.reshape(*shape, head.latent_dim), errors
+                decoded, latents = out.recovered[0], out.latents[0]
+                errors = out.reconstruction_loss / max(1, shape[1:].numel()) if alike else None
+            decoded, latents = decoded.reshape(*shape, head.dims[i]), latents.reshape(*shape, head.latent_dim)
+            if not (recording or again):
+                return [decoded]
+            if errors is None:
+                errors = sum_of_errors(decoded, by_modules.keep(z, present), present)
+            judged = sum_of_cross_entropy(latents, i, present, head.discriminator, found.reversal)
+            return [decoded, latents, judged, errors]
 
-        decoded, latents, errors = self.head(run=run)
+        decoded, *rest = self.head(run=run)
         recovered = by_modules.keep(z, present) + decoded if self.head.residual else decoded
-        if recording and found.counts():
+        if recording:
+            latents, judged, errors = rest
             found.records.append(Record(i, recovered, latents, present, False, z.shape[:-1]))
+            found.discrimination.append(judged)
             found.reconstruction.append(errors)
             recovered = recovered.clone()
         return recovered

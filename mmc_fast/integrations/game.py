@@ -44,7 +44,8 @@ def _presence_entropy(records: Sequence[Record], m: int) -> float:
 def _psi_accuracy(records: Sequence[Record], psi: nn.Module) -> float:
     """Share of rows that psi assigns to their modality, every present (sample, modality) weighing the same."""
     hits = samples = 0.0
-    for record, logits in zip(records, psi_logits(records, psi, None), strict=True):
+    for record in records:
+        logits = psi_logits(record.latents, psi)
         right = (logits.argmax(-1) == record.modality).unsqueeze(-1).flatten(1).cpu()
         here = torch.ones_like(right) if record.present is None else record.present.unsqueeze(-1).flatten(1).cpu()
         rows = here.sum(1)

@@ -20,7 +20,7 @@ from mmc_fast.ops.ebr.reference import source_weights
 from . import store
 from .collect import Collector, Pass, SiteHead, Tap
 from .game import game_figures
-from .losses import EBRLosses, counts, divide, sums_of_cross_entropy
+from .losses import EBRLosses, counts, divide
 from .report import ApplyReport
 from .site import Site
 from .watch import Watch
@@ -121,12 +121,20 @@ class EBRHandle:
         collector.begin(module, args)
 
     def _look(self) -> None:
-        if self._watch is not None and not self._watch.done and self.model.training and torch.is_grad_enabled():
-            self._watch.look(", ".join(map(str, self.sites.values())))
+        watch, grad = self._watch, torch.is_grad_enabled()
+        if watch is None:
+            return
+        if not watch.done and self.model.training and grad:
+            watch.look(", ".join(map(str, self.sites.values())))
+        elif watch.initial is not None and not self.model.training and not grad:
+            watch.evaluated(", ".join(map(str, self.sites.values())))
 
-    def unwatch(self) -> None:
-        """Leave out the warning that the heads do not learn."""
-        self._watch = None
+    def unwatch(self, initial_only: bool = False) -> None:
+        """Leave out the warnings that heads do not learn, or have initial weights in evaluation; or the second alone."""
+        if initial_only and self._watch is not None:
+            self._watch.initial = None
+        else:
+            self._watch = None
 
     def restore(self) -> None:
         """Take heads and hooks off: state dict and outputs are those of the model before. Safe to repeat.
@@ -222,18 +230,15 @@ class EBRHandle:
         Raises:
             RuntimeError: no site ran since the latest forward began, or the heads are gone.
         """
-        head = self._alive()[0]
         if normalizer is not None and (not isinstance(normalizer, Tensor) or normalizer.numel() not in (1, 2)):
             raise InputError("losses: normalizer must be a tensor of one element, or of two (#present, #rows)")
         found = self._ran()
         if normalizer is None and found.losses is not None and found.losses[0] == len(found.records):
             return found.losses[1]
         n = [counts(r) for r in found.records]
-        unseen = [r for r in found.records if not r.judged]
-        sums = list(found.discrimination)
-        if unseen:
-            sums += head(run=lambda: sums_of_cross_entropy(unseen, head.discriminator, found.reversal))
-        losses = EBRLosses(divide(sums, n, normalizer, 0), divide(found.reconstruction, n, normalizer, 1))
+        losses = EBRLosses(
+            divide(found.discrimination, n, normalizer, 0), divide(found.reconstruction, n, normalizer, 1)
+        )
         if normalizer is None:
             found.losses = len(found.records), losses
         return losses

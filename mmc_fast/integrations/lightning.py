@@ -104,6 +104,10 @@ class EBRCallback(pl.Callback):
         # On the instance, so that the class stays as it is; teardown takes it off.
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.handle is not None:
+            self.handle.unwatch(initial_only=True)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps = None
         if callable(self.reversal):

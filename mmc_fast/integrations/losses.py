@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmc_fast.functional import grad_reverse
 
-__all__ = ["EBRLosses", "Record", "counts", "divide", "psi_logits", "sum_of_errors", "sum_of_sample_means"]
+__all__ = ["EBRLosses", "Record", "counts", "divide", "psi_logits", "sum_of_cross_entropy", "sum_of_errors"]
 
 
 class EBRLosses(NamedTuple):
@@ -23,19 +23,19 @@ class EBRLosses(NamedTuple):
 
 class Record(NamedTuple):
     """What one call of a site leaves: modality index, recovered rows ``[B, ..., d]``, latents (see :attr:`latents`), which rows
-    are present (bool ``[B, ...]``; None: all), whether psi has seen the latents (in the fused op), and ``(B, ...)``."""
+    are present (bool ``[B, ...]``; None: all), whether the latents are those of all modalities, and ``(B, ...)``."""
 
     modality: int
     recovered: Tensor
     kept: Tensor
     present: Tensor | None
-    judged: bool
+    together: bool
     rows: torch.Size
 
     @property
     def latents(self) -> Tensor:
         """``[B, ..., k]``; one call of the op leaves those of all modalities, ``[m, rows, k]``."""
-        mine = self.kept[self.modality] if self.judged else self.kept
+        mine = self.kept[self.modality] if self.together else self.kept
         return mine.reshape(*self.rows, mine.shape[-1])
 
 
@@ -85,25 +85,20 @@ def divide(sums: Sequence[Tensor], n: Sequence[Tensor | int], normalizer: Tensor
     return total / torch.where(count == 0, 1, count).to(total.dtype)
 
 
-def psi_logits(records: Sequence[Record], psi: nn.Module, reversal: float | Tensor | None) -> list[Tensor]:
-    """Logits ``[B, ..., m]`` of the discriminator for each record, in one call of it.
-
-    ``reversal``: λ of the gradient reversal before psi; None leaves it out.
-    """
-    weight = next(psi.parameters(), None)
-    like = records[0].kept if weight is None else weight  # quantised layers have no parameters
-    flat = torch.cat([r.latents.flatten(0, -2).to(like.device) for r in records])
-    if not torch.is_autocast_enabled(like.device.type):
-        flat = flat.to(like.dtype)
-    logits = psi(flat if reversal is None else grad_reverse(flat, reversal))
-    sizes = [r.rows.numel() for r in records]
-    return [part.reshape(*r.rows, part.shape[-1]) for part, r in zip(logits.split(sizes), records, strict=True)]
+def psi_logits(latents: Tensor, psi: nn.Module) -> Tensor:
+    """Logits ``[..., m]`` of the discriminator for latents ``[..., k]``, on its device and in its dtype."""
+    weight = next(psi.parameters(), None)  # quantised layers have no parameters
+    if weight is not None:
+        latents = latents.to(weight.device)
+        if not torch.is_autocast_enabled(weight.device.type):
+            latents = latents.to(weight.dtype)
+    return psi(latents)
 
 
-def sums_of_cross_entropy(records: Sequence[Record], psi: nn.Module, reversal: float | Tensor) -> list[Tensor]:
-    """For each record the sum over samples of the mean ``CE(psi(g), i)`` over its rows."""
-    sums = []
-    for r, logits in zip(records, psi_logits(records, psi, reversal), strict=True):
-        cross_entropy = -F.log_softmax(logits.to(loss_dtype(logits)), dim=-1)[..., r.modality]
-        sums.append(sum_of_sample_means(cross_entropy, r.present))
-    return sums
+def sum_of_cross_entropy(
+    latents: Tensor, i: int, present: Tensor | None, psi: nn.Module, reversal: float | Tensor
+) -> Tensor:
+    """Sum over samples of the mean ``CE(psi(g), i)`` over a sample's rows, with the reversed gradient."""
+    logits = psi_logits(grad_reverse(latents, reversal), psi)
+    cross_entropy = -F.log_softmax(logits.to(loss_dtype(logits)), dim=-1)[..., i]
+    return sum_of_sample_means(cross_entropy, None if present is None else present.to(logits.device))

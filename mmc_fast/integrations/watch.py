@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -28,19 +29,30 @@ def _parts(head: EBRHead) -> dict[str, list[nn.Parameter]]:
 
 
 class Watch:
-    """Looks at the version counters of parameters when training forwards begin, until the heads have moved."""
+    """Looks at parameters when training forwards begin, until the heads have moved."""
 
     def __init__(self, model: nn.Module, head: EBRHead) -> None:
         self.model, self.head = model, head
         self.done = False
+        self.initial: list[tuple[int, int]] | None = [(id(p), p._version) for p in head.parameters()]
         self._forwards = 0
         self._moved = 0  # forwards since others were first seen to move
         self._parts: dict[str, list[nn.Parameter]] = {}
         self._others: list[nn.Parameter] = []
-        self._start: tuple[dict[str, int], int, dict[str, Tensor]] | None = None
+        self._start: tuple[int, dict[str, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_start": None, "_parts": {}, "_others": []}  # a copy counts its own versions
+
+    def evaluated(self, where: str) -> None:
+        """Called when a forward in evaluation begins: tells once where nothing has trained or loaded the heads."""
+        before, self.initial = self.initial, None
+        if before and before == [(id(p), p._version) for p in self.head.parameters()]:
+            warnings.warn(
+                f"apply_ebr: the heads at {where} have their initial random weights in evaluation; train them, or take theirs "
+                "from a file with mmc_fast.load_ebr(model, path)",
+                stacklevel=_users_line(),
+            )
 
     def look(self, where: str) -> None:
         """Called when a training forward begins; ``where``: the sites, for the message."""
@@ -50,42 +62,43 @@ class Watch:
             mine = {id(p) for ps in self._parts.values() for p in ps}
             self._others = [p for p in self.model.parameters() if id(p) not in mine]
             values = {name: ps[-1].detach().clone() for name, ps in self._parts.items()}
-            self._start = *self._versions(), values
+            self._start = self._versions(), values
             return
         if not self._moved and self._forwards & (self._forwards - 1):  # no step yet: look at 2, 4, 8, ... forwards
             return
-        start, others_start, values = self._start
-        now, others = self._versions()
+        others, values = self._start
         parts = self._parts
-        still = [name for name in parts if now[name] == start[name] and torch.equal(parts[name][-1], values[name])]
+        still = [name for name in parts if torch.equal(parts[name][-1], values[name])]
         self.done = not still
-        if not still or others == others_start:
+        if not still or others == self._versions():
             return
         self._moved += 1
         if self._moved == 1:
             held = held_by(o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
             lost = [name for name in still if not any(id(p) in held for p in parts[name])]
             if held and lost:
-                self._tell(f"{_listed(lost)} of the heads at {where} are in no optimiser")
+                frozen = not any(p.requires_grad for name in lost for p in parts[name])
+                why = "frozen (requires_grad is False)" if frozen else "in no optimiser"
+                self._tell(f"parameters of the heads at {where} are {why}: {', '.join(lost)}")
         elif self._moved >= _PATIENCE:
-            frozen = [name for name in still if not any(p.requires_grad for p in parts[name])]
-            why = "are frozen (requires_grad is False)" if frozen == still else "got no gradient"
-            self._tell(
-                f"{_listed(still)} of the heads at {where} {why} in {self._moved} steps in which the model moved"
-            )
+            told = f"in {self._moved} steps in which the model moved"
+            self._tell(f"parameters of the heads at {where} got no gradient {told}: {', '.join(still)}")
 
-    def _versions(self) -> tuple[dict[str, int], int]:
-        mine = {name: sum(p._version for p in ps) for name, ps in self._parts.items()}
-        return mine, sum(p._version for p in self._others)
+    def _versions(self) -> int:
+        return sum(p._version for p in self._others)
 
     def _tell(self, what: str) -> None:
         self.done = True
         warnings.warn(
             f"apply_ebr: {what}; build the optimiser after apply_ebr, or optimizer.add_param_group({{'params': "
             "handle.parameters()}), and add handle.losses() to your loss",
-            stacklevel=2,
+            stacklevel=_users_line(),
         )
 
 
-def _listed(names: list[str]) -> str:
-    return " and ".join(names)
+def _users_line() -> int:
+    """The stack level, seen from the caller, of the first frame that is neither torch's nor ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "mmc_fast"):
+        level, frame = level + 1, frame.f_back
+    return level

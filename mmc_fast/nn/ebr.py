@@ -182,7 +182,9 @@ class EBRHead(nn.Module):
             told = json.dumps(self.options()).encode()
             destination[prefix + _OPTIONS] = torch.tensor(list(told), dtype=torch.uint8, device="cpu")
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
         theirs = read_options(state_dict.pop(prefix + _OPTIONS, None))
         if theirs is not None:
             if self.names is None:  # a head without names takes the weights of a named one by order
@@ -191,7 +193,9 @@ class EBRHead(nn.Module):
                     for key in [k for k in state_dict if k.startswith(start)]:
                         state_dict[f"{prefix}{part}.{i}.{key.removeprefix(start)}"] = state_dict.pop(key)
             self.check_options(theirs, f"load_state_dict: {prefix.rstrip('.') or 'EBRHead'}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        if prefix + _OPTIONS in missing:  # checked above, or weights from elsewhere
+            missing.remove(prefix + _OPTIONS)
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, latent_dim={self.latent_dim}, residual={self.residual}, normalize={self.normalize}"
