@@ -553,3 +553,17 @@ def test_a_mask_inside_of_recomputed_code(generator):
         out = model(*x)
     with pytest.raises(RuntimeError, match="call backward inside of"):
         out.sum().backward()
+
+
+def test_an_adapter_reads_what_goes_on_and_replaces_it(generator):
+    """Heads and in-place operations behind the sites: fuse(encode(batch)) is the model."""
+    for build, heads in ((Two, True), (Early, True), (Behind, False), (Behind, True)):
+        model, batch = build().eval(), (*two_inputs(generator), None)
+        if heads:
+            mmc_fast.apply_ebr(model, AT, residual=True, **SMALL)
+        expected = model(*batch[:2])
+        adapter = mmc_fast.ModelAdapter(model, AT, "c")
+        features = adapter.encode(batch)
+        for _ in range(2):  # nothing that was recorded has changed
+            torch.testing.assert_close(adapter.fuse(features), expected)
+        torch.testing.assert_close(adapter.encode(batch), features)
