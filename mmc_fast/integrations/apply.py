@@ -139,7 +139,9 @@ def apply_ebr(
     return handle
 
 
-def load_ebr(model: nn.Module, path: str | Path | Mapping[str, Any], *, reversal: float | Tensor = 1.0) -> EBRHandle:
+def load_ebr(
+    model: nn.Module, path: str | Path | Mapping[str, Any], *, reversal: float | Tensor = 1.0, name: str | None = None
+) -> EBRHandle:
     """Heads from a file on a model: their sites, sizes and options, then their weights.
 
     Args:
@@ -147,27 +149,28 @@ def load_ebr(model: nn.Module, path: str | Path | Mapping[str, Any], *, reversal
         path: a file of ``handle.save``; or a checkpoint of a whole model with heads: safetensors, ``torch.save``, Lightning,
             the folder of ``save_pretrained``; or a state dict.
         reversal: λ for further training.
+        name: of the heads, where the file holds several.
 
     Raises:
         InputError: no heads there, or heads whose sites, order, widths or options do not fit ``model``.
     """
     state = path if isinstance(path, Mapping) else store.read(Path(path))
     where = "the state dict" if isinstance(path, Mapping) else str(path)
-    prefix, options, _ = store.find(state, where)
+    prefix, options, tensors = store.find(state, where, name)
     if not options.get("sites"):
         raise InputError(
             f"load_ebr: the heads in {where} are an EBRHead's and know no sites; call apply_ebr and load them there"
         )
-    holder, name = store.owner(model, prefix)
-    handles = [h for h in find_handles(holder) if h.model is holder and h.report.name == name]
+    holder, its = store.owner(model, prefix)
+    handles = [h for h in find_handles(holder) if h.model is holder and h.report.name == its]
     if handles:
         handle = handles[0]
     else:
         at = {m: Site(**site) for m, site in zip(options["modalities"], options["sites"], strict=True)}
         sizes = {key: options[key] for key in ("latent_dim", "hidden_dim", "psi_dims", "residual", "normalize")}
         widths = dict(zip(at, options["dims"], strict=True))
-        handle = apply_ebr(holder, at, dims=widths, reversal=reversal, name=name, **sizes, **options["apply"])
-    store.load(handle._alive()[0], state)
+        handle = apply_ebr(holder, at, dims=widths, reversal=reversal, name=its, **sizes, **options["apply"])
+    handle._alive()[0].load_state_dict(tensors)
     return handle
 
 

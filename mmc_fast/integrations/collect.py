@@ -19,7 +19,7 @@ from mmc_fast.functional import check_reversal, ebr_step
 from mmc_fast.nn import EBRHead, by_modules
 from mmc_fast.nn.ebr import plain_parameters, read_options
 
-from .deferred import Context, Deferred, saving_hooks, unwrap
+from .deferred import Context, Deferred, autocast_enabled, saving_hooks, unwrap
 from .losses import EBRLosses, Record, sum_of_cross_entropy, sum_of_errors
 from .site import Site
 
@@ -82,6 +82,7 @@ class Pass:
         self.pending: dict[int, Slot] = {}
         self.values: dict[int, Tensor] = {}
         self.at_fusion = False
+        self.alone: str | None = None  # why no head waits for others; "" where they do
         self.together = False  # one call of the op served all heads
 
     def counts(self) -> bool:
@@ -330,10 +331,10 @@ class Collector:
         if not traced and (site.path or features._is_view() or any(features is a for a in args)):
             features = features.clone()  # others hold it too, and may change it in place
             rows = site.to_rows(features)
-        if not torch.is_autocast_enabled(rows.device.type):
+        if not autocast_enabled(rows.device.type):
             rows = rows.to(_dtype(head, i, rows))
         found.ran[i] = found.ran.get(i, 0) + 1
-        why = self._why_alone(found, i, rows, traced, again)
+        why = self._why_alone(found, i, traced, again)
         if why is None:
             version = None if features.is_inference() else features._version
             slot = Slot(site, features, rows, present, Context(rows.device.type), version)
@@ -350,12 +351,25 @@ class Collector:
         recovered = self._alone(found, i, rows, present, recording, again)
         return site.write(output, site.from_rows(recovered.to(features.dtype)))
 
-    def _why_alone(self, found: Pass, i: int, rows: Tensor, traced: bool, again: bool) -> str | None:
+    def _why_alone(self, found: Pass, i: int, traced: bool, again: bool) -> str | None:
         """Why the head of this site cannot wait for those of the others; None where it can."""
         if traced:
             return "compiled, exported or traced code holds no features back"
         if again or saving_hooks() is not None:
             return "the site runs under activation checkpointing or offloading"
+        if not (found.depth or found.scope):
+            return "the site was called outside of a forward of the model"
+        if found.alone is None:
+            found.alone = self._why_all_alone() or ""
+        if found.alone:
+            return found.alone
+        if any(m._backward_hooks or m._backward_pre_hooks for m in self._around(i)):
+            return "backward hooks on or around the site take tensors only"
+        return None
+
+    def _why_all_alone(self) -> str | None:
+        """The same for all sites of a pass."""
+        hooks = torch.nn.modules.module
         if not self.one_call:
             return "one_call=False"
         if len(self.sites) == 1:
@@ -364,12 +378,10 @@ class Collector:
             return "repeats='all' takes any number of calls"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "torch.func transforms hold no features back"
-        if not (found.depth or found.scope):
-            return "the site was called outside of a forward of the model"
         if "FSDP" in type(self.model).__name__:
             return "sharded modules take tensors only"
-        if any(m._backward_hooks or m._backward_pre_hooks for m in self._around(i)) or _global_hooks():
-            return "backward hooks on or around the site take tensors only"
+        if hooks._global_backward_hooks or hooks._global_backward_pre_hooks:
+            return "backward hooks of all modules take tensors only"
         return None
 
     def _around(self, i: int) -> Iterator[nn.Module]:
@@ -447,7 +459,7 @@ class Collector:
         rows = {name: slot.rows for name, slot in zip(self.sites, slots, strict=True) if slot is not None}
         if len({x.shape[:-1] for x in rows.values()}) > 1:
             return "rows differ: " + ", ".join(f"{name} {list(x.shape[:-1])}" for name, x in rows.items())
-        autocast = torch.is_autocast_enabled(next(iter(rows.values())).device.type)
+        autocast = autocast_enabled(next(iter(rows.values())).device.type)
         if len({(x.device, None if autocast else x.dtype) for x in rows.values()}) > 1:
             return "devices or dtypes differ: " + ", ".join(f"{n} {x.dtype} {x.device}" for n, x in rows.items())
         if any(s is not None and s.present is not None and not _by_sample(s.present) for s in slots):
@@ -553,11 +565,6 @@ def _dtype(head: EBRHead, i: int, x: Tensor) -> torch.dtype:
     first = next(iter(head.encoders[i]._modules.values()))
     weight = getattr(first, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else x.dtype  # a quantised layer has a method of that name
-
-
-def _global_hooks() -> bool:
-    hooks = torch.nn.modules.module
-    return bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _by_sample(present: Tensor) -> bool:

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Context", "Deferred", "saving_hooks", "unwrap"]
+__all__ = ["Context", "Deferred", "autocast_enabled", "saving_hooks", "unwrap"]
 
 # What is known before the values are: asking for it reads nothing.
 _METADATA = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.__hash__, torch.is_floating_point}  # fmt: skip
+
+
+# What makes another tensor of that shape, dtype or device, and reads nothing.
+_NEW = {getattr(Tensor, f"new_{kind}") for kind in ("zeros", "ones", "empty", "full", "tensor")} | {
+    getattr(torch, f"{kind}_like") for kind in ("zeros", "ones", "empty", "full", "rand", "randn")
+}
 
 
 class Deferred(Tensor):
@@ -49,6 +55,9 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _NEW:
+            args, kwargs = tree_map_only(Deferred, _empty, (args, kwargs or {}))
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
@@ -56,10 +65,14 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         names: list[str] = []
         tree_map_only(Deferred, lambda d: names.append(d._name), (args, kwargs))
         raise _refusal(names[0] if names else "features", str(func))
+
+
+def _empty(like: Deferred) -> Tensor:
+    return torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def unwrap(tree: Any, reader: str) -> Any:
@@ -88,12 +101,17 @@ def saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on; there is none for some devices (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class Context:
     """The surroundings in which a site ran, so that its head runs in the same ones: grad mode, autocast, saving hooks."""
 
     def __init__(self, device: str) -> None:
         self.device, self.grad = device, torch.is_grad_enabled()
-        self.autocast = torch.is_autocast_enabled(device)
+        self.autocast = autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
 
     def entered(self, name: str) -> ExitStack:
@@ -102,7 +120,7 @@ class Context:
             if self.grad and _inside_a_function():
                 raise _refusal(name, "code")
             stack.enter_context(torch.set_grad_enabled(self.grad))
-        if torch.is_autocast_enabled(self.device) != self.autocast:
+        if autocast_enabled(self.device) != self.autocast:
             stack.enter_context(torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast))
         if saving_hooks() is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))

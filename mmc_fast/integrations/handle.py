@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mmc_fast.errors import InputError
 from mmc_fast.functional import check_reversal
@@ -122,7 +123,7 @@ class EBRHandle:
 
     def _look(self) -> None:
         watch, grad = self._watch, torch.is_grad_enabled()
-        if watch is None:
+        if watch is None or _get_current_dispatch_mode() is not None:  # fake tensors have no values to look at
             return
         if not watch.done and self.model.training and grad:
             watch.look(", ".join(map(str, self.sites.values())))
@@ -176,7 +177,7 @@ class EBRHandle:
         Raises:
             InputError: the file holds no heads, or heads of other sites, order, widths or options; it says what differs.
         """
-        store.load(self._alive()[0], Path(path))
+        store.load(self._alive()[0], Path(path), self.report.name)
 
     def explain(self) -> str:
         """How each head ran in the latest forward: in one call of the op for all, or in one of its own, and why."""

@@ -43,7 +43,7 @@ class Site:
     def path(self) -> tuple[Key, ...]:
         if self.output is None:
             return ()
-        return tuple(self.output) if isinstance(self.output, (tuple, list)) else (self.output,)
+        return (self.output,) if isinstance(self.output, (str, int)) else tuple(self.output)
 
     def __str__(self) -> str:
         call = "" if self.call is None else f" call {self.call}"

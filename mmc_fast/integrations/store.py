@@ -72,7 +72,9 @@ def read(path: Path) -> Mapping[str, Any]:
     return state if isinstance(state, Mapping) else {}
 
 
-def find(state: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def find(
+    state: Mapping[str, Any], where: str, name: str | None = None
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """The heads in a state dict: the prefix of their keys, their options, and their weights without the prefix.
 
     Raises:
@@ -83,26 +85,24 @@ def find(state: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], dic
             state = state[inner]
     marked = {key: read_options(value) for key, value in state.items() if str(key).rsplit(".", 1)[-1] == _MARK}
     found = {key: options for key, options in marked.items() if options is not None}
+    if name is not None and len(found) > 1:
+        found = {key: options for key, options in found.items() if f".{key}".endswith(f".{name}.{_MARK}")}
     if len(found) != 1:
-        places = ", ".join(key.removesuffix(_MARK) or "the top" for key in found) or "nowhere"
+        places = ", ".join(key.removesuffix(f".{_MARK}") for key in found) or "nowhere"
         raise InputError(
-            f"load_ebr: {where} must hold one set of EBR heads with options, found at: {places}; write it with handle.save(path), "
-            "or as the state dict of a model with heads"
+            f"load_ebr: {where} must hold one set of EBR heads with options, found at: {places}; choose one by name=, write "
+            "it with handle.save(path), or as the state dict of a model with heads"
         )
     (mark, options), = found.items()  # fmt: skip
     prefix = mark.removesuffix(_MARK)
     return prefix, options, {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
 
 
-def load(head: EBRHead, source: Path | Mapping[str, Any]) -> None:
+def load(head: EBRHead, path: Path, name: str) -> None:
     """Into an equal head; InputError with what differs for another."""
-    _, options, tensors = find(source if isinstance(source, Mapping) else read(source), str(_named(source)))
-    head.check_options(options, f"load: {_named(source)}")
+    _, options, tensors = find(read(path), str(path), name)
+    head.check_options(options, f"load: {path}")
     head.load_state_dict(tensors)
-
-
-def _named(source: Path | Mapping[str, Any]) -> str:
-    return "the state dict" if isinstance(source, Mapping) else str(source)
 
 
 def owner(model: nn.Module, prefix: str) -> tuple[nn.Module, str]:

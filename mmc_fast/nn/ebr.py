@@ -188,7 +188,9 @@ class EBRHead(nn.Module):
         theirs = read_options(state_dict.pop(prefix + _OPTIONS, None))
         if theirs is not None:
             if self.names is None:  # a head without names takes the weights of a named one by order
-                for part, (i, name) in itertools.product(("encoders", "decoders"), enumerate(theirs.pop("modalities") or ())):
+                for part, (i, name) in itertools.product(
+                    ("encoders", "decoders"), enumerate(theirs.pop("modalities") or ())
+                ):
                     start = f"{prefix}{part}.{name}."
                     for key in [k for k in state_dict if k.startswith(start)]:
                         state_dict[f"{prefix}{part}.{i}.{key.removeprefix(start)}"] = state_dict.pop(key)
@@ -216,7 +218,7 @@ def _one_dtype(features: list[Tensor | None]) -> list[Tensor | None]:
     """Under autocast, features of several dtypes (a table beside an image tower) in the widest of them."""
     dtypes = {f.dtype for f in features if f is not None}
     device = next((f.device.type for f in features if f is not None), "cpu")
-    if len(dtypes) < 2 or not torch.is_autocast_enabled(device):
+    if len(dtypes) < 2 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return features
     widest = dtypes.pop()
     for dtype in dtypes:

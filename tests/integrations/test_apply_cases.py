@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from apply_models import SMALL, Two, two_inputs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -105,6 +106,24 @@ class Nested(Two):
         return self.join(**{name: value[0] for name, value in kept.items()})
 
 
+class Asks(Two):
+    """Shape, dtype and device are known before the values."""
+
+    def forward(self, x, y):
+        a = self.a(x)
+        assert (a.shape, len(a), a.dtype, a.device.type, a.dim(), a.requires_grad) == (
+            (len(x), 8),
+            len(x),
+            x.dtype,
+            "cpu",
+            2,
+            True,
+        )
+        nothing = torch.zeros_like(a) + a.new_zeros(1)
+        b = self.b(y)
+        return self.join(a + nothing, b)
+
+
 CASES = {
     "plain": (Two, None, ONE, {}),
     "fusion named": (Two, None, ONE, {"fusion": "c"}),
@@ -114,6 +133,7 @@ CASES = {
     "in place, own calls": (Behind, behind, OWN, {"one_call": False}),
     "checkpointed fusion": (Recomputed, None, ONE, {}),
     "nested": (Nested, None, ONE, {}),
+    "metadata": (Asks, None, ONE, {}),
     "residual, normalised": (Two, None, ONE, {"residual": True, "normalize": True}),
     "residual, own calls": (Early, lambda a, b: (a.tanh(), b), OWN, {"residual": True, "normalize": True}),
 }
@@ -310,6 +330,18 @@ def test_layers_of_the_head_that_are_no_plain_layers(generator, change):
     r = [handle.head.decoders[m](handle.head.encoders[m](z[m])) for m in AT]
     torch.testing.assert_close(model(*x), linear(model.c, torch.cat(r, 1)))
     assert not torch.allclose(model(*x), before)
+
+
+def test_graphs_fake_tensors_and_meta(generator):
+    model, x = Two(), two_inputs(generator)
+    handle = mmc_fast.apply_ebr(model, AT, **SMALL)
+    expected = (model(*x), *handle.losses())
+    graph = torch.fx.symbolic_trace(model)  # calls the same modules, hooks included
+    torch.testing.assert_close((graph(*x), *handle.losses()), expected)
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(*(mode.from_tensor(t) for t in x)).shape == (8, 3)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        torch.testing.assert_close(model(*x), expected[0])
 
 
 def test_copies_of_models_and_of_parts(generator):

@@ -152,6 +152,19 @@ def test_files_without_heads_are_refused(generator, tmp_path):
         mmc_fast.load_ebr(Deep(), tmp_path / "heads.pt")
 
 
+def test_one_of_two_heads_in_a_file(generator):
+    model, _ = trained(generator)
+    other = nn.ModuleDict({"net": model, "more": Two()})
+    mmc_fast.apply_ebr(other, {"a": "more.a", "b": "more.b"}, name="second", **SMALL)
+    fresh = nn.ModuleDict({"net": Two(), "more": Two()})
+    with pytest.raises(InputError, match=r"found at: net\.ebr, second; choose one by name="):
+        mmc_fast.load_ebr(fresh, other.state_dict())
+    handle = mmc_fast.load_ebr(fresh, other.state_dict(), name="ebr")
+    assert handle.model is fresh["net"]
+    for a, b in zip(handle.parameters(), model.ebr.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_lightning_checkpoint(generator, tmp_path):
     pl = pytest.importorskip(
         "lightning.pytorch", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'"
