@@ -80,7 +80,8 @@ class Pass:
         self.ran: dict[int, int] = {}  # modality -> calls in this forward
         self.called: dict[str, int] = {}  # module -> calls in this forward
         self.pending: dict[int, Slot] = {}
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}  # what sites whose head has run give to the model
+        self.lent: set[int] = set()  # those that the model may have changed
         self.at_fusion = False
         self.alone: str | None = None  # why no head waits for others; "" where they do
         self.together = False  # one call of the op served all heads
@@ -342,7 +343,7 @@ class Collector:
             grads = torch.is_grad_enabled() and (
                 features.requires_grad or any(p.requires_grad for p in head.parameters())
             )
-            made = Deferred(features, grads, lambda reader: self._read(found, i, reader), self.name(i))
+            made = Deferred(features, grads, lambda reader, keeps: self._read(found, i, reader, keeps), self.name(i))
             return site.write(output, made)
         if not traced:
             self.decisions[i] = f"a call of its own: {why}"
@@ -425,7 +426,7 @@ class Collector:
 
     # Heads
 
-    def _read(self, found: Pass, i: int, reader: str) -> Tensor:
+    def _read(self, found: Pass, i: int, reader: str, keeps: bool) -> Tensor:
         if i in found.pending:
             missing = [n for j, n in enumerate(self.sites) if j not in found.ran]
             if missing and self.fusion is not None and not found.at_fusion:
@@ -437,6 +438,9 @@ class Collector:
                 self._resolve_alone(found, i, f"{reader} reads it before {', '.join(missing)} ran")
             else:
                 self.finish(found, reader)
+        if keeps and i not in found.lent:  # a copy: whoever keeps it may change it in place
+            found.lent.add(i)
+            found.values[i] = found.values[i].clone()
         return found.values[i]
 
     def finish(self, found: Pass, reader: str) -> None:
@@ -508,8 +512,7 @@ class Collector:
             self._hand_out(found, i, slot, self._alone(found, i, slot.rows, slot.present, True))
 
     def _hand_out(self, found: Pass, i: int, slot: Slot, recovered: Tensor) -> None:
-        # a copy: whoever gets it may change it in place
-        found.values[i] = slot.site.from_rows(recovered.to(slot.features.dtype, copy=True))
+        found.values[i] = slot.site.from_rows(recovered.to(slot.features.dtype))
 
     def _alone(
         self, found: Pass, i: int, z: Tensor, present: Tensor | None, recording: bool, again: bool = False

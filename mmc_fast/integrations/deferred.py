@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -24,6 +25,12 @@ _NEW = {getattr(Tensor, f"new_{kind}") for kind in ("zeros", "ones", "empty", "f
     getattr(torch, f"{kind}_like") for kind in ("zeros", "ones", "empty", "full", "rand", "randn")
 }
 
+# What reads and returns something new: no copy has to be made for it.
+_READERS = {torch.cat, torch.concat, torch.stack, F.linear, torch.add, torch.mul, torch.matmul} | {
+    getattr(Tensor, name)
+    for name in ("add", "__add__", "__radd__", "mul", "__mul__", "__rmul__", "matmul", "__matmul__")
+}
+
 
 class Deferred(Tensor):
     """A tensor without values, of the shape that the recovered features will have.
@@ -32,11 +39,11 @@ class Deferred(Tensor):
     tensors past that interface is refused, never given other values.
     """
 
-    _value: Callable[[str], Tensor]
+    _value: Callable[[str, bool], Tensor]
     _name: str
 
     @staticmethod
-    def __new__(cls, like: Tensor, requires_grad: bool, value: Callable[[str], Tensor], name: str) -> Deferred:
+    def __new__(cls, like: Tensor, requires_grad: bool, value: Callable[[str, bool], Tensor], name: str) -> Deferred:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=requires_grad
         )
@@ -46,9 +53,10 @@ class Deferred(Tensor):
     def __init__(self, *args: Any) -> None:
         pass
 
-    def recovered(self, reader: str) -> Tensor:
-        """The tensor that this one stands for; ``reader``: what asks, for the report."""
-        return self._value(reader)
+    def recovered(self, reader: str, keeps: bool = True) -> Tensor:
+        """The tensor that this one stands for. ``reader``: what asks, for the report; ``keeps``: it may change what it gets,
+        return it or a view of it."""
+        return self._value(reader, keeps)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +69,7 @@ class Deferred(Tensor):
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
-        args, kwargs = unwrap((args, kwargs or {}), name)
+        args, kwargs = unwrap((args, kwargs or {}), name, bool(kwargs) or func not in _READERS)
         return func(*args, **kwargs)
 
     @classmethod
@@ -75,18 +83,18 @@ def _empty(like: Deferred) -> Tensor:
     return torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-def unwrap(tree: Any, reader: str) -> Any:
+def unwrap(tree: Any, reader: str, keeps: bool = True) -> Any:
     """``tree`` with every :class:`Deferred` in lists, tuples, mappings and the like replaced by what it stands for."""
     kind = type(tree)
     if kind is Deferred:
-        return tree.recovered(reader)
+        return tree.recovered(reader, keeps)
     if kind is tuple or kind is list:
-        return kind([unwrap(child, reader) for child in tree])
+        return kind([unwrap(child, reader, keeps) for child in tree])
     if kind is dict:
-        return {key: unwrap(child, reader) for key, child in tree.items()}
+        return {key: unwrap(child, reader, keeps) for key, child in tree.items()}
     if kind is Tensor or kind is int or kind is str or kind is float or kind is bool or tree is None:
         return tree
-    return tree_map_only(Deferred, lambda d: d.recovered(reader), tree)
+    return tree_map_only(Deferred, lambda d: d.recovered(reader, keeps), tree)
 
 
 def _refusal(name: str, reader: str) -> RuntimeError:
