@@ -74,7 +74,8 @@ class Pass:
         self.depth = 0  # forwards of the whole model that are running
         self.taken = False  # the losses were asked for
         self.records: list[Record] = []
-        self.discrimination: list[Tensor] = []  # sums over samples
+        self.means: list[tuple[EBRLosses, list[Record]]] = []  # of the calls for all heads, with what they are over
+        self.discrimination: list[Tensor] = []  # sums over samples, of the calls for one
         self.reconstruction: list[Tensor] = []
         self.losses: tuple[int, EBRLosses] | None = None
         self.ran: dict[int, int] = {}  # modality -> calls in this forward
@@ -146,6 +147,8 @@ class Collector:
     ) -> None:
         self.model, self.head, self.sites, self.repeats = model, head, sites, repeats
         self.fusion, self.one_call = fusion, one_call
+        self.names = [f"modality '{name}' ({site})" for name, site in sites.items()]
+        self.paths = [site.module.split(".") for site in sites.values()]
         self.reversal: float | Tensor = 1.0
         self.decisions: dict[int, str] = {}  # modality -> how its head ran last, and why
         self.latest: Pass | None = None  # for compiled code, which sees no context variables
@@ -264,8 +267,7 @@ class Collector:
             ) from None
 
     def name(self, i: int) -> str:
-        name, site = list(self.sites.items())[i]
-        return f"modality '{name}' ({site})"
+        return self.names[i]
 
     def tapped(self, tap: Tap, module: nn.Module, args: Any, output: Any) -> Any:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -329,7 +331,7 @@ class Collector:
         present = self._mask(i, rows, settings)
         if settings.given is not None:
             return site.write(output, site.from_rows(self._given(i, rows, present, settings.given)))
-        if not traced and (site.path or features._is_view() or any(features is a for a in args)):
+        if not traced and (site.output is not None or features._is_view() or any(features is a for a in args)):
             features = features.clone()  # others hold it too, and may change it in place
             rows = site.to_rows(features)
         if not autocast_enabled(rows.device.type):
@@ -388,7 +390,7 @@ class Collector:
     def _around(self, i: int) -> Iterator[nn.Module]:
         """The module of a site and those that contain it."""
         module = self.model
-        for part in list(self.sites.values())[i].module.split("."):
+        for part in self.paths[i]:
             module = module._modules[part]  # type: ignore[assignment]
             yield module
 
@@ -490,16 +492,12 @@ class Collector:
             all_present = torch.ones(len(like), dtype=torch.bool, device=like.device)
             present = torch.stack([all_present if m is None else m.flatten() for m in masks], 1)
         with slots[0].context.entered(self.name(0)):
-            one = like.new_ones((), dtype=torch.float32)
-            out = self.head(x, present, found.settings.source, found.reversal, one)
+            out = self.head(x, present, found.settings.source, found.reversal)
             recovered = out.recovered if flat else [r.reshape(*shape, r.shape[-1]) for r in out.recovered]
             if found.counts():
-                per_sample = 1 if flat else max(1, shape[1:].numel())
-                found.discrimination.append(out.discrimination_loss if flat else out.discrimination_loss / per_sample)
-                found.reconstruction.append(out.reconstruction_loss if flat else out.reconstruction_loss / per_sample)
-                found.records += [
-                    Record(i, recovered[i], out.latents, s.present, True, shape) for i, s in enumerate(slots)
-                ]
+                mine = [Record(i, recovered[i], out.latents, s.present, True, shape) for i, s in enumerate(slots)]
+                found.records += mine
+                found.means.append((EBRLosses(out.discrimination_loss, out.reconstruction_loss), mine))
             for i, slot in enumerate(slots):
                 self._hand_out(found, i, slot, recovered[i])
         found.pending, found.together = {}, True

@@ -236,10 +236,14 @@ class EBRHandle:
         found = self._ran()
         if normalizer is None and found.losses is not None and found.losses[0] == len(found.records):
             return found.losses[1]
-        n = [counts(r) for r in found.records]
-        losses = EBRLosses(
-            divide(found.discrimination, n, normalizer, 0), divide(found.reconstruction, n, normalizer, 1)
-        )
+        if normalizer is None and len(found.means) == 1 and not found.discrimination:
+            losses = found.means[0][0]
+        else:
+            n = [counts(r) for r in found.records]
+            wholes = [(means, sum(counts(r) for r in records)) for means, records in found.means]
+            md = [means.discrimination * count for means, count in wholes] + found.discrimination
+            rec = [means.reconstruction * count for means, count in wholes] + found.reconstruction
+            losses = EBRLosses(divide(md, n, normalizer, 0), divide(rec, n, normalizer, 1))
         if normalizer is None:
             found.losses = len(found.records), losses
         return losses
