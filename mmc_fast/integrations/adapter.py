@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from mmc_fast.errors import InputError
 from .site import Site, tensors_in
 
 __all__ = ["ModelAdapter"]
+
+_COMPILED = "_orig_mod."  # in the names of a model that torch.compile returned
 
 
 class ModelAdapter:
@@ -56,16 +59,18 @@ class ModelAdapter:
             raise TypeError(f"ModelAdapter: model is {type(model).__name__}; give an nn.Module")
         if not isinstance(features, Mapping) or not features:
             raise InputError("ModelAdapter: features is empty; give modality name -> module name")
-        self.model = model
-        self.sites = {name: s if isinstance(s, Site) else Site(s) for name, s in features.items()}
+        # Compiled code is left out: it would not see that outputs are replaced.
+        self.model = model = getattr(model, "_orig_mod", model)
+        sites = {name: s if isinstance(s, Site) else Site(s) for name, s in features.items()}
+        self.sites = {n: dataclasses.replace(s, module=s.module.removeprefix(_COMPILED)) for n, s in sites.items()}
         self._modules = {name: _find(model, site.module) for name, site in self.sites.items()}
         used = [site.module for site in self.sites.values()]
         if len(set(used)) < len(used):
             raise InputError(f"ModelAdapter: two modalities name one module ({used}); each needs a module of its own")
-        self._head = None if head is None else _find(model, head)
+        self._head = None if head is None else _find(model, head.removeprefix(_COMPILED))
         self._fused = None if fused is None else (fused if isinstance(fused, Site) else Site(fused))
         if self._fused is not None:
-            self._fused_module = _find(model, self._fused.module)
+            self._fused_module = _find(model, self._fused.module.removeprefix(_COMPILED))
         self._call, self._labels = call or _call, labels or _labels
         self._batch: Any = None
         self._outputs: dict[str, Any] = {}

@@ -599,3 +599,6 @@ def test_an_adapter_reads_what_goes_on_and_replaces_it(generator):
         for _ in range(2):  # nothing that was recorded has changed
             torch.testing.assert_close(adapter.fuse(features), expected)
         torch.testing.assert_close(adapter.encode(batch), features)
+        names = {name: f"_orig_mod.{site}" for name, site in AT.items()}
+        compiled = mmc_fast.ModelAdapter(torch.compile(model, backend="eager"), names, "_orig_mod.c")
+        torch.testing.assert_close(compiled.fuse(compiled.encode(batch)), expected)
