@@ -82,6 +82,7 @@ class Pass:
         self.called: dict[str, int] = {}  # module -> calls in this forward
         self.pending: dict[int, Slot] = {}
         self.values: dict[int, Tensor] = {}  # what sites whose head has run give to the model
+        self.contexts: dict[int, Context] = {}
         self.lent: set[int] = set()  # those that the model may have changed
         self.at_fusion = False
         self.alone: str | None = None  # why no head waits for others; "" where they do
@@ -342,6 +343,7 @@ class Collector:
             version = None if features.is_inference() else features._version
             slot = Slot(site, features, rows, present, Context(rows.device.type), version)
             found.pending[i] = slot
+            found.contexts[i] = slot.context
             grads = torch.is_grad_enabled() and (
                 features.requires_grad or any(p.requires_grad for p in head.parameters())
             )
@@ -429,6 +431,7 @@ class Collector:
     # Heads
 
     def _read(self, found: Pass, i: int, reader: str, keeps: bool) -> Tensor:
+        found.contexts[i].check_reader(self.name(i))
         if i in found.pending:
             missing = [n for j, n in enumerate(self.sites) if j not in found.ran]
             if missing and self.fusion is not None and not found.at_fusion:
@@ -442,7 +445,8 @@ class Collector:
                 self.finish(found, reader)
         if keeps and i not in found.lent:  # a copy: whoever keeps it may change it in place
             found.lent.add(i)
-            found.values[i] = found.values[i].clone()
+            with found.contexts[i].entered():
+                found.values[i] = found.values[i].clone()
         return found.values[i]
 
     def finish(self, found: Pass, reader: str) -> None:
@@ -491,7 +495,7 @@ class Collector:
         if any(mask is not None for mask in masks):
             all_present = torch.ones(len(like), dtype=torch.bool, device=like.device)
             present = torch.stack([all_present if m is None else m.flatten() for m in masks], 1)
-        with slots[0].context.entered(self.name(0)):
+        with slots[0].context.entered():
             out = self.head(x, present, found.settings.source, found.reversal)
             recovered = out.recovered if flat else [r.reshape(*shape, r.shape[-1]) for r in out.recovered]
             if found.counts():
@@ -506,7 +510,7 @@ class Collector:
         slot = found.pending.pop(i)
         self._unchanged(i, slot)
         self.decisions[i] = f"a call of its own: {why}"
-        with slot.context.entered(self.name(i)):
+        with slot.context.entered():
             self._hand_out(found, i, slot, self._alone(found, i, slot.rows, slot.present, True))
 
     def _hand_out(self, found: Pass, i: int, slot: Slot, recovered: Tensor) -> None:

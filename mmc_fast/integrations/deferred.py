@@ -118,15 +118,21 @@ class Context:
     """The surroundings in which a site ran, so that its head runs in the same ones: grad mode, autocast, saving hooks."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.grad = device, torch.is_grad_enabled()
+        self.device, self.grad, self.inference = device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.autocast = autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
 
-    def entered(self, name: str) -> ExitStack:
+    def check_reader(self, name: str) -> None:
+        """Refuse a read from which no gradient would come back."""
+        if self.grad and not torch.is_grad_enabled() and _inside_a_function():
+            raise _refusal(name, "code")
+
+    def entered(self) -> ExitStack:
+        """The surroundings of the site, until the stack is closed."""
         stack = ExitStack()
+        if torch.is_inference_mode_enabled() != self.inference:
+            stack.enter_context(torch.inference_mode(self.inference))
         if torch.is_grad_enabled() != self.grad:
-            if self.grad and _inside_a_function():
-                raise _refusal(name, "code")
             stack.enter_context(torch.set_grad_enabled(self.grad))
         if autocast_enabled(self.device) != self.autocast:
             stack.enter_context(torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast))

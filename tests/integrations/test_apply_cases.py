@@ -124,6 +124,26 @@ class Asks(Two):
         return self.join(a + nothing, b)
 
 
+class Looked(Two):
+    """The first read is a look in other surroundings than those of the sites."""
+
+    def forward(self, x, y):
+        a, b = self.a(x), self.b(y)
+        with self.look():
+            a.mean()
+        return self.join(a, b)
+
+    look = staticmethod(torch.no_grad)
+
+
+class LookedInference(Looked):
+    look = staticmethod(torch.inference_mode)
+
+
+class LookedLow(Looked):
+    look = staticmethod(lambda: torch.autocast("cpu", torch.bfloat16))
+
+
 CASES = {
     "plain": (Two, None, ONE, {}),
     "fusion named": (Two, None, ONE, {"fusion": "c"}),
@@ -134,6 +154,9 @@ CASES = {
     "checkpointed fusion": (Recomputed, None, ONE, {}),
     "nested": (Nested, None, ONE, {}),
     "metadata": (Asks, None, ONE, {}),
+    "first read without gradients": (Looked, None, ONE, {}),
+    "first read in inference mode": (LookedInference, None, ONE, {}),
+    "first read under autocast": (LookedLow, None, ONE, {}),
     "residual, normalised": (Two, None, ONE, {"residual": True, "normalize": True}),
     "residual, own calls": (Early, lambda a, b: (a.tanh(), b), OWN, {"residual": True, "normalize": True}),
 }
@@ -211,7 +234,13 @@ def test_what_cannot_be_one_call_is_refused_by_name(generator):
             self.a.kept.add_(1)
             return self.join(a, self.b(y))
 
+    class Later(Custom):
+        def forward(self, x, y):
+            a, b = self.a(x), self.b(y)
+            return self.c(torch.cat([a, b], -1)) + self.c(self.cat(a, b))
+
     for build, options, told in (
+        (Later, {}, r"modality 'a' \(a\) is read by code past torch's Python functions"),
         (Early, {"fusion": "c"}, r"modality 'a' \(a\) is read by tanh before b ran"),
         (Custom, {}, r"modality 'a' \(a\) is read by code past torch's Python functions"),
         (Changed, {}, r"modality 'a' \(a\) was changed in place"),
