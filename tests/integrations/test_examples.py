@@ -65,7 +65,7 @@ def test_image_and_table(capsys):
 
 
 def test_diagnose_your_model():
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     found = example("diagnose_your_model").diagnose(steps=60, seed=1)
     assert list(found.modalities) == ["language", "vision"]
     assert found.settings["agop"] == "vector-Jacobian products"
