@@ -11,9 +11,9 @@ from torch import Tensor
 from mmc_fast.ops.dispatch import choose
 from mmc_fast.ops.ebr import op
 from mmc_fast.ops.ebr.reference import Call
-from mmc_fast.ops.ebr.reversal import grad_reverse, lambda_tensor
+from mmc_fast.ops.ebr.reversal import check_reversal, grad_reverse, lambda_tensor
 
-__all__ = ["EBROutput", "ebr_step", "grad_reverse"]
+__all__ = ["EBROutput", "check_reversal", "ebr_step", "grad_reverse"]
 
 _NARROW = 64  # widest layer that autocast computes in float32 (docs/performance.md)
 

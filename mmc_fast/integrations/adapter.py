@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mmc_fast.errors import InputError
 
 from .site import Site, tensors_in
 
 __all__ = ["ModelAdapter"]
+
+_COMPILED = "_orig_mod."  # in the names of a model that torch.compile returned
 
 
 class ModelAdapter:
@@ -55,16 +59,18 @@ class ModelAdapter:
             raise TypeError(f"ModelAdapter: model is {type(model).__name__}; give an nn.Module")
         if not isinstance(features, Mapping) or not features:
             raise InputError("ModelAdapter: features is empty; give modality name -> module name")
-        self.model = model
-        self.sites = {name: s if isinstance(s, Site) else Site(s) for name, s in features.items()}
+        # Compiled code is left out: it would not see that outputs are replaced.
+        self.model = model = getattr(model, "_orig_mod", model)
+        sites = {name: s if isinstance(s, Site) else Site(s) for name, s in features.items()}
+        self.sites = {n: dataclasses.replace(s, module=s.module.removeprefix(_COMPILED)) for n, s in sites.items()}
         self._modules = {name: _find(model, site.module) for name, site in self.sites.items()}
         used = [site.module for site in self.sites.values()]
         if len(set(used)) < len(used):
             raise InputError(f"ModelAdapter: two modalities name one module ({used}); each needs a module of its own")
-        self._head = None if head is None else _find(model, head)
+        self._head = None if head is None else _find(model, head.removeprefix(_COMPILED))
         self._fused = None if fused is None else (fused if isinstance(fused, Site) else Site(fused))
         if self._fused is not None:
-            self._fused_module = _find(model, self._fused.module)
+            self._fused_module = _find(model, self._fused.module.removeprefix(_COMPILED))
         self._call, self._labels = call or _call, labels or _labels
         self._batch: Any = None
         self._outputs: dict[str, Any] = {}
@@ -91,7 +97,7 @@ class ModelAdapter:
                     "modality must run exactly once"
                 )
         self._outputs = {name: outputs[0] for name, outputs in seen.items()}
-        return {name: self._read(self.sites[name], self._outputs[name]) for name in self.sites}
+        return {name: self._read(self.sites[name], self._outputs[name]).clone() for name in self.sites}
 
     def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits ``[B, C]`` of the last encoded batch with these features in place of its own."""
@@ -154,14 +160,18 @@ class ModelAdapter:
         """While this lasts, the named modules return recorded outputs with other features inside."""
         if not self._outputs:
             raise RuntimeError("ModelAdapter: encode() a batch before fuse()")
+        hooks: list[Any] = []
         before = {name: module.__dict__.get("forward") for name, module in self._modules.items()}
         try:
             for name, module in self._modules.items():
-                site = self.sites[name]
-                output = site.write(self._outputs[name], site.from_rows(features[name]))
-                module.__dict__["forward"] = _returning(output)
+                site, recorded = self.sites[name], self._outputs[name]
+                # The hook comes after hooks of others, such as those of EBR heads: what it returns is what goes on.
+                module.__dict__["forward"] = _returning(recorded)
+                hooks.append(module.register_forward_hook(_replacing(site, recorded, features[name])))
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, module in self._modules.items():
                 if before[name] is None:
                     module.__dict__.pop("forward", None)
@@ -192,16 +202,24 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 def _keep(seen: list[Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output)
+        # a copy: the model may change what it got in place
+        seen.append(tree_map_only(Tensor, lambda t: t.clone(), output))
 
     return hook
 
 
 def _returning(output: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return output
+        return tree_map_only(Tensor, lambda t: t.clone(), output)
 
     return forward
+
+
+def _replacing(site: Site, recorded: Any, features: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return site.write(tree_map_only(Tensor, lambda t: t.clone(), recorded), site.from_rows(features).clone())
+
+    return hook
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
