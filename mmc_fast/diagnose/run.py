@@ -33,6 +33,8 @@ from .verdict import ModalityVerdict, agreement, judge_modality
 __all__ = ["diagnose"]
 
 
+@torch.enable_grad()
+@torch.inference_mode(False)
 def diagnose(
     model: Adapter | HasAdapter,
     loader: Iterable[Any] | HasBatches,
@@ -79,10 +81,9 @@ def diagnose(
     batches = Batches(loader)
     stored = Stored(state, save_every, [o.groups, o.seed, o.sample_rows, o.metric])
     report = progress or (lambda phase, done, total: None)
-    with torch.inference_mode(False):
-        collector = first_pass(adapter, batches, o.groups, o.seed, o.sample_rows, stored, report)
-        notes = list(collector.notes)
-        scores = _scores(adapter, batches, collector, o, notes, stored, report)
+    collector = first_pass(adapter, batches, o.groups, o.seed, o.sample_rows, stored, report)
+    notes = list(collector.notes)
+    scores = _scores(adapter, batches, collector, o, notes, stored, report)
     notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
     report("numbers", 0, None)
     estimator = Estimator(collector, o.tolerance, o.tau, o.energy, o.ridge, o.initial_weight)
@@ -111,7 +112,8 @@ def diagnose(
         "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "stand_in": "mean of these data",
         "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
-        "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": asdict(o.thresholds),
+        "agop": collector.layers.method(), "classes": collector.outputs, "adapter": collector.proof,
+        "thresholds": asdict(o.thresholds),
     }  # fmt: skip
     stored.remove()
     return Diagnosis(
