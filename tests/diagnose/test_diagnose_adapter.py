@@ -355,13 +355,19 @@ class Noisy(Concat):
         return self.classifier(nn.functional.dropout(self.features(image, audio), 0.5, training=True))
 
 
-class Stateful(Concat):
-    """Reads a feature of the encoder behind the back of its output."""
+class Aside(Concat):
+    """The encoder also sets a scale, which the model resets first: nothing that an output of a module shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
 
     def forward(self, image: Tensor, audio: Tensor) -> Tensor:
-        self.encoders["image"](image)
-        hidden = self.encoders["audio"][0](audio)
-        return self.classifier(torch.cat([self.encoders["image"](image), hidden], 1))
+        self.scale = 1.0
+        hook = self.encoders["audio"][0].register_forward_hook(lambda *a: setattr(self, "scale", 3.0))
+        y = self.classifier(self.features(image, audio) * self.scale)
+        hook.remove()
+        return y
 
 
 def test_an_adapter_that_is_not_the_model_is_refused(generator: torch.Generator) -> None:
@@ -382,8 +388,11 @@ def test_an_adapter_that_is_not_the_model_is_refused(generator: torch.Generator)
     with pytest.raises(InputError, match=r"is not what the model gives: .* check that fuse\(\)") as caught:
         mmc_fast.diagnose(Wrong(), loader)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="'classifier.*' gives another output for the same batch: it is random"):
+    with pytest.raises(InputError, match=r"'classifier.*' gives another output for the same batch: it is random"):
         mmc_fast.diagnose(ModelAdapter(model(Noisy, generator), NAMES), loader)
+    aside = ModelAdapter(model(Aside, generator), NAMES)
+    with pytest.raises(InputError, match=r"'classifier.*' is the first module whose output differs"):
+        mmc_fast.diagnose(aside, loader)
 
 
 def test_what_goes_past_the_features_is_told(generator: torch.Generator) -> None:
