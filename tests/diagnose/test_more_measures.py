@@ -11,7 +11,11 @@ import torch
 
 from mmc_fast.diagnose.measures.calibration import brier_score, expected_calibration_error, silent_failures
 from mmc_fast.diagnose.measures.information import (
-    components, distillation_margin, gaussian_information, gaussian_pid, one_hot,
+    components,
+    distillation_margin,
+    gaussian_information,
+    gaussian_pid,
+    one_hot,
 )  # fmt: skip
 from mmc_fast.diagnose.measures.outputs import emap_outputs, output_shapley
 from mmc_fast.diagnose.measures.refitted import class_variance_share, conditional_utilisation
