@@ -13,7 +13,7 @@ from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, Part
-from ..diagnosis import RunAdapter
+from ..training.adapter import RunAdapter
 from ..training import LoadedRun, MultimodalModel, UnimodalModels
 
 __all__ = ["alone", "fused", "number", "ranks_of", "strength_order"]

@@ -14,7 +14,7 @@ from mmc_fast.diagnose.figures import Drawing, bars
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
-from ..diagnosis import RunAdapter
+from ..training.adapter import RunAdapter
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict
 from .base import Direction, Experiment, Outcome, Plan, ResultTable, Value
