@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmc_fast.agop.head import linear_chain, refuse_training_mode
 from mmc_fast.errors import InputError
 
-__all__ = ["Adapter", "HasAdapter", "adapter_of", "chain_of", "flat", "labels_of", "model_of", "prove"]
+__all__ = ["Adapter", "HasAdapter", "adapter_of", "beyond_features", "chain_of", "flat", "model_of", "prove"]
 
 
 @runtime_checkable
@@ -26,9 +26,11 @@ class Adapter(Protocol):
 
     - ``forward(batch) -> Tensor [B, C]``: the logits of the untouched model, which ``fuse(encode(batch))`` is compared with
       before any number (:func:`prove`).
-    - ``fuse(features, present)``: the model's own handling of absent modalities; ``present`` is bool ``[B, m]``, or None.
-    - ``labels(batch) -> Tensor [B]`` of class numbers, or None. Without it a batch that is a tuple or list of two or more
-      ends in its labels.
+    - ``labels(batch)``: class numbers ``[B]``, 0/1 labels or numbers ``[B, C]``, text where the adapter has ``classes``, or None.
+      Without it a batch that is a tuple or list of two or more ends in its labels.
+    - ``fuse(features, present)``: the model's own handling of absent modalities, ``present`` bool ``[B, m]``.
+    - ``inputs(batch) -> {name: Tensor [B, ...]}``: what the encoders receive; and ``unimodal(batch) -> {name: [B, C]}``: outputs of
+      models that know one modality only. Both tell what a modality allows by itself.
     - ``head``: the ``nn.Module`` that maps the flattened features side by side to the logits. A chain of Linear layers and
       activations gets exact numbers for each layer and neuron from the fast AGOP.
     - ``represent(features) -> Tensor [B, r]``: the fused representation, where there is no such chain.
@@ -72,21 +74,6 @@ def chain_of(head: nn.Module | None) -> list[nn.Module] | None:
     """The layers of a head that begins with a Linear layer and is a chain of such and activations; else None."""
     chain = None if head is None else linear_chain(head)
     return None if chain is None else chain[0]
-
-
-def labels_of(adapter: Adapter, batch: Any) -> Tensor | None:
-    """Labels ``[B]`` int64 of a batch, or None."""
-    own = getattr(adapter, "labels", None)
-    if own is not None:
-        found = own(batch)
-    else:
-        found = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    if found is None:
-        return None
-    if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
-        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"diagnose: labels are {got}; give class numbers as an integer tensor [B], or None")
-    return found.detach().cpu().long()
 
 
 def model_of(adapter: Adapter) -> nn.Module | None:

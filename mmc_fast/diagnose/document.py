@@ -17,7 +17,20 @@ from urllib.parse import quote
 
 from mmc_fast._util.files import replace_file
 
-__all__ = ["Callout", "Cell", "Details", "Downloads", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text", "signed"]
+__all__ = [
+    "Callout",
+    "Cell",
+    "Details",
+    "Downloads",
+    "Facts",
+    "Figure",
+    "Panels",
+    "Report",
+    "Section",
+    "Table",
+    "Text",
+    "signed",
+]
 
 
 @dataclass(frozen=True)

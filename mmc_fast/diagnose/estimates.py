@@ -16,7 +16,7 @@ from mmc_fast._util.extras import require
 from .collect import Collector
 from .layers import ChainSums, combine_grams
 from .measures import blocks, weights
-from .measures.reliance import coalitions, shapley_values
+from .measures.reliance import shapley_values
 from .measures.similarity import cka_from_covariance, variance_inflation
 from .result import Measure
 
@@ -130,16 +130,23 @@ class Estimator:
         return found
 
 
-def reliance_measures(names: list[str], scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Alone-free part of reliance from coalition scores ``[2^m, R]``: all, none, without, only, Shapley, each ``[R]``."""
-    full = len(coalitions(len(names))) - 1
-    found = {"score.all": scores[full], "score.none": scores[0]}
-    values = shapley_values(scores)
+def reliance_measures(
+    names: list[str], found: Mapping[str, np.ndarray], chance: np.ndarray, effects: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Scores by condition ``[R]`` as measures: all, none, chance; by modality without, only, shuffled, Shapley, total effect."""
+    size = 2 ** len(names)
+    coalition = np.stack([found.get(f"coalition.{c}", chance) for c in range(size)])
+    measures = {"score.all": coalition[-1], "score.none": coalition[0], "score.chance": chance}
+    values = shapley_values(coalition)
     for i, name in enumerate(names):
-        found[f"without.{name}"] = scores[full & ~(1 << i)]
-        found[f"only.{name}"] = scores[1 << i]
-        found[f"shapley.{name}"] = values[i]
-    return found
+        measures[f"without.{name}"] = coalition[size - 1 - (1 << i)]
+        measures[f"only.{name}"] = coalition[1 << i]
+        measures[f"shuffled.{name}"] = found[f"shuffled.{i}"]
+        measures[f"shapley.{name}"] = values[i]
+        measures[f"total_effect.{name}"] = effects[f"shuffled.{i}"]
+        if f"alone.{name}" in found:
+            measures[f"alone.{name}"] = found[f"alone.{name}"]
+    return measures
 
 
 def interval(

@@ -104,10 +104,17 @@ def overview(d: DiagnosisData) -> Table:
     if "score.all" not in d.measures:
         shares = {"use share": "use_share", "share of outputs": "output_share"}
         shares = {title: key for title, key in shares.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
-        rows = [[name, *(_share(d, f"{key}.{name}") for key in shares.values()), _sentence(verdicts[name])] for name in d.modalities]
+        rows = [
+            [name, *(_share(d, f"{key}.{name}") for key in shares.values()), _sentence(verdicts[name])]
+            for name in d.modalities
+        ]
         return Table(["modality", *shares, "verdict"], rows, cards=True)
     rows = [
-        [name, *(_gain(d, title, name) for title in ("ability", "use", "need", "robustness")), _sentence(verdicts[name])]
+        [
+            name,
+            *(_gain(d, title, name) for title in ("ability", "use", "need", "robustness")),
+            _sentence(verdicts[name]),
+        ]
         for name in d.modalities
     ]
     return Table(["modality", "ability", "use", "need", "robustness", "verdict"], rows, cards=True)
@@ -125,7 +132,10 @@ def measures_csv(d: DiagnosisData) -> str:
 def _modalities(d: DiagnosisData) -> Section:
     found = overall(d.verdicts, d.value("neuron_entropy"), d.settings["thresholds"])
     files = {"measures.csv": measures_csv(d)}
-    return Section("Modalities", [Text(f"**{found}**"), overview(d), Details("How to read this table", [Text(READING_TABLE)]), Downloads(files)])
+    return Section(
+        "Modalities",
+        [Text(f"**{found}**"), overview(d), Details("How to read this table", [Text(READING_TABLE)]), Downloads(files)],
+    )
 
 
 def _sentence(verdict: ModalityVerdict) -> Cell:
@@ -158,7 +168,11 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
         note = "" if without is None else f"retrained {without:.3g}"
     elif title == "robustness" and only is not None and able is not None and able > chance:
         value, span = only - chance, able - chance
-        note = f"only it {only:.3g}" if f"robustness.{name}" in d.measures else f"only it {only:.3g}, {d.settings.get('absence', '')}"
+        note = (
+            f"only it {only:.3g}"
+            if f"robustness.{name}" in d.measures
+            else f"only it {only:.3g}, {d.settings.get('absence', '')}"
+        )
     if value is None or not span > 0:
         return Cell("–")
     return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
@@ -166,7 +180,11 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
 
 def _share(d: DiagnosisData, name: str) -> Cell:
     m = d.measures.get(name, Measure(None))
-    return Cell("–") if m.value is None else Cell(f"{m.value:.0%}", note="" if m.low is None else f"{m.low:.2f} to {m.high:.2f}", bar=m.value)
+    return (
+        Cell("–")
+        if m.value is None
+        else Cell(f"{m.value:.0%}", note="" if m.low is None else f"{m.low:.2f} to {m.high:.2f}", bar=m.value)
+    )
 
 
 def _details(d: DiagnosisData) -> list[Block]:
@@ -237,8 +255,14 @@ def _pictures(d: DiagnosisData, kinds: tuple[str, ...]) -> list[Block]:
 
 
 def _with_measures(d: DiagnosisData, text: str) -> str:
-    known = {"absence": {"model": "by the model's own mask", "resample": "by other samples"}.get(str(d.settings.get("absence")), "by the mean")}
-    return re.sub(r"\{([\w.]+)\}", lambda name: str(known.get(name[1]) or d.measures.get(name[1], "not measured")), text)
+    known = {
+        "absence": {"model": "by the model's own mask", "resample": "by other samples"}.get(
+            str(d.settings.get("absence")), "by the mean"
+        )
+    }
+    return re.sub(
+        r"\{([\w.]+)\}", lambda name: str(known.get(name[1]) or d.measures.get(name[1], "not measured")), text
+    )
 
 
 def _comparison(d: DiagnosisData, other: DiagnosisData) -> Section:

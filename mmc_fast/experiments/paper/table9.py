@@ -12,7 +12,7 @@ from mmc_fast.diagnose.measures.polysemanticity import cross_modal_polysemantici
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.diagnose.measures.weights import modality_entropy, neuron_modality_shares
 
-from ..diagnosis import RunAdapter
+from ..training.adapter import RunAdapter
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
 from .bench import METHODS, Bench, by_source, direction, value
 from .paper import TABLE9

@@ -11,7 +11,7 @@ from training_data import small, tiny
 
 from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.diagnosis import RunAdapter
+from mmc_fast.experiments.training.adapter import RunAdapter
 from mmc_fast.experiments.methods import get
 from mmc_fast.experiments.methods.base import Task
 from mmc_fast.experiments.training import TrainConfig, load_run, train
