@@ -29,6 +29,7 @@ __all__ = [
     "Section",
     "Table",
     "Text",
+    "fragment",
     "signed",
 ]
 
@@ -222,6 +223,16 @@ class _Writer:
         svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", svg)
         svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', svg)
         return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(figure.alt)}" ', 1)
+
+
+def fragment(text: str, table: Table) -> str:
+    """A line of text and a table with its bars as HTML that carries its own style, for a notebook."""
+    style = (
+        ".mmc td,.mmc th{text-align:right;vertical-align:top;padding:.3em .6em}.mmc td:last-child,.mmc th:first-child{text-align:left}"
+        ".mmc small{display:block;opacity:.7}.mmc figure{margin:0}.mmc .bar{display:block;width:5em;height:.5em;margin-left:auto;"
+        "background:linear-gradient(#0072b2,#0072b2) 0 0/calc(100%*var(--v)) 100% no-repeat #8883}"
+    )
+    return f'<div class="mmc"><style>{style}</style>{_paragraphs(text)}{_Writer().table(table)}</div>'
 
 
 def signed(value: float) -> str:

@@ -14,7 +14,7 @@ from .plot import PLOTS, plot
 from .result import DiagnosisData, Measure
 from .verdict import ModalityVerdict, overall
 
-__all__ = ["build_page", "measures_csv", "overview"]
+__all__ = ["build_page", "measures_csv", "overview", "top_line"]
 
 PLAIN = {
     "relied on": "used about as much as it could give",
@@ -86,16 +86,22 @@ READING = {
 
 def build_page(d: DiagnosisData, other: DiagnosisData | None = None) -> Report:
     """The report of ``d``; with ``other`` a section that sets the two side by side."""
-    scored = f", {d.metric} {d['score.all']} (chance {d['score.chance']})" if "score.all" in d.measures else ""
     report = Report(
         "Diagnosis of modality use",
-        f"{d.samples:,} samples, {len(d.modalities)} modalities{scored}.",
+        top_line(d),
         f"mmc-fast {d.version}. This page is self-contained and loads nothing. All sentences are chosen by the numbers.",
     )
     report.add_section(_modalities(d))
     if other is not None:
         report.add_section(_comparison(d, other))
     return report.add_section(Section("Behind the table", _details(d)))
+
+
+def top_line(d: DiagnosisData) -> str:
+    """What was diagnosed, in one line, and what was found, in one or two sentences."""
+    scored = f", {d.metric} {d['score.all']} (chance {d['score.chance']})" if "score.all" in d.measures else ""
+    found = overall(d.verdicts, d.value("neuron_entropy"), d.settings["thresholds"])
+    return f"**{found}**\n\n{d.n_samples:,} samples, {len(d.modalities)} modalities{scored}."
 
 
 def overview(d: DiagnosisData) -> Table:
@@ -130,12 +136,8 @@ def measures_csv(d: DiagnosisData) -> str:
 
 
 def _modalities(d: DiagnosisData) -> Section:
-    found = overall(d.verdicts, d.value("neuron_entropy"), d.settings["thresholds"])
-    files = {"measures.csv": measures_csv(d)}
-    return Section(
-        "Modalities",
-        [Text(f"**{found}**"), overview(d), Details("How to read this table", [Text(READING_TABLE)]), Downloads(files)],
-    )
+    reading = Details("How to read this table", [Text(READING_TABLE)])
+    return Section("Modalities", [overview(d), reading, Downloads({"measures.csv": measures_csv(d)})])
 
 
 def _sentence(verdict: ModalityVerdict) -> Cell:

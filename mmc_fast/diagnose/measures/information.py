@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,8 @@ def gaussian_information(x: Tensor, y: Tensor) -> float:
     and N > p + q + 1. Source: Venkatesh et al., NeurIPS 2023 (bias of Gaussian PID). Limits: sees linear relations only. Any
     invertible linear map of x or of y, such as rescaling an encoder, changes nothing.
     """
-    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) <= x.shape[1] + y.shape[1] + 1:
-        raise InputError(
-            f"gaussian_information: got {list(x.shape)} and {list(y.shape)}; give [N, p] and [N, q] with N > p + q + 1"
-        )
-    if not x.shape[1] or not y.shape[1]:
-        return 0.0
-    return 0.5 * (_log_det(x) + _log_det(y) - _log_det(torch.cat([x, y], 1)))
+    whole, _ = _moments(x, y)
+    return _information(*whole, [0], [1])
 
 
 def gaussian_pid(modality: Tensor, rest: Tensor, target: Tensor) -> Pid:
@@ -70,21 +66,16 @@ def gaussian_pid(modality: Tensor, rest: Tensor, target: Tensor) -> Pid:
 
     ``redundancy = min(I(M; Y), I(R; Y))``, ``unique = I(M; Y) − redundancy``, ``synergy = I(M, R; Y) − max(I(M; Y), I(R; Y))``, in
     nats, by :func:`gaussian_information`. Source: Barrett, Physical Review E 2015 (minimum mutual information, the only
-    choice for one Gaussian target; for several columns one of some). Limits: linear relations; classes are no Gaussians; of two
-    modalities one always has no unique part. Rescaling an encoder changes nothing.
+    choice for one Gaussian target; for several columns one of some). Limits: linear relations; classes are no Gaussians; of
+    M and R one always has no unique part. Rescaling an encoder changes nothing.
     """
 
-    def parts(rows: Tensor) -> list[float]:
-        m, r, y = modality[rows], rest[rows], target[rows]
-        own, other, both = (
-            gaussian_information(m, y),
-            gaussian_information(r, y),
-            gaussian_information(torch.cat([m, r], 1), y),
-        )
+    def parts(*moments: Any) -> list[float]:
+        own, other, both = (_information(*moments, inside, [2]) for inside in ([0], [1], [0, 1]))
         shared = min(own, other)
         return [shared, own - shared, other - shared, both - max(own, other)]
 
-    return Pid(*_jackknife(parts, len(target)))
+    return Pid(*_jackknife(parts, modality, rest, target))
 
 
 def distillation_margin(teacher: Tensor, student: Tensor, target: Tensor) -> Information:
@@ -94,31 +85,64 @@ def distillation_margin(teacher: Tensor, student: Tensor, target: Tensor) -> Inf
     for knowledge distillation. Limits: a hypothesis, here by linear relations only, and of these representations. Rescaling an
     encoder changes nothing.
     """
-    found = _jackknife(
-        lambda rows: [
-            gaussian_information(teacher[rows], student[rows]) - gaussian_information(student[rows], target[rows])
-        ],
-        len(target),
-    )
-    return found[0]
+
+    def margin(*moments: Any) -> list[float]:
+        return [_information(*moments, [0], [1]) - _information(*moments, [1], [2])]
+
+    return _jackknife(margin, teacher, student, target)[0]
 
 
-def _log_det(x: Tensor) -> float:
-    """Unbiased log determinant of the covariance of Gaussian rows ``[N, d]``."""
-    x = x.double()
-    centred = x - x.mean(0)
-    freedom = len(x) - 1
-    sign, value = torch.linalg.slogdet(centred.t() @ centred / freedom)
+def _moments(*parts: Tensor) -> tuple[Any, list[Any]]:
+    """(rows, covariance, columns of each part) of all rows, and of all but each of 16 groups."""
+    rows = len(parts[0])
+    columns = sum(p.shape[1] for p in parts if p.dim() == 2)
+    if any(p.dim() != 2 or len(p) != rows for p in parts) or rows <= columns + 1:
+        plus = " + ".join("pqrs"[: len(parts)])
+        raise InputError(
+            f"gaussian information: got {', '.join(str(list(p.shape)) for p in parts)}; give rows [N, columns] with N > {plus} + 1"
+        )
+    z = torch.cat([p.double() for p in parts], 1)
+    z = z - z.mean(0)
+    places = torch.arange(rows) % GROUPS
+    counts = torch.bincount(places, minlength=GROUPS).double()
+    sums = torch.stack([z[places == k].sum(0) for k in range(GROUPS)])
+    grams = torch.stack([z[places == k].t() @ z[places == k] for k in range(GROUPS)])
+    start, ranges = 0, []
+    for p in parts:
+        ranges.append(torch.arange(start, start + p.shape[1]))
+        start += p.shape[1]
+
+    def without(k: int | None) -> Any:
+        n, total, gram = counts.sum(), sums.sum(0), grams.sum(0)
+        if k is not None:
+            n, total, gram = n - counts[k], total - sums[k], gram - grams[k]
+        return int(n), (gram - torch.outer(total, total) / n) / (n - 1), ranges
+
+    return without(None), [without(k) for k in range(GROUPS)]
+
+
+def _information(n: int, covariance: Tensor, ranges: list[Tensor], left: list[int], right: list[int]) -> float:
+    """Information between parts ``left`` and ``right``."""
+    a, b = (torch.cat([ranges[i] for i in side]) for side in (left, right))
+    if not len(a) or not len(b):
+        return 0.0
+    both = torch.cat([a, b])
+    return 0.5 * (_log_det(n, covariance, a) + _log_det(n, covariance, b) - _log_det(n, covariance, both))
+
+
+def _log_det(n: int, covariance: Tensor, chosen: Tensor) -> float:
+    """Unbiased log determinant of the covariance of ``n`` Gaussian rows in the ``chosen`` columns."""
+    sign, value = torch.linalg.slogdet(covariance[chosen][:, chosen])
     if not sign > 0:
         return math.nan
-    dimensions = torch.arange(x.shape[1], dtype=torch.float64)
-    bias = torch.digamma((freedom - dimensions) / 2).sum() - x.shape[1] * math.log(freedom / 2)
+    dimensions = torch.arange(len(chosen), dtype=torch.float64)
+    bias = torch.digamma((n - 1 - dimensions) / 2).sum() - len(chosen) * math.log((n - 1) / 2)
     return float(value - bias)
 
 
-def _jackknife(numbers: Callable[[Tensor], Sequence[float]], rows: int) -> list[Information]:
+def _jackknife(numbers: Callable[..., Sequence[float]], *parts: Tensor) -> list[Information]:
     """Numbers of all rows with the standard error ``√((K − 1) / K Σ_k (θ_k − θ̄)²)``, θ_k without group k."""
-    every = torch.arange(rows)
-    left_out = torch.tensor([numbers(every[every % GROUPS != k]) for k in range(GROUPS)], dtype=torch.float64)
+    whole, others = _moments(*parts)
+    left_out = torch.tensor([numbers(*moments) for moments in others], dtype=torch.float64)
     error = ((GROUPS - 1) / GROUPS * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
-    return [Information(value, float(e)) for value, e in zip(numbers(every), error, strict=True)]
+    return [Information(value, float(e)) for value, e in zip(numbers(*whole), error, strict=True)]

@@ -29,23 +29,27 @@ def output_shapley(moved: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def emap_outputs(fuse: Callable[[dict[str, Tensor]], Tensor], features: Mapping[str, Tensor]) -> Tensor:
+def emap_outputs(
+    fuse: Callable[[dict[str, Tensor]], Tensor],
+    features: Mapping[str, Tensor],
+    partners: int | None = None,
+    random: torch.Generator | None = None,
+) -> Tensor:
     """The additive part of the outputs ``[n, C]``, float64: what is left where modalities may not interact (EMAP).
 
     ``f̂_a = μ + Σ_i (1/n Σ_b f(x_i of a, all others of b) − μ_i)``, ``μ_i`` the mean over all a and b, ``μ`` the mean of the μ_i.
     Where f is a sum of functions of one modality each, f̂ = f. Predictions as good as those of f mean that fusion uses no
-    interaction of modalities. n calls of ``fuse`` with n rows for each modality: quadratic, so n is a stated subsample.
+    interaction of modalities. n calls of ``fuse`` with n rows for each modality, quadratic, so give a stated subsample;
+    ``partners``: only so many b for each a, drawn at ``random``.
     Source: Hessel and Lee, EMNLP 2020 (two modalities; for more the others move together). Limits: interactions in the
     outputs before the softmax. Rescaling an encoder changes nothing.
     """
     names, n = list(features), len(next(iter(features.values())))
+    shifts = torch.randperm(n, generator=random)[:partners].tolist()
     parts, means = [], []
     for name in names:
-        total: Tensor | float = 0.0
-        for shift in range(n):
-            rolled = {k: x if k == name else x.roll(shift, 0) for k, x in features.items()}
-            total = total + fuse(rolled).double()
-        conditional = torch.as_tensor(total) / n
+        rolled = ({k: x if k == name else x.roll(shift, 0) for k, x in features.items()} for shift in shifts)
+        conditional = torch.stack([fuse(f).double() for f in rolled]).mean(0)
         means.append(conditional.mean(0))
         parts.append(conditional - means[-1])
     return torch.stack(means).mean(0) + torch.stack(parts).sum(0)
