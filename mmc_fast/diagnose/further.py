@@ -117,11 +117,11 @@ def remaining_measures(
         if sum(map(len, rows[""])) >= REPRESENTED_ROWS:
             break
     for name, parts in rows.items():
-        x, prefix, suffix = torch.cat(parts), "fused_without." if name else "fused_sampled.", f".{name}" if name else ""
-        measures[f"{prefix}effective_rank{suffix}"] = Measure(effective_rank(spectrum(covariance_of(x)).sqrt()))
+        x, shown = torch.cat(parts), name or "all"
+        measures[f"remaining.rank.{shown}"] = Measure(effective_rank(spectrum(covariance_of(x)).sqrt()))
         if labels and collector.task is not None and collector.task.kind == "classes":
             share = class_variance_share(x, torch.cat(labels))
-            measures[f"{prefix}eta2{suffix}"] = Measure(share if np.isfinite(share) else None)
+            measures[f"remaining.eta2.{shown}"] = Measure(share if np.isfinite(share) else None)
 
 
 @torch.no_grad()

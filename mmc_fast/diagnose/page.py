@@ -30,7 +30,8 @@ READING_TABLE = (
     "bound where the networks saw only features of an encoder that never learned.\n\n"
     "**Use**: its Shapley value, that is its share of what the model gains over chance, over all sets of modalities.\n\n"
     "**Need**: what networks trained without it lose (measured with `control=True`).\n\n"
-    "**Robustness**: how much of its ability the model keeps when it is all there is; a property of the model, no collapse.\n\n"
+    "**Robustness**: how much of its ability the model keeps when it is all there is, the others taken away {absence}; a property "
+    "of the model, no collapse.\n\n"
     "The verdict compares use with ability. Redundant modalities share their use, so that each can have little of it."
 )
 SECTIONS = {
@@ -82,6 +83,28 @@ READING = {
     ),
 }
 """Kind of a picture -> what it, and those after it, means and cannot show; names of measures in braces."""
+
+
+MORE = (
+    (
+        {
+            "silent failures": "silent_failures", "share of outputs": "output_share", "utilisation": "utilisation",
+            "rank without": "remaining.rank", "η² without": "remaining.eta2",
+        },
+        "Silent failures: right with all modalities, and wrong with 90 % confidence once this one is gone. Share of outputs: Shapley "
+        "share of what the outputs change, useful or not. Utilisation: accuracy that a head refitted on frozen features loses without "
+        "it. Rank and η²: effective rank of the fused representation, and its variance between classes, without the modality.",
+    ),
+    (
+        {
+            "redundancy": "pid.redundancy", "unique": "pid.unique", "unique rest": "pid.unique_rest", "synergy": "pid.synergy",
+            "distillation": "distillation",
+        },
+        "Information about the class in nats, of this modality and of the rest, by Gaussians (linear relations only). Distillation: "
+        "I(T; S) − I(S; Y) with this modality as student of its best teacher; below 0 distillation is not expected to help.",
+    ),
+)  # fmt: skip
+"""Tables of measures by modality: column -> measure, and what the columns mean."""
 
 
 def build_page(d: DiagnosisData, other: DiagnosisData | None = None) -> Report:
@@ -136,7 +159,7 @@ def measures_csv(d: DiagnosisData) -> str:
 
 
 def _modalities(d: DiagnosisData) -> Section:
-    reading = Details("How to read this table", [Text(READING_TABLE)])
+    reading = Details("How to read this table", [Text(_with_measures(d, READING_TABLE))])
     return Section("Modalities", [overview(d), reading, Downloads({"measures.csv": measures_csv(d)})])
 
 
@@ -146,8 +169,8 @@ def _sentence(verdict: ModalityVerdict) -> Cell:
     if "index" in e:
         interval = f" [{e['index_low']:.2f}, {e['index_high']:.2f}]" if "index_low" in e else ""
         notes.append(f"use over ability {e['index']:.2f}{interval}")
-    if "agreement" in e:
-        notes.append(f"same verdict in {e['agreement']:.0%} of resamples")
+    if e.get("agreement", 1.0) < 0.95:
+        notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
     accused = verdict.kind in ("collapsed", "misleading")
     return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind]}", accused, "; ".join(notes))
 
@@ -170,11 +193,7 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
         note = "" if without is None else f"retrained {without:.3g}"
     elif title == "robustness" and only is not None and able is not None and able > chance:
         value, span = only - chance, able - chance
-        note = (
-            f"only it {only:.3g}"
-            if f"robustness.{name}" in d.measures
-            else f"only it {only:.3g}, {d.settings.get('absence', '')}"
-        )
+        note = f"only it {only:.3g}"
     if value is None or not span > 0:
         return Cell("–")
     return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
@@ -221,18 +240,11 @@ def _more(d: DiagnosisData) -> list[Block]:
                 "near 1 that the teacher's noise is a transform of the student's."
             )
         )
-    titles = {
-        "redundancy": "pid.redundancy", "unique": "pid.unique", "unique rest": "pid.unique_rest", "synergy": "pid.synergy",
-        "silent failures": "silent_failures", "share of outputs": "output_share", "utilisation": "utilisation",
-    }  # fmt: skip
-    shown = {title: key for title, key in titles.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
-    if shown:
-        rows = [[name, *(str(d.measures.get(f"{key}.{name}", "–")) for key in shown.values())] for name in d.modalities]
-        caption = (
-            "Information about the labels in nats, of the modality and the rest, by Gaussians (linear relations only). Silent "
-            "failures: right with all, and wrong with 90 % confidence once it is gone."
-        )
-        blocks.append(Table(["modality", *shown], rows, caption, cards=True))
+    for titles, caption in MORE:
+        shown = {title: key for title, key in titles.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
+        if shown:
+            rows = [[n, *(str(d.measures.get(f"{key}.{n}", "–")) for key in shown.values())] for n in d.modalities]
+            blocks.append(Table(["modality", *shown], rows, caption, cards=True))
     if "emap.score" in d.measures:
         blocks.append(
             Text(
