@@ -16,7 +16,6 @@ by the features of other samples. Thresholds were set on the even seeds of the d
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,11 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
-from mmc_fast.diagnose import THRESHOLDS, diagnose
-from mmc_fast.diagnose.verdict import Thresholds, judge
+from mmc_fast.diagnose import diagnose
 from mmc_fast.experiments import data
 from mmc_fast.experiments.data import MultimodalDataset
 from mmc_fast.experiments.training.adapter import RunAdapter

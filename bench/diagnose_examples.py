@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.diagnose.figures import PAGE, STYLE
 from mmc_fast.experiments.data import MultimodalDataset, load
-from mmc_fast.experiments.training.adapter import RunAdapter
 from mmc_fast.experiments.training import TrainConfig, train
+from mmc_fast.experiments.training.adapter import RunAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {

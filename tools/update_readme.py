@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmc_fast.diagnose import ModalityVerdict
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison
 from mmc_fast.experiments.report.runs import display_name
 from mmc_fast.experiments.report.words import comparison_words
@@ -56,14 +57,10 @@ def render(record: dict[str, Any]) -> str:
         for method in ("ebr", "robust"):
             if method in comparison.scores:
                 blocks.append(" ".join(comparison_words(comparison, method)))
-        collapsed = [v for v in entry["verdicts"]["vanilla"] if v["kind"] == "collapsed"]
-        if collapsed:
-            worst = max(collapsed, key=lambda v: v["signal"] * (1 - v["kept"]))
-            blocks.append(
-                f"In the vanilla model **{worst['modality']}** collapsed: {worst['alone']:.3f} alone, but the fused "
-                f"model scores {worst['without']:.3f} without it against {worst['all']:.3f} with it, and "
-                f"{worst['only']:.3f} when it is all there is."
-            )
+        for v in entry["verdicts"]["vanilla"]:
+            if v["kind"] in ("collapsed", "misleading") and "shuffled" in v:
+                evidence = {key: value for key, value in v.items() if key not in ("modality", "kind")}
+                blocks.append("Vanilla model: " + ModalityVerdict(v["modality"], v["kind"], evidence).sentence())
         blocks.append(
             f"![{name}: score against missing rate](docs/img/{name}-missing-rates.png) "
             f"![{name}: reliance of the vanilla model on each modality](docs/img/{name}-reliance-vanilla.png)"

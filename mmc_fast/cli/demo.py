@@ -144,6 +144,13 @@ def _summary(f: DemoFindings) -> dict[str, Any]:
             method: [{"modality": v.modality, "kind": v.kind} | v.evidence for v in verdicts]
             for method, verdicts in f.verdicts.items()
         },
+        "runs": {
+            method: {
+                str(run["seed"]): {m: entry["verdict"] for m, entry in (run["scores"].get("reliance") or {}).items()}
+                for run in runs
+            }
+            for method, runs in f.runs.methods.items()
+        },
     }
 
 

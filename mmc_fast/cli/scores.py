@@ -13,7 +13,7 @@ __all__ = ["print_scores"]
 
 
 def print_scores(console: Console, title: str, scores: Mapping[str, Any], modalities: Sequence[str]) -> None:
-    """Complete data and missing rates, then what each modality gives alone, without and only."""
+    """Complete data and missing rates, then the verdict on each modality and its scores."""
     columns = ["missing rate", "score", *(f"realised {m}" for m in modalities)]
     rows = [["complete", f"{scores['complete']:.3f}", *[""] * len(modalities)]]
     rows += [
@@ -22,9 +22,14 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
     ]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
-        kinds = ("alone", "without", "only")
+        kinds = ("alone", "shuffled", "without", "only")
         rows = [
-            [modality, *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
+            [modality, entry["verdict"], *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
             for modality, entry in scores["reliance"].items()
         ]
-        print_table(console, "Each modality", ["modality", "alone", "all without it", "nothing else"], rows)
+        print_table(
+            console,
+            "Each modality",
+            ["modality", "verdict", "alone", "that of other samples", "all without it", "nothing else"],
+            rows,
+        )

@@ -14,12 +14,21 @@ from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
 from .adapter import Adapter
-from .measures.reliance import coalitions
+from .measures.reliance import MAX_MODALITIES
 
-__all__ = ["ABSENCES", "Condition", "Remover", "absence_of", "conditions_of", "draws_for", "has_own_mask"]
+__all__ = [
+    "ABSENCES",
+    "Condition",
+    "Remover",
+    "absence_of",
+    "coalitions_scored",
+    "conditions_of",
+    "draws_for",
+    "has_own_mask",
+]
 
 ABSENCES = ("model", "resample", "mean")
-_ENOUGH, _MOST = 8192, 8
+_ENOUGH, _MOST = 2048, 4
 
 
 def has_own_mask(adapter: Adapter) -> bool:
@@ -58,23 +67,35 @@ class Condition:
     draw: int = 0
 
 
+def coalitions_scored(m: int) -> list[int]:
+    """The coalitions that are scored, entry i of one is bit i: all 2^m; for many modalities those of none, one, all but one, all."""
+    full = (1 << m) - 1
+    if m <= MAX_MODALITIES:
+        return list(range(full + 1))
+    single = [1 << i for i in range(m)]
+    return [0, *single, *(full ^ bit for bit in single), full]
+
+
 def conditions_of(m: int, absence: str, draws: int) -> dict[str, list[Condition]]:
-    """What is scored: "coalition.C" for each of the 2^m coalitions C, "shuffled.I" for modality I resampled alone.
+    """What is scored: "coalition.C" for each coalition C (bits), "shuffled.I" for modality I resampled alone.
 
     Their scores are means over draws. Without any modality a model's own mask leaves nothing to ask, so that coalition is missing
     there and counts as chance.
     """
     found: dict[str, list[Condition]] = {}
-    sets = coalitions(m)
-    for c, members in enumerate(sets):
+    full = (1 << m) - 1
+    for c in coalitions_scored(m):
         if absence == "model" and not c:
             continue
-        count = draws if absence == "resample" and not all(members) else 1
-        found[f"coalition.{c}"] = [Condition(members, absence, draw) for draw in range(count)]
+        count = draws if absence == "resample" and c != full else 1
+        found[f"coalition.{c}"] = [Condition(_members(c, m), absence, draw) for draw in range(count)]
     for i in range(m):
-        members = sets[-1 - (1 << i)]
-        found[f"shuffled.{i}"] = [Condition(members, "resample", draw) for draw in range(draws)]
+        found[f"shuffled.{i}"] = [Condition(_members(full ^ 1 << i, m), "resample", draw) for draw in range(draws)]
     return found
+
+
+def _members(coalition: int, m: int) -> tuple[bool, ...]:
+    return tuple(bool(coalition >> i & 1) for i in range(m))
 
 
 class Remover:

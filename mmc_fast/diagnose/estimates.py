@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mmc_fast._util.extras import require
 
+from .absence import coalitions_scored
 from .collect import Collector
 from .layers import ChainSums, combine_grams
 from .measures import blocks, weights
-from .measures.reliance import shapley_values
+from .measures.reliance import MAX_MODALITIES, shapley_values
 from .measures.similarity import cka_from_covariance, variance_inflation
 from .result import Measure
 
@@ -134,12 +135,17 @@ def reliance_measures(
     names: list[str], found: Mapping[str, np.ndarray], chance: np.ndarray, effects: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Scores by condition ``[R]`` as measures: all, none, chance; by modality without, only, shuffled, Shapley, total effect."""
-    size = 2 ** len(names)
-    coalition = np.stack([found.get(f"coalition.{c}", chance) for c in range(size)])
-    measures = {"score.all": coalition[-1], "score.none": coalition[0], "score.chance": chance}
-    values = shapley_values(coalition)
+    m = len(names)
+    full = (1 << m) - 1
+    coalition = {c: found.get(f"coalition.{c}", chance) for c in coalitions_scored(m)}
+    measures = {"score.all": coalition[full], "score.none": coalition[0], "score.chance": chance}
+    if m <= MAX_MODALITIES:
+        values = shapley_values(np.stack([coalition[c] for c in range(full + 1)]))
+    else:  # the first and the last of the marginal contributions that a Shapley value averages
+        bits = [1 << i for i in range(m)]
+        values = np.stack([(coalition[b] - coalition[0] + coalition[full] - coalition[full ^ b]) / 2 for b in bits])
     for i, name in enumerate(names):
-        measures[f"without.{name}"] = coalition[size - 1 - (1 << i)]
+        measures[f"without.{name}"] = coalition[full ^ 1 << i]
         measures[f"only.{name}"] = coalition[1 << i]
         measures[f"shuffled.{name}"] = found[f"shuffled.{i}"]
         measures[f"shapley.{name}"] = values[i]

@@ -29,7 +29,7 @@ class DiagnoseOptions:
         absence: how a modality is taken away: "model" (the model's own handling, ``fuse(features, present)``; default where
             there is one), "resample" (features of other samples, one for all that are taken away together; default elsewhere),
             "mean" (the mean of the features).
-        draws: how many other samples stand in for each one; None: enough for 8192 in all, at most 8.
+        draws: how many other samples stand in for each one; None: enough for 2048 in all, at most 4.
         agop: sum AGOP and covariances of the layers. False: scores and verdicts alone, which is much faster.
         groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
         seed: of groups, samples and probes.

@@ -44,6 +44,7 @@ class ConditionScores:
         self.labels: list[Tensor] = []
         self.places: list[Tensor] = []
         self.kept = Reservoir(rows, seed)
+        self._counted: dict[str, np.ndarray] | None = None
 
     def add(self, index: int, found: Mapping[tuple[str, int], Tensor], labels: Tensor, places: Tensor) -> None:
         """Outputs ``[B, C]`` of batch ``index`` by condition and draw, its labels and the group of each row.
@@ -52,7 +53,7 @@ class ConditionScores:
         """
         if not len(labels):
             return
-        place = places.numpy()
+        place, self._counted = places.numpy(), None
         self.rows += np.bincount(place, minlength=self.groups)
         whole = self.task.answers(found[self._full, 0])
         c = whole.shape[1]
@@ -195,6 +196,8 @@ class ConditionScores:
         return found
 
     def _wins(self) -> dict[str, np.ndarray]:
+        if self._counted is not None:
+            return self._counted
         margins = torch.cat(self.margins, 1).numpy()
         labels, places = torch.cat(self.labels).numpy(), torch.cat(self.places).numpy()
         wins = {name: np.zeros((self.groups, self.groups)) for name in self.conditions}
@@ -206,6 +209,7 @@ class ConditionScores:
                 below = (np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")) / 2
                 found = np.bincount(where, weights=below, minlength=self.groups)
                 wins[name][:, group] += found / self.conditions[name]
+        self._counted = wins
         return wins
 
     def _by_function(self, weights: np.ndarray) -> dict[str, np.ndarray]:

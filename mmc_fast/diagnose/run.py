@@ -70,11 +70,10 @@ def diagnose(
 
     Raises:
         InputError: a model in training mode, features or logits that are not finite or not of fixed width, one-shot
-            iterators, labels of the wrong kind. Without labels, with a single class or with more than 6 modalities the
-            scores are left out and a note says so.
+            iterators, labels of the wrong kind. Without labels or with a single class the scores are left out and a note says so.
 
     Time for a head ``D → h → C`` on N samples: about ``N (2 D h + (D + h)² / 2)`` multiply-adds and ``N h² / 2`` bit operations,
-    and 2^m forwards; memory ``O(groups · (D + h)²)``.
+    and (2^m + m) · draws forwards of the fusion; memory ``O(groups · (D + h)²)``.
     """
     o = (options or DiagnoseOptions()).override(overrides)
     adapter = adapter_of(model)
@@ -195,9 +194,9 @@ def _can_score(collector: Collector, notes: list[str]) -> bool:
         return False
     if len(collector.widths) > MAX_MODALITIES:
         notes.append(
-            f"With more than {MAX_MODALITIES} modalities the 2^m coalitions are not scored; group some into one."
+            f"With more than {MAX_MODALITIES} modalities the 2^m coalitions are not scored; each Shapley value is the mean of the "
+            "first and the last marginal contribution alone."
         )
-        return False
     return True
 
 
@@ -234,7 +233,8 @@ def _measures(
         measures["score.chance"] = Measure(float(plain["score.chance"][0]))
         found = scores.scores(np.ones((1, len(used))))
         chance = scores.chance()
-        arrays["coalition_scores"] = [float(found.get(f"coalition.{c}", chance)[0]) for c in range(2 ** len(names))]
+        if len(names) <= MAX_MODALITIES:
+            arrays["coalition_scores"] = [float(found.get(f"coalition.{c}", chance)[0]) for c in range(2 ** len(names))]
     return measures, arrays, spread
 
 

@@ -13,8 +13,8 @@ from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, Part
-from ..training.adapter import RunAdapter
 from ..training import LoadedRun, MultimodalModel, UnimodalModels
+from ..training.adapter import RunAdapter
 
 __all__ = ["alone", "fused", "number", "ranks_of", "strength_order"]
 

@@ -14,9 +14,9 @@ from mmc_fast.diagnose.figures import Drawing, bars
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
-from ..training.adapter import RunAdapter
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict
+from ..training.adapter import RunAdapter
 from .base import Direction, Experiment, Outcome, Plan, ResultTable, Value
 from .bench import Bench, by_source, estimate, resampled
 from .paper import TABLE6

@@ -13,8 +13,8 @@ from mmc_fast.diagnose.figures import Drawing, lines
 from mmc_fast.diagnose.measures.similarity import covariance_of, variance_inflation
 
 from ..data import Part
-from ..training.adapter import RunAdapter
 from ..training import MultimodalModel
+from ..training.adapter import RunAdapter
 from .base import Direction, Experiment, Outcome, Plan, ResultTable
 from .bench import METHODS, Bench, Series, by_source, curve, described, direction, value
 from .paper import TABLE7

@@ -69,7 +69,7 @@ def demo_findings(
             generator=np.random.default_rng(seed),
         )
         chance = chance_score(runs.metric, labels)
-        verdicts = {method: reliance_verdicts(runs, method, chance) for method in runs.methods}
+        verdicts = {method: reliance_verdicts(runs, method) for method in runs.methods}
         findings.append(DemoFindings(runs, comparison, chance, verdicts))
     return findings
 
@@ -86,9 +86,7 @@ def demo_report(findings: Sequence[DemoFindings], facts: Mapping[str, str], *, q
     )
     sets = [f.runs for f in findings]
     focus = _focus(findings[0].runs)
-    summary = summary_section(
-        sets, [f.comparison for f in findings], [f.chance for f in findings], base=BASE, focus=focus
-    )
+    summary = summary_section(sets, [f.comparison for f in findings], base=BASE, focus=focus)
     if quick:
         warning = Callout("This was a smoke run of a few epochs and one seed. Its numbers mean **nothing**.", "warning")
         summary = Section(summary.title, [warning, *summary.blocks])

@@ -58,12 +58,12 @@ def draw_rates(
 
 
 def draw_reliance(runs: RunSet, method: str, chance: float) -> Drawing:
-    """Per modality: its unimodal model, the fused model without it, and the fused model with nothing else."""
-    scored = {m: s for m, s in runs.reliance(method).items() if "alone" in s}
-    kinds = {"alone": "alone", "without": "all without it", "only": "nothing else"}
+    """Per modality: its unimodal model, the fused model with that of other samples, and the fused model with nothing else."""
+    scored = {m: s for m, s in runs.reliance(method).items() if "alone" in s and "only" in s}
+    kinds = {"alone": "alone", "shuffled": "that of other samples", "only": "nothing else"}
     everything = runs.complete(method)
     described = "; ".join(
-        f"{m} alone {s['alone']:.3f}, without {s['without']:.3f}, only {s['only']:.3f}" for m, s in scored.items()
+        f"{m} alone {s['alone']:.3f}, shuffled {s['shuffled']:.3f}, only {s['only']:.3f}" for m, s in scored.items()
     )
     model = display_name(method)
     return bars(

@@ -64,7 +64,7 @@ class RunSet:
         return mean_sd([run["scores"]["complete"] for run in self.methods[method]])[0]
 
     def reliance(self, method: str) -> dict[str, dict[str, float]]:
-        """Per modality, the means over seeds of "alone", "without" and "only"."""
+        """Per modality, the means over seeds of "alone", "without", "only", "shuffled" and "shapley"."""
         runs = self.methods[method]
         first = runs[0]["scores"]["reliance"]
         return {

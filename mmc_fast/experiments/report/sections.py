@@ -30,16 +30,15 @@ def chance_score(metric: str, labels: ArrayLike) -> float:
 def summary_section(
     runs: Sequence[RunSet],
     comparisons: Sequence[Comparison],
-    chances: Sequence[float],
     *,
     base: str,
     focus: Sequence[str],
 ) -> Section:
     """The findings in a few sentences: collapse in the ``base`` method, and what each of ``focus`` gains or loses."""
     blocks: list[Block] = []
-    for run_set, comparison, chance in zip(runs, comparisons, chances, strict=True):
-        collapsed = any(v.kind == "collapsed" for v in reliance_verdicts(run_set, base, chance))
-        blocks.append(Callout(collapse_summary(run_set, base, chance), "finding" if collapsed else "note"))
+    for run_set, comparison in zip(runs, comparisons, strict=True):
+        collapsed = any(v.kind == "collapsed" for v in reliance_verdicts(run_set, base))
+        blocks.append(Callout(collapse_summary(run_set, base), "finding" if collapsed else "note"))
         blocks.append(Text("\n\n".join(words for method in focus for words in comparison_words(comparison, method))))
     return Section("What the runs show", blocks)
 
@@ -59,8 +58,8 @@ def results_section(
         table,
         Panels([draw_missing_rates(runs, comparison).figure(), _validation(runs)]),
         Panels([draw_reliance(runs, method, chance).figure() for method in (base, *focus)]),
-        _reliance_table(runs, chance, base=base, focus=focus, masked=masked),
-        Text("\n\n".join(collapse_words(runs, base, chance, masked))),
+        _reliance_table(runs, base=base, focus=focus),
+        Text("\n\n".join(collapse_words(runs, base, masked))),
         Details("Differences between all methods, with intervals", [_differences(runs, comparison)]),
         Details("Share of values that were really missing", [_realised(runs)]),
     ]
@@ -99,11 +98,11 @@ def settings_section(facts: Mapping[str, str], configs: Mapping[str, Mapping[str
         "**Intervals.** The variance of a difference is the variance over seeds divided by their number plus the "
         "bootstrap variance over test samples; the quantile is Student's t with the degrees of freedom of Welch and "
         "Satterthwaite. With few seeds these intervals are wide, and they should be.\n\n"
-        f"**Collapse.** On a scale from chance (0) to the fused model (1), a modality has collapsed when it reaches "
-        f"{THRESHOLDS.signal:g} or more alone, its absence costs {THRESHOLDS.loss:g} or less, and the fused model keeps "
-        f"{THRESHOLDS.kept:g} or less of its signal when it gets nothing else. Absent modalities are filled with the train "
-        "mean for this test. Models that have never seen that can fail on it for that reason alone; the model trained "
-        "with modality dropout is the control."
+        "**Use and ability.** Each run is judged as ``mmc-fast diagnose`` judges it. Ability is what a unimodal model scores above "
+        "chance. Use is the Shapley value of the score over the subsets of modalities, the others handled by the model's own rule "
+        "for absent ones, and what is lost when a modality is that of other samples. A modality has collapsed where it could give "
+        "and neither shows any use; it is under-used where its share of the use is below "
+        f"{THRESHOLDS.under:g} of its share of the abilities. A low score with nothing else is a matter of robustness, not of collapse."
     )
     rows = _flat(configs)
     table = Table(
@@ -127,27 +126,27 @@ def _validation(runs: RunSet) -> Any:
     return draw_history(runs, "val_score", "validation score", metric_name(runs.metric)).figure()
 
 
-def _reliance_table(runs: RunSet, chance: float, *, base: str, focus: Sequence[str], masked: str | None) -> Table:
-    verdicts = {method: {v.modality: v for v in reliance_verdicts(runs, method, chance)} for method in (base, *focus)}
-    control = runs.reliance(masked) if masked is not None else {}
+def _reliance_table(runs: RunSet, *, base: str, focus: Sequence[str]) -> Table:
+    methods = (base, *focus)
+    verdicts = {method: {v.modality: v for v in reliance_verdicts(runs, method)} for method in methods}
     columns = ["modality", "alone"]
-    for method in (base, *focus):
-        name = display_name(method)
-        columns += [f"{name}: without", f"{name}: only", f"{name}: verdict"]
-    columns += [f"{display_name(masked)}: only"] if masked is not None else []
+    for method in methods:
+        columns += [
+            f"{display_name(method)}: {what}" for what in ("shuffled", "nothing else", "use over ability", "verdict")
+        ]
     rows: list[list[Cell | str]] = []
-    for modality, scores in runs.reliance(base).items():
-        row: list[Cell | str] = [modality, _number(scores.get("alone"))]
-        for method in (base, *focus):
-            own, verdict = runs.reliance(method)[modality], verdicts[method].get(modality)
-            row += [_number(own["without"]), _number(own["only"])]
-            row.append(Cell(verdict.kind, strong=verdict.kind == "collapsed") if verdict else "–")
-        rows.append([*row, _number(control[modality]["only"])] if masked is not None else row)
+    for modality, first in verdicts[base].items():
+        row: list[Cell | str] = [modality, _number(first.evidence.get("alone"))]
+        for method in methods:
+            v = verdicts[method][modality]
+            row += [_number(v.evidence.get(kind)) for kind in ("shuffled", "only", "index")]
+            row.append(Cell(v.kind, strong=v.kind in ("collapsed", "misleading")))
+        rows.append(row)
     return Table(
         columns,
         rows,
-        "Score of a model of this modality alone, of the fused model without it, and of the fused model with nothing "
-        "else; means over seeds.",
+        "Score of a unimodal model, of the fused model with the modality of other samples, and of the fused model with nothing "
+        "else, by its own handling of absent modalities; means over seeds, and the verdict of most of them.",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmc_fast.diagnose.document import signed
 from mmc_fast.diagnose.statistics import mean_sd
-from mmc_fast.diagnose.verdict import THRESHOLDS, ModalityVerdict, verdicts_from_scores
+from mmc_fast.diagnose.verdict import KINDS, ModalityVerdict
 
 from .comparison import AVERAGE, COMPLETE, Comparison, Difference
 from .runs import RunSet, display_name
@@ -24,66 +24,61 @@ INVARIANT_MAX = 0.1
 """Share of the way from chance to certainty up to which a fresh discriminator counts as beaten."""
 
 
-def reliance_verdicts(runs: RunSet, method: str, chance: float) -> list[ModalityVerdict]:
-    """The verdict on every modality that has a unimodal model, from means over seeds."""
-    scored = {m: s for m, s in runs.reliance(method).items() if "alone" in s}
-    return verdicts_from_scores(scored, runs.complete(method), chance)
+def reliance_verdicts(runs: RunSet, method: str) -> list[ModalityVerdict]:
+    """One verdict per modality over the runs of a method: the kind of most runs, else "undecided", and mean evidence.
 
-
-def collapse_summary(runs: RunSet, method: str, chance: float) -> str:
-    """One sentence: which modalities collapsed in the method's model."""
-    verdicts = reliance_verdicts(runs, method, chance)
-    model = display_name(method)
-    if not verdicts or any(v.kind == "undecided" for v in verdicts):
-        return f"On {runs.dataset} the {model} model is not above chance; collapse cannot be judged."
-    collapsed = [v for v in verdicts if v.kind == "collapsed"]
-    if not collapsed:
-        return f"On {runs.dataset} no modality collapsed in the {model} model."
-    worst = max(collapsed, key=lambda v: v.evidence["signal"] * (1 - v.evidence["kept"]))
-    others = len(collapsed) - 1
-    e = worst.evidence
-    text = (
-        f"On {runs.dataset} **{worst.modality}** collapsed in the {model} model: {e['alone']:.3f} alone, but the "
-        f"fused model scores {e['without']:.3f} without it against {e['all']:.3f} with it, and {e['only']:.3f} when "
-        f"it is all there is (chance {e['chance']:.3f})."
-    )
-    if others:
-        names = _join([f"**{v.modality}**" for v in collapsed if v is not worst])
-        text += f" The same holds for {names}."
-    return text
-
-
-def collapse_words(runs: RunSet, method: str, chance: float, masked: str | None = None) -> list[str]:
-    """One sentence per collapsed modality. ``masked``: a method that met missing modalities in training."""
-    rescued = runs.reliance(masked) if masked is not None else {}
-    return [
-        collapse_sentence(v, display_name(method), rescued.get(v.modality, {}).get("only"))
-        for v in reliance_verdicts(runs, method, chance)
-        if v.kind == "collapsed"
-    ]
-
-
-def collapse_sentence(verdict: ModalityVerdict, model: str, trained_with_masks: float | None = None) -> str:
-    """What a collapsed modality could give and gives, with its numbers.
-
-    ``trained_with_masks``: the "only" score of a model trained with modality dropout, where there is one.
+    ``evidence["runs"]`` counts the runs and ``evidence["same"]`` those of that kind; each run's own verdict is what the diagnosis
+    of it says.
     """
-    e, name = verdict.evidence, verdict.modality
-    text = (
-        f"**{name}** has collapsed in the {model} model: alone it reaches {e['alone']:.3f} (chance {e['chance']:.3f}); the "
-        f"fused model scores {e['all']:.3f} with all modalities, {e['without']:.3f} without {name}, and {e['only']:.3f} with "
-        "nothing else."
+    entries = [run["scores"].get("reliance") or {} for run in runs.methods[method]]
+    verdicts = []
+    for modality in entries[0]:
+        own = [entry[modality] for entry in entries]
+        kinds = [entry["verdict"] for entry in own]
+        kind = max(KINDS, key=kinds.count)
+        same = kinds.count(kind)
+        names = set.intersection(*({k for k, v in e["evidence"].items() if v is not None} for e in own))
+        evidence = {k: mean_sd([e["evidence"][k] for e in own])[0] for k in sorted(names)}
+        evidence |= {"runs": len(own), "same": same}
+        verdicts.append(ModalityVerdict(modality, kind if 2 * same > len(own) else "undecided", evidence))
+    return verdicts
+
+
+def collapse_summary(runs: RunSet, method: str) -> str:
+    """One sentence: which modalities collapsed in the method's model."""
+    verdicts = reliance_verdicts(runs, method)
+    model = display_name(method)
+    if not verdicts or all(v.kind == "undecided" for v in verdicts):
+        return f"On {runs.dataset} collapse cannot be judged in the {model} model."
+    lost = [v for v in verdicts if v.kind in ("collapsed", "misleading")]
+    if not lost:
+        under = [f"**{v.modality}**" for v in verdicts if v.kind == "under-used"]
+        found = f" Under-used: {_join(under)}." if under else ""
+        return f"On {runs.dataset} no modality collapsed in the {model} model.{found}"
+    worst = max(lost, key=lambda v: v.evidence["ability"])
+    return f"On {runs.dataset}, {model} model: {collapse_sentence(worst)}" + (
+        f" The same holds for {_join([f'**{v.modality}**' for v in lost if v is not worst])}." if len(lost) > 1 else ""
     )
-    if trained_with_masks is None:
-        return text
-    if trained_with_masks - e["chance"] > THRESHOLDS.kept * (e["alone"] - e["chance"]):
-        return text + (
-            " The signal is there for a fused model: trained with modality dropout, the same architecture gets "
-            f"{trained_with_masks:.3f} from {name} with nothing else."
-        )
-    return text + (
-        f" Modality dropout does not bring it back either: there {name} with nothing else gives {trained_with_masks:.3f}."
-    )
+
+
+def collapse_words(runs: RunSet, method: str, masked: str | None = None) -> list[str]:
+    """One sentence per modality that is not relied on. ``masked``: a method that met missing modalities in training."""
+    other = {v.modality: v for v in reliance_verdicts(runs, masked)} if masked is not None else {}
+    found = []
+    for verdict in reliance_verdicts(runs, method):
+        if verdict.kind == "relied on":
+            continue
+        text = collapse_sentence(verdict)
+        if verdict.kind in ("collapsed", "under-used") and verdict.modality in other:
+            text += f" Trained with modality dropout it is {other[verdict.modality].kind}."
+        found.append(text)
+    return found
+
+
+def collapse_sentence(verdict: ModalityVerdict) -> str:
+    """The sentence of the verdict, with its runs where there are several."""
+    runs, same = int(verdict.evidence.get("runs", 1)), int(verdict.evidence.get("same", 1))
+    return verdict.sentence() + (f" ({same} of {runs} runs.)" if runs > 1 else "")
 
 
 def comparison_words(comparison: Comparison, method: str) -> list[str]:

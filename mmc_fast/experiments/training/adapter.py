@@ -85,7 +85,9 @@ class RunAdapter:
             here = batch.present[:, i]
             y = self._prior().cpu().expand(len(here), -1).clone()
             if bool(here.any()):
-                y[here] = self.unimodal_models.predict(name, batch.features[i][here]).clamp(min=1e-12).log().cpu().float()
+                y[here] = (
+                    self.unimodal_models.predict(name, batch.features[i][here]).clamp(min=1e-12).log().cpu().float()
+                )
             found[name] = y
         return found
 
