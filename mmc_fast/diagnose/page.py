@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from .document import Block, Cell, Details, Downloads, Facts, Panels, Report, Section, Table, Text, signed
@@ -129,24 +130,15 @@ def top_line(d: DiagnosisData) -> str:
 
 def overview(d: DiagnosisData) -> Table:
     """The first screen: one row per modality with bars and the verdict in one plain sentence."""
-    verdicts = {v.modality: v for v in d.verdicts}
+    columns = {title: partial(_gain, d, title) for title in ("ability", "use", "need", "robustness")}
     if "score.all" not in d.measures:
         shares = {"use share": "use_share", "share of outputs": "output_share"}
-        shares = {title: key for title, key in shares.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
-        rows = [
-            [name, *(_share(d, f"{key}.{name}") for key in shares.values()), _sentence(verdicts[name])]
-            for name in d.modalities
-        ]
-        return Table(["modality", *shares, "verdict"], rows, cards=True)
-    rows = [
-        [
-            name,
-            *(_gain(d, title, name) for title in ("ability", "use", "need", "robustness")),
-            _sentence(verdicts[name]),
-        ]
-        for name in d.modalities
+        columns = {title: partial(_share, d, kind) for title, kind in shares.items() if _any(d, kind)}
+    verdicts = {v.modality: v for v in d.verdicts}
+    rows: list[list[Cell | str]] = [
+        [name, *(cell(name) for cell in columns.values()), _sentence(verdicts[name])] for name in d.modalities
     ]
-    return Table(["modality", "ability", "use", "need", "robustness", "verdict"], rows, cards=True)
+    return Table(["modality", *columns, "verdict"], rows, cards=True)
 
 
 def measures_csv(d: DiagnosisData) -> str:
@@ -199,13 +191,17 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
     return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
 
 
-def _share(d: DiagnosisData, name: str) -> Cell:
-    m = d.measures.get(name, Measure(None))
+def _share(d: DiagnosisData, kind: str, name: str) -> Cell:
+    m = d.measures.get(f"{kind}.{name}", Measure(None))
     return (
         Cell("–")
         if m.value is None
         else Cell(f"{m.value:.0%}", note="" if m.low is None else f"{m.low:.2f} to {m.high:.2f}", bar=m.value)
     )
+
+
+def _any(d: DiagnosisData, kind: str) -> bool:
+    return any(f"{kind}.{name}" in d.measures for name in d.modalities)
 
 
 def _details(d: DiagnosisData) -> list[Block]:
@@ -241,7 +237,7 @@ def _more(d: DiagnosisData) -> list[Block]:
             )
         )
     for titles, caption in MORE:
-        shown = {title: key for title, key in titles.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
+        shown = {title: key for title, key in titles.items() if _any(d, key)}
         if shown:
             rows = [[n, *(str(d.measures.get(f"{key}.{n}", "–")) for key in shown.values())] for n in d.modalities]
             blocks.append(Table(["modality", *shown], rows, caption, cards=True))

@@ -38,7 +38,7 @@ def test_every_measure_of_data_has_its_uncertainty(found: Diagnosis) -> None:
             assert m.low is None, name
         else:
             assert m.low <= m.value <= m.high, name
-            assert m.error >= 0, name
+            assert m.error is None or m.error >= 0, name
     # The standard error of an accuracy is the binomial one.
     accuracy = found["score.all"]
     assert accuracy.error == pytest.approx(math.sqrt(accuracy.value * (1 - accuracy.value) / 2000), rel=0.6)
@@ -81,7 +81,8 @@ def test_frame_and_samples(found: Diagnosis, monkeypatch) -> None:
         by_hand &= samples[f"confidence_without.{name}"] >= 0.9
         assert (silent == by_hand).mean() > 0.999  # confidences are rounded in the table
         assert silent.mean() == pytest.approx(found.value(f"silent_failures.{name}"))
-    assert not samples[["silent_failure.a", "silent_failure.b"]].any(axis=1).diff().fillna(False).gt(0).any()
+    first = samples[["silent_failure.a", "silent_failure.b"]].any(axis=1).astype(int)
+    assert first.is_monotonic_decreasing
     unlabelled = planted_head(4)
     bare = diagnose(unlabelled, unlabelled.batches(), reliance=False, resamples=0, probes=False)
     with pytest.raises(InputError, match="diagnose labelled classes"):
