@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "judge", "overall"]
 
 KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
+ACCUSING = ("under-used", "collapsed", "misleading")
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Thresholds:
 
     signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
     standard error.
-    loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
+    loss, index, still: it has collapsed where at most ``loss`` of its ability is lost when it is resampled, and its use over its
+    ability is at most ``index`` or its total effect at most ``still``.
     under: it is under-used where its use over its ability is below this.
+    agreement: an accusation (collapsed, under-used, misleading) that fewer resamples share is "undecided".
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -29,7 +32,9 @@ class Thresholds:
     signal: float = 0.05
     loss: float = 0.05
     index: float = 0.1
+    still: float = 0.001
     under: float = 0.3
+    agreement: float = 0.8
     effect: float = 0.1
     entropy: float = 0.15
 
@@ -100,6 +105,8 @@ def judge(
         if indices and "index" in verdict.evidence:
             verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
             verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
+        if verdict.kind in ACCUSING and verdict.evidence["agreement"] < thresholds.agreement:
+            found[position] = replace(verdict, kind="undecided")
     return found
 
 
@@ -131,7 +138,7 @@ def _kind(e: Mapping[str, float], span: float, chance_error: float, t: Threshold
         if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
             return "relied on"  # it helps only beside others
         return "misleading" if e["total_effect"] > t.effect else "uninformative"
-    if e["index"] <= t.index and e["loss"] <= t.loss:
+    if e["loss"] <= t.loss and (e["index"] <= t.index or e["total_effect"] <= t.still):
         return "collapsed"
     return "under-used" if e["index"] < t.under else "relied on"
 
