@@ -98,7 +98,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | N
     for name in diagnosis.modalities:
         cells = [str(diagnosis.measures.get(f"{prefix}.{name}", "–")) for prefix in shown.values()]
         rows.append([name, kinds[name], *cells])
-    title = f"{diagnosis.samples} samples" + (f", {diagnosis.metric}" if diagnosis.metric else "")
+    title = f"{diagnosis.n_samples} samples" + (f", {diagnosis.metric}" if diagnosis.metric else "")
     print_table(console, title, ["modality", "verdict", *shown], rows)
     console.print(diagnosis.summary(), markup=False)
     if other is not None:

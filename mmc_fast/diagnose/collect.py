@@ -13,7 +13,7 @@ from torch import Tensor
 from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
-from .adapter import Adapter, chain_of, flat
+from .adapter import Adapter, beyond_features, chain_of, flat, prove
 from .groups import GroupMoments, stream
 from .layers import ChainSums, JacobianSums
 from .tasks import Metric, Task
@@ -87,6 +87,7 @@ class Collector:
 
     def start(self, batch: Any) -> None:
         """Learn the shapes from a batch, choose the fast or the general path, check that rows are independent."""
+        self.proof = prove(self.adapter, batch)
         features = checked_features(self.adapter, batch, self.widths, 0)
         if not len(flat(features)):
             raise InputError("diagnose: the first batch has no rows; give batches with samples")
@@ -99,6 +100,12 @@ class Collector:
             raise InputError("diagnose: the logits hold NaN or infinite values for finite features; check the weights")
         self.first = fingerprint_of(features | {"": logits})
         check_rows(self.adapter, features, logits)
+        beyond = beyond_features(features, logits, self.adapter)
+        if beyond > 1e-3:
+            self.notes.append(
+                f"{beyond:.1%} of the outputs' variance follows the batch and not the named features (masks, positions, inputs "
+                "that go past the modules); that part is of no modality here."
+            )
         self.outputs = logits.shape[1]
         self.task = Task.of(self.adapter, batch, self.outputs, self.metric)
         if not self.sums:

@@ -37,6 +37,9 @@ class DiagnoseOptions:
         probes: train a small network on each modality alone, on ``sample_rows`` samples: on its raw inputs where the adapter
             has ``inputs(batch)``, and on its features, which only bound its ability from below; the better one counts.
         control: also train networks on the features without each modality.
+        utilisation: refit a linear head on the frozen features with and without each modality.
+        remaining: rank and class variance of the fused representation without each modality, on 2048 rows.
+        emap: score the outputs without interactions of modalities on the first batch (256 forwards for each modality).
         alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
             probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak. An
             adapter may bring such models: ``unimodal(batch) -> {modality: outputs}``.
@@ -59,6 +62,9 @@ class DiagnoseOptions:
     reliance: bool = True
     probes: bool = True
     control: bool = False
+    utilisation: bool = False
+    remaining: bool = False
+    emap: bool = False
     alone: Mapping[str, float] | None = None
     unimodal_weights: Mapping[str, Tensor] | None = None
     initial_weight: Tensor | None = None

@@ -20,6 +20,7 @@ from .collect import Collector, Reservoir, checked_features
 from .groups import stream
 from .options import DiagnoseOptions
 from .predictions import ConditionScores
+from .subsets import SubsetRows
 
 __all__ = [
     "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
@@ -126,8 +127,8 @@ def first_pass(adapter: Adapter, batches: Batches, o: DiagnoseOptions, stored: S
 def second_pass(
     adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, stored: Stored,
     report: Progress,
-) -> ConditionScores:  # fmt: skip
-    """Scores of the coalitions, of each modality resampled, and of the adapter's unimodal models."""
+) -> tuple[ConditionScores, SubsetRows]:  # fmt: skip
+    """Scores of the coalitions, of each modality resampled, and of the adapter's unimodal models; answers on a sample of rows."""
     assert collector.task is not None
     draws = draws_for(collector.samples, o.draws)
     conditions = conditions_of(len(collector.widths), absence, draws)
@@ -137,9 +138,11 @@ def second_pass(
     donors = collector.reservoir.columns["x"]
     remover = Remover(adapter, collector.widths, donors, donors.mean(0))
     scores, done = ConditionScores(collector.task, counts, collector.groups, o.sample_rows, o.seed), 0
+    answers = SubsetRows(collector.task, list(collector.widths), o.sample_rows, o.seed)
     found = stored.found.get("scores")
     if found is not None:
         scores.load_state(found)
+        answers.load_state(stored.found["answers"])
         done = stored.found["scored"]
     report("score", done, batches.total)
     for index, batch in batches:
@@ -165,10 +168,14 @@ def second_pass(
             outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}
         places = torch.randint(collector.groups, (rows,), generator=stream(collector.seed, "scores", index))
         scores.add(index, outputs, labels, places)
+        answers.add(
+            index, {int(n[10:]): y for (n, draw), y in outputs.items() if n[:10] == "coalition." and not draw}, labels
+        )
         report("score", index + 1, batches.total)
         if stored.due():
-            stored.write({"collector": collector.to_state(), "scores": scores.to_state(), "scored": index + 1})
-    return scores
+            parts = {"scores": scores.to_state(), "answers": answers.to_state(), "scored": index + 1}
+            stored.write({"collector": collector.to_state()} | parts)
+    return scores, answers
 
 
 def training_rows(adapter: Adapter, batches: Batches, collector: Collector, report: Progress) -> Reservoir:

@@ -19,6 +19,7 @@ from .adapter import Adapter, HasAdapter, adapter_of, model_of
 from .collect import Collector, checked_features
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
+from .further import emap_measures, information_measures, remaining_measures, unlabelled_pass, utilisation_measures
 from .groups import draw_weights
 from .layers import ChainSums, jacobian_rows
 from .measures import weights
@@ -29,12 +30,15 @@ from .passes import Batches, HasBatches, Progress, Stored, first_pass, second_pa
 from .predictions import ConditionScores
 from .result import Measure, plain
 from .sampled import latent_measures, neuron_measures, probe_measures
+from .subsets import SubsetRows
 from .tasks import metric_name
 from .verdict import ModalityVerdict, judge
 
 __all__ = ["diagnose"]
 
 
+@torch.enable_grad()
+@torch.inference_mode(False)
 def diagnose(
     model: Adapter | HasAdapter,
     loader: Iterable[Any] | HasBatches,
@@ -82,10 +86,9 @@ def diagnose(
     meaning = [o.groups, o.seed, o.sample_rows, metric_name(o.metric), absence, o.draws, o.agop]
     stored = Stored(state, save_every, meaning)
     report = progress or (lambda phase, done, total: None)
-    with torch.inference_mode(False):
-        collector = first_pass(adapter, batches, o, stored, report)
-        notes = list(collector.notes)
-        scores = _scores(adapter, batches, collector, absence, o, notes, stored, report)
+    collector = first_pass(adapter, batches, o, stored, report)
+    notes = list(collector.notes)
+    scores, answers = _scores(adapter, batches, collector, absence, o, notes, stored, report)
     report("numbers", 0, None)
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:
@@ -103,6 +106,11 @@ def diagnose(
         bound = weights.collision_bound(list(collector.widths.values()))
         if bound.warning:
             notes.append(f"Collision bound: {bound.warning}.")
+    if answers is not None:
+        more, tables = answers.measures(o.resamples, o.level)
+        measures |= more
+        arrays |= tables
+    emap_rows = _further(adapter, batches, collector, scores, o, measures, arrays, notes)
     verdicts = _verdicts(collector, measures, draws, scores, absence, o)
     settings = {
         "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
@@ -110,7 +118,7 @@ def diagnose(
         "draws": draws_for(collector.samples, o.draws), "own_mask": has_own_mask(adapter),
         "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
-        "agop": collector.layers.method() if o.agop else None, "classes": collector.outputs,
+        "agop": collector.layers.method() if o.agop else None, "classes": collector.outputs, "adapter": collector.proof, "emap_rows": emap_rows,
         "task": None if collector.task is None else collector.task.kind, "thresholds": asdict(o.thresholds),
     }  # fmt: skip
     stored.remove()
@@ -118,6 +126,23 @@ def diagnose(
     return Diagnosis(
         dict(collector.widths), collector.samples, metric, measures, plain(arrays), verdicts, settings, notes
     )
+
+
+def _further(
+    adapter: Adapter, batches: Batches, collector: Collector, scores: ConditionScores | None, o: DiagnoseOptions,
+    measures: dict[str, Measure], arrays: dict[str, Any], notes: list[str],
+) -> int | None:  # fmt: skip
+    """What the kept rows and the first batches tell besides; returns the rows of EMAP, if asked for."""
+    classes = scores is not None and scores.task.kind == "classes"
+    if classes:
+        information_measures(measures, arrays, notes, collector)
+    if o.utilisation and classes:
+        utilisation_measures(measures, notes, collector, o.seed)
+    if o.remaining:
+        remaining_measures(measures, adapter, batches, collector, o.seed)
+    if o.emap and scores is not None and len(collector.widths) > 1:
+        return emap_measures(measures, adapter, batches, collector, scores.task, o.seed)
+    return None
 
 
 def _of_layers(
@@ -138,19 +163,22 @@ def _of_layers(
 def _scores(
     adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, notes: list[str],
     stored: Stored, report: Progress,
-) -> ConditionScores | None:  # fmt: skip
-    """Scores of the conditions, or None and a note that says why there are none."""
-    if not o.reliance or not _can_score(collector, notes):
-        return None
-    scores = second_pass(adapter, batches, collector, absence, o, stored, report)
+) -> tuple[ConditionScores | None, SubsetRows | None]:  # fmt: skip
+    """Scores of the conditions and answers on a sample of rows, or None and a note that says why there are none."""
+    if not o.reliance:
+        return None, None
+    if not _can_score(collector, notes):
+        few = len(collector.widths) <= MAX_MODALITIES
+        return None, unlabelled_pass(adapter, batches, collector, absence, o.sample_rows, o.seed) if few else None
+    scores, answers = second_pass(adapter, batches, collector, absence, o, stored, report)
     if scores.task.kind == "classes":
         seen = scores.seen_classes()
         if 1 < seen < collector.outputs:
             notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
         if seen < 2:
             notes.append("The labels hold a single class, so nothing can be scored.")
-            return None
-    return scores
+            return None, None
+    return scores, answers
 
 
 def _constant(collector: Collector) -> list[str]:
