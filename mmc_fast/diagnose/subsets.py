@@ -78,7 +78,7 @@ class SubsetRows:
         moved = columns["moved"].double().numpy()
         counts = _resampled(len(moved), min(resamples, _MOST_RESAMPLES), self.seed)
         shares = output_shapley(moved.mean(0))
-        drawn = _shares(counts @ moved / len(moved))
+        drawn = np.array([output_shapley(row) for row in counts @ moved / len(moved)]).reshape(-1, len(self.names))
         measures = {f"output_share.{n}": _interval(shares[i], drawn[:, i], level) for i, n in enumerate(self.names)}
         if "label" not in columns:
             return measures, {}
@@ -120,10 +120,6 @@ class SubsetRows:
 def _resampled(rows: int, resamples: int, seed: int) -> np.ndarray:
     random = np.random.default_rng([seed, 17])
     return random.multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
-
-
-def _shares(moved: np.ndarray) -> np.ndarray:
-    return np.stack([output_shapley(row) for row in moved]) if len(moved) else np.zeros((0, 1))
 
 
 def _interval(value: float, drawn: np.ndarray, level: float) -> Measure:

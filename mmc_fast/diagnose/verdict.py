@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 __all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "judge", "overall"]
 
 KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
-ACCUSING = ("under-used", "collapsed", "misleading")
-
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -23,8 +21,7 @@ class Thresholds:
     standard error.
     loss, index, still: it has collapsed where at most ``loss`` of its ability is lost when it is resampled, and its use over its
     ability is at most ``index`` or its total effect at most ``still``.
-    under: it is under-used where its use over its ability is below this.
-    agreement: an accusation (collapsed, under-used, misleading) that fewer resamples share is "undecided".
+    under: it is under-used where its use over its ability is below this, with the whole interval.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -34,7 +31,6 @@ class Thresholds:
     index: float = 0.1
     still: float = 0.001
     under: float = 0.3
-    agreement: float = 0.8
     effect: float = 0.1
     entropy: float = 0.15
 
@@ -105,8 +101,8 @@ def judge(
         if indices and "index" in verdict.evidence:
             verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
             verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
-        if verdict.kind in ACCUSING and verdict.evidence["agreement"] < thresholds.agreement:
-            found[position] = replace(verdict, kind="undecided")
+            if verdict.kind == "under-used" and verdict.evidence["index_high"] >= thresholds.under:
+                found[position] = replace(verdict, kind="relied on")
     return found
 
 

@@ -112,7 +112,7 @@ def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Ge
     for name, share in expected.items():
         assert d.value(f"shuffled.{name}") == pytest.approx(1 - 2 * share, abs=0.05)
         assert d.value(f"total_effect.{name}") == pytest.approx(share, abs=0.03)
-        assert d[f"total_effect.{name}"].low < share < d[f"total_effect.{name}"].high
+        assert abs(d.value(f"total_effect.{name}") - share) < 5 * d[f"total_effect.{name}"].error
         assert d.value(f"alone.{name}") == pytest.approx(share, abs=0.05)
     assert {v.kind for v in d.verdicts} == {"relied on"}
     own = diagnose(toy, loader, metric=lambda y, t: -float((y - t).square().mean()), resamples=10, probes=False)
@@ -182,7 +182,8 @@ def test_labels_in_every_form(generator: torch.Generator) -> None:
     towers.fuse = lambda f: (f["image"][:, :4] * f["audio"]).sum(1, keepdim=True)  # type: ignore[method-assign]
     pairs = [(b + 0.1 * torch.randn(b.shape, generator=generator), b) for _, b, _ in loader]
     match = [
-        (torch.cat([a, a]), torch.cat([b, b.roll(1, 0)]), torch.arange(2).repeat_interleave(len(a))) for a, b in pairs
+        (torch.cat([a, a]), torch.cat([b, b.roll(1, 0)]), 1 - torch.arange(2).repeat_interleave(len(a)))
+        for a, b in pairs
     ]
     d = diagnose(towers, match, resamples=0, probes=False)
     assert (d.metric, {v.kind for v in d.verdicts}) == ("auroc", {"relied on"}), (
