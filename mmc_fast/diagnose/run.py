@@ -77,6 +77,8 @@ def diagnose(
     """
     o = (options or DiagnoseOptions()).override(overrides)
     adapter = adapter_of(model)
+    if o.metric is None:
+        o = o.override({"metric": getattr(adapter, "metric", None)})
     model_of(adapter)
     if probe_data is None:
         probe_data = training_batches(loader)

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "judge", "overall"]
+__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "carries", "judge", "kind_of", "overall"]
 
 KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -48,7 +49,7 @@ class ModalityVerdict:
 
     ``evidence``: "all", "chance", "alone", "without", "only", "shuffled" (scores), "ability" = best of alone and only − chance,
     "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, with "index_low" and
-    "index_high", "total_effect", "use_share", "agreement" = share of resamples with the same verdict; what was not measured is
+    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "agreement" = share of resamples with the same verdict; what was not measured is
     left out.
     """
 
@@ -101,15 +102,14 @@ def judge(
         if indices and "index" in verdict.evidence:
             verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
             verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
-            if verdict.kind == "under-used" and verdict.evidence["index_high"] >= thresholds.under:
-                found[position] = replace(verdict, kind="relied on")
+            found[position] = replace(verdict, kind=kind_of(verdict.evidence, thresholds))
     return found
 
 
 def _judged(
     scores: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], thresholds: Thresholds
 ) -> list[ModalityVerdict]:
-    chance, span = whole["chance"], whole["all"] - whole["chance"]
+    chance = whole["chance"]
     # The network of the probe can be too weak for a modality that the fused model reads well.
     ability = {name: max(s.get("alone", s["only"]), s["only"]) - chance for name, s in scores.items()}
     total = sum(max(a, 0.0) for a in ability.values())
@@ -122,21 +122,29 @@ def _judged(
             evidence["loss"] = (whole["all"] - s["shuffled"]) / a
             if used > 0:
                 evidence["index"] = (s["shapley"] / used) / (a / total)
-        error = whole.get("chance_error", 0.0)
-        kind = "undecided" if span <= 2 * error else _kind(evidence, span, error, thresholds)
-        verdicts.append(ModalityVerdict(name, kind, evidence))
+        evidence["chance_error"] = whole.get("chance_error", 0.0)
+        verdicts.append(ModalityVerdict(name, kind_of(evidence, thresholds), evidence))
     return verdicts
 
 
-def _kind(e: Mapping[str, float], span: float, chance_error: float, t: Thresholds) -> str:
-    carries = e["ability"] > max(t.signal * span, 2 * max(e.get("alone_error", 0.0), chance_error))
-    if not carries:
+def carries(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> bool:
+    """Whether a modality says something by itself, by its evidence."""
+    error = max(e.get("alone_error", 0.0), e.get("chance_error", 0.0))
+    return e["ability"] > max(t.signal * (e["all"] - e["chance"]), 2 * error)
+
+
+def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
+    """The kind that the evidence of a verdict gives."""
+    span, chance_error = e["all"] - e["chance"], e.get("chance_error", 0.0)
+    if span <= 2 * chance_error:
+        return "undecided"
+    if not carries(e, t):
         if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
             return "relied on"  # it helps only beside others
         return "misleading" if e["total_effect"] > t.effect else "uninformative"
     if e["loss"] <= t.loss and (e["index"] <= t.index or e["total_effect"] <= t.still):
         return "collapsed"
-    return "under-used" if e["index"] < t.under else "relied on"
+    return "under-used" if e.get("index_high", e["index"]) < t.under else "relied on"
 
 
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:

@@ -140,10 +140,17 @@ def test_the_page_in_a_browser(found: Diagnosis, tmp_path, width: int) -> None:
 
 
 def browse(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --enable-logging=stderr --disable-quic --no-first-run --disable-sync "
-        "--disable-background-networking --disable-component-update"
-    ).split()
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     resolve = "--host-resolver-rules=MAP * ~NOTFOUND"
     command = [BROWSER, *quiet, resolve, f"--user-data-dir={folder / 'profile'}", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
