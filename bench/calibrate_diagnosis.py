@@ -47,7 +47,9 @@ SETS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 """Name here -> data set, options, the modalities that are kept (none: all)."""
 SETTING = ("mfeat", "avmnist", "diabetes130", "eicu_demo")
 FUSIONS = ("concat", "late", "transformer")
-EPOCHS, TRAIN_ROWS, TEST_ROWS, DROPOUT = 12, 2500, 1500, 0.5
+ROWS = {"diabetes130": (8000, 4000, 4)}
+"""Rows of the train and the test part at most, and epochs, where they are not these: a weak signal needs more rows."""
+USUAL, DROPOUT = (2500, 1500, 12), 0.5
 
 
 class Job(NamedTuple):
@@ -77,7 +79,7 @@ def load(name: str, seed: int) -> MultimodalDataset:
     found = data.load(source, **options)
     found = found.keep(list(kept)) if kept else found
     random, chosen = torch.Generator().manual_seed(seed), []
-    for part, most in ((0, TRAIN_ROWS), (1, 500), (2, TEST_ROWS)):
+    for part, most in ((0, ROWS.get(name, USUAL)[0]), (1, 500), (2, ROWS.get(name, USUAL)[1])):
         rows = torch.nonzero(found.split == part).flatten()
         chosen.append(rows[torch.randperm(len(rows), generator=random)[:most]].sort().values)
     rows = torch.cat(chosen)
@@ -128,19 +130,20 @@ def fit(dataset: MultimodalDataset, config: TrainConfig, seed: int) -> Multimoda
 
 def measure(job: Job, known: dict[tuple[str, int], tuple[MultimodalDataset, UnimodalModels]]) -> dict[str, Any]:
     """Train one model and diagnose it twice."""
+    epochs = ROWS.get(job.data, USUAL)[2]
     if (job.data, job.seed) not in known:
         known.clear()
         dataset = load(job.data, job.seed)
-        config = TrainConfig(epochs=EPOCHS, batch_size=64)
+        config = TrainConfig(epochs=epochs, batch_size=64)
         known[job.data, job.seed] = dataset, train_unimodal(dataset, config, seed=job.seed, fingerprint="")
     dataset, unimodal = known[job.data, job.seed]
     random = np.random.default_rng([job.seed, FUSIONS.index(job.fusion), list(SETS).index(job.data)])
     modality = str(random.choice(dataset.modalities))
-    config = TrainConfig(epochs=EPOCHS, fusion=job.fusion, modality_dropout=DROPOUT if job.dropout else 0.0)  # type: ignore[arg-type]
+    config = TrainConfig(epochs=epochs, fusion=job.fusion, modality_dropout=DROPOUT if job.dropout else 0.0)  # type: ignore[arg-type]
     trained_on = dataset if job.planted == "healthy" else plant(dataset, modality, job.planted, job.seed)
     judged = trained_on if job.planted == "noise" else dataset
     if job.planted == "noise":  # what the noise allows by itself
-        alone = train_unimodal(judged.keep([modality]), TrainConfig(epochs=EPOCHS, batch_size=64), seed=job.seed,
+        alone = train_unimodal(judged.keep([modality]), TrainConfig(epochs=epochs, batch_size=64), seed=job.seed,
                                fingerprint="")  # fmt: skip
         unimodal = UnimodalModels(unimodal.models | alone.models, unimodal.scores | alone.scores, {})
     adapter = RunAdapter(fit(trained_on, config, job.seed), unimodal)

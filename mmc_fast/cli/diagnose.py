@@ -48,8 +48,7 @@ def run_diagnose(
     if run is not None:
         if weights is not None:
             raise InputError("diagnose: --weights belongs to --adapter; a run has its own")
-        model, loader, training, metric = _run_parts(run, data, part, given)
-        settings = {"metric": metric} | dict(settings)
+        model, loader, training = _run_parts(run, data, part, given)
         state = state or run / f"diagnose-{part}.state"
     else:
         if weights is None or data is None or adapter is None:
@@ -72,15 +71,15 @@ def _parts(data: str, part: str, options: dict[str, Any]) -> tuple[Any, Any]:
     return dataset.part(part), dataset.part("train") if part != "train" else None
 
 
-def _run_parts(run: Path, data: str | None, part: str, options: dict[str, Any]) -> tuple[Any, Any, Any, str]:
-    """A finished run, its parts as in :func:`_parts`, and the metric of its data."""
+def _run_parts(run: Path, data: str | None, part: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A finished run and its parts as in :func:`_parts`."""
     from mmc_fast.experiments.training import load_run
 
     from .evaluate import dataset_of
 
     loaded = load_run(run)
     dataset = dataset_of(loaded.results, data, options)
-    return loaded, dataset.part(part), dataset.part("train") if part != "train" else None, dataset.metric
+    return loaded, dataset.part(part), dataset.part("train") if part != "train" else None
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:

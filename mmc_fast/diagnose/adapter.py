@@ -35,7 +35,7 @@ class Adapter(Protocol):
       activations gets exact numbers for each layer and neuron from the fast AGOP.
     - ``represent(features) -> Tensor [B, r]``: the fused representation, where there is no such chain.
     - ``latents(batch) -> {name: [B, k]}``: representations that should not tell their modality, NaN where one is absent.
-    - ``model``: the ``nn.Module`` whose training mode is checked.
+    - ``metric``: the score where the options name none. ``model``: the ``nn.Module`` whose training mode is checked.
     - ``unimodal_weights``: modality -> ``[h_i, d_i]`` of unimodal models, where the options give none.
     """
 

@@ -18,6 +18,7 @@ from .absence import Condition, Remover, conditions_of, draws_for
 from .adapter import Adapter, flat
 from .collect import Collector, Reservoir, checked_features
 from .groups import stream
+from .measures.reliance import MAX_MODALITIES
 from .options import DiagnoseOptions
 from .predictions import ConditionScores
 from .subsets import SubsetRows
@@ -168,9 +169,12 @@ def second_pass(
             outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}
         places = torch.randint(collector.groups, (rows,), generator=stream(collector.seed, "scores", index))
         scores.add(index, outputs, labels, places)
-        answers.add(
-            index, {int(n[10:]): y for (n, draw), y in outputs.items() if n[:10] == "coalition." and not draw}, labels
-        )
+        if o.agop and len(collector.widths) <= MAX_MODALITIES:
+            answers.add(
+                index,
+                {int(n[10:]): y for (n, draw), y in outputs.items() if n[:10] == "coalition." and not draw},
+                labels,
+            )
         report("score", index + 1, batches.total)
         if stored.due():
             parts = {"scores": scores.to_state(), "answers": answers.to_state(), "scored": index + 1}

@@ -77,6 +77,8 @@ def diagnose(
     """
     o = (options or DiagnoseOptions()).override(overrides)
     adapter = adapter_of(model)
+    if o.metric is None:
+        o = o.override({"metric": getattr(adapter, "metric", None)})
     model_of(adapter)
     if probe_data is None:
         probe_data = training_batches(loader)
@@ -106,7 +108,7 @@ def diagnose(
         bound = weights.collision_bound(list(collector.widths.values()))
         if bound.warning:
             notes.append(f"Collision bound: {bound.warning}.")
-    if answers is not None:
+    if answers is not None and o.agop:
         more, tables = answers.measures(o.resamples, o.level)
         measures |= more
         arrays |= tables
@@ -134,7 +136,7 @@ def _further(
 ) -> int | None:  # fmt: skip
     """What the kept rows and the first batches tell besides; returns the rows of EMAP, if asked for."""
     classes = scores is not None and scores.task.kind == "classes"
-    if classes:
+    if classes and o.agop:
         information_measures(measures, arrays, notes, collector)
     if o.utilisation and classes:
         utilisation_measures(measures, notes, collector, o.seed)

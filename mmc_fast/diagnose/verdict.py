@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "judge", "overall"]
+__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "carries", "judge", "kind_of", "overall"]
 
 KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
 
@@ -20,8 +20,9 @@ class Thresholds:
 
     signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
     standard error.
-    loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
-    under: it is under-used where its use over its ability is below this.
+    loss, index, still: it has collapsed where at most ``loss`` of its ability is lost when it is resampled, and its use over its
+    ability is at most ``index`` or its total effect at most ``still``.
+    under: it is under-used where its use over its ability is below this, with the whole interval.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -29,6 +30,7 @@ class Thresholds:
     signal: float = 0.05
     loss: float = 0.05
     index: float = 0.1
+    still: float = 0.001
     under: float = 0.3
     effect: float = 0.1
     entropy: float = 0.15
@@ -47,7 +49,7 @@ class ModalityVerdict:
 
     ``evidence``: "all", "chance", "alone", "without", "only", "shuffled" (scores), "ability" = best of alone and only − chance,
     "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, with "index_low" and
-    "index_high", "total_effect", "use_share", "agreement" = share of resamples with the same verdict; what was not measured is
+    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "agreement" = share of resamples with the same verdict; what was not measured is
     left out.
     """
 
@@ -100,13 +102,14 @@ def judge(
         if indices and "index" in verdict.evidence:
             verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
             verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
+            found[position] = replace(verdict, kind=kind_of(verdict.evidence, thresholds))
     return found
 
 
 def _judged(
     scores: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], thresholds: Thresholds
 ) -> list[ModalityVerdict]:
-    chance, span = whole["chance"], whole["all"] - whole["chance"]
+    chance = whole["chance"]
     # The network of the probe can be too weak for a modality that the fused model reads well.
     ability = {name: max(s.get("alone", s["only"]), s["only"]) - chance for name, s in scores.items()}
     total = sum(max(a, 0.0) for a in ability.values())
@@ -119,21 +122,29 @@ def _judged(
             evidence["loss"] = (whole["all"] - s["shuffled"]) / a
             if used > 0:
                 evidence["index"] = (s["shapley"] / used) / (a / total)
-        error = whole.get("chance_error", 0.0)
-        kind = "undecided" if span <= 2 * error else _kind(evidence, span, error, thresholds)
-        verdicts.append(ModalityVerdict(name, kind, evidence))
+        evidence["chance_error"] = whole.get("chance_error", 0.0)
+        verdicts.append(ModalityVerdict(name, kind_of(evidence, thresholds), evidence))
     return verdicts
 
 
-def _kind(e: Mapping[str, float], span: float, chance_error: float, t: Thresholds) -> str:
-    carries = e["ability"] > max(t.signal * span, 2 * max(e.get("alone_error", 0.0), chance_error))
-    if not carries:
+def carries(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> bool:
+    """Whether a modality says something by itself, by its evidence."""
+    error = max(e.get("alone_error", 0.0), e.get("chance_error", 0.0))
+    return e["ability"] > max(t.signal * (e["all"] - e["chance"]), 2 * error)
+
+
+def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
+    """The kind that the evidence of a verdict gives."""
+    span, chance_error = e["all"] - e["chance"], e.get("chance_error", 0.0)
+    if span <= 2 * chance_error:
+        return "undecided"
+    if not carries(e, t):
         if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
             return "relied on"  # it helps only beside others
         return "misleading" if e["total_effect"] > t.effect else "uninformative"
-    if e["index"] <= t.index and e["loss"] <= t.loss:
+    if e["loss"] <= t.loss and (e["index"] <= t.index or e["total_effect"] <= t.still):
         return "collapsed"
-    return "under-used" if e["index"] < t.under else "relied on"
+    return "under-used" if e.get("index_high", e["index"]) < t.under else "relied on"
 
 
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:

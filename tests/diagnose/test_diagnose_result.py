@@ -16,7 +16,7 @@ from diagnose_models import example
 from matplotlib.axes import Axes
 
 import mmc_fast
-from mmc_fast.diagnose import Diagnosis, diagnose
+from mmc_fast.diagnose import THRESHOLDS, Diagnosis, diagnose
 from mmc_fast.diagnose.groups import draw_weights
 from mmc_fast.diagnose.plot import PLOTS
 from mmc_fast.diagnose.verdict import KINDS
@@ -219,6 +219,8 @@ def test_the_document_names_every_measure(found: Diagnosis) -> None:
         assert general in listed or any(ending == "." + name.lstrip(".") for name in listed), measure
     for kind in (*PLOTS, *KINDS):
         assert kind in DOCUMENT, kind
+    for name, value in vars(THRESHOLDS).items():
+        assert f"{name} {value:g}" in DOCUMENT, name
 
 
 class Rescaled:

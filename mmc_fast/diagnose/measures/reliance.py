@@ -158,11 +158,14 @@ def _fitted(
     centre, spread = (y[train].mean(0), y[train].std(0) + 1e-12) if numbers else (0.0, 1.0)
     for start in range(_NETWORKS):
         kind = MLPRegressor if numbers else MLPClassifier
-        network = kind((hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start)
+        network = kind(
+            hidden_layer_sizes=(hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             if numbers:
-                network.fit(x[train], (y[train] - centre) / spread)
+                target = (y[train] - centre) / spread
+                network.fit(x[train], target[:, 0] if target.shape[1] == 1 else target)
                 found += network.predict(x[test]).reshape(len(test), -1) * spread + centre
             else:
                 network.fit(x[train], y[train])

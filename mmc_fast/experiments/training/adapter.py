@@ -20,11 +20,13 @@ class RunAdapter:
 
     The features are what the fusion receives: with EBR heads the recovered ones, substituted where a modality is absent. With
     ``present`` the model handles absent modalities by its own rule, and answers with the class shares where nothing is left.
-    ``unimodal_models``: those of the run; their first layers ``[h_i, d_i]`` are the unimodal weights.
+    ``metric``: the score of its data. ``unimodal_models``: those of the run; their first layers ``[h_i, d_i]`` are the unimodal weights.
     """
 
-    def __init__(self, model: MultimodalModel, unimodal_models: UnimodalModels | None = None) -> None:
-        self.model = model.eval()
+    def __init__(
+        self, model: MultimodalModel, unimodal_models: UnimodalModels | None = None, metric: str | None = None
+    ) -> None:
+        self.model, self.metric = model.eval(), metric
         self.unimodal_weights: dict[str, Tensor] | None = None
         if unimodal_models is not None:
             self.unimodal_models = unimodal_models

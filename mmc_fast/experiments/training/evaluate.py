@@ -192,7 +192,9 @@ def _reliance(
     """The measurement of :func:`mmc_fast.diagnose` on the same rows, without AGOP and probes."""
     known = {} if unimodal is None else _alone(rows, metric, unimodal, found)
     nothing = {"alone": None, "alone_rows": 0}
+    was_training = model.training
     d = diagnose(RunAdapter(model, unimodal), rows, metric=metric, agop=False, probes=False)
+    model.train(was_training)
     result: dict[str, Any] = {}
     for i, verdict in enumerate(d.verdicts):
         name = verdict.modality

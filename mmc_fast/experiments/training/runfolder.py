@@ -247,7 +247,7 @@ class LoadedRun:
 
     def as_adapter(self) -> RunAdapter:
         """The run as :func:`mmc_fast.diagnose` takes it, with its unimodal models."""
-        return RunAdapter(self.model, self.unimodal)
+        return RunAdapter(self.model, self.unimodal, self.results["data"]["metric"])
 
 
 def load_run(run_dir: str | Path) -> LoadedRun:

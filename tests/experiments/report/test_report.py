@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mmc_fast.diagnose.figures import VARIABLES, Line, lines
-from mmc_fast.diagnose.verdict import verdicts_from_scores
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.report import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare, table_rows
@@ -24,7 +23,13 @@ from mmc_fast.experiments.report.sections import (
     settings_section,
     summary_section,
 )
-from mmc_fast.experiments.report.words import collapse_sentence, collapse_summary, comparison_words, game_words
+from mmc_fast.experiments.report.words import (
+    collapse_summary,
+    collapse_words,
+    comparison_words,
+    game_words,
+    reliance_verdicts,
+)
 
 RATES = (0.0, 0.2, 0.5)
 LABELS = np.random.default_rng(0).integers(0, 4, 600)
@@ -80,7 +85,9 @@ def comparison_of(quality: dict[str, float]) -> Comparison:
     )
 
 
-def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None) -> dict:
+def run(
+    method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None, faint: str = "collapsed"
+) -> dict:
     """A results object of the documented layout."""
     game = {
         "fresh_discriminator": {"balanced_accuracy": fresh, "chance": 0.5},
@@ -110,8 +117,8 @@ def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label:
             "complete": 0.9 + 0.01 * seed,
             "missing": [{"rate": r, "realised": [r, r / 2], "score": 0.9 - r} for r in RATES[1:]],
             "reliance": {
-                "strong": {"alone": 0.88, "without": 0.5, "only": 0.85},
-                "faint": {"alone": 0.6, "without": 0.9, "only": only},
+                "strong": modality("relied on", alone=0.88, without=0.5, only=0.85, shuffled=0.45, index=1.4),
+                "faint": modality(faint, alone=0.6, without=0.9, only=only, shuffled=0.91, index=0.02),
             },
         },
     }
@@ -121,34 +128,48 @@ def toy_runs(**changes) -> list[dict]:
     return [run(method, seed, **changes) for method in ("vanilla", "dropout", "ebr") for seed in (2, 0, 1)]
 
 
+def modality(kind: str, **scores: float) -> dict:
+    evidence = scores | {"all": 0.91, "chance": 0.25, "ability": scores["alone"] - 0.25, "total_effect": 0.2}
+    return scores | {"verdict": kind, "evidence": evidence}
+
+
 # What is said
 
 
 def test_a_model_at_chance_gives_no_verdict():
-    runs = [run("vanilla", 0)]
-    runs[0]["scores"]["complete"] = 0.2
-    assert "not above chance" in collapse_summary(group_runs(runs)[0], "vanilla", 0.25)
+    runs = [run("vanilla", 0, faint="undecided")]
+    runs[0]["scores"]["reliance"]["strong"]["verdict"] = "undecided"
+    assert "cannot be judged" in collapse_summary(group_runs(runs)[0], "vanilla")
 
 
 def test_collapse_is_named_with_its_numbers_and_only_when_it_is_there():
     (collapsed,) = group_runs(toy_runs())
-    text = collapse_summary(collapsed, "vanilla", 0.25)
-    assert "**faint** collapsed" in text
+    text = collapse_summary(collapsed, "vanilla")
+    assert "faint has collapsed" in text
     assert "strong" not in text
-    for number in ("0.600 alone", "0.900 without", "0.910 with it", "0.300 when"):
+    for number in (
+        "reaches 0.600",
+        "chance 0.250",
+        "scores 0.910",
+        "0.910 with the faint of other samples",
+        "3 of 3 runs",
+    ):
         assert number in text
-    (healthy,) = group_runs(toy_runs(only=0.55))
-    assert "no modality collapsed" in collapse_summary(healthy, "vanilla", 0.25)
+    (healthy,) = group_runs(toy_runs(faint="relied on"))
+    assert "no modality collapsed" in collapse_summary(healthy, "vanilla")
 
 
-def test_modality_dropout_is_the_control():
-    scores = {"faint": {"alone": 0.6, "without": 0.9, "only": 0.3}}
-    (verdict,) = verdicts_from_scores(scores, complete=0.9, chance=0.25)
-    assert verdict.kind == "collapsed"
-    plain = collapse_sentence(verdict, "vanilla")
-    assert all(number in plain for number in ("0.600", "0.900", "0.300", "0.250"))
-    assert "The signal is there" in collapse_sentence(verdict, "vanilla", trained_with_masks=0.58)
-    assert "does not bring it back" in collapse_sentence(verdict, "vanilla", trained_with_masks=0.31)
+def test_the_verdict_of_a_method_is_that_of_most_runs():
+    runs = toy_runs()
+    for kind, expected, same in (("under-used", "collapsed", 2), ("uninformative", "undecided", 1)):
+        runs[0 if same == 2 else 1]["scores"]["reliance"]["faint"]["verdict"] = kind
+        verdict = {v.modality: v for v in reliance_verdicts(group_runs(runs)[0], "vanilla")}["faint"]
+        assert (verdict.kind, verdict.evidence["same"], verdict.evidence["runs"]) == (expected, same, 3)
+    (grouped,) = group_runs(toy_runs())
+    for entry in toy_runs(faint="relied on")[3:6]:
+        grouped.methods["dropout"][entry["seed"]]["scores"]["reliance"] = entry["scores"]["reliance"]
+    (words,) = collapse_words(grouped, "vanilla", "dropout")
+    assert words.endswith("Trained with modality dropout it is relied on.")
 
 
 def test_words_on_ebr_follow_the_sign_of_the_difference():
@@ -250,7 +271,7 @@ def full_page() -> str:
     (runs,) = group_runs(toy_runs())
     comparison = comparison_of({"vanilla": 0.7, "dropout": 0.72, "ebr": 0.8})
     report = Report("Toy", "A **lead**.", "made by a test")
-    report.add_section(summary_section([runs], [comparison], [0.25], base="vanilla", focus=["ebr"]))
+    report.add_section(summary_section([runs], [comparison], base="vanilla", focus=["ebr"]))
     report.add_section(results_section(runs, comparison, 0.25, base="vanilla", focus=["ebr"], masked="dropout"))
     report.add_section(game_section([runs], focus=["ebr"]))
     configs = {m: runs.methods[m][0]["config"] for m in runs.methods}
@@ -365,7 +386,7 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     assert f"{expected[0]:.3f} to {expected[-1]:.3f}" in rates.alt
     reliance = draw_reliance(runs, "vanilla", 0.25)
     heights = [round(bar.get_height(), 3) for bar in reliance.canvas.axes[0].patches]
-    assert heights == [0.88, 0.6, 0.5, 0.9, 0.85, 0.3]
-    assert "faint alone 0.600, without 0.900, only 0.300" in reliance.alt
+    assert heights == [0.88, 0.6, 0.45, 0.91, 0.85, 0.3]
+    assert "faint alone 0.600, shuffled 0.910, only 0.300" in reliance.alt
     reliance.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
