@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -18,9 +19,9 @@ from .verdict import ModalityVerdict, overall
 __all__ = ["build_page", "measures_csv", "overview", "top_line"]
 
 PLAIN = {
-    "relied on": "used about as much as it could give",
-    "under-used": "it could give more than the model takes",
-    "collapsed": "it could help, and the model does not use it",
+    "relied on": "with that of other samples the score is {shuffled:.3g} instead of {all:.3g}",
+    "under-used": "alone it reaches {able:.3g}, and the model takes little of it",
+    "collapsed": "alone it reaches {able:.3g}, and the model does not use it",
     "uninformative": "it carries nothing here and is not used",
     "misleading": "it carries nothing, yet it moves the outputs",
     "undecided": "these numbers do not tell",
@@ -164,7 +165,8 @@ def _sentence(verdict: ModalityVerdict) -> Cell:
     if e.get("agreement", 1.0) < 0.95:
         notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
     accused = verdict.kind in ("collapsed", "misleading")
-    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind]}", accused, "; ".join(notes))
+    able = max(e.get(key, -math.inf) for key in ("alone", "only"))
+    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind].format(**e, able=able)}", accused, "; ".join(notes))
 
 
 def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
@@ -177,8 +179,6 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
         value, note = able - chance, f"score {able:.3g}"
     elif title == "use":
         value = d.value(f"shapley.{name}")
-        shuffled = d.measures.get(f"shuffled.{name}")
-        note = "" if shuffled is None or shuffled.value is None else f"shuffled {shuffled.value:.3g}"
     elif title == "need":
         value = d.value(f"need.{name}")
         without = d.value(f"retrained_without.{name}")
