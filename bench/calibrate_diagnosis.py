@@ -16,6 +16,7 @@ by the features of other samples. Thresholds were set on the even seeds of the d
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,9 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
-from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose import THRESHOLDS, diagnose
+from mmc_fast.diagnose.verdict import Thresholds, carries, kind_of
 from mmc_fast.experiments import data
 from mmc_fast.experiments.data import MultimodalDataset
 from mmc_fast.experiments.training.adapter import RunAdapter
@@ -174,6 +177,53 @@ def main() -> None:
             if arguments.rows:
                 with arguments.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([job, done[job]]) + "\n")
+    table = judged(done)
+    for line in table:
+        print(", ".join(f"{key} {value}" for key, value in line.items()))
+    if arguments.csv:
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+
+
+def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[dict[str, Any]]:
+    """Rates of right and wrong verdicts with exact 95 % intervals (Clopper and Pearson), for both halves and absences."""
+    table = []
+    for half in ("setting", "judging"):
+        chosen = {j: r for j, r in done.items() if (j.data in SETTING and j.seed % 2 == 0) == (half == "setting")}
+        for absence in ("model", "resample"):
+            healthy = [e for j, r in chosen.items() if j.planted == "healthy" for e in r[absence].values()]
+            kinds = [kind_of(e, thresholds) for e in healthy]
+            table += [
+                _rate(
+                    half, absence, "healthy: collapsed or misleading", [k in ("collapsed", "misleading") for k in kinds]
+                ),
+                _rate(half, absence, "healthy: under-used", [k == "under-used" for k in kinds]),
+                _rate(half, absence, "healthy: undecided", [k == "undecided" for k in kinds]),
+            ]
+            lost = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "collapsed"]
+            kinds = [kind_of(e, thresholds) for e in lost if carries(e, thresholds)]
+            table.append(_rate(half, absence, "shuffled in training: collapsed", [k == "collapsed" for k in kinds]))
+            noise = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "noise"]
+            kinds = [kind_of(e, thresholds) for e in noise]
+            table += [
+                _rate(
+                    half,
+                    absence,
+                    "noise: uninformative or misleading",
+                    [k in ("uninformative", "misleading") for k in kinds],
+                ),
+                _rate(half, absence, "noise: misleading", [k == "misleading" for k in kinds]),
+            ]
+    return table
+
+
+def _rate(half: str, absence: str, what: str, hits: list[bool]) -> dict[str, Any]:
+    low, high = stats.binomtest(sum(hits), len(hits)).proportion_ci() if hits else (0.0, 1.0)
+    share = sum(hits) / len(hits) if hits else float("nan")
+    found = {"half": half, "absence": absence, "verdict": what, "count": sum(hits), "of": len(hits)}
+    return found | {"share": f"{share:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}"}
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def coalitions_scored(m: int) -> list[int]:
 
 
 def conditions_of(m: int, absence: str, draws: int) -> dict[str, list[Condition]]:
-    """What is scored: "coalition.C" for each coalition C (bits), "shuffled.I" for modality I resampled alone.
+    """What is scored: "coalition.C" for each coalition C (bits), "shuffled.I" for modality I resampled alone, and "resampled.C",
+    the coalitions with other samples in place of what is absent, whatever ``absence`` is.
 
     Their scores are means over draws. Without any modality a model's own mask leaves nothing to ask, so that coalition is missing
     there and counts as chance.
@@ -91,6 +92,9 @@ def conditions_of(m: int, absence: str, draws: int) -> dict[str, list[Condition]
         found[f"coalition.{c}"] = [Condition(_members(c, m), absence, draw) for draw in range(count)]
     for i in range(m):
         found[f"shuffled.{i}"] = [Condition(_members(full ^ 1 << i, m), "resample", draw) for draw in range(draws)]
+    for c in coalitions_scored(m):
+        count = 1 if c == full else draws
+        found[f"resampled.{c}"] = [Condition(_members(c, m), "resample", draw) for draw in range(count)]
     return found
 
 

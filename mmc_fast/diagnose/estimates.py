@@ -139,20 +139,27 @@ def reliance_measures(
     full = (1 << m) - 1
     coalition = {c: found.get(f"coalition.{c}", chance) for c in coalitions_scored(m)}
     measures = {"score.all": coalition[full], "score.none": coalition[0], "score.chance": chance}
-    if m <= MAX_MODALITIES:
-        values = shapley_values(np.stack([coalition[c] for c in range(full + 1)]))
-    else:  # the first and the last of the marginal contributions that a Shapley value averages
-        bits = [1 << i for i in range(m)]
-        values = np.stack([(coalition[b] - coalition[0] + coalition[full] - coalition[full ^ b]) / 2 for b in bits])
+    values = _shares(coalition, m)
+    resampled = _shares({c: found[f"resampled.{c}"] for c in coalition}, m)
     for i, name in enumerate(names):
         measures[f"without.{name}"] = coalition[full ^ 1 << i]
         measures[f"only.{name}"] = coalition[1 << i]
         measures[f"shuffled.{name}"] = found[f"shuffled.{i}"]
         measures[f"shapley.{name}"] = values[i]
+        measures[f"resampled_shapley.{name}"] = resampled[i]
         measures[f"total_effect.{name}"] = effects[f"shuffled.{i}"]
         if f"alone.{name}" in found:
             measures[f"alone.{name}"] = found[f"alone.{name}"]
     return measures
+
+
+def _shares(coalition: Mapping[int, np.ndarray], m: int) -> np.ndarray:
+    """Shapley values ``[m, R]``; of many modalities the mean of the first and the last of the contributions that they average."""
+    full = (1 << m) - 1
+    if m <= MAX_MODALITIES:
+        return shapley_values(np.stack([coalition[c] for c in range(full + 1)]))
+    bits = [1 << i for i in range(m)]
+    return np.stack([(coalition[b] - coalition[0] + coalition[full] - coalition[full ^ b]) / 2 for b in bits])
 
 
 def interval(

@@ -253,7 +253,7 @@ def _limits(name: str) -> tuple[float, float]:
     """What a measure can be."""
     if name.startswith("total_effect"):
         return 0.0, math.inf
-    if name.startswith("shapley") or name.endswith("nfm_cosine"):
+    if name.startswith(("shapley", "resampled_shapley")) or name.endswith("nfm_cosine"):
         return -1.0, 1.0
     if name.endswith(("_rank", "_degree")):
         return 0.0, math.inf
@@ -307,7 +307,7 @@ def _given(alone: Mapping[str, float] | None, collector: Collector, probes: bool
     return given
 
 
-_SCORED = ("alone", "without", "only", "shuffled", "shapley", "total_effect")
+_SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect")
 
 
 def _verdicts(

@@ -20,18 +20,18 @@ class Thresholds:
 
     signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
     standard error.
-    loss, index, still: it has collapsed where at most ``loss`` of its ability is lost when it is resampled, and its use over its
-    ability is at most ``index`` or its total effect at most ``still``.
+    loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
     under: it is under-used where its use over its ability is below this, with the whole interval.
+    fair: nothing is said where the interval of the index holds both ``index`` and this.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
 
     signal: float = 0.05
-    loss: float = 0.05
-    index: float = 0.1
-    still: float = 0.001
+    loss: float = 0.1
+    index: float = 0.2
     under: float = 0.3
+    fair: float = 1.0
     effect: float = 0.1
     entropy: float = 0.15
 
@@ -48,7 +48,9 @@ class ModalityVerdict:
     - "misleading": it carries nothing, yet moves the outputs. "undecided": the numbers do not tell.
 
     ``evidence``: "all", "chance", "alone", "without", "only", "shuffled" (scores), "ability" = best of alone and only − chance,
-    "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, with "index_low" and
+    "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, where use is
+    "resampled_shapley" (other samples in place of what is absent: what a model answers to a single modality by its own mask may be right
+    by accident), with "index_low" and
     "index_high", "total_effect", "use_share", "alone_error", "chance_error", "agreement" = share of resamples with the same verdict; what was not measured is
     left out.
     """
@@ -87,7 +89,7 @@ def judge(
     """One verdict per modality.
 
     Args:
-        scores: modality -> "only", "without", "shuffled", "shapley", "total_effect", where known "alone" and "alone_error".
+        scores: modality -> "only", "without", "shuffled", "resampled_shapley", "total_effect", where known "alone" and "alone_error".
         whole: "all", "chance", "chance_error" (of a model without knowledge on as many samples).
         draws: the same two in the resamples of the samples; they give the interval of the index and the agreement.
     """
@@ -113,7 +115,7 @@ def _judged(
     # The network of the probe can be too weak for a modality that the fused model reads well.
     ability = {name: max(s.get("alone", s["only"]), s["only"]) - chance for name, s in scores.items()}
     total = sum(max(a, 0.0) for a in ability.values())
-    used = sum(max(s["shapley"], 0.0) for s in scores.values())
+    used = sum(max(s["resampled_shapley"], 0.0) for s in scores.values())
     verdicts = []
     for name, s in scores.items():
         a = ability[name]
@@ -121,7 +123,7 @@ def _judged(
         if a > 0:
             evidence["loss"] = (whole["all"] - s["shuffled"]) / a
             if used > 0:
-                evidence["index"] = (s["shapley"] / used) / (a / total)
+                evidence["index"] = (s["resampled_shapley"] / used) / (a / total)
         evidence["chance_error"] = whole.get("chance_error", 0.0)
         verdicts.append(ModalityVerdict(name, kind_of(evidence, thresholds), evidence))
     return verdicts
@@ -141,8 +143,11 @@ def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
     if not carries(e, t):
         if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
             return "relied on"  # it helps only beside others
-        return "misleading" if e["total_effect"] > t.effect else "uninformative"
-    if e["loss"] <= t.loss and (e["index"] <= t.index or e["total_effect"] <= t.still):
+        error = max(e.get("alone_error", 0.0), chance_error)
+        return "misleading" if e["total_effect"] > t.effect and e["ability"] <= error else "uninformative"
+    if e.get("index_low", math.inf) <= t.index and e.get("index_high", 0.0) > t.fair:
+        return "undecided"
+    if e["loss"] <= t.loss and e["index"] <= t.index:
         return "collapsed"
     return "under-used" if e.get("index_high", e["index"]) < t.under else "relied on"
 
