@@ -103,8 +103,8 @@ class Collector:
         beyond = beyond_features(features, logits, self.adapter)
         if beyond > 1e-3:
             self.notes.append(
-                f"{beyond:.1%} of the outputs' variance follows the batch and not the named features (masks, positions, inputs "
-                "that go past the modules); that part is of no modality here."
+                f"{beyond:.1%} of the outputs' variance follows the batch and not the named features (absent modalities, "
+                "masks, inputs that go past the modules); that part is of no modality here."
             )
         self.outputs = logits.shape[1]
         self.task = Task.of(self.adapter, batch, self.outputs, self.metric)

@@ -228,7 +228,7 @@ class _Writer:
 def fragment(text: str, table: Table) -> str:
     """A line of text and a table with its bars as HTML that carries its own style, for a notebook."""
     style = (
-        ".mmc td,.mmc th{text-align:right;vertical-align:top;padding:.3em .6em}.mmc td:last-child,.mmc th:first-child{text-align:left}"
+        ".mmc td,.mmc th{text-align:right;vertical-align:top;padding:.3em .6em}.mmc td:last-child,.mmc th:first-child,.mmc th:last-child{text-align:left}"
         ".mmc small{display:block;opacity:.7}.mmc figure{margin:0}.mmc .bar{display:block;width:5em;height:.5em;margin-left:auto;"
         "background:linear-gradient(#0072b2,#0072b2) 0 0/calc(100%*var(--v)) 100% no-repeat #8883}"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from .document import Block, Cell, Details, Downloads, Facts, Panels, Report, Section, Table, Text, signed
@@ -17,9 +19,9 @@ from .verdict import ModalityVerdict, overall
 __all__ = ["build_page", "measures_csv", "overview", "top_line"]
 
 PLAIN = {
-    "relied on": "used about as much as it could give",
-    "under-used": "it could give more than the model takes",
-    "collapsed": "it could help, and the model does not use it",
+    "relied on": "with that of other samples the score is {shuffled:.3g} instead of {all:.3g}",
+    "under-used": "alone it reaches {able:.3g}, and the model takes little of it",
+    "collapsed": "alone it reaches {able:.3g}, and the model does not use it",
     "uninformative": "it carries nothing here and is not used",
     "misleading": "it carries nothing, yet it moves the outputs",
     "undecided": "these numbers do not tell",
@@ -129,24 +131,15 @@ def top_line(d: DiagnosisData) -> str:
 
 def overview(d: DiagnosisData) -> Table:
     """The first screen: one row per modality with bars and the verdict in one plain sentence."""
-    verdicts = {v.modality: v for v in d.verdicts}
+    columns = {title: partial(_gain, d, title) for title in ("ability", "use", "need", "robustness")}
     if "score.all" not in d.measures:
         shares = {"use share": "use_share", "share of outputs": "output_share"}
-        shares = {title: key for title, key in shares.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
-        rows = [
-            [name, *(_share(d, f"{key}.{name}") for key in shares.values()), _sentence(verdicts[name])]
-            for name in d.modalities
-        ]
-        return Table(["modality", *shares, "verdict"], rows, cards=True)
-    rows = [
-        [
-            name,
-            *(_gain(d, title, name) for title in ("ability", "use", "need", "robustness")),
-            _sentence(verdicts[name]),
-        ]
-        for name in d.modalities
+        columns = {title: partial(_share, d, kind) for title, kind in shares.items() if _any(d, kind)}
+    verdicts = {v.modality: v for v in d.verdicts}
+    rows: list[list[Cell | str]] = [
+        [name, *(cell(name) for cell in columns.values()), _sentence(verdicts[name])] for name in d.modalities
     ]
-    return Table(["modality", "ability", "use", "need", "robustness", "verdict"], rows, cards=True)
+    return Table(["modality", *columns, "verdict"], rows, cards=True)
 
 
 def measures_csv(d: DiagnosisData) -> str:
@@ -172,7 +165,8 @@ def _sentence(verdict: ModalityVerdict) -> Cell:
     if e.get("agreement", 1.0) < 0.95:
         notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
     accused = verdict.kind in ("collapsed", "misleading")
-    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind]}", accused, "; ".join(notes))
+    able = max(e.get(key, -math.inf) for key in ("alone", "only"))
+    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind].format(**e, able=able)}", accused, "; ".join(notes))
 
 
 def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
@@ -185,8 +179,6 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
         value, note = able - chance, f"score {able:.3g}"
     elif title == "use":
         value = d.value(f"shapley.{name}")
-        shuffled = d.measures.get(f"shuffled.{name}")
-        note = "" if shuffled is None or shuffled.value is None else f"shuffled {shuffled.value:.3g}"
     elif title == "need":
         value = d.value(f"need.{name}")
         without = d.value(f"retrained_without.{name}")
@@ -199,13 +191,17 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
     return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
 
 
-def _share(d: DiagnosisData, name: str) -> Cell:
-    m = d.measures.get(name, Measure(None))
+def _share(d: DiagnosisData, kind: str, name: str) -> Cell:
+    m = d.measures.get(f"{kind}.{name}", Measure(None))
     return (
         Cell("–")
         if m.value is None
         else Cell(f"{m.value:.0%}", note="" if m.low is None else f"{m.low:.2f} to {m.high:.2f}", bar=m.value)
     )
+
+
+def _any(d: DiagnosisData, kind: str) -> bool:
+    return any(f"{kind}.{name}" in d.measures for name in d.modalities)
 
 
 def _details(d: DiagnosisData) -> list[Block]:
@@ -241,7 +237,7 @@ def _more(d: DiagnosisData) -> list[Block]:
             )
         )
     for titles, caption in MORE:
-        shown = {title: key for title, key in titles.items() if any(f"{key}.{n}" in d.measures for n in d.modalities)}
+        shown = {title: key for title, key in titles.items() if _any(d, key)}
         if shown:
             rows = [[n, *(str(d.measures.get(f"{key}.{n}", "–")) for key in shown.values())] for n in d.modalities]
             blocks.append(Table(["modality", *shown], rows, caption, cards=True))

@@ -78,7 +78,7 @@ class SubsetRows:
         moved = columns["moved"].double().numpy()
         counts = _resampled(len(moved), min(resamples, _MOST_RESAMPLES), self.seed)
         shares = output_shapley(moved.mean(0))
-        drawn = np.array([output_shapley(row) for row in counts @ moved / len(moved)]).reshape(-1, len(self.names))
+        drawn = np.array([output_shapley(row) for row in counts @ moved]).reshape(len(counts), len(self.names))
         measures = {f"output_share.{n}": _interval(shares[i], drawn[:, i], level) for i, n in enumerate(self.names)}
         if "label" not in columns:
             return measures, {}

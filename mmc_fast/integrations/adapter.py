@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -274,9 +275,12 @@ class ModelAdapter:
         with ExitStack() as stack:
             for module in dict.fromkeys(self._modules.values()):
                 mine = {self._runs[n] or 0: n for n, m in self._modules.items() if m is module and n in self._outputs}
-                replacement = _Replacement(module, lambda run, mine=mine: self._output(mine.get(run), features))
+                replacement = _Replacement(module, partial(self._run_of, mine, features))
                 stack.callback(replacement.remove)
             yield
+
+    def _run_of(self, mine: Mapping[int, str], features: Mapping[str, Tensor], run: int) -> Any:
+        return self._output(mine.get(run), features)
 
     def _output(self, name: str | None, features: Mapping[str, Tensor]) -> Any:
         """The recorded output of a modality with other features, made anew: the model may work in place on it."""

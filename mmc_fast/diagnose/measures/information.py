@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from mmc_fast.errors import InputError
 __all__ = ["Information", "Pid", "components", "distillation_margin", "gaussian_information", "gaussian_pid", "one_hot"]
 
 GROUPS = 16
+Moments = tuple[int, Tensor, list[Tensor]]
+"""Rows, covariance, columns of each part."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def gaussian_information(x: Tensor, y: Tensor) -> float:
     invertible linear map of x or of y, such as rescaling an encoder, changes nothing.
     """
     whole, _ = _moments(x, y)
-    return _information(*whole, [0], [1])
+    return _information(whole, [0], [1])
 
 
 def gaussian_pid(modality: Tensor, rest: Tensor, target: Tensor) -> Pid:
@@ -70,8 +71,8 @@ def gaussian_pid(modality: Tensor, rest: Tensor, target: Tensor) -> Pid:
     M and R one always has no unique part. Rescaling an encoder changes nothing.
     """
 
-    def parts(*moments: Any) -> list[float]:
-        own, other, both = (_information(*moments, inside, [2]) for inside in ([0], [1], [0, 1]))
+    def parts(moments: Moments) -> list[float]:
+        own, other, both = (_information(moments, inside, [2]) for inside in ([0], [1], [0, 1]))
         shared = min(own, other)
         return [shared, own - shared, other - shared, both - max(own, other)]
 
@@ -86,13 +87,13 @@ def distillation_margin(teacher: Tensor, student: Tensor, target: Tensor) -> Inf
     encoder changes nothing.
     """
 
-    def margin(*moments: Any) -> list[float]:
-        return [_information(*moments, [0], [1]) - _information(*moments, [1], [2])]
+    def margin(moments: Moments) -> list[float]:
+        return [_information(moments, [0], [1]) - _information(moments, [1], [2])]
 
     return _jackknife(margin, teacher, student, target)[0]
 
 
-def _moments(*parts: Tensor) -> tuple[Any, list[Any]]:
+def _moments(*parts: Tensor) -> tuple[Moments, list[Moments]]:
     """(rows, covariance, columns of each part) of all rows, and of all but each of 16 groups."""
     rows = len(parts[0])
     columns = sum(p.shape[1] for p in parts if p.dim() == 2)
@@ -112,7 +113,7 @@ def _moments(*parts: Tensor) -> tuple[Any, list[Any]]:
         ranges.append(torch.arange(start, start + p.shape[1]))
         start += p.shape[1]
 
-    def without(k: int | None) -> Any:
+    def without(k: int | None) -> Moments:
         n, total, gram = counts.sum(), sums.sum(0), grams.sum(0)
         if k is not None:
             n, total, gram = n - counts[k], total - sums[k], gram - grams[k]
@@ -121,8 +122,9 @@ def _moments(*parts: Tensor) -> tuple[Any, list[Any]]:
     return without(None), [without(k) for k in range(GROUPS)]
 
 
-def _information(n: int, covariance: Tensor, ranges: list[Tensor], left: list[int], right: list[int]) -> float:
+def _information(moments: Moments, left: list[int], right: list[int]) -> float:
     """Information between parts ``left`` and ``right``."""
+    n, covariance, ranges = moments
     a, b = (torch.cat([ranges[i] for i in side]) for side in (left, right))
     if not len(a) or not len(b):
         return 0.0
@@ -140,9 +142,9 @@ def _log_det(n: int, covariance: Tensor, chosen: Tensor) -> float:
     return float(value - bias)
 
 
-def _jackknife(numbers: Callable[..., Sequence[float]], *parts: Tensor) -> list[Information]:
+def _jackknife(numbers: Callable[[Moments], Sequence[float]], *parts: Tensor) -> list[Information]:
     """Numbers of all rows with the standard error ``√((K − 1) / K Σ_k (θ_k − θ̄)²)``, θ_k without group k."""
     whole, others = _moments(*parts)
-    left_out = torch.tensor([numbers(*moments) for moments in others], dtype=torch.float64)
+    left_out = torch.tensor([numbers(moments) for moments in others], dtype=torch.float64)
     error = ((GROUPS - 1) / GROUPS * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
-    return [Information(value, float(e)) for value, e in zip(numbers(*whole), error, strict=True)]
+    return [Information(value, float(e)) for value, e in zip(numbers(whole), error, strict=True)]

@@ -80,6 +80,16 @@ class RunAdapter:
         return self.model.class_prior.clamp(min=1e-12).log().to(torch.float32)
 
     @torch.no_grad()
+    def forward(self, batch: Part) -> Tensor:
+        """Logits of the model as training and evaluation call it, the class shares where nothing is present."""
+        model, present = self.model, batch.present.to(self.model.class_prior.device)
+        whole = bool(present.all())
+        source = None if whole or model.head is None else source_for(model, present)
+        features = [x.to(present.device) for x in batch.features]
+        logits = model(features, None if whole else present, source).logits
+        return torch.where(present.any(1)[:, None], logits, self._prior())
+
+    @torch.no_grad()
     def _unimodal(self, batch: Part) -> dict[str, Tensor]:
         """Log-probabilities of the unimodal models, the class shares where a modality is absent."""
         found = {}
