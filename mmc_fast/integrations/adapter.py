@@ -83,6 +83,8 @@ class ModelAdapter:
         self._outputs: dict[str, Any] = {}
         self._absent: dict[str, Tensor] = {}
         self._fill: dict[str, Tensor] = {}
+        self._received: dict[str, Tensor | None] = {}
+        self._shapes: dict[str, torch.Size] | None = None
         if absent is not None:
             self._take_away = absent
             self.fuse = self._fuse_present  # type: ignore[method-assign]
@@ -101,11 +103,13 @@ class ModelAdapter:
     @torch.no_grad()
     def encode(self, batch: Any) -> dict[str, Tensor]:
         """The features of a batch by modality, as the named modules return them."""
-        self._batch, self._outputs, self._absent = batch, {}, {}
+        self._batch, self._outputs, self._absent, self._received = batch, {}, {}, {}
         seen: dict[nn.Module, list[Any]] = {module: [] for module in self._modules.values()}
+        received: dict[nn.Module, list[Tensor | None]] = {module: [] for module in seen}
         with ExitStack() as stack:
             for module, outputs in seen.items():
                 _hook(stack, module.register_forward_hook(_keep(outputs)))
+                _hook(stack, module.register_forward_pre_hook(_keep_argument(received[module])))
             self._run()
         found: dict[str, Tensor | None] = {}
         for name, module in self._modules.items():
@@ -114,6 +118,7 @@ class ModelAdapter:
                 found[name] = None
                 continue
             self._outputs[name] = output
+            self._received[name] = received[module][self._runs[name] or 0]
             # A copy outside of inference mode: recorded features are never those that the model works on.
             with torch.inference_mode(False):
                 found[name] = self._filled(name, self._read(self.sites[name], output).clone())
@@ -137,6 +142,24 @@ class ModelAdapter:
             return self._logits()[0]
         finally:
             self._batch = batch
+
+    def inputs(self, batch: Any) -> dict[str, Tensor]:
+        """What the named modules receive, where that is a vector or a picture of one size: ability is probed there too.
+
+        A collapsed modality's own encoder may never have learned, so its features alone say too little. Zeros where absent.
+        """
+        if batch is not self._batch or not self._outputs:
+            self.encode(batch)
+        if self._shapes is None:
+            self._shapes = {n: x.shape[1:] for n, x in self._received.items() if x is not None}
+        rows = {len(x) for x in self._received.values() if x is not None}
+        found = {}
+        for name, shape in self._shapes.items():
+            x = self._received.get(name)
+            found[name] = (
+                torch.zeros(max(rows, default=0), *shape) if x is None or x.shape[1:] != shape else x.nan_to_num()
+            )
+        return found
 
     def represent(self, features: Mapping[str, Tensor]) -> Tensor:
         """The fused representation ``[B, ...]``: output of ``fused``, or what ``head`` receives, or the logits."""
@@ -377,6 +400,17 @@ def _copied(output: Any) -> Any:
 def _keep(seen: list[Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(_copied(output))
+
+    return hook
+
+
+def _keep_argument(seen: list[Tensor | None]) -> Callable[..., None]:
+    """A hook that copies the first argument of a module, where it is ``[B, d]`` or ``[B, C, H, W]`` of numbers."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        x = args[0] if args else None
+        usable = isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 4)
+        seen.append(x.detach().clone() if usable else None)
 
     return hook
 

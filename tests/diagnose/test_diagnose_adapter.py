@@ -98,6 +98,9 @@ def test_by_names_is_the_same_as_by_hand(generator: torch.Generator) -> None:
         def forward(self, batch):
             return m(*batch[:2])
 
+        def inputs(self, batch):
+            return {"image": batch[0], "audio": batch[1]}
+
     named = mmc_fast.diagnose(ModelAdapter(m, NAMES, head="classifier"), loader)
     by_hand = mmc_fast.diagnose(ByHand(), loader)
     assert named == by_hand
@@ -314,6 +317,10 @@ def test_modalities_that_are_absent(generator: torch.Generator) -> None:
     adapter = ModelAdapter(m, NAMES)
     for batch in ((image, holes, labels), (image, None, labels)):
         features, truth = adapter.encode(batch), m(*batch[:2])
+        received = adapter.inputs(batch)
+        assert torch.equal(received["image"], image)
+        expected = torch.zeros(80, 3) if batch[1] is None else batch[1].nan_to_num()
+        assert torch.equal(received["audio"], expected)
         assert features["audio"].shape == (80, 4)
         torch.testing.assert_close(adapter.fuse(features), truth)
         absent = torch.arange(80) % 3 == 0 if batch[1] is holes else torch.ones(80, dtype=torch.bool)

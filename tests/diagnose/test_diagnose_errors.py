@@ -43,7 +43,7 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
     assert json.loads(constant.to_json())["measures"]["cka.audio"]["value"] is None
     for rows in (2, 3, 4, 5, 17):
         few = diagnose(toy, [tuple(t[:rows] for t in loader[0])], resamples=20)
-        assert few.samples == rows
+        assert few.n_samples == rows
         assert (
             "No network was trained" in few.summary()
             or "alone.image" in few.measures
@@ -101,7 +101,7 @@ def test_bad_models(generator: torch.Generator) -> None:
     with pytest.raises(InputError, match=r"model\.eval\(\)"):
         diagnose(Norm(), loader)
     norm.eval()
-    assert diagnose(Norm(), loader, resamples=0, probes=False).samples == 500
+    assert diagnose(Norm(), loader, resamples=0, probes=False).n_samples == 500
 
     class Hidden(Toy):
         def __init__(self) -> None:

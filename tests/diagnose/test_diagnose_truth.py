@@ -69,7 +69,17 @@ def test_an_ignored_modality_has_no_use(ignored: int, seed: int) -> None:
     assert f"Modality collapse: {name}" in d.summary()
 
 
-RESAMPLED = ("score", "only", "without", "shuffled", "shapley", "total_effect", "use_index")
+RESAMPLED = (
+    "score",
+    "only",
+    "without",
+    "shuffled",
+    "shapley",
+    "total_effect",
+    "use_index",
+    "output_share",
+    "silent_failures",
+)
 INVARIANT = (
     "use_share.a",
     "use_share.b",

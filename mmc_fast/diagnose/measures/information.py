@@ -40,6 +40,8 @@ def components(x: Tensor, count: int = 16) -> Tensor:
     """The ``count`` leading principal components of rows ``[N, ...]``, at unit variance, constant ones left out: ``[N, k]``."""
     centred = x.detach().flatten(1).double()
     centred = centred - centred.mean(0)
+    if not centred.shape[1]:
+        return centred
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     keep = s > 1e-6 * s.max().clamp(min=1e-30)
     return u[:, keep][:, :count] * math.sqrt(max(1, len(x) - 1))
