@@ -10,7 +10,7 @@ done, so that a stopped run goes on; ``--seeds 0`` only judges it. For each data
 - noise: the modality is standard normal noise everywhere; "uninformative" is right, and so is "misleading", where the model answers it.
 
 Ability comes from unimodal models trained on the untouched data. Each model is judged twice: modalities removed by its own mask, and
-by the features of other samples. Thresholds were set on the even seeds of the data sets in ``SETTING`` and are judged on the rest.
+by the features of other samples. The rule and its thresholds were set on seed 0 of all data sets and are judged on the other seeds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ SETS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "eicu_demo": ("eicu_demo", {}, ("demographics", "bedside", "labs", "bp_series", "diagnoses")),
 }
 """Name here -> data set, options, the modalities that are kept (none: all)."""
-SETTING = ("mfeat", "avmnist", "diabetes130", "eicu_demo")
 FUSIONS = ("concat", "late", "transformer")
 ROWS = {"diabetes130": (8000, 4000, 4)}
 """Rows of the train and the test part at most, and epochs, where they are not these: a weak signal needs more rows."""
@@ -163,6 +162,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rows", type=Path, help="file that keeps what is done")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--document", type=Path, help="page whose table, between two markers, is written anew")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     done: dict[Job, Any] = {}
@@ -178,6 +178,11 @@ def main() -> None:
                 with arguments.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([job, done[job]]) + "\n")
     table = judged(done)
+    if arguments.document:
+        text = arguments.document.read_text("utf-8")
+        start, end = (f"<!-- calibration: {word} -->" for word in ("start", "end"))
+        before, after = text.split(start)[0], text.split(end)[1]
+        arguments.document.write_text(f"{before}{start}\n{rendered(table)}\n{end}{after}", "utf-8")
     for line in table:
         print(", ".join(f"{key} {value}" for key, value in line.items()))
     if arguments.csv:
@@ -191,7 +196,7 @@ def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[di
     """Rates of right and wrong verdicts with exact 95 % intervals (Clopper and Pearson), for both halves and absences."""
     table = []
     for half in ("setting", "judging"):
-        chosen = {j: r for j, r in done.items() if (j.data in SETTING and j.seed % 2 == 0) == (half == "setting")}
+        chosen = {j: r for j, r in done.items() if (j.seed == 0) == (half == "setting")}
         for absence in ("model", "resample"):
             healthy = [e for j, r in chosen.items() if j.planted == "healthy" for e in r[absence].values()]
             kinds = [kind_of(e, thresholds) for e in healthy]
@@ -217,6 +222,20 @@ def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[di
                 _rate(half, absence, "noise: misleading", [k == "misleading" for k in kinds]),
             ]
     return table
+
+
+def rendered(table: list[dict[str, Any]]) -> str:
+    """The table as Markdown: one line per kind of verdict, setting and judging side by side, absence by the model's own mask."""
+    lines = ["| planted: verdict | seed 0, which set the rule | other seeds |", "|---|---|---|"]
+    chosen = [row for row in table if row["absence"] == "model"]
+    for name in dict.fromkeys(row["verdict"] for row in chosen):
+        cells = [
+            f"{row['count']} of {row['of']}: {row['share']} [{row['low']}, {row['high']}]" if row["of"] else "–"
+            for row in chosen
+            if row["verdict"] == name
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _rate(half: str, absence: str, what: str, hits: list[bool]) -> dict[str, Any]:

@@ -33,11 +33,21 @@ class Reservoir:
         self.keys = torch.empty(0, dtype=torch.float64)
         self.columns: dict[str, Tensor] = {}
 
-    def add(self, index: int, columns: Mapping[str, Tensor]) -> None:
-        """Rows of batch ``index``: tensors of one length."""
-        count = len(next(iter(columns.values())))
-        keys = torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
-        if len(self.keys) == self.size:
+    def _drawn(self, index: int, count: int) -> Tensor:
+        return torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
+
+    def near(self, index: int, count: int) -> Tensor:
+        """Which of the ``count`` rows of batch ``index`` may be kept, bool: only they need be worked out."""
+        keys = self._drawn(index, count)
+        return keys < (self.keys.max() if len(self.keys) == self.size else 2.0)
+
+    def add(self, index: int, columns: Mapping[str, Tensor], near: Tensor | None = None) -> None:
+        """Rows of batch ``index``: tensors of one length; with ``near [B]`` (of :meth:`near`) those rows of it alone."""
+        count = len(next(iter(columns.values()))) if near is None else len(near)
+        keys = self._drawn(index, count)
+        if near is not None:
+            keys = keys[near]
+        elif len(self.keys) == self.size:
             near = keys < self.keys.max()
             keys, columns = keys[near], {name: x.cpu()[near] for name, x in columns.items()}
         if self.columns:

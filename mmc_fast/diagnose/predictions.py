@@ -91,8 +91,8 @@ class ConditionScores:
         return next(name for name in reversed(self.conditions) if name.startswith("coalition."))
 
     def _sum(self, into: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
-        for j in range(values.shape[1]):
-            into[:, j] += np.bincount(place, weights=values[:, j], minlength=self.groups)
+        found = torch.zeros(self.groups, values.shape[1], dtype=torch.float64)
+        into += found.index_add_(0, torch.from_numpy(place), torch.from_numpy(values).double()).numpy()
 
     def _hits(self, y: Tensor, labels: Tensor) -> np.ndarray:
         """What is summed for the score, ``[B, h]``."""

@@ -40,18 +40,22 @@ class SubsetRows:
 
         Without any modality the mean answer stands in where a model has none.
         """
-        whole = self._answers(outputs[self.size - 1])
-        if not len(whole):
+        count = len(outputs[self.size - 1])
+        near = self.kept.near(index, count)
+        first, self.rows = self.rows, self.rows + count
+        if not bool(near.any()):
             return
+        outputs = {c: y.detach().cpu()[near] for c, y in outputs.items()}
+        labels = None if labels is None else labels[near]
+        whole = self._answers(outputs[self.size - 1])
         found = [
             self._answers(outputs[c]) if c in outputs else whole.mean(0, True).expand_as(whole)
             for c in range(self.size)
         ]
         columns = {
-            "row": torch.arange(self.rows, self.rows + len(whole)),
+            "row": first + torch.nonzero(near).flatten(),
             "moved": torch.stack([(p - whole).square().sum(1) for p in found], 1).float(),
         }
-        self.rows += len(whole)
         if self._classes and labels is not None:
             truth = torch.nn.functional.one_hot(labels, whole.shape[1])
             top = [p.max(1) for p in found]
@@ -61,7 +65,7 @@ class SubsetRows:
                 "confidence": torch.stack([t.values for t in top], 1).float(),
                 "brier": torch.stack([(p - truth).square().sum(1) for p in found], 1).float(),
             }
-        self.kept.add(index, columns)
+        self.kept.add(index, columns, near)
 
     def _answers(self, outputs: Tensor) -> Tensor:
         y = outputs.detach().cpu().double()

@@ -99,8 +99,8 @@ class Task:
         return y
 
     def answers(self, outputs: Tensor) -> Tensor:
-        """Outputs on a scale of answers, ``[N, C]`` float64: probabilities, or the numbers themselves."""
-        y = outputs.double()
+        """Outputs on a scale of answers, ``[N, C]``: probabilities, or the numbers themselves (float64)."""
+        y = outputs.double() if self.kind == "numbers" else outputs.float()
         if self.kind == "numbers":
             return y
         return y.softmax(-1) if self.kind == "classes" and y.shape[-1] > 1 else y.sigmoid()
