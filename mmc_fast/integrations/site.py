@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Site", "tensors_in"]
+__all__ = ["Site", "replace_tensor", "tensors_in"]
 
 Key = str | int
 
@@ -119,7 +119,7 @@ class Site:
 
     def write(self, output: Any, value: Tensor) -> Any:
         """A copy of ``output`` with ``value`` in place of the feature tensor; ``output`` itself is not changed."""
-        return _replaced(output, self.path, value)
+        return replace_tensor(output, self.path, value)
 
 
 def _get(site: Site, found: Any, key: Key) -> Any:
@@ -137,23 +137,24 @@ def _get(site: Site, found: Any, key: Key) -> Any:
         ) from None
 
 
-def _replaced(output: Any, path: tuple[Key, ...], value: Tensor) -> Any:
+def replace_tensor(output: Any, path: tuple[Key, ...], value: Tensor) -> Any:
+    """A copy of a nested output with ``value`` at the place ``path``."""
     if not path:
         return value
     key, rest = path[0], path[1:]
     if isinstance(output, Mapping):
         name = key if key in output or isinstance(key, str) else list(output)[key]
         changed = copy.copy(output)
-        changed[name] = _replaced(output[name], rest, value)  # type: ignore[index]
+        changed[name] = replace_tensor(output[name], rest, value)  # type: ignore[index]
         return changed
     if isinstance(output, (tuple, list)):
         index = key if isinstance(key, int) else type(output)._fields.index(key)  # type: ignore[union-attr]
         items = list(output)
-        items[index] = _replaced(items[index], rest, value)
+        items[index] = replace_tensor(items[index], rest, value)
         # A named tuple takes its fields one by one, every other sequence takes one iterable.
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     changed = copy.copy(output)
-    object.__setattr__(changed, str(key), _replaced(getattr(output, str(key)), rest, value))
+    object.__setattr__(changed, str(key), replace_tensor(getattr(output, str(key)), rest, value))
     return changed
 
 

@@ -78,7 +78,7 @@ def test_a_run(finished: Path, own_file: Path, tmp_path: Path) -> None:
     assert "use_share.a" in text
     assert "Use share" in text
     other, _ = run("diagnose", "--run", finished, "--part", "train", "--resamples", "0", "--json")
-    assert Diagnosis.from_json(other).samples == 240
+    assert Diagnosis.from_json(other).n_samples == 240
 
 
 def test_the_score_is_that_of_the_run(finished: Path) -> None:
