@@ -30,7 +30,8 @@ READING_TABLE = (
     "Bars run from chance (0) to what the model reaches with all modalities (100 %).\n\n"
     "**Ability**: how far this modality gets alone, by networks trained on it or by the model itself, whichever is better. A lower "
     "bound where the networks saw only features of an encoder that never learned.\n\n"
-    "**Use**: its Shapley value, that is its share of what the model gains over chance, over all sets of modalities.\n\n"
+    "**Use**: its Shapley value, that is its share of what the model gains over chance over all sets of modalities, those of other "
+    "samples in place of what is absent.\n\n"
     "**Need**: what networks trained without it lose (measured with `control=True`).\n\n"
     "**Robustness**: how much of its ability the model keeps when it is all there is, the others taken away {absence}; a property "
     "of the model, no collapse.\n\n"
@@ -178,7 +179,7 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
     if title == "ability" and able is not None:
         value, note = able - chance, f"score {able:.3g}"
     elif title == "use":
-        value = d.value(f"shapley.{name}")
+        value = d.value(f"resampled_shapley.{name}")
     elif title == "need":
         value = d.value(f"need.{name}")
         without = d.value(f"retrained_without.{name}")

@@ -409,8 +409,10 @@ def _keep_argument(seen: list[Tensor | None]) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: Any) -> None:
         x = args[0] if args else None
-        usable = isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 4)
-        seen.append(x.detach().clone() if usable else None)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 4):
+            seen.append(x.detach().clone())
+        else:
+            seen.append(None)
 
     return hook
 

@@ -75,7 +75,7 @@ def test_the_first_screen_is_the_table(found: Diagnosis) -> None:
         able = max(found.value(f"alone.{name}"), found.value(f"only.{name}")) - chance
         expected = [
             able / span,
-            found.value(f"shapley.{name}") / span,
+            found.value(f"resampled_shapley.{name}") / span,
             found.value(f"need.{name}") / span,
             (found.value(f"only.{name}") - chance) / able,
         ]
