@@ -62,9 +62,9 @@ class ConditionScores:
         if self.task.kind == "classes":
             np.add.at(self.classes, (place, labels.numpy()), 1)
         else:
-            y = labels.double().numpy()
-            self._sum(self.truth[:, : y.shape[1], 0], place, y)
-            self._sum(self.truth[:, : y.shape[1], 1], place, y**2)
+            truth = labels.double().numpy()
+            self._sum(self.truth[:, : truth.shape[1], 0], place, truth)
+            self._sum(self.truth[:, : truth.shape[1], 1], place, truth**2)
         margins = []
         for name, draw in self.slots:
             y, k = found[name, draw], self.index[name]
