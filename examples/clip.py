@@ -50,7 +50,7 @@ def train(steps: int = 40, seed: int = 0) -> dict[str, float]:
         task = model(**draw(COLOURS, generator), return_loss=True).loss
         loss = task + handle.losses().discrimination
         if step + 1 == steps:
-            game = handle.game()
+            game = handle.adversarial()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -67,7 +67,7 @@ def train(steps: int = 60, seed: int = 0) -> dict[str, float]:
     for _ in range(steps):
         image, table, label = draw(64, generator)
         loss = F.cross_entropy(model(image, table), label) + sum(handle.losses())
-        game = handle.game()
+        game = handle.adversarial()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

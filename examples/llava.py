@@ -51,7 +51,7 @@ def train(steps: int = 30, seed: int = 0) -> dict[str, float]:
             task = model(**batch).loss
         loss = task + handle.losses().discrimination
         if step + 1 == steps:
-            game = handle.game()
+            game = handle.adversarial()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -58,8 +58,8 @@ def ebr_step(
         decoders: m tuples ``(W1 [h, k], b1 [h], W2 [d_i, h], b2 [d_i])``.
         discriminator: ``(W_1, b_1, ..., W_L [m, p], b_L [m])``, ReLU between layers, first width k.
         present: bool ``[B, m]``; None means all present.
-        source: int64 ``[B, m]`` (which latent is decoded into slot i; -1 = none) or float ``[B, m, m]`` (weights,
-            differentiable); None decodes each modality from its own latent. Absent latents have no weight; a slot
+        source: int64 ``[B, m]`` (which latent is decoded for modality i; -1 = none) or float ``[B, m, m]`` (weights,
+            differentiable); None decodes each modality from its own latent. Absent latents have no weight; a target
             without any is a zero row.
         reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is never
             read by the host; 0 cuts the branch.

@@ -80,7 +80,7 @@ def apply_ebr(
         backend: see :func:`mmc_fast.functional.ebr_step`.
 
     Returns:
-        :class:`EBRHandle`: report (``str(handle)``), ``losses()``, ``explain()``, ``present(mask)``, ``game()``,
+        :class:`EBRHandle`: report (``str(handle)``), ``losses()``, ``explain()``, ``present(mask)``, ``adversarial()``,
         ``save(path)``, ``restore()``.
 
     Raises:

@@ -19,8 +19,8 @@ from mmc_fast.nn import by_modules
 from mmc_fast.ops.ebr.reference import source_weights
 
 from . import store
+from .adversarial import adversarial_figures
 from .collect import Collector, Pass, SiteHead, Tap
-from .game import game_figures
 from .losses import EBRLosses, counts, divide
 from .report import ApplyReport
 from .site import Site
@@ -280,7 +280,7 @@ class EBRHandle:
                 latents[name] = torch.cat([r.latents for r in mine])
         return CollectedOutput(recovered, latents, *losses)
 
-    def game(self) -> dict[str, float]:
+    def adversarial(self) -> dict[str, float]:
         """Adversarial training in the latest forward: call it before backward, and not in every step (it waits).
 
         "loss_md"; "loss_md_over_entropy" (1 where psi knows nothing; NaN for one modality); "psi_accuracy"; and with
@@ -290,7 +290,7 @@ class EBRHandle:
         head, collector = self._alive()
         loss = self.losses().discrimination
         sites = [collector.resolve(module) for module in {site.module: None for site in self.sites.values()}]
-        return game_figures(self._ran().records, head, sites, loss)
+        return adversarial_figures(self._ran().records, head, sites, loss)
 
     @torch.no_grad()
     def predict(self, *args: Any, present: Tensor, source: Tensor, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ class EBRCallback(pl.Callback):
     ``loss = training_step(...) + L_md + reconstruction * L_rec``. The heads are put on in ``setup``, before optimisers
     are configured and checkpoints restored, and stay on after the fit. Logged under ``prefix``: ``loss_md``,
     ``loss_rec`` and ``reversal`` in every step; every ``log_every`` steps also ``loss_md_over_entropy``,
-    ``psi_accuracy``, ``grad_norm_psi`` and ``grad_norm_encoders`` (:meth:`EBRHandle.game`).
+    ``psi_accuracy``, ``grad_norm_psi`` and ``grad_norm_encoders`` (:meth:`EBRHandle.adversarial`).
 
     Args:
         at: modality -> submodule of the LightningModule; None if :func:`mmc_fast.apply_ebr` was called on it already.
@@ -41,7 +41,7 @@ class EBRCallback(pl.Callback):
             that are there already.
         reconstruction: weight of L_rec (>= 0).
         total_steps: length of the schedule ``reversal``; None: the Trainer's number of steps, where it knows one.
-        log_every: steps between two looks at :meth:`EBRHandle.game`; None: the Trainer's ``log_every_n_steps``; 0: never.
+        log_every: steps between two looks at :meth:`EBRHandle.adversarial`; None: the Trainer's ``log_every_n_steps``; 0: never.
         prefix: of the logged names.
         options: of :func:`mmc_fast.apply_ebr` (``latent_dim``, ``dims``, ``example``, ``seed``, ...).
 
@@ -178,7 +178,7 @@ class EBRCallback(pl.Callback):
         }
         every = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
         if every and (trainer.global_step + 1) % every == 0:
-            figures |= handle.game()
+            figures |= handle.adversarial()
         pl_module.log_dict({self.prefix + name: value for name, value in figures.items()}, on_step=True, on_epoch=False)
 
 

@@ -535,7 +535,7 @@ def test_empty_batches_and_no_tokens(generator, build):
         assert out.shape == (*rows, 3)
         losses = handle.losses()
         assert [float(v.detach()) for v in losses] == [0, 0]
-        assert handle.game()["loss_md"] == 0
+        assert handle.adversarial()["loss_md"] == 0
         (out.sum() + sum(losses)).backward()
         assert all(not p.grad.any() for n, p in model.named_parameters() if n != "c.bias" and p.grad is not None)
         model.zero_grad()

@@ -276,7 +276,7 @@ def test_game_against_gradients_and_counts_by_hand(generator):
     head = plain_head(handle, plain)
     with handle.present(present):
         model(**x)
-    game = handle.game()
+    game = handle.adversarial()
     _, out = by_hand(plain, head, x, present=present, reversal=0.25)
     share = present.sum(0) / present.sum()
     right = (head.discriminator(out.latents).argmax(-1) == torch.arange(3)[:, None])[present.t()]

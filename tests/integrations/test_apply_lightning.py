@@ -79,7 +79,7 @@ def test_training_is_that_of_a_loop_by_hand(generator, tmp_path, kind):
             loss = (
                 F.cross_entropy(plain(a, t), y) + handle.losses().discrimination + 0.3 * handle.losses().reconstruction
             )
-            figures = handle.game()
+            figures = handle.adversarial()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The two-player game in one forward: who wins, and how hard both pull."""
+"""The adversarial term in one forward: how well ψ tells modalities apart, and the gradients on both sides."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmc_fast.nn import EBRHead
 
 from .losses import Record, counts, psi_logits
 
-__all__ = ["game_figures"]
+__all__ = ["adversarial_figures"]
 
 
-def game_figures(
+def adversarial_figures(
     records: Sequence[Record], head: EBRHead, sites: Sequence[nn.Module], loss: Tensor
 ) -> dict[str, float]:
-    """Figures of :meth:`mmc_fast.integrations.EBRHandle.game` for the discrimination loss ``loss`` of ``records``."""
+    """Figures of :meth:`mmc_fast.integrations.EBRHandle.adversarial` for the discrimination loss ``loss`` of ``records``."""
     entropy = _presence_entropy(records, len(head.dims))
     figures = {"loss_md": float(loss.detach())}
     figures["loss_md_over_entropy"] = figures["loss_md"] / entropy if entropy > 0 else float("nan")
