@@ -61,8 +61,8 @@ def ebr_step(
         source: int64 ``[B, m]`` (which latent is decoded for modality i; -1 = none) or float ``[B, m, m]`` (weights,
             differentiable); None decodes each modality from its own latent. Absent latents have no weight; a target
             without any is a zero row.
-        reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is never
-            read by the host; 0 cuts the branch.
+        reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is
+            checked on the CPU alone (elsewhere that would synchronise); 0 cuts the branch.
         normalizer: replaces both denominators (one element), or #present and #rows (two elements): exact means
             over processes and accumulation steps.
         residual: add the decoded row to the feature where the modality is present.
