@@ -65,13 +65,8 @@ def test_a_run(finished: Path, own_file: Path, tmp_path: Path) -> None:
     found = Diagnosis.from_json(out)
     loaded = load_run(finished)
     alone = {name: found.value(f"alone.{name}") for name in found.modalities}
-<<<<<<< HEAD
-    assert alone == {name: entry["unimodal"] for name, entry in loaded.results["scores"]["reliance"].items()}
-    assert found == diagnose(loaded, data.load(own_file), resamples=20, alone=alone)
-=======
     assert alone == {name: entry["evidence"]["alone"] for name, entry in loaded.results["scores"]["reliance"].items()}
     assert found == diagnose(loaded, data.load(own_file), resamples=20)
->>>>>>> verdict
     assert list(found.modalities) == ["a", "b"]
     assert found.settings["agop"].startswith("co-activation")
     assert ("modality_probe.balanced_accuracy" in found.measures) == (finished.name == "ebr")
