@@ -112,7 +112,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
                     yield _changed(node, keywords=keywords[:i] + keywords[i + 1 :])
             if len(args) > 1:
                 yield _changed(node, args=args[:-1])
-            if len(args) > 1 and not (isinstance(node.func, ast.Name) and node.func.id in ("min", "max")):
+            if len(args) > 1 and ast.unparse(node.func).split(".")[-1] not in ("min", "max", "minimum", "maximum"):
                 yield _changed(node, args=[args[1], args[0], *args[2:]])
 
 
