@@ -203,10 +203,14 @@ def tests_of(module: str) -> list[str]:
     path = Path(module)
     folder = ROOT / "tests" / (path.parent.relative_to("mmc_fast") if path.parts[0] == "mmc_fast" else path.parent)
     public = re.search(r"__all__ = \[(.*?)\]", (ROOT / path).read_text(), re.DOTALL)
-    names = [path.stem, *re.findall(r'"(\w+)"', public[1] if public else "")]
+    parent = str(path.parent).replace("/", r"\.")
+    names = [
+        rf"{parent}(\.| import .*\b){path.stem}",
+        *(rf"\b{name}" for name in re.findall(r'"(\w+)"', public[1] if public else "")),
+    ]
     while not (files := sorted(folder.rglob("test_*.py"))) and folder != ROOT / "tests":
         folder = folder.parent
-    naming = [f for f in files if re.search(rf"\b({'|'.join(names)})\b", f.read_text())]
+    naming = [f for f in files if re.search(rf"({'|'.join(names)})\b", f.read_text())]
     return [str(f.relative_to(ROOT)) for f in naming or files]
 
 

@@ -88,7 +88,13 @@ def test_a_split_is_drawn_by_class(seed: int, tmp_path: Path) -> None:
 def test_groups_are_dealt_whole_by_their_highest_label(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
     ids, labels = rng.integers(0, 100, 500), rng.choice([0, 1, 2], 500, p=[0.85, 0.1, 0.05])
-    changes = {"split": DROP, "ids": ids, "y": labels, "x_a": rng.normal(size=(500, 2)), "x_b": rng.normal(size=(500, 2))}
+    changes = {
+        "split": DROP,
+        "ids": ids,
+        "y": labels,
+        "x_a": rng.normal(size=(500, 2)),
+        "x_b": rng.normal(size=(500, 2)),
+    }
     got = data.load(write(tmp_path / "d.npz", changes), split_seed=seed)
     names, expected, draw = sorted(set(ids)), {}, np.random.default_rng(seed)
     highest = [max(labels[ids == name]) for name in names]
