@@ -165,6 +165,7 @@ def test_average_keeps_the_pairing(generator):
         lambda: weighted_scores("auroc", [0, 1], np.ones((2, 3)), [[1, 1]]),
         lambda: weighted_scores("accuracy", [0, 1], [0, 1, 1], [[1, 1]]),
         lambda: resample_counts(0, 10, np.random.default_rng(0)),
+        lambda: resample_counts(10, 1, np.random.default_rng(0)),
         lambda: resampled_scores("auroc", [1, 1], [[0.1, 0.2]], np.ones((2, 2), dtype=int)),
         lambda: resampled_scores("auroc", [0, 1], [], np.ones((2, 2), dtype=int)),
         lambda: ResampledScores(np.ones(2), np.ones((2, 3))) - ResampledScores(np.ones(3), np.ones((3, 3))),

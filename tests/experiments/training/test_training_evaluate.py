@@ -124,8 +124,10 @@ def test_masks_are_the_same_for_every_method(seed):
         scores_ = train(dataset, replace(config, rates=(0.2, 0.5)), seed=seed).results["scores"]
         found[method] = [m["realised"] for m in scores_["missing"]]
     assert found["vanilla"] == found["dropout"] == found["ebr"]
-    a, b = masks_at(dataset.present, 0.5, seed, "test")[0], masks_at(dataset.present, 0.5, seed + 1, "test")[0]
-    assert not torch.equal(a, b)
+    present = torch.ones(500, 3, dtype=torch.bool)
+    drawn = [masks_at(present, 0.5, s, part)[0] for s, part in ((seed, "test"), (seed + 1, "test"), (seed, "train"))]
+    assert not any(torch.equal(drawn[i], drawn[i - 1]) for i in range(3))
+    assert (masks_at(present, 0.6, seed, "test")[0] & ~masks_at(present, 0.3, seed, "test")[0]).any()  # not nested
 
 
 def test_masks_keep_every_row_alive_at_the_highest_rate(seed):
