@@ -64,7 +64,9 @@ def run_diagnose(
             loader, training = _parts(data, part, given)
         state = state or weights.with_name(weights.name + ".diagnose.state")
     with PassDisplay(error_console()) as display:
-        return diagnose(model, loader, probe_data=training, state=state, save_every=save_every, progress=display, **settings)
+        return diagnose(
+            model, loader, probe_data=training, state=state, save_every=save_every, progress=display, **settings
+        )
 
 
 def _parts(data: str, part: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -84,7 +86,7 @@ def _run_parts(
     from .evaluate import dataset_of
 
     loaded = load_run(run)
-    dataset = dataset_of(loaded.results, data, options)
+    dataset = dataset_of(loaded, data, options)
     known = {}
     if loaded.unimodal is not None:
         scored = evaluate(loaded.model, dataset, part=part, rates=(), unimodal=loaded.unimodal)["reliance"]

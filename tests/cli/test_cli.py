@@ -98,7 +98,10 @@ def test_train_shows_a_table_of_the_stored_scores(finished: Path, own_file: Path
     for entry in stored["scores"]["missing"]:
         assert re.search(rf"{entry['rate']:g}\s+{entry['score']:.3f}", out)
     for modality, entry in stored["scores"]["reliance"].items():
-        assert re.search(rf"{modality}\s+{entry['unimodal']:.3f}\s+{entry['leave_one_out']:.3f}\s+{entry['single_modality']:.3f}", out)
+        assert re.search(
+            rf"{modality}\s+{entry['unimodal']:.3f}\s+{entry['leave_one_out']:.3f}\s+{entry['single_modality']:.3f}",
+            out,
+        )
 
 
 def test_the_default_folder_carries_the_name_that_the_method_was_called_by(own_file: Path, tmp_path: Path):
