@@ -87,11 +87,14 @@ def _run_parts(
 
     loaded = load_run(run)
     dataset = dataset_of(loaded, data, options)
+    training = dataset
+    if not bool((dataset.split == 0).any()):  # a cohort to test on: probes learn from the rows of the run
+        training = dataset_of(loaded, None, {})
     known = {}
-    if loaded.unimodal is not None:
+    if loaded.unimodal is not None and training is dataset:
         scored = evaluate(loaded.model, dataset, part=part, rates=(), unimodal=loaded.unimodal)["reliance"]
         known = {name: entry["unimodal"] for name, entry in scored.items() if entry["unimodal"] is not None}
-    return loaded, dataset.part(part), dataset.part("train") if part != "train" else None, known
+    return loaded, dataset.part(part), training.part("train") if part != "train" else None, known
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:
@@ -148,7 +151,7 @@ def diagnose_command(
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes an adapter from these weights.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data set, npz file, or what the adapter loads. (default: the run's data)")
+        str | None, typer.Option(help="Data set, npz file, table, or what the adapter loads. (default: the run's data)")
     ] = None,
     part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,

@@ -32,10 +32,14 @@ def dataset_of(run: LoadedRun, data: str | None, options: dict[str, Any]) -> Mul
     if "loaded" not in info:
         before |= {name: info.get(name) for name in ("task", "variant", "nan_policy")}
     source = before.pop("data")
+    given = {key: value for key, value in options.items() if value is not None}
+    purpose = "training"
     if data is not None and Path(data).resolve() != Path(source).resolve():
         before.pop("split_seed", None)  # it drew the parts of the run, not of another cohort
-    given = {key: value for key, value in options.items() if value is not None}
-    return load(source if data is None else data, **(before | given), preprocessing=run.preprocessing)
+        before.pop("columns", None)
+        purpose = "scoring" if run.preprocessing is not None else "training"
+    source = source if data is None else data
+    return load(source, **(before | given), preprocessing=run.preprocessing, purpose=purpose)
 
 
 @takes_data_options

@@ -56,3 +56,38 @@ def test_predictions_in_a_file_are_those_of_python(folder: Path, ending: str):
 def test_an_ending_that_cannot_be_written_is_refused_before_anything_is_read(folder: Path):
     _, err = run("predict", "--run", folder / "none", "--data", "x.npz", "--out", folder / "p.xlsx", code=2)
     assert ".csv or .parquet" in err
+
+
+def test_tables_from_training_to_a_shifted_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder of tables trains; one table in other units is evaluated and predicted, with the class names kept."""
+    import pandas
+
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    y = np.arange(160) % 2
+    ids = [f"p{i:03}" for i in range(160)]
+    labs = pandas.DataFrame({"who": ids, "na": 140 + 3 * y + g.normal(size=160)})
+    stay = pandas.DataFrame({"who": ids, "unit": np.array(["icu", "ward"])[g.integers(0, 2, 160)]})
+    end = pandas.DataFrame({"who": ids, "fate": np.array(["alive", "dead"])[y]})
+    Path("all").mkdir()
+    for name, frame in {"labs": labs[5:], "stay": stay, "end": end}.items():
+        frame.to_csv(Path("all") / f"{name}.csv", index=False)
+    Path("all/columns.toml").write_text('label = "fate"\nid = "who"\n')
+    run("train", "--data", "all", "--method", "vanilla", "--epochs", "3", "--run-dir", "run")
+    own = json.loads(run("evaluate", "--run", "run", "--json")[0])
+    assert own["same_data"]
+    one = labs.merge(stay).merge(end)
+    one.to_csv("same.csv", index=False)
+    one.assign(na=one["na"] * 10 + 100).to_csv("cohort.csv", index=False)
+    same = json.loads(run("evaluate", "--run", "run", "--data", "same.csv", "--json")[0])
+    cohort = json.loads(run("evaluate", "--run", "run", "--data", "cohort.csv", "--json")[0])
+    assert same["scores"]["rows"] == cohort["scores"]["rows"] == 160
+    assert same["scores"]["complete"] > cohort["scores"]["complete"] + 0.1
+    assert [e["column"] for e in cohort["shift"] if e["far"]] == ["na"]
+    stay.drop(columns="unit").assign(na=140.0).to_parquet("new.parquet", index=False)
+    _, err = run("predict", "--run", "run", "--data", "new.parquet", "--out", "p.csv")
+    assert "modalities that no row has: stay" in err
+    found = pandas.read_csv("p.csv")
+    assert found["id"].tolist() == ids
+    assert set(found["prediction"]) <= {"alive", "dead"}
+    assert list(found.columns) == ["id", "prediction", "p_alive", "p_dead", "modalities"]

@@ -147,7 +147,7 @@ def check_options(
             )
     if columns is not None and not table:
         raise InputError(f"columns {columns!r}: they are for tables, and {name_or_path} is none; leave it out.")
-    if isinstance(name_or_path, Path) or _is_path(name_or_path):
+    if table or isinstance(name_or_path, Path) or _is_path(name_or_path):
         if variant is not None:
             raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
         return
@@ -183,7 +183,7 @@ def _is_path(name: str) -> bool:
 
 def is_table(path: str | Path) -> bool:
     """Whether this is the path of a table, or of a folder (whose files are tables)."""
-    return str(path).endswith(ENDINGS) or ((isinstance(path, Path) or _is_path(path)) and Path(path).is_dir())
+    return str(path).endswith(ENDINGS) or (str(path) not in _ENTRIES and Path(path).is_dir())
 
 
 def _load_registered(name: str, task: str | None, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:

@@ -66,7 +66,7 @@ def shift_lines(info: Mapping[str, Any]) -> list[str]:
     for key, text in (
         ("missing_columns", "columns that are not there, taken as not measured"),
         ("new_columns", "columns that the model does not know, not used"),
-        ("unknown_categories", "values that training did not have, taken as 'other'"),
+        ("unknown_categories", "values that are no category of training, taken as 'other'"),
     ):
         for view, names in d.get(key, {}).items():
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
