@@ -32,7 +32,7 @@ def available() -> list[DatasetInfo]:
 
 
 def load(
-    name_or_path: str | Path | Mapping[str, Any] | Any,
+    name_or_path: Any,
     *,
     task: str | None = None,
     variant: str | None = None,

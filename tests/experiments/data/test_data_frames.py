@@ -25,7 +25,7 @@ def tables(seed: int = 0, rows: int = ROWS) -> dict[str, pandas.DataFrame]:
     labs = pandas.DataFrame({"patient": ids, "na": 140 + 5 * y + g.normal(size=rows), "k": g.normal(size=rows)})
     labs.loc[3::9, "k"] = np.nan
     words = np.array(["home", "ward", "clinic"])[g.integers(0, 3, rows)].astype(object)
-    words[5] = "helicopter"
+    words[5], words[6::8] = "helicopter", "ship"  # a rare one, and one of test rows alone: both are "other"
     demo = pandas.DataFrame(
         {"patient": ids, "age": g.integers(20, 90, rows), "from": words, "smokes": g.random(rows) < 0.5}
     )
@@ -201,7 +201,7 @@ def test_new_values_and_columns_are_told_and_rows_stay_independent(finished: Loa
     one = whole(tables(1, 40)).drop(columns=["died", "part", "na"]).assign(extra=1.0)
     one.loc[5, "from"] = "boat"  # where "helicopter" was
     found = finished.predict(one)
-    assert found.differences["unknown_categories"]["demo"] == ["from=boat"]
+    assert found.differences["unknown_categories"]["demo"] == ["from=boat", "from=ship"]
     assert found.differences["missing_columns"] == {"labs": ["na"]}
     assert "extra" in str(found.differences["new_columns"])
     alone = finished.predict(one.iloc[[7]])
