@@ -27,6 +27,7 @@ COMMANDS = {
     ),
     "train": ("Train one model, select its best epoch and score it on test data.", "experiments"),
     "evaluate": ("Score a finished run on complete data and at missing rates.", "experiments"),
+    "predict": ("Apply a finished run to rows without labels, and show how far they are from its data.", "experiments"),
     "diagnose": ("Show which modality a model uses, which it lost, and why.", "diagnose"),
     "compare": ("Compare methods with equal budgets and searches.", "experiments"),
     "reproduce": ("Repeat an experiment of the paper on open data.", "experiments"),

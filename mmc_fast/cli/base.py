@@ -27,6 +27,9 @@ _DATA_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(help="What happens to NaN in the data: error, mean or indicator.")
     ],
     "split_seed": Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")],
+    "columns": Annotated[
+        str | None, typer.Option(help="TOML file that says what the columns of tables are for (docs/data.md).")
+    ],
     "memory_budget": Annotated[
         str | None,
         typer.Option(help="Map the features of an npz file into memory where they exceed this, such as 2GB."),

@@ -83,8 +83,11 @@ def _run_parts(run: Path, data: str | None, part: str, options: dict[str, Any]) 
     from .evaluate import dataset_of
 
     loaded = load_run(run)
-    dataset = dataset_of(loaded.results, data, options)
-    return loaded, dataset.part(part), dataset.part("train") if part != "train" else None
+    dataset = dataset_of(loaded, data, options)
+    training = dataset
+    if not bool((dataset.split == 0).any()):  # a cohort to test on: probes learn from the rows of the run
+        training = dataset_of(loaded, None, {})
+    return loaded, dataset.part(part), training.part("train") if part != "train" else None
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:
@@ -142,7 +145,7 @@ def diagnose_command(
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes an adapter from these weights.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data set, npz file, or what the adapter loads. (default: the run's data)")
+        str | None, typer.Option(help="Data set, npz file, table, or what the adapter loads. (default: the run's data)")
     ] = None,
     part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,

@@ -35,6 +35,11 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
         [f"{entry['rate']:g}", f"{entry['score']:.3f}", *(f"{share:.3f}" for share in entry["realised"])]
         for entry in scores["missing"]
     ]
+    extra = {"auprc": "AUPRC", "macro_f1": "macro-F1", "macro_auroc": "macro-AUROC"}
+    shown = [name for name in extra if f"complete_{name}" in scores]
+    columns[2:2] = [extra[name] for name in shown]
+    for row, entry in zip(rows, [{n: scores[f"complete_{n}"] for n in shown}, *scores["missing"]], strict=True):
+        row[2:2] = ["–" if entry.get(name) is None else f"{entry[name]:.3f}" for name in shown]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
         kinds = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmc_fast._util.toml import read_toml
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.training.parse import read_toml
 
 if sys.version_info >= (3, 11):
     import tomllib

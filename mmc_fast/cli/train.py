@@ -41,7 +41,12 @@ def print_results(console: Console, results: dict[str, Any], folder: Path) -> No
 
 @takes_data_options
 def train_command(
-    data: Annotated[str, typer.Option(help="Name of a data set (see `mmc-fast info`) or path of an npz file.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Name of a data set (see `mmc-fast info`), or path of an npz file, a table or a folder of tables."
+        ),
+    ],
     method: Annotated[
         str | None,
         typer.Option(help="vanilla, dropout, kd, ebr or robust. (default: what the configuration says, else ebr)"),

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.toml import read_toml
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, load
-from ..data.registry import check_options, why_missing
+from ..data.registry import check_options, is_table, why_missing
 from ..methods import METHODS, Method, get
 from ..methods.base import merged
 from ..training import TrainConfig
-from ..training.parse import read_toml
 from ..training.parts import fingerprint
 
 __all__ = [
@@ -29,7 +29,7 @@ BUDGET = TrainConfig(epochs=30, batch_size=64, selection="masked", unimodal_shar
 """What every method gets where a data config says nothing else."""
 
 _METHOD_KEYS = ("method", "title", "settings", "selected")
-_DATA_KEYS = ("data", "task", "variant", "nan_policy", "split_seed", "modalities", "budget")
+_DATA_KEYS = ("data", "task", "variant", "nan_policy", "split_seed", "modalities", "columns", "budget")
 
 
 def configs_folder() -> Path:
@@ -94,9 +94,12 @@ class DataConfig:
         _check_keys(f"data {name}", values, _DATA_KEYS)
         data = values.get("data")
         if not isinstance(data, str):
-            raise InputError(f"data {name}: 'data' is {data!r}; give the name of a data set or the path of an npz file")
-        if data.endswith(".npz") and beside is not None:
-            data = str((beside / data).resolve())
+            raise InputError(f"data {name}: 'data' is {data!r}; give the name of a data set or the path of a file")
+        files = [values[key] for key in ("data", "columns") if isinstance(values.get(key), str)]
+        places = {f: str((beside / f).resolve()) for f in files if beside is not None and (beside / f).exists()}
+        data, values = places.get(data, data), {**values, "data": data}
+        if values.get("columns") in places:
+            values["columns"] = places[values["columns"]]
         budget = values.get("budget", {})
         if not isinstance(budget, Mapping):
             raise InputError(f"data {name}: 'budget' is {budget!r}; give a table of settings")
@@ -145,7 +148,7 @@ def _data_config(name: str) -> DataConfig:
     stored = configs_folder() / "data" / f"{name}.toml"
     if stored.is_file():
         return DataConfig.parse(name, read_toml(stored))
-    return DataConfig.parse(path.stem if name.endswith(".npz") else name, {"data": name})
+    return DataConfig.parse(path.stem if name.endswith(".npz") or is_table(name) else name, {"data": name})
 
 
 def data_here(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.data.preprocessing import Preprocessing
 
 __all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part", "PartBatches"]
 
 PARTS = ("train", "validation", "test")
 METRICS = ("accuracy", "auroc")
+PURPOSES = ("training", "scoring", "prediction")
 _CHECKED = 1 << 22  # values that are checked at a time
 
 
@@ -69,7 +72,9 @@ class MultimodalDataset:
     feature matrix holds zeros; ``present`` is the authority, never a value. The object is checked when it is made:
     one that exists has finite features, labels in range, three parts that are not empty, every class and every
     modality in train, at least one modality in every training row, and no id in two parts. ``streamed``: the features
-    lie in a file that is mapped into memory, and each part is a run of rows.
+    lie in a file that is mapped into memory, and each part is a run of rows. ``preprocessing``: how the features were
+    made; ``row_names``: the id of each row as its source writes it. ``purpose``: "training", or for a finished model
+    "scoring", where parts and classes may be missing, and "prediction", where the labels are unknown (-1).
 
     Raises :class:`~mmc_fast.errors.InputError` with one line that names the first thing that is wrong.
     """
@@ -85,12 +90,78 @@ class MultimodalDataset:
     ids: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
     streamed: bool = False
+    preprocessing: Preprocessing | None = None
+    purpose: str = "training"
+    row_names: list[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.purpose not in PURPOSES:
+            raise unknown("purpose", self.purpose, PURPOSES)
         _check_shapes(self)
-        _check_labels(self)
-        _check_split(self)
-        _check_presence(self)
+        if self.purpose != "prediction":
+            _check_labels(self)
+        if self.purpose == "training":
+            _check_split(self)
+            _check_presence(self)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the columns of a prediction."""
+        return self.preprocessing.classes if self.preprocessing is not None else list(map(str, range(self.num_classes)))
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: Mapping[str, Any] | Any,
+        *,
+        label: str | Sequence[str],
+        id: str | None = None,
+        split: str | int = 0,
+        name: str = "frames",
+        standardise: bool = True,
+        **roles: Any,
+    ) -> MultimodalDataset:
+        """A data set from pandas tables: ``{modality: table}`` joined by ``id``, or one table with ``modalities=``.
+
+        Args:
+            label: the column with the class, in any of the tables, or several 0/1 columns of which each row has one 1.
+            id: column that joins the tables; rows of one table that share it stay in one part.
+            split: a column with "train", "validation" and "test", or the seed with which 60/10/30 are drawn.
+            roles: ``modalities`` (name -> columns, for one table), ``group``, ``categorical``, ``kind``, ``nan_policy``.
+
+        Text columns become one 0/1 column for each category of the training rows (docs/data.md has the rule). Raises
+        InputError that names table, column and repair.
+        """
+        raw = _frames().raw_from_frames(frames, {"label": label, "id": id, **roles}, split, name)
+        return _frames().build(raw, standardise=standardise)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, Any],
+        label: Any,
+        *,
+        id: Any = None,
+        split: Any = 0,
+        names: Mapping[str, Sequence[str]] | None = None,
+        present: Mapping[str, Any] | None = None,
+        name: str = "arrays",
+        kind: str | None = None,
+        nan_policy: str = "error",
+        standardise: bool = True,
+    ) -> MultimodalDataset:
+        """A data set from arrays ``[N, ...]`` of numbers, NaN = not measured, in one order of rows.
+
+        Args:
+            label: ``[N]`` text or numbers, or ``[N, C]`` with one 1 in each row. id: ``[N]``; an id stays in one part.
+            split: ``[N]`` part names or 0, 1, 2; or the seed with which 60/10/30 are drawn.
+            names: of the columns. present: bool ``[N]`` for modalities that say it; else a row of NaN is absent.
+            kind: "classification" where whole numbers of more than two values are classes.
+
+        Raises InputError.
+        """
+        raw = _frames().raw_from_arrays(arrays, label, id, split, names or {}, present or {}, name, kind)
+        return _frames().build(raw, nan_policy=nan_policy, standardise=standardise)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,6 +181,8 @@ class MultimodalDataset:
         if name not in PARTS:
             raise unknown("part", name, PARTS)
         rows = torch.nonzero(self.split == PARTS.index(name)).flatten()
+        if not len(rows):
+            raise InputError(f"{self.name}: no row is in the {name} part; choose another part.")
         if self.streamed:
             run = slice(int(rows[0]), int(rows[-1]) + 1)
             features = [x[run] for x in self.features.values()]
@@ -142,6 +215,8 @@ class MultimodalDataset:
             split=self.split[rows],
             feature_names={name: self.feature_names[name] for name in wanted},
             ids=None if self.ids is None else self.ids[rows],
+            preprocessing=None if self.preprocessing is None else self.preprocessing.keep(wanted),
+            row_names=None if self.row_names is None else [self.row_names[i] for i in rows.tolist()],
         )
 
     def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -153,6 +228,11 @@ class MultimodalDataset:
                 "load the file with modalities=... instead"
             )
         return x
+
+
+def _frames() -> Any:
+    """The module that makes data sets of this class; it is looked up late, since it needs the class itself."""
+    return import_module("mmc_fast.experiments.data.frames")
 
 
 def check_selection(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -208,11 +288,11 @@ def _check_shapes(data: MultimodalDataset) -> None:
 def _check_labels(data: MultimodalDataset) -> None:
     if data.metric not in METRICS:
         raise unknown("metric", data.metric, METRICS)
-    if len(data.labels) and len(torch.unique(data.labels)) < 2:
+    if data.purpose == "training" and len(data.labels) and len(torch.unique(data.labels)) < 2:
         raise InputError(f"{data.name}: the labels hold a single class; a classifier needs at least 2.")
     if data.num_classes < 2:
         raise InputError(f"{data.name}: num_classes is {data.num_classes}; a classifier needs at least 2.")
-    if data.num_classes > len(data.labels):
+    if data.purpose == "training" and data.num_classes > len(data.labels):
         raise InputError(
             f"{data.name}: {data.num_classes} classes for {len(data.labels)} rows; number the classes 0, 1, 2, ..."
         )

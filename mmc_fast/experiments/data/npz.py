@@ -29,20 +29,24 @@ def read_npz(
     modalities: Sequence[str] | None = None,
     split_seed: int | None = None,
     scratch: Scratch | None = None,
+    purpose: str = "training",
 ) -> RawDataset:
     """The content of a file in the documented layout; only the arrays that are asked for are read.
 
-    Features that would take more than the budget of ``scratch`` are mapped into memory instead of read.
+    Features that would take more than the budget of ``scratch`` are mapped into memory instead of read. ``purpose``: for
+    "scoring" a file without split is all test; for "prediction" labels and split are not looked at.
     Raises :class:`~mmc_fast.errors.InputError` for anything that the layout does not allow.
     """
     archive = Archive(path)
     meta = _meta(archive)
     views = _views(archive, meta)
-    target = _target(archive, task)
+    target = _target(archive, task) if purpose != "prediction" else "y"
     if modalities is not None:
+        if purpose != "training":  # what is not there is absent
+            modalities = [name for name in modalities if name in views]
         views = check_selection(modalities, views)
-    _check_lengths(archive, views, target)
-    labels = _labels(archive, target)
+    rows = _check_lengths(archive, views, target)
+    labels = np.full(rows, -1, np.int64) if purpose == "prediction" else _labels(archive, target)
     ids = _ids(archive) if "ids" in archive else None
     read = archive.read
     if scratch is not None:
@@ -57,12 +61,15 @@ def read_npz(
         name=str(meta.get("name", archive.path.stem)),
         views={view: read(f"x_{view}") for view in views},
         labels=labels,
-        split=_split(archive, labels, ids, split_seed),
+        split=np.full(rows, 2, np.uint8)
+        if purpose == "prediction" or (purpose == "scoring" and "split" not in archive and split_seed is None)
+        else _split(archive, labels, ids, split_seed),
         num_classes=num_classes,
         metric=metric,
         names={view: _names(archive, view) for view in views if f"names_{view}" in archive},
         present={view: _present(archive, view) for view in views if f"present_{view}" in archive},
         ids=ids,
+        row_names=None if ids is None else list(map(str, archive.read("ids"))),
         info={
             "task": target.removeprefix("y").removeprefix("_") or str(meta.get("task", "y")),
             "source": str(meta.get("source", "user file")),
@@ -144,7 +151,7 @@ def _target(archive: Archive, task: str | None) -> str:
     return "y" if "y" in tasks else tasks[0]
 
 
-def _check_lengths(archive: Archive, views: list[str], target: str) -> None:
+def _check_lengths(archive: Archive, views: list[str], target: str) -> int:
     rows = archive.headers[f"x_{views[0]}"].shape[0]
     if rows == 0:
         raise InputError(f"{archive.path}: x_{views[0]} has no rows.")
@@ -157,6 +164,7 @@ def _check_lengths(archive: Archive, views: list[str], target: str) -> None:
             raise InputError(
                 f"{archive.path}: {key} has {shape[0]} rows and x_{views[0]} has {rows}; give one per sample."
             )
+    return int(rows)
 
 
 def _labels(archive: Archive, target: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from mmc_fast._util.names import choose
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.dataset import MultimodalDataset
+from mmc_fast.experiments.data.preprocessing import Preprocessing, ViewColumns, shift
 from mmc_fast.experiments.data.scaler import NAN_POLICIES, ViewScaler
 from mmc_fast.experiments.data.scratch import Scratch
 
@@ -26,7 +27,8 @@ class RawDataset:
     """What a source gives: values not scaled, NaN = not measured, any shape [N, ...] per view.
 
     ``present`` holds bool [N] for the views that state it. For another view a row with nothing measured (all NaN) is
-    absent. ``nan_policy`` is the default of this source.
+    absent. ``nan_policy`` is the default of this source. ``classes``: their names. ``columns`` and ``categories``: of
+    views that come from a table, its columns and the categories of some. ``source``: roles of columns in that table.
     """
 
     name: str
@@ -40,11 +42,18 @@ class RawDataset:
     ids: np.ndarray | None = None
     nan_policy: str = "error"
     info: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    categories: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    row_names: list[str] | None = None
 
 
 def build(
     raw: RawDataset,
     *,
+    preprocessing: Preprocessing | None = None,
+    purpose: str = "training",
     nan_policy: str | None = None,
     standardise: bool = True,
     drop_empty: bool = False,
@@ -55,9 +64,23 @@ def build(
     ``nan_policy``: ``"error"``, ``"mean"`` (train mean) or ``"indicator"`` (train mean, and a 0/1 measured column for
     every feature that has a NaN in train); None = the default of the source. ``drop_empty``: leave out training rows
     with nothing present, for a selection of modalities; without it they are an error. Views that are mapped are worked
-    on in pieces, and their result is mapped by ``scratch``. Raises :class:`~mmc_fast.errors.InputError`.
+    on in pieces, and their result is mapped by ``scratch``. ``preprocessing``: of a finished run, used instead of
+    statistics of these rows; columns are matched with it by name, and ``info["differences"]`` and ``info["shift"]`` say
+    how the data differ. Raises :class:`~mmc_fast.errors.InputError`.
     """
     policy = choose("nan_policy", raw.nan_policy if nan_policy is None else nan_policy, NAN_POLICIES)
+    differ = None
+    if preprocessing is not None:
+        policy = "mean" if preprocessing.policy == "error" else preprocessing.policy  # gaps are told, not refused
+        views, differ = preprocessing.align(raw.name, raw.views, raw.names, len(raw.labels))
+        for key, told in raw.info.get("differences", {}).items():  # what the reader of a table saw
+            differ[key] = (
+                differ.get(key, type(told)()) + told if isinstance(told, list) else {**differ.get(key, {}), **told}
+            )
+        stated = {view: here for view, here in raw.present.items() if view in views}
+        absent = {view: np.zeros(len(raw.labels), bool) for view in differ["absent_modalities"]}
+        names = {view: columns.names for view, columns in preprocessing.views.items()}
+        raw = replace(raw, views=views, names=names, present=stated | absent)
     train = raw.split == 0
     flat = {view: values.reshape(len(values), -1) for view, values in raw.views.items()}
     present = _presence(raw, flat)
@@ -67,14 +90,19 @@ def build(
     # Mapped data are put in the order of the parts: picking rows of a part would copy them into memory.
     order = np.argsort(raw.split, kind="stable") if streamed else np.arange(len(train))
     order = order[rows[order]]
-    features, names = {}, {}
+    features, names, fitted = {}, {}, {}
     notes: dict[str, Any] = {"never_measured": {}, "constant": {}, "indicators": {}, "absent": {}}
     for view, x in flat.items():
         own = raw.names.get(view) or [f"{view}_{j}" for j in range(x.shape[1])]
         here = present[view]
         chunk = scratch.rows(x.shape[1]) if streamed and scratch is not None else _CHUNK
         _check_values(raw.name, view, x, here, own, policy, chunk)
-        scaler = ViewScaler.fit(x, here & train, indicator=policy == "indicator", standardise=standardise, chunk=chunk)
+        if preprocessing is not None:
+            scaler = preprocessing.views[view].scaler
+        else:
+            indicator = policy == "indicator"
+            scaler = ViewScaler.fit(x, here & train, indicator=indicator, standardise=standardise, chunk=chunk)
+        fitted[view] = ViewColumns(raw.columns.get(view, own), scaler, raw.categories.get(view, {}))
         shape = (len(order), scaler.width(x.shape[1]))
         scaled = np.empty(shape, np.float32) if not streamed or scratch is None else scratch.empty(shape, np.float32)
         for start, some in _pieces(order, chunk):
@@ -99,6 +127,12 @@ def build(
                 notes[key][view] = found
     if not rows.all():
         notes["dropped_rows"] = int((~rows).sum())
+    used = preprocessing
+    if used is None:
+        classes = raw.classes or [str(c) for c in range(min(raw.num_classes, len(raw.labels)))]
+        used = Preprocessing(fitted, policy, classes, raw.source)
+    elif differ is not None:
+        notes |= {"differences": differ, "shift": shift(used, flat, present)}
     return MultimodalDataset(
         name=raw.name,
         features={view: torch.from_numpy(x) for view, x in features.items()},
@@ -111,6 +145,9 @@ def build(
         ids=None if raw.ids is None else torch.from_numpy(raw.ids[order].astype(np.int64)),
         info={**raw.info, "nan_policy": policy, "standardised": standardise, **notes},
         streamed=streamed,
+        preprocessing=used,
+        purpose=purpose,
+        row_names=None if raw.row_names is None else [raw.row_names[i] for i in order],
     )
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmc_fast._util.names import choose, nearest
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data.dataset import MultimodalDataset
+from mmc_fast.experiments.data.dataset import MultimodalDataset, check_selection
+from mmc_fast.experiments.data.frames import from_memory, read_tables
 from mmc_fast.experiments.data.info import DatasetInfo, Entry, find, how_to_get
 from mmc_fast.experiments.data.npz import read_npz
+from mmc_fast.experiments.data.preprocessing import Preprocessing
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.scaler import NAN_POLICIES
 from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
 from mmc_fast.experiments.data.sets import ENTRIES
+from mmc_fast.experiments.data.tables import ENDINGS
 
 __all__ = ["available", "check_options", "load", "why_missing"]
 
@@ -28,7 +32,7 @@ def available() -> list[DatasetInfo]:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: Any,
     *,
     task: str | None = None,
     variant: str | None = None,
@@ -38,12 +42,17 @@ def load(
     split_seed: int | None = None,
     memory_budget: int | str | None = None,
     scratch: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    purpose: str | None = None,
+    columns: Mapping[str, Any] | str | Path | None = None,
 ) -> MultimodalDataset:
-    """A data set of the registry by name, or a user's own npz file by path.
+    """A data set of the registry by name, or a user's own data: an npz file, a table, or a folder of tables, by path.
 
     Args:
         name_or_path: a name of :func:`available`, or a path (a ``Path``, or text that ends in ``.npz`` or has a
-            folder in it) to a file in the layout of docs/data.md.
+            folder in it) to an npz file in the layout of docs/data.md, a table (csv, tsv, parquet, feather), or a
+            folder with one table for each modality. With ``preprocessing`` also a pandas table, or a mapping from
+            modality to table or array.
         task: which labels; None = the first of the registry, or ``y`` of the file.
         variant: which form of the set, for sets that have several.
         nan_policy: ``"error"``, ``"mean"`` or ``"indicator"``; None = the default of the source (``"error"`` for
@@ -55,6 +64,10 @@ def load(
             standardised piece by piece into a file that is mapped into memory; the rows are then in the order train,
             validation, test.
         scratch: folder of that file, on a disk with room for the features; None = the system's temporary folder.
+        preprocessing: of a finished run (``load_run(folder).preprocessing``), used instead of statistics of these rows.
+        purpose: what the data set is for, "training", "scoring" or "prediction"; None = "scoring" with
+            ``preprocessing``, else "training".
+        columns: what the columns of tables are for, as a mapping or a TOML file; None = the TOML file beside them.
 
     Returns:
         A checked :class:`~mmc_fast.experiments.data.MultimodalDataset`.
@@ -62,6 +75,9 @@ def load(
     Raises:
         InputError: an unknown name, task or variant, a missing file, or data that cannot be used; one line.
     """
+    purpose = purpose or ("training" if preprocessing is None else "scoring")
+    if not isinstance(name_or_path, str | Path) and preprocessing is not None:
+        return build(from_memory(name_or_path, preprocessing, purpose), preprocessing=preprocessing, purpose=purpose)
     check_options(
         name_or_path,
         task=task,
@@ -69,15 +85,35 @@ def load(
         nan_policy=nan_policy,
         split_seed=split_seed,
         memory_budget=memory_budget,
+        columns=columns,
     )
     room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
     if scratch is not None and room is None:
         raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
-    if isinstance(name_or_path, Path) or _is_path(name_or_path):
-        raw = read_npz(name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room)
+    if is_table(name_or_path):
+        raw = read_tables(
+            Path(name_or_path), columns, split_seed=split_seed, preprocessing=preprocessing, purpose=purpose
+        )
+        if modalities is not None:
+            wanted = check_selection(modalities, list(raw.views))
+            raw = replace(raw, views={view: raw.views[view] for view in wanted})
+    elif isinstance(name_or_path, Path) or _is_path(name_or_path):
+        raw = read_npz(
+            name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room, purpose=purpose
+        )
+        if preprocessing is not None and raw.num_classes <= len(preprocessing.classes):
+            raw = replace(raw, num_classes=len(preprocessing.classes))
     else:
         raw = _load_registered(name_or_path, task, variant, modalities)
-    return build(raw, nan_policy=nan_policy, standardise=standardise, drop_empty=modalities is not None, scratch=room)
+    return build(
+        raw,
+        nan_policy=nan_policy,
+        standardise=standardise,
+        drop_empty=modalities is not None,
+        scratch=room,
+        preprocessing=preprocessing,
+        purpose=purpose,
+    )
 
 
 def check_options(
@@ -89,6 +125,7 @@ def check_options(
     split_seed: int | None = None,
     memory_budget: int | str | None = None,
     modalities: Sequence[str] | None = None,
+    columns: Mapping[str, Any] | str | Path | None = None,
 ) -> None:
     """Refuse options of :func:`load` that are wrong whether or not the data are here; no file is looked for.
 
@@ -102,7 +139,15 @@ def check_options(
         check_seed(split_seed)
     if memory_budget is not None:
         budget_bytes(memory_budget)
-    if isinstance(name_or_path, Path) or _is_path(name_or_path):
+    table = is_table(name_or_path)
+    for option, value in (("task", task), ("memory_budget", memory_budget)):
+        if table and value is not None:
+            raise InputError(
+                f"{option} {value!r}: it is for npz files; leave it out for tables (their label is a column)."
+            )
+    if columns is not None and not table:
+        raise InputError(f"columns {columns!r}: they are for tables, and {name_or_path} is none; leave it out.")
+    if table or isinstance(name_or_path, Path) or _is_path(name_or_path):
         if variant is not None:
             raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
         return
@@ -111,7 +156,7 @@ def check_options(
         guess = nearest(name, _ENTRIES)
         hint = f" Did you mean {guess!r}?" if guess else ""
         raise InputError(
-            f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file."
+            f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file, a table or a folder."
         )
     if memory_budget is not None:
         raise InputError(f"{name}: memory_budget is for npz files; this set is small, leave it out.")
@@ -133,7 +178,12 @@ def why_missing(name_or_path: str) -> str | None:
 
 
 def _is_path(name: str) -> bool:
-    return name.endswith((".npz", ".npy")) or "/" in name or "\\" in name
+    return name.endswith((".npz", ".npy", *ENDINGS)) or "/" in name or "\\" in name
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether this is the path of a table, or of a folder (whose files are tables)."""
+    return str(path).endswith(ENDINGS) or (str(path) not in _ENTRIES and Path(path).is_dir())
 
 
 def _load_registered(name: str, task: str | None, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:

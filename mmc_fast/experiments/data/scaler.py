@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,21 +16,24 @@ _CHUNK = 8192  # rows held in float64 at a time
 
 @dataclass(frozen=True, eq=False)
 class ViewScaler:
-    """Column statistics of one modality over its present training rows, and their use on all rows.
+    """Column statistics of one modality over its present training rows, and their use on any rows.
 
-    ``x -> (x - mean) * scale``, with ``scale = 1 / std`` (population), and 0 for a column that is constant in train:
-    it carries nothing, so it becomes 0 everywhere. A value that was not measured becomes ``fill``: the train mean,
-    that is 0 after standardising. A column never measured in train becomes 0 everywhere, also where a later row has
-    it. ``indicated`` lists the columns whose measured pattern (1 measured, 0 not) is appended, unscaled, on the
-    right; so a row in which nothing was measured is the zero vector, the same as an absent one.
+    ``x -> (x - mean) / std`` (population), and 0 for a column that is constant in train: it carries nothing, so it
+    becomes 0 everywhere. A value that was not measured becomes the train mean, that is 0 after standardising. A column
+    never measured in train becomes 0 everywhere, also where a later row has it. ``indicated`` lists the columns whose
+    measured pattern (1 measured, 0 not) is appended, unscaled, on the right; so a row in which nothing was measured is
+    the zero vector, the same as an absent one. ``low``, ``high``, ``count`` and ``rows`` (present ones) describe the
+    training rows for a comparison with later ones.
     """
 
-    mean: np.ndarray  # float64 [d], subtracted
-    scale: np.ndarray  # float64 [d], multiplied
-    fill: np.ndarray  # float64 [d], for values not measured, on the scale of the result
-    constant: np.ndarray  # int64, columns with one value in train
-    never: np.ndarray  # int64, columns not measured in train
+    mean: np.ndarray  # float64 [d], 0 where never measured, as std, low and high
+    std: np.ndarray  # float64 [d]
+    low: np.ndarray  # float64 [d]
+    high: np.ndarray  # float64 [d]
+    count: np.ndarray  # int64 [d], measured values
+    rows: int
     indicated: np.ndarray  # int64, columns with an indicator
+    standardise: bool = True
 
     @classmethod
     def fit(
@@ -40,7 +44,7 @@ class ViewScaler:
         ``chunk``: rows held at a time.
         """
         d = x.shape[1]
-        count, total = np.zeros(d), np.zeros(d)
+        count, total = np.zeros(d, np.int64), np.zeros(d)
         low, high = np.full(d, np.inf), np.full(d, -np.inf)
         for values in _chunks(x, rows, chunk):
             count += np.isfinite(values).sum(0)
@@ -52,16 +56,39 @@ class ViewScaler:
         for values in _chunks(x, rows, chunk):
             square += np.nansum((values - mean) ** 2, 0)
         std = np.sqrt(square / np.maximum(count, 1))
-        never = count == 0
-        constant = ~never & ((low == high) | (std < np.finfo(np.float32).tiny))
-        incomplete = ~never & (count < rows.sum())
-        if standardise:
-            scale = np.where(never | constant, 0.0, 1.0 / np.where(never | constant, 1.0, std))
-            fill = np.zeros(d)
-        else:
-            scale, fill, mean = np.where(never, 0.0, 1.0), mean, np.zeros(d)
-        indicated = np.flatnonzero(incomplete) if indicator else np.zeros(0, np.int64)
-        return cls(mean, scale, fill, np.flatnonzero(constant), np.flatnonzero(never), indicated)
+        known = count > 0
+        incomplete = known & (count < rows.sum())
+        return cls(
+            mean,
+            std,
+            np.where(known, low, 0.0),
+            np.where(known, high, 0.0),
+            count,
+            int(rows.sum()),
+            np.flatnonzero(incomplete) if indicator else np.zeros(0, np.int64),
+            standardise,
+        )
+
+    @property
+    def never(self) -> np.ndarray:
+        """Columns not measured in train."""
+        return np.flatnonzero(self.count == 0)
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Columns with one value in train."""
+        return np.flatnonzero((self.count > 0) & ((self.low == self.high) | (self.std < np.finfo(np.float32).tiny)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; floats keep every digit."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ViewScaler:
+        """What :meth:`to_dict` gave."""
+        arrays = {k: np.array(v, np.float64) for k, v in values.items() if isinstance(v, list)}
+        integers = {k: arrays[k].astype(np.int64) for k in ("count", "indicated")}
+        return cls(**(values | arrays | integers))
 
     def width(self, d: int) -> int:
         """Columns of the result for ``d`` features: theirs and the indicators."""
@@ -73,7 +100,12 @@ class ViewScaler:
         out = np.zeros((len(x), self.width(d)), np.float32)
         rows = x[present].astype(np.float64)
         measured = ~np.isnan(rows)
-        values = np.where(measured, (rows - self.mean) * self.scale, self.fill)
+        if self.standardise:
+            scale = 1.0 / np.where(self.std > 0, self.std, 1.0)
+            values = np.where(measured, (rows - self.mean) * scale, 0.0)
+            values[:, self.constant] = 0.0
+        else:
+            values = np.where(measured, rows, self.mean)
         values[:, self.never] = 0.0
         with np.errstate(over="ignore"):  # the caller tests the result for infinities
             out[present, :d] = values

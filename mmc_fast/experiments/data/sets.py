@@ -215,6 +215,7 @@ def _select(raw: RawDataset, rows: np.ndarray) -> RawDataset:
         labels=raw.labels[rows],
         split=raw.split[rows],
         ids=None if raw.ids is None else raw.ids[rows],
+        row_names=None,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
+from mmc_fast._util.toml import read_toml
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import Interval, ResampledScores, mean_sd
 from mmc_fast.errors import InputError
@@ -20,7 +21,6 @@ from ..compare.configs import configs_folder
 from ..compare.grid import Tune, check_once
 from ..jobs import Event
 from ..report.comparison import Difference
-from ..training.parse import read_toml
 
 __all__ = [
     "READINGS", "Direction", "Estimate", "Experiment", "Outcome", "Plan", "ResultTable", "Value", "declare", "paired",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmc_fast._util.toml import read_toml
+
 from ..compare.configs import configs_folder
-from ..training.parse import read_toml
 
 __all__ = ["TABLE1", "TABLE2", "TABLE3", "TABLE4", "TABLE5", "TABLE6", "TABLE7", "TABLE9", "TABLE11"]
 

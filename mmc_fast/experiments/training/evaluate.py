@@ -125,7 +125,8 @@ def evaluate(
     Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
     modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "unimodal": its unimodal model on the
     rows that have it, None without ``unimodal``; and what :func:`mmc_fast.diagnose` says of it on this part: scores "leave_one_out",
-    "single_modality", with it "shuffled", its "shapley" value, the "verdict" and its "evidence"); under auroc also "complete_auprc" and an "auprc" for each rate. Masks depend on ``seed``,
+    "single_modality", with it "shuffled", its "shapley" value, the "verdict" and its "evidence"); under auroc also "complete_auprc" and
+    an "auprc" for each rate, under accuracy "macro_f1" and "macro_auroc" (one class against the others) in the same way. Masks depend on ``seed``,
     part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
     hide; None: each, independently.
 
@@ -161,8 +162,7 @@ def measure(
 
     complete = scored("complete", rows.features, rows.present)
     result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
-    if "auprc" in complete:
-        result["complete_auprc"] = complete["auprc"]
+    result |= {f"complete_{name}": value for name, value in complete.items() if name != "score"}
     missing: list[dict[str, Any]] = []
     column = hidden_column(dataset, rates_modality)
     for rate in rates:

@@ -222,6 +222,7 @@ class _Run:
         )  # fmt: skip
         if self.folder is not None:
             self.folder.save_model(run.model)
+            self.folder.save_preprocessing(self.dataset.preprocessing)
             self.folder.save_predictions(predictions)
             self.folder.save_results(results)
         self.progress.on_end(results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
 
 from mmc_fast._util.names import unknown
@@ -52,8 +52,18 @@ def score(probabilities: Tensor, labels: Tensor, metric: str) -> float:
 
 
 def scores(probabilities: Tensor, labels: Tensor, metric: str) -> dict[str, float]:
-    """``{"score": main score}``, and under auroc also ``"auprc"``, the average precision of class 1."""
+    """``{"score": main score}`` and what belongs beside it.
+
+    Under auroc ``"auprc"``, the average precision of class 1; else ``"macro_f1"``, the mean F1 over the classes, and
+    where every class has rows ``"macro_auroc"``, the mean AUC of each class against the others.
+    """
     result = {"score": score(probabilities, labels, metric)}
+    p, y = probabilities.numpy(), labels.numpy()
     if metric == "auroc":
-        result["auprc"] = float(average_precision_score(labels.numpy(), probabilities.numpy()[:, 1]))
+        result["auprc"] = float(average_precision_score(y, p[:, 1]))
+        return result
+    classes = range(p.shape[1])
+    result["macro_f1"] = float(f1_score(y, p.argmax(1), average="macro", labels=classes, zero_division=0))
+    if len(np.unique(y)) == p.shape[1]:
+        result["macro_auroc"] = float(np.mean([roc_auc_score(y == c, p[:, c]) for c in classes]))
     return result

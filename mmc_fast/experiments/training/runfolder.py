@@ -18,18 +18,21 @@ from mmc_fast._util.atomic import read_tensors, save_errors, write_json, write_n
 from mmc_fast.errors import InputError
 
 from ..data.archive import Archive
+from ..data.preprocessing import Preprocessing
 from .adapter import RunAdapter
 from .checkpoint import CheckpointStore, prefixed, stripped
 from .config import TrainConfig
 from .evaluate import Predictions
 from .lock import LOCK_NAME, FolderLock
 from .model import MultimodalModel
+from .rows import RowPredictions, predict_rows
 from .unimodal import UnimodalModel, UnimodalModels
 
 __all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
 _RUN, _RESULTS, _PREDICTIONS = "run.json", "results.json", "predictions.npz"
 _MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"
+_PREPROCESSING = "preprocessing.json"
 
 
 def _differences(old: Any, new: Any, where: str) -> list[str]:
@@ -179,6 +182,19 @@ class RunFolder:
             raise _foreign(self.path / _MODEL, error) from error
         model.eval()
 
+    def save_preprocessing(self, preprocessing: Preprocessing | None) -> None:
+        if preprocessing is not None:
+            self.write(_PREPROCESSING, preprocessing.to_dict())
+
+    def load_preprocessing(self) -> Preprocessing | None:
+        """None for a run on a data set that was made directly from tensors."""
+        if not (self.path / _PREPROCESSING).is_file():
+            return None
+        try:
+            return Preprocessing.from_dict(self.read(_PREPROCESSING))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _foreign(self.path / _PREPROCESSING, error) from error
+
     def save_predictions(self, found: list[Predictions]) -> None:
         with self._saving(_PREDICTIONS):
             write_npz(self.path / _PREDICTIONS, prediction_arrays(found))
@@ -233,6 +249,16 @@ class LoadedRun:
     config: TrainConfig
     results: dict[str, Any]
     unimodal: UnimodalModels | None
+    preprocessing: Preprocessing | None = None
+
+    def predict(self, data: Any, **options: Any) -> RowPredictions:
+        """Predictions for rows whose label need not be known, with the scaling, columns and categories of the run.
+
+        ``data``: a path or name as for :func:`mmc_fast.experiments.data.load` (``options`` are its options), a table, a
+        mapping from modality to table or array, or a data set (every row of it). Modalities and columns may lack, be in
+        another order or be new. Raises InputError.
+        """
+        return predict_rows(self.model, self.preprocessing, self.results["data"]["name"], data, options)
 
     def as_adapter(self) -> RunAdapter:
         """The run as :func:`mmc_fast.diagnose` takes it, with its unimodal models."""
@@ -261,4 +287,4 @@ def load_run(run_dir: str | Path) -> LoadedRun:
     with torch.random.fork_rng(devices=[]):
         folder.load_model(model)
         unimodal = folder.load_unimodal(config, data["dims"], data["num_classes"])
-    return LoadedRun(model, config, folder.results(), unimodal)
+    return LoadedRun(model, config, folder.results(), unimodal, folder.load_preprocessing())

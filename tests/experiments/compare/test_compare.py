@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from training_data import BUDGET, check_one_line, own_data
 from typer.testing import CliRunner
 
+from mmc_fast._util.toml import read_toml
 from mmc_fast.cli import app
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import jobs as jobs_module
@@ -36,7 +37,6 @@ from mmc_fast.experiments.compare.output import markdown, score_rows
 from mmc_fast.experiments.compare.runs import check
 from mmc_fast.experiments.jobs import claimed, read
 from mmc_fast.experiments.methods import METHODS
-from mmc_fast.experiments.training.parse import read_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -206,7 +206,7 @@ def test_bad_archive(make: Callable[[Path], None], message: str, tmp_path: Path)
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         data.load(tmp_path / "none.npz")
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="no table in this folder"):
         data.load(tmp_path)
 
 

@@ -44,7 +44,24 @@ def test_accuracy_and_area_by_counting(seed):
     ranked = y[p[:, 1].argsort(descending=True)].tolist()
     precision = [sum(ranked[: n + 1]) / (n + 1) for n in range(40) if ranked[n]]
     assert scores(p, y, "auroc")["auprc"] == pytest.approx(sum(precision) / len(precision))
-    assert scores(p, y, "accuracy") == {"score": score(p, y, "accuracy")}
+    assert scores(p, y, "accuracy")["score"] == score(p, y, "accuracy")
+
+
+def test_multi_class_scores_are_counted_by_hand():
+    p = torch.tensor(
+        [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.4, 0.5, 0.1], [0.2, 0.1, 0.7], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]]
+    )
+    y = torch.tensor([0, 1, 0, 2, 2, 2])
+    found = scores(p, y, "accuracy")
+    f1 = [2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1), 2 * 2 / (2 * 2 + 1)]  # 2 TP / (2 TP + FP + FN)
+    assert found["macro_f1"] == pytest.approx(sum(f1) / 3)
+    auc = []
+    for c in range(3):
+        own, others = p[y == c, c], p[y != c, c]
+        wins = (own[:, None] > others).double() + 0.5 * (own[:, None] == others)
+        auc.append(float(wins.mean()))
+    assert found["macro_auroc"] == pytest.approx(sum(auc) / 3)
+    assert "macro_auroc" not in scores(p[:3], y[:3], "accuracy")  # no row of class 2
 
 
 @pytest.mark.parametrize(

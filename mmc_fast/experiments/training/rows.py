@@ -1,0 +1,112 @@
+"""A finished model on rows whose labels nobody knows: probabilities, and how far the rows are from the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc_fast._util.extras import require
+from mmc_fast.errors import InputError
+
+from ..data import MultimodalDataset, load
+from ..data.preprocessing import Preprocessing
+from .evaluate import check_fits, predict
+from .model import MultimodalModel
+
+__all__ = ["RowPredictions", "predict_rows", "shift_lines"]
+
+
+@dataclass
+class RowPredictions:
+    """Class probabilities ``[N, C]`` in the order of the rows, with the names of classes and rows.
+
+    ``present`` bool ``[N, m]``: what each row has; a row with nothing gets the class shares of the training rows.
+    ``differences``: modalities, columns and categories that are new or missing; ``shift``: for each column what
+    :func:`mmc_fast.experiments.data.preprocessing.shift` says. Both are empty for a data set made from tensors.
+    """
+
+    probabilities: Tensor
+    classes: list[str]
+    rows: list[str] | None
+    present: Tensor
+    modalities: list[str]
+    differences: dict[str, Any] = field(default_factory=dict)
+    shift: list[dict[str, Any]] = field(default_factory=list)
+
+    def table(self) -> Any:
+        """A pandas table: ``id`` (or ``row``), ``prediction``, ``p_CLASS`` for each class, ``modalities`` (those present)."""
+        pandas = require("pandas", extra="experiments")
+        first = {"row": range(len(self.present))} if self.rows is None else {"id": self.rows}
+        largest = self.probabilities.argmax(1).tolist()
+        columns: dict[str, Any] = {**first, "prediction": [self.classes[i] for i in largest]}
+        columns |= {f"p_{name}": self.probabilities[:, i].numpy() for i, name in enumerate(self.classes)}
+        here = [[m for m, there in zip(self.modalities, row, strict=True) if there] for row in self.present.tolist()]
+        return pandas.DataFrame(columns | {"modalities": ["+".join(names) for names in here]})
+
+    def report(self) -> list[str]:
+        """What a user should know before trusting the predictions, as lines of text; empty where there is nothing."""
+        empty = int((~self.present.any(1)).sum())
+        told = [f"{empty} row(s) have no modality and get the class shares of the training rows"] if empty else []
+        return shift_lines({"differences": self.differences, "shift": self.shift}) + told
+
+
+def shift_lines(info: Mapping[str, Any]) -> list[str]:
+    """The entries "differences" and "shift" of ``info`` as lines of text, the largest shifts first."""
+    d, shift, lines = info.get("differences", {}), info.get("shift", []), []
+    for key, text in (
+        ("absent_modalities", "modalities that no row has"),
+        ("new_modalities", "modalities that the model does not know, not used"),
+    ):
+        if d.get(key):
+            lines.append(f"{text}: {', '.join(d[key])}")
+    for key, text in (
+        ("missing_columns", "columns that are not there, taken as not measured"),
+        ("new_columns", "columns that the model does not know, not used"),
+        ("unknown_categories", "values that are no category of training, taken as 'other'"),
+    ):
+        for view, names in d.get(key, {}).items():
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"{view}: {text}: {', '.join(names[:8])}{more}")
+    far = [entry for entry in shift if entry["far"]]
+    far.sort(key=lambda e: (-e["outside"], -abs(e["difference"] or 0.0)))
+    if far:
+        lines.append(f"{len(far)} of {len(shift)} columns are far from the training data, the farthest first:")
+    for e in far[:10]:
+        gap = "" if e["difference"] is None else f", mean {e['difference']:+.2f} training s.d. away"
+        lines.append(f"  {e['modality']} {e['column']}: {e['outside']:.0%} outside of the training range{gap}")
+    return lines
+
+
+def predict_rows(
+    model: MultimodalModel, preprocessing: Preprocessing | None, name: str, data: Any, options: Mapping[str, Any]
+) -> RowPredictions:
+    """What :meth:`LoadedRun.predict` promises; ``name``: of the data of the run."""
+    if isinstance(data, MultimodalDataset):
+        dataset = data
+    elif preprocessing is None:
+        raise InputError(
+            f"the run on {name} holds no preprocessing, since its data were made from tensors; give a MultimodalDataset "
+            "whose features are made in the same way"
+        )
+    else:
+        dataset = load(data, preprocessing=preprocessing, purpose="prediction", **options)
+    check_fits(model, dataset)
+    probabilities = predict(model, list(dataset.features.values()), dataset.present, on_empty="prior")
+    if not bool(torch.isfinite(probabilities).all()):
+        row = int((~torch.isfinite(probabilities).all(1)).nonzero()[0])
+        raise InputError(f"{dataset.name}: the prediction of row {row} is not finite; its values are too large")
+    classes = dataset.classes if preprocessing is None else preprocessing.classes
+    info = dataset.info
+    return RowPredictions(
+        probabilities,
+        classes,
+        dataset.row_names,
+        dataset.present,
+        dataset.modalities,
+        info.get("differences", {}),
+        info.get("shift", []),
+    )

@@ -1,0 +1,225 @@
+"""Tables and arrays of a user: joins, categories, labels, splits, and what is refused with its repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.data import MultimodalDataset, load
+from mmc_fast.experiments.training import LoadedRun, TrainConfig, load_run, train
+
+ROWS = 160
+
+
+def tables(seed: int = 0, rows: int = ROWS) -> dict[str, pandas.DataFrame]:
+    """Laboratory values of all but ten patients, demographics with a text column, labels and parts in a third table."""
+    g = np.random.default_rng(seed)
+    y = np.arange(rows) % 2
+    ids = np.arange(rows) + 7
+    labs = pandas.DataFrame({"patient": ids, "na": 140 + 5 * y + g.normal(size=rows), "k": g.normal(size=rows)})
+    labs.loc[3::9, "k"] = np.nan
+    words = np.array(["home", "ward", "clinic"])[g.integers(0, 3, rows)].astype(object)
+    words[5], words[6::8] = "helicopter", "ship"  # a rare one, and one of test rows alone: both are "other"
+    demo = pandas.DataFrame(
+        {"patient": ids, "age": g.integers(20, 90, rows), "from": words, "smokes": g.random(rows) < 0.5}
+    )
+    out = pandas.DataFrame({"patient": ids, "died": np.array(["no", "yes"])[y]})
+    out["part"] = np.array(["train", "train", "validation", "test"])[np.arange(rows) // 2 % 4]
+    return {"labs": labs.iloc[10:], "demo": demo, "out": out}
+
+
+ROLES: dict[str, Any] = {"label": "died", "id": "patient", "split": "part"}
+
+
+def whole(rows: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
+    return rows["demo"].merge(rows["labs"], on="patient", how="left").merge(rows["out"], on="patient")
+
+
+MAP = """
+label = "died"
+id = "patient"
+split = "part"
+[modalities]
+labs = ["na", "k"]
+demo = ["age", "from", "smokes"]
+"""
+
+
+def write(frame: pandas.DataFrame, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    elif path.suffix == ".feather":
+        frame.reset_index(drop=True).to_feather(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return path
+
+
+def test_tables_joined_by_id_hold_what_was_computed_by_hand():
+    t = tables()
+    found = MultimodalDataset.from_frames(t, **ROLES)
+    assert found.classes == ["no", "yes"]
+    assert found.labels.tolist() == [i % 2 for i in range(ROWS)]
+    assert found.present[:, 0].tolist() == [False] * 10 + [True] * (ROWS - 10)  # the ten without laboratory values
+    train_rows = t["out"]["part"].to_numpy() == "train"
+    age = t["demo"]["age"].to_numpy().astype(float)
+    np.testing.assert_allclose(
+        found.features["demo"][:, 0], (age - age[train_rows].mean()) / age[train_rows].std(), rtol=1e-4, atol=1e-5
+    )
+    assert found.feature_names["demo"] == ["age", "from=clinic", "from=home", "from=ward", "from=other", "smokes"]
+    assert found.feature_names["labs"] == ["na", "k", "k measured"]
+    assert torch.equal(found.features["labs"][10:, 2] == 1, torch.tensor(t["labs"]["k"].notna().tolist()))
+    hot = t["demo"]["from"].to_numpy() == "ward"
+    values = found.features["demo"][:, 3].numpy()
+    np.testing.assert_allclose(values, (hot - hot[train_rows].mean()) / hot[train_rows].std(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".feather"])
+def test_every_format_and_layout_gives_the_same_arrays(ending: str, tmp_path: Path):
+    t = tables()
+    wanted = MultimodalDataset.from_frames(t, **ROLES)
+    (tmp_path / "several").mkdir()
+    for name, frame in t.items():
+        write(frame.sample(frac=1, random_state=1), tmp_path / "several" / f"{name}{ending}")
+    (tmp_path / "several" / "columns.toml").write_text(MAP.partition("[")[0])
+    path = write(whole(t).sample(frac=1, random_state=2), tmp_path / f"one{ending}")
+    (tmp_path / "one.toml").write_text(MAP)
+    for found in (load(tmp_path / "several"), load(str(path))):
+        assert found.row_names == wanted.row_names
+        assert torch.equal(found.labels, wanted.labels)
+        for view in ("labs", "demo"):
+            assert found.feature_names[view] == wanted.feature_names[view]
+            torch.testing.assert_close(found.features[view], wanted.features[view], rtol=1e-5, atol=1e-5)
+
+
+def test_a_drawn_split_does_not_depend_on_the_order_of_the_rows():
+    one = whole(tables()).drop(columns="part")
+    roles = {"label": "died", "id": "patient", "split": 3, "modalities": {"labs": ["na", "k"], "demo": ["age"]}}
+    first = MultimodalDataset.from_frames(one, **roles)
+    second = MultimodalDataset.from_frames(one.sample(frac=1, random_state=5), **roles)
+    assert torch.equal(first.split, second.split)
+    assert torch.equal(first.features["labs"], second.features["labs"])
+
+
+def test_groups_stay_in_one_part():
+    one = whole(tables()).drop(columns="part").assign(family=lambda f: (f["patient"] - 7) // 4)
+    found = MultimodalDataset.from_frames(
+        one, label="died", id="patient", group="family", modalities={"labs": ["na"], "demo": ["age"]}
+    )
+    for family in range(ROWS // 4):
+        assert len(found.split[family * 4 : family * 4 + 4].unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("label", "more", "classes"),
+    [
+        (["b", "a", "b", "c"], {}, ["a", "b", "c"]),
+        ([1, 2, 3, 2], {"kind": "classification"}, ["1", "2", "3"]),
+        ([10.0, 9.0, 9.0, 10.0], {}, ["9", "10"]),
+        ([True, False, False, True], {}, ["False", "True"]),
+    ],
+)
+def test_labels_keep_their_names(label: list[Any], more: dict[str, Any], classes: list[str]):
+    values = label * 30
+    found = MultimodalDataset.from_arrays({"x": np.random.default_rng(0).normal(size=(120, 2))}, values, **more)
+    assert found.classes == classes
+    names = [str(int(v)) if isinstance(v, float) else str(v) for v in values]
+    assert [found.classes[i] for i in found.labels.tolist()] == names
+
+
+def test_one_hot_labels_are_understood_and_others_refused():
+    hot = np.eye(3)[np.arange(90) % 3]
+    x = {"x": np.random.default_rng(0).normal(size=(90, 2))}
+    assert MultimodalDataset.from_arrays(x, hot).labels.tolist() == [i % 3 for i in range(90)]
+    hot[4, 0] = 1
+    with pytest.raises(InputError, match="row 4 of the label columns"):
+        MultimodalDataset.from_arrays(x, hot)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "numbers and text": (
+        lambda f: f.assign(na=f["na"].astype(object).where(f.index != 16, "<5")),
+        "'na' holds numbers and '<5' in row 16",
+    ),
+    "decimal commas": (lambda f: f.assign(na=[f"{x:.2f}".replace(".", ",") for x in f["na"]]), "not commas"),
+    "dates": (lambda f: f.assign(na=pandas.Timestamp("2020-01-01")), "'na' holds dates"),
+    "names": (lambda f: f.assign(na=[f"n{i}" for i in range(len(f))]), "none of them often enough"),
+    "no label": (lambda f: f.assign(died=f["died"].where(f.index != 3)), "label 'died' is empty in row 3"),
+    "whole numbers": (lambda f: f.assign(died=f.index % 5), 'say kind = "classification"'),
+    "no such column": (lambda f: f.drop(columns="k"), "Unknown column of modality 'labs'"),
+    "no such label": (
+        lambda f: f.rename(columns={"died": "dead"}),
+        "'died'. Did you mean 'dead'? Allowed: patient, age, from, smokes, na, k, dead, part",
+    ),
+    "split": (lambda f: f.assign(part="later"), "allowed are train, validation, test"),
+    "no id": (lambda f: f.assign(patient=f["patient"].where(f.index != 2)), "'patient' is empty in row 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_tables_are_refused_with_file_column_and_repair(case: str, tmp_path: Path):
+    change, said = REFUSED[case]
+    path = write(change(whole(tables())), tmp_path / f"one.{'parquet' if case == 'dates' else 'csv'}")
+    (tmp_path / "one.toml").write_text(MAP)
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    folder = tmp_path_factory.mktemp("tables")
+    path = write(whole(tables()), folder / "one.csv")
+    (folder / "one.toml").write_text(MAP)
+    config = TrainConfig.preset("vanilla", epochs=3, unimodal_share=0.0, rates=())
+    train(load(path), config, seed=0, run_dir=folder / "run")
+    return load_run(folder / "run")
+
+
+def test_new_tables_of_any_layout_are_predicted_alike(finished: LoadedRun, tmp_path: Path):
+    t = tables(1, 40)
+    one = whole(t).drop(columns=["died", "part"])
+    wanted = finished.predict(one)
+    path = write(one[one.columns[::-1]].sample(frac=1, random_state=0), tmp_path / "new.csv")
+    for data in (path, str(write(one, tmp_path / "new.parquet")), {"labs": t["labs"], "demo": t["demo"]}):
+        found = finished.predict(data)
+        assert found.rows == wanted.rows
+        torch.testing.assert_close(found.probabilities, wanted.probabilities, rtol=1e-5, atol=1e-6)
+    table = wanted.table()
+    assert set(table["prediction"]) <= {"no", "yes"}
+    np.testing.assert_allclose(table["p_no"] + table["p_yes"], 1.0, rtol=1e-5)
+
+
+def test_new_values_and_columns_are_told_and_rows_stay_independent(finished: LoadedRun):
+    one = whole(tables(1, 40)).drop(columns=["died", "part", "na"]).assign(extra=1.0)
+    one.loc[5, "from"] = "boat"  # where "helicopter" was
+    found = finished.predict(one)
+    assert found.differences["unknown_categories"]["demo"] == ["from=boat", "from=ship"]
+    assert found.differences["missing_columns"] == {"labs": ["na"]}
+    assert "extra" in str(found.differences["new_columns"])
+    alone = finished.predict(one.iloc[[7]])
+    torch.testing.assert_close(alone.probabilities[0], found.probabilities[7], rtol=0, atol=1e-6)
+
+
+def test_class_codes_that_are_numbers_do_not_depend_on_gaps_elsewhere(tmp_path: Path):
+    one = whole(tables()).assign(ward=np.arange(ROWS) % 3 + 1)
+    roles = ROLES | {"modalities": {"labs": ["na", "k"], "demo": ["ward"]}, "categorical": ["ward"]}
+    data = MultimodalDataset.from_frames(one, **roles)
+    assert data.feature_names["demo"] == ["ward=1", "ward=2", "ward=3", "ward=other"]
+    new = one.assign(ward=one["ward"].astype(float).where(one.index > 0))  # a gap makes pandas store 2 as 2.0
+    again = load(new, preprocessing=data.preprocessing)
+    assert torch.equal(again.features["demo"][1:], data.features["demo"][1:])
+
+
+def test_a_label_that_training_did_not_have_is_refused_when_scoring(finished: LoadedRun):
+    one = whole(tables(1, 40))
+    one.loc[4, "died"] = "maybe"
+    with pytest.raises(InputError, match=r"Unknown class in column 'died', row 4 .*'maybe'"):
+        load(one, preprocessing=finished.preprocessing)

@@ -1,0 +1,123 @@
+"""A finished run on new rows: its own scaling and columns, whatever the rows hold, and a report of what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.data import load
+from mmc_fast.experiments.data.preprocessing import Preprocessing
+from mmc_fast.experiments.training import LoadedRun, TrainConfig, load_run, train
+
+LABS, NOTES = ["na", "k", "ph"], ["n1", "n2"]
+
+
+def arrays(rows: int, seed: int, gaps: int | None = None) -> dict[str, np.ndarray]:
+    """Two modalities; column ``gaps`` of labs has values that were not measured."""
+    g = np.random.default_rng(seed)
+    y = np.arange(rows) % 2
+    labs = 140 + 5 * (y[:, None] + g.normal(size=(rows, 3)))
+    if gaps is not None:
+        labs[g.random(rows) < 0.3, gaps] = np.nan
+    return {"x_labs": labs, "x_notes": y[:, None] + g.normal(size=(rows, 2)), "y": y, "ids": np.arange(rows) + 1000}
+
+
+def save(path: Path, values: dict[str, np.ndarray], labs: list[str] = LABS, **more: np.ndarray) -> Path:
+    np.savez(path, **values, names_labs=np.array(labs), names_notes=np.array(NOTES), **more)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    folder = tmp_path_factory.mktemp("run")
+    path = save(folder / "own.npz", arrays(150, 0, gaps=0), split=np.arange(150) % 3)
+    config = TrainConfig.preset("ebr", epochs=2, control=False, rates=())
+    train(load(path, nan_policy="indicator"), config, seed=0, run_dir=folder / "run")
+    return load_run(folder / "run")
+
+
+def test_new_rows_are_scaled_by_the_training_rows_of_the_run(finished: LoadedRun, tmp_path: Path):
+    train_rows, new = arrays(150, 0, gaps=0)["x_labs"][::3], arrays(40, 1, gaps=2)
+    path = save(tmp_path / "new.npz", {k: v for k, v in new.items() if k != "y"})
+    found = load(path, preprocessing=finished.preprocessing, purpose="prediction").features["labs"].numpy()
+    mean, std = np.nanmean(train_rows, 0), np.nanstd(train_rows, 0)
+    wanted = np.nan_to_num((new["x_labs"] - mean) / std, nan=0.0)  # a gap becomes the training mean
+    np.testing.assert_allclose(found[:, :3], wanted, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(found[:, 3], np.ones(40))  # the indicator of "na", the column with gaps in training
+
+
+def test_columns_in_another_order_and_arrays_give_the_same_predictions(finished: LoadedRun, tmp_path: Path):
+    new = arrays(40, 2)
+    same = finished.predict(save(tmp_path / "a.npz", new)).probabilities
+    turned = new | {"x_labs": np.c_[new["x_labs"][:, [2, 0, 1]], np.ones(40)]}
+    other = finished.predict(save(tmp_path / "b.npz", turned, ["ph", "na", "k", "extra"]))
+    assert torch.equal(other.probabilities, same)
+    assert other.differences["new_columns"] == {"labs": ["extra"]}
+    assert other.rows == [str(i) for i in range(1000, 1040)]
+
+
+def test_a_cohort_without_a_modality_is_that_of_rows_which_lack_it(finished: LoadedRun, tmp_path: Path):
+    new = arrays(30, 3)
+    np.savez(tmp_path / "a.npz", x_notes=new["x_notes"])
+    lacks = finished.predict(tmp_path / "a.npz")
+    marked = finished.predict(save(tmp_path / "b.npz", new, present_labs=np.zeros(30, bool)))
+    assert torch.equal(lacks.probabilities, marked.probabilities)
+    assert lacks.differences["absent_modalities"] == ["labs"]
+    assert lacks.present.tolist() == [[False, True]] * 30
+
+
+def test_rows_with_nothing_get_the_class_shares_and_are_told(finished: LoadedRun, tmp_path: Path):
+    new = arrays(10, 4)
+    new["x_labs"][0], new["x_notes"][0] = np.nan, np.nan
+    found = finished.predict(save(tmp_path / "a.npz", new))
+    assert found.probabilities[0].tolist() == pytest.approx([0.5, 0.5])
+    assert "1 row(s) have no modality" in found.report()[-1]
+
+
+def test_no_prediction_depends_on_other_rows(finished: LoadedRun, tmp_path: Path):
+    new = arrays(60, 5, gaps=1)
+    whole = finished.predict(save(tmp_path / "a.npz", new)).probabilities
+    changed = {k: v.copy() for k, v in new.items()}
+    changed["x_labs"][1:], changed["x_notes"][1:] = 1e6, np.nan
+    other = finished.predict(save(tmp_path / "b.npz", changed)).probabilities
+    single = finished.predict(save(tmp_path / "c.npz", {k: v[:1] for k, v in new.items()})).probabilities
+    torch.testing.assert_close(other[0], whole[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(single[0], whole[0], rtol=0, atol=1e-6)
+
+
+def test_shift_is_the_standardised_difference_and_the_share_outside(finished: LoadedRun, tmp_path: Path):
+    train_rows, new = arrays(150, 0, gaps=0)["x_labs"][::3], arrays(50, 6)
+    new["x_labs"][:, 1] = new["x_labs"][:, 1] * 10 + 100
+    found = {e["column"]: e for e in finished.predict(save(tmp_path / "a.npz", new)).shift}
+    for j, name in enumerate(LABS):
+        known, x = train_rows[~np.isnan(train_rows[:, j]), j], new["x_labs"][:, j]
+        assert found[name]["difference"] == pytest.approx((x.mean() - known.mean()) / known.std(), abs=1e-5)
+        assert found[name]["outside"] == pytest.approx(((x < known.min()) | (x > known.max())).mean(), abs=1e-5)
+    assert found["na"]["training_measured"] == pytest.approx((~np.isnan(train_rows[:, 0])).mean(), abs=1e-5)
+    assert found["k"]["far"]
+
+
+def test_preprocessing_survives_its_file(finished: LoadedRun):
+    stored = finished.preprocessing
+    assert stored is not None
+    again = Preprocessing.from_dict(stored.to_dict())
+    assert again.to_dict() == stored.to_dict()
+    assert again.views["labs"].scaler.std.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: {"x_other": a["x_labs"]}, "none of the modalities of the run is there"),
+        (lambda a: {"x_labs": a["x_labs"][:, :2]}, "2 columns without names and the run was trained on 3"),
+        (lambda a: {"x_labs": a["x_labs"] * np.inf}, "holds inf"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(finished: LoadedRun, tmp_path: Path, change, said: str):
+    np.savez(tmp_path / "a.npz", **change(arrays(10, 0)))
+    with pytest.raises(InputError, match=said):
+        finished.predict(tmp_path / "a.npz")
