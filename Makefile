@@ -25,13 +25,14 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-all test-bare defects sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
 	@echo "make test       the test suite; make test-all adds the slow tests"
 	@echo "make test-bare  what touches data and commands, in a clone of HEAD with no benchmark data in reach"
 	@echo "make defects    break the code in planned ways; every defect must turn a test red"
+	@echo "make mutants    N random changes of MODULE, drawn with SEED, each against its tests; prints those that no test notices"
 	@echo "make sanitize   the C++ tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
 	@echo "make lint       ruff check and format check; make format rewrites"
@@ -67,6 +68,12 @@ test-bare: setup
 
 defects: setup
 	@$(PY) tests/planned_defects.py $(ARGS)
+
+# make mutants MODULE=mmc_fast/diagnose/statistics.py SEED=1 N=60
+SEED ?= 0
+N    ?= 30
+mutants: setup
+	@$(PY) tools/mutants.py $(MODULE) --seed $(SEED) --number $(N) $(ARGS)
 
 # The core and its tests alone; a failed check ends the run.
 define CORE_TESTS

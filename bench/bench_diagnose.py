@@ -120,7 +120,7 @@ def main() -> None:
                 "processor seconds": round(time.process_time() - worked, 1),
                 "of them drawing": round(stream.drawing, 1),
                 "by phase": {name: round(seconds, 1) for name, seconds in phases.items()},
-                "samples seen": found.samples,
+                "samples seen": found.n_samples,
                 "agop": found.settings["agop"],
                 "resident MiB after batch": memory,
                 "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -1,237 +1,248 @@
-"""How the thresholds of the diagnosis were set, and how often its verdicts are wrong on seeds that set nothing.
+"""How often the diagnosis is wrong: planted truth in real data, models trained here.
 
-Run: ``python bench/calibrate_diagnosis.py [--set 60] [--judge 100] [--rows rows.jsonl] [--json out.json]``. Seeds below 10,000 set the
-thresholds, seeds from 10,000 on judge them; ``--rows`` keeps what is done, so that a stopped run goes on. Known truth:
+Run: ``MMC_DATA=folder python bench/calibrate_diagnosis.py [--seeds 4] [--rows rows.jsonl] [--csv out.csv]``. ``--rows`` keeps what is
+done, so that a stopped run goes on; ``--seeds 0`` only judges it. For each data set, fusion and seed one modality is drawn, and
 
-- healthy: networks trained on modalities that all carry signal of one kind, of drawn strengths and sizes (two or three of
-  them); no verdict "collapsed" or "ignored" is right.
-- noise: the same with one modality that carries nothing; "collapsed" and "relied on" are wrong for it.
-- shuffled: the same, but one modality had its rows shuffled in training, so that the network could learn nothing from it
-  though it carries signal; "collapsed" is right.
-- hard: networks trained on ``data.planted_collapse``, whose "hard" modality a plain network learns to use by three quarters at
-  most; a quarter of these as many. "Collapsed" is right.
-- unmixed: ``testing.planted_head`` without shared neurons and with drawn jitter; "mixing" is wrong. And with a quarter of
-  the neurons shared; there it is right.
+- healthy: the model is trained with modality dropout on the data as they are; every modality that carries something by itself is
+  used by such a model, so "collapsed", "misleading" and "under-used" are wrong;
+- collapsed: the modality's rows are shuffled in training (plain, or with modality dropout), so that the model learned nothing from it,
+  and untouched in the test; "collapsed" is right where the modality carries something;
+- noise: the modality is standard normal noise everywhere; "uninformative" is right, and so is "misleading", where the model answers it.
 
-Every network is judged twice: with the scores of unimodal networks of the same shape as ``alone``, and with the probes of the
-diagnosis itself, trained on the training part.
+Ability comes from unimodal models trained on the untouched data. Each model is judged twice: modalities removed by its own mask, and
+by the features of other samples. The rule and its thresholds were set on seed 0 of all data sets and are judged on the other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
-from mmc_fast.diagnose import THRESHOLDS, Diagnosis, diagnose
+from mmc_fast.diagnose import THRESHOLDS, diagnose
+from mmc_fast.diagnose.verdict import Thresholds, carries, kind_of
 from mmc_fast.experiments import data
-from mmc_fast.experiments.data import MultimodalDataset, Part, SyntheticModality
-from mmc_fast.testing import planted_head
+from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.training.adapter import RunAdapter
+from mmc_fast.experiments.training.config import TrainConfig
+from mmc_fast.experiments.training.model import MultimodalModel
+from mmc_fast.experiments.training.unimodal import UnimodalModels, train_unimodal
 
-JUDGING = 10_000
-"""The first seed that sets nothing."""
-
-
-class Concat:
-    """A network on the modalities side by side, as an adapter for parts of a data set."""
-
-    def __init__(
-        self,
-        dataset: MultimodalDataset,
-        hidden: int,
-        epochs: int,
-        dropout: float,
-        seed: int,
-        shuffled: int | None = None,
-    ) -> None:
-        self.names = dataset.modalities
-        part, random = dataset.part("train"), torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            d, c = sum(dataset.dims.values()), dataset.num_classes
-            self.head = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, c))
-            optimizer = torch.optim.Adam(self.head.parameters(), lr=3e-3)
-            for _ in range(epochs):
-                views = list(part.features)
-                if shuffled is not None:
-                    views[shuffled] = views[shuffled][torch.randperm(len(part), generator=random)]
-                x = torch.cat(views, 1)
-                for rows in torch.randperm(len(x), generator=random).split(64):
-                    optimizer.zero_grad()
-                    nn.functional.cross_entropy(self.head(x[rows]), part.labels[rows]).backward()
-                    optimizer.step()
-        self.head.eval()
-
-    def encode(self, batch: Part) -> dict[str, Tensor]:
-        return dict(zip(self.names, batch.features, strict=True))
-
-    def fuse(self, features: dict[str, Tensor]) -> Tensor:
-        return self.head(torch.cat(list(features.values()), 1))
-
-    def labels(self, batch: Part) -> Tensor:
-        return batch.labels
-
-
-def look(dataset: MultimodalDataset, shape: tuple[int, int, float], seed: int, shuffled: int | None = None) -> Any:
-    """Train on all modalities and on each alone, in the same way; diagnose the first on the test part, twice."""
-    alone = {}
-    for name in dataset.modalities:
-        kept = dataset.keep([name])
-        part = kept.part("test")
-        guess = Concat(kept, *shape, seed).fuse({name: part.features[0]}).argmax(1)
-        alone[name] = float((guess == part.labels).double().mean())
-    model = Concat(dataset, *shape, seed, shuffled)
-    given = diagnose(model, dataset, resamples=0, metric="accuracy", alone=alone, probes=False)
-    probed = diagnose(model, dataset, resamples=0, metric="accuracy")
-    planted = None if shuffled is None else dataset.modalities[shuffled]
-    return {"planted": planted, "alone": numbers(given), "probes": numbers(probed)}
-
-
-def networks(kind: str, seed: int) -> Any:
-    """Signal of the same kind in all modalities, equally easy to learn, stronger or weaker; in one none, or shuffled."""
-    random = np.random.default_rng([seed, 1])
-    count, classes = int(random.integers(2, 4)), int(random.integers(2, 6))
-    modalities = {
-        chr(ord("a") + i): SyntheticModality(
-            dim=int(random.integers(8, 33)), predictive=6, strength=float(random.uniform(1.0, 2.5))
-        )
-        for i in range(count)
-    }
-    shape = (int(random.integers(24, 97)), int(random.integers(6, 20)), 0.0)
-    chosen = int(random.integers(count))
-    name = list(modalities)[chosen]
-    if kind == "noise":
-        modalities[name] = SyntheticModality(dim=modalities[name].dim, predictive=0)
-    dataset = data.synthetic(2000, modalities=modalities, num_classes=classes, seed=seed)
-    found = look(dataset, shape, seed, chosen if kind == "shuffled" else None)
-    return found | {"planted": None if kind == "healthy" else name}
-
-
-def hard(seed: int) -> Any:
-    return look(data.planted_collapse(seed), (64, 25, 0.5), seed) | {"planted": "hard"}
-
-
-def entropy(sharing: float, seed: int) -> float | None:
-    """Mean neuron entropy of a planted head."""
-    random = np.random.default_rng([seed, 2])
-    jitter, m = float(random.uniform(0, 0.05)), int(random.integers(2, 4))
-    planted = planted_head(seed, sharing=sharing, jitter=jitter, modalities=m, num_samples=1000, rotate=True)
-    return diagnose(planted, planted.batches(), resamples=0, reliance=False).value("neuron_entropy")
-
-
-def numbers(d: Diagnosis) -> list[dict[str, Any]]:
-    m = len(d.modalities)
-    return [
-        {"modality": v.modality, "kind": v.kind, "use": (v.use_share or 0.0) * m}
-        | {k: v.evidence[k] for k in ("signal", "loss", "kept") if k in v.evidence}
-        for v in d.verdicts
-    ]
-
-
-MAKERS: dict[str, Callable[[int], Any]] = {
-    "healthy": lambda seed: networks("healthy", seed),
-    "noise": lambda seed: networks("noise", seed),
-    "shuffled": lambda seed: networks("shuffled", seed),
-    "hard": hard,
-    "unmixed": lambda seed: entropy(0.0, seed),
-    "quarter": lambda seed: entropy(0.25, seed),
+SETS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "mfeat": ("mfeat", {}, ()),
+    "support2": ("support2", {}, ()),
+    "avmnist": ("avmnist_small", {}, ()),
+    "avmnist speaker": ("avmnist", {"variant": "speaker"}, ()),
+    "p2012": ("p2012", {}, ()),
+    "diabetes130": ("diabetes130", {}, ("admission", "utilisation_labs", "diagnoses", "disposition")),
+    "avmnist hard": ("avmnist", {"variant": "hard"}, ()),
+    "eicu_demo": ("eicu_demo", {}, ("demographics", "bedside", "labs", "bp_series", "diagnoses")),
 }
+"""Name here -> data set, options, the modalities that are kept (none: all)."""
+FUSIONS = ("concat", "late", "transformer")
+ROWS = {"diabetes130": (8000, 4000, 4)}
+"""Rows of the train and the test part at most, and epochs, where they are not these: a weak signal needs more rows."""
+USUAL, DROPOUT = (2500, 1500, 12), 0.5
+
+
+class Job(NamedTuple):
+    """One model: its data set, fusion, seed, what is planted, whether modalities are dropped in training."""
+
+    data: str
+    fusion: str
+    seed: int
+    planted: str
+    dropout: bool
+
+
+def jobs(seeds: int) -> Iterator[Job]:
+    """All models, one seed after the other, so that a stopped run covers all data sets."""
+    for seed in range(seeds):
+        for fusion in FUSIONS if seed % 2 == 0 else FUSIONS[::-1]:
+            for name in SETS:
+                yield Job(name, fusion, seed, "healthy", True)
+                for planted in ("collapsed", "noise"):
+                    for dropout in (False, True):
+                        yield Job(name, fusion, seed, planted, dropout)
+
+
+def load(name: str, seed: int) -> MultimodalDataset:
+    """A data set with at most so many rows in each part."""
+    source, options, kept = SETS[name]
+    found = data.load(source, **options)
+    found = found.keep(list(kept)) if kept else found
+    random, chosen = torch.Generator().manual_seed(seed), []
+    for part, most in ((0, ROWS.get(name, USUAL)[0]), (1, 500), (2, ROWS.get(name, USUAL)[1])):
+        rows = torch.nonzero(found.split == part).flatten()
+        chosen.append(rows[torch.randperm(len(rows), generator=random)[:most]].sort().values)
+    rows = torch.cat(chosen)
+    features = {n: x[rows] for n, x in found.features.items()}
+    return replace(
+        found, features=features, present=found.present[rows], labels=found.labels[rows], split=found.split[rows],
+        ids=None if found.ids is None else found.ids[rows],
+    )  # fmt: skip
+
+
+def plant(dataset: MultimodalDataset, modality: str, planted: str, seed: int) -> MultimodalDataset:
+    """The data set with one modality shuffled in its train and validation parts, or noise everywhere."""
+    random = torch.Generator().manual_seed(seed + 1)
+    x, column = dataset.features[modality].clone(), dataset.modalities.index(modality)
+    present = dataset.present.clone()
+    if planted == "noise":
+        x = torch.randn(x.shape, generator=random)
+        present[:, column] = True
+    else:
+        for part in (0, 1):
+            rows = torch.nonzero(dataset.split == part).flatten()
+            order = rows[torch.randperm(len(rows), generator=random)]
+            x[rows], present[rows, column] = x[order], dataset.present[order, column]
+        present[~present.any(1), column] = True
+    return replace(dataset, features=dataset.features | {modality: x}, present=present)
+
+
+def fit(dataset: MultimodalDataset, config: TrainConfig, seed: int) -> MultimodalModel:
+    """A model trained by Adam on cross-entropy; with modality dropout no row loses all."""
+    part, random = dataset.part("train"), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MultimodalModel(dataset.dims, dataset.num_classes, config)
+    model.class_prior.copy_(torch.bincount(part.labels, minlength=dataset.num_classes) / len(part.labels))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(part), generator=random).split(64):
+            present = part.present[rows]
+            if config.modality_dropout:
+                kept = present & (torch.rand(present.shape, generator=random) >= config.modality_dropout)
+                present = torch.where(kept.any(1, keepdim=True), kept, present)
+            optimizer.zero_grad()
+            logits = model([x[rows] for x in part.features], present).logits
+            nn.functional.cross_entropy(logits, part.labels[rows]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def measure(job: Job, known: dict[tuple[str, int], tuple[MultimodalDataset, UnimodalModels]]) -> dict[str, Any]:
+    """Train one model and diagnose it twice."""
+    epochs = ROWS.get(job.data, USUAL)[2]
+    if (job.data, job.seed) not in known:
+        known.clear()
+        dataset = load(job.data, job.seed)
+        config = TrainConfig(epochs=epochs, batch_size=64)
+        known[job.data, job.seed] = dataset, train_unimodal(dataset, config, seed=job.seed, fingerprint="")
+    dataset, unimodal = known[job.data, job.seed]
+    random = np.random.default_rng([job.seed, FUSIONS.index(job.fusion), list(SETS).index(job.data)])
+    modality = str(random.choice(dataset.modalities))
+    config = TrainConfig(epochs=epochs, fusion=job.fusion, modality_dropout=DROPOUT if job.dropout else 0.0)  # type: ignore[arg-type]
+    trained_on = dataset if job.planted == "healthy" else plant(dataset, modality, job.planted, job.seed)
+    judged = trained_on if job.planted == "noise" else dataset
+    if job.planted == "noise":  # what the noise allows by itself
+        alone = train_unimodal(judged.keep([modality]), TrainConfig(epochs=epochs, batch_size=64), seed=job.seed,
+                               fingerprint="")  # fmt: skip
+        unimodal = UnimodalModels(unimodal.models | alone.models, unimodal.scores | alone.scores, {})
+    adapter = RunAdapter(fit(trained_on, config, job.seed), unimodal)
+    found: dict[str, Any] = {"modality": None if job.planted == "healthy" else modality}
+    for absence in ("model", "resample"):
+        d = diagnose(adapter, judged, absence=absence, agop=False, probes=False, metric=dataset.metric)
+        found[absence] = {v.modality: {"kind": v.kind} | v.evidence for v in d.verdicts}
+        found[absence + " draws"] = d.settings["draws"]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", type=int, default=60, help="seeds of each kind that set thresholds")
-    parser.add_argument("--judge", type=int, default=100, help="seeds of each kind that judge them")
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rows", type=Path, help="file that keeps what is done")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--document", type=Path, help="page whose table, between two markers, is written anew")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    done: dict[tuple[str, int], Any] = {}
+    done: dict[Job, Any] = {}
     if arguments.rows and arguments.rows.exists():
         for line in arguments.rows.read_text("utf-8").splitlines():
-            kind, seed, row = json.loads(line)
-            done[kind, seed] = row
-    for kind, make in MAKERS.items():
-        part = 4 if kind == "hard" else 1
-        seeds = [*range(arguments.set // part), *range(JUDGING, JUDGING + arguments.judge // part)]
-        for seed in seeds:
-            if (kind, seed) not in done:
-                done[kind, seed] = make(seed)
-                if arguments.rows:
-                    with arguments.rows.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([kind, seed, done[kind, seed]]) + "\n")
-    summary = judge(done)
-    print(json.dumps(summary, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            job, row = json.loads(line)
+            done[Job(*job)] = row
+    known: dict[tuple[str, int], Any] = {}
+    for job in sorted(jobs(arguments.seeds), key=lambda j: (j.seed, list(SETS).index(j.data))):
+        if job not in done:
+            done[job] = measure(job, known)
+            if arguments.rows:
+                with arguments.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([job, done[job]]) + "\n")
+    table = judged(done)
+    if arguments.document:
+        text = arguments.document.read_text("utf-8")
+        start, end = (f"<!-- calibration: {word} -->" for word in ("start", "end"))
+        before, after = text.split(start)[0], text.split(end)[1]
+        arguments.document.write_text(f"{before}{start}\n{rendered(table)}\n{end}{after}", "utf-8")
+    for line in table:
+        print(", ".join(f"{key} {value}" for key, value in line.items()))
+    if arguments.csv:
+        with arguments.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
 
 
-def judge(done: dict[tuple[str, int], Any]) -> dict[str, Any]:
-    """Quantiles over the setting seeds, error rates of the thresholds in force over the judging ones."""
-    setting = {kind: [row for (k, seed), row in done.items() if k == kind and seed < JUDGING] for kind in MAKERS}
-    judging = {kind: [row for (k, seed), row in done.items() if k == kind and seed >= JUDGING] for kind in MAKERS}
-    found: dict[str, Any] = {"in force": vars(THRESHOLDS), "set": {}, "judged": {}}
-    for source in ("alone", "probes"):
-        unmissed = [
-            v["kept"]
-            for row in setting["healthy"]
-            for v in row[source]
-            if v["loss"] <= THRESHOLDS.loss and v["signal"] >= THRESHOLDS.signal
+def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[dict[str, Any]]:
+    """Rates of right and wrong verdicts with exact 95 % intervals (Clopper and Pearson), for both halves and absences."""
+    table = []
+    for half in ("setting", "judging"):
+        chosen = {j: r for j, r in done.items() if (j.seed == 0) == (half == "setting")}
+        for absence in ("model", "resample"):
+            healthy = [e for j, r in chosen.items() if j.planted == "healthy" for e in r[absence].values()]
+            kinds = [kind_of(e, thresholds) for e in healthy]
+            table += [
+                _rate(
+                    half, absence, "healthy: collapsed or misleading", [k in ("collapsed", "misleading") for k in kinds]
+                ),
+                _rate(half, absence, "healthy: under-used", [k == "under-used" for k in kinds]),
+                _rate(half, absence, "healthy: undecided", [k == "undecided" for k in kinds]),
+            ]
+            lost = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "collapsed"]
+            kinds = [kind_of(e, thresholds) for e in lost if carries(e, thresholds)]
+            table.append(_rate(half, absence, "shuffled in training: collapsed", [k == "collapsed" for k in kinds]))
+            noise = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "noise"]
+            kinds = [kind_of(e, thresholds) for e in noise]
+            table += [
+                _rate(
+                    half,
+                    absence,
+                    "noise: uninformative or misleading",
+                    [k in ("uninformative", "misleading") for k in kinds],
+                ),
+                _rate(half, absence, "noise: misleading", [k == "misleading" for k in kinds]),
+            ]
+    return table
+
+
+def rendered(table: list[dict[str, Any]]) -> str:
+    """The table as Markdown: one line per kind of verdict, setting and judging side by side, absence by the model's own mask."""
+    lines = ["| planted: verdict | seed 0, which set the rule | other seeds |", "|---|---|---|"]
+    chosen = [row for row in table if row["absence"] == "model"]
+    for name in dict.fromkeys(row["verdict"] for row in chosen):
+        cells = [
+            f"{row['count']} of {row['of']}: {row['share']} [{row['low']}, {row['high']}]" if row["of"] else "–"
+            for row in chosen
+            if row["verdict"] == name
         ]
-        found["set"][source] = {
-            "5 % of lowest use share times m": _quantile(
-                [min(v["use"] for v in r[source]) for r in setting["healthy"]], 0.05
-            ),
-            "5 % of kept where nothing is lost without": _quantile(unmissed, 0.05),
-            "such modalities": len(unmissed),
-            "median, 95 % of kept, shuffled": [
-                _quantile(_planted(setting["shuffled"], source, "kept"), q) for q in (0.5, 0.95)
-            ],
-            "median, 95 % of kept, hard": [
-                _quantile(_planted(setting["hard"], source, "kept"), q) for q in (0.5, 0.95)
-            ],
-        }
-        bad = [any(v["kind"] in ("collapsed", "ignored") for v in row[source]) for row in judging["healthy"]]
-        found["judged"][source] = {
-            "healthy: a modality called collapsed or ignored": rate(bad),
-            "noise called collapsed or relied on": rate(
-                [k in ("collapsed", "relied on") for k in _planted(judging["noise"], source, "kind")]
-            ),
-            "shuffled not called collapsed": rate(
-                [k != "collapsed" for k in _planted(judging["shuffled"], source, "kind")]
-            ),
-            "hard not called collapsed": rate([k != "collapsed" for k in _planted(judging["hard"], source, "kind")]),
-        }
-    found["set"]["95 % of mean neuron entropy, unmixed"] = _quantile(setting["unmixed"], 0.95)
-    found["judged"]["unmixed heads called mixing"] = rate([e > THRESHOLDS.entropy for e in judging["unmixed"]])
-    found["judged"]["heads with a quarter shared not called mixing"] = rate(
-        [e <= THRESHOLDS.entropy for e in judging["quarter"]]
-    )
-    return found
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def rate(wrong: list[bool]) -> str:
-    """How many of how many, and the exact 95 % interval of the rate (Clopper and Pearson)."""
-    if not wrong:
-        return "none judged"
-    low, high = stats.binomtest(sum(wrong), len(wrong)).proportion_ci()
-    return f"{sum(wrong)} of {len(wrong)}, {low:.1%} to {high:.1%}"
-
-
-def _planted(rows: list[Any], source: str, key: str) -> list[Any]:
-    """A number of the planted modality in every row."""
-    return [v[key] for row in rows for v in row[source] if v["modality"] == row["planted"] and key in v]
-
-
-def _quantile(values: list[float], q: float) -> float | None:
-    return round(float(np.quantile(values, q)), 3) if values else None
+def _rate(half: str, absence: str, what: str, hits: list[bool]) -> dict[str, Any]:
+    low, high = stats.binomtest(sum(hits), len(hits)).proportion_ci() if hits else (0.0, 1.0)
+    share = sum(hits) / len(hits) if hits else float("nan")
+    found = {"half": half, "absence": absence, "verdict": what, "count": sum(hits), "of": len(hits)}
+    return found | {"share": f"{share:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}"}
 
 
 if __name__ == "__main__":

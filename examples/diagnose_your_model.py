@@ -1,6 +1,6 @@
 """Diagnose a model that is not ours, wired by the names of its modules: LXMERT of Hugging Face transformers.
 
-Run: ``python examples/diagnose_your_model.py [--steps 60] [--html page.html]``; needs ``pip install 'mmc-fast[examples]'``. A small
+Run: ``python examples/diagnose_your_model.py [--steps 60] [--html page.html]``; needs ``pip install 'mmc-fast[diagnose]' transformers``. A small
 configuration with random weights, trained for some steps on drawn regions and questions: nothing is downloaded.
 """
 

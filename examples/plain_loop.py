@@ -49,7 +49,7 @@ def train(epochs: int = 12, reversal: float = 0.1, reconstruction: float = 0.1, 
             md, rec = handle.losses()
             loss = F.cross_entropy(logits, part.labels[rows]) + md + reconstruction * rec
             if step == 0:
-                game = handle.game()
+                game = handle.adversarial()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -12,6 +12,7 @@ if _TYPE_CHECKING:
     from mmc_fast.diagnose import diagnose as diagnose
     from mmc_fast.integrations import ModelAdapter as ModelAdapter
     from mmc_fast.integrations import apply_ebr as apply_ebr
+    from mmc_fast.integrations import load_ebr as load_ebr
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _LAZY = {
     "apply_ebr": "mmc_fast.integrations",
     "diagnose": "mmc_fast.diagnose",
     "explain": "mmc_fast.agop.explain",
+    "load_ebr": "mmc_fast.integrations",
 }
 
 

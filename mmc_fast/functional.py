@@ -11,9 +11,9 @@ from torch import Tensor
 from mmc_fast.ops.dispatch import choose
 from mmc_fast.ops.ebr import op
 from mmc_fast.ops.ebr.reference import Call
-from mmc_fast.ops.ebr.reversal import grad_reverse, lambda_tensor
+from mmc_fast.ops.ebr.reversal import check_reversal, grad_reverse, lambda_tensor
 
-__all__ = ["EBROutput", "ebr_step", "grad_reverse"]
+__all__ = ["EBROutput", "check_reversal", "ebr_step", "grad_reverse"]
 
 _NARROW = 64  # widest layer that autocast computes in float32 (docs/performance.md)
 
@@ -58,11 +58,11 @@ def ebr_step(
         decoders: m tuples ``(W1 [h, k], b1 [h], W2 [d_i, h], b2 [d_i])``.
         discriminator: ``(W_1, b_1, ..., W_L [m, p], b_L [m])``, ReLU between layers, first width k.
         present: bool ``[B, m]``; None means all present.
-        source: int64 ``[B, m]`` (which latent is decoded into slot i; -1 = none) or float ``[B, m, m]`` (weights,
-            differentiable); None decodes each modality from its own latent. Absent latents have no weight; a slot
+        source: int64 ``[B, m]`` (which latent is decoded for modality i; -1 = none) or float ``[B, m, m]`` (weights,
+            differentiable); None decodes each modality from its own latent. Absent latents have no weight; a target
             without any is a zero row.
-        reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is never
-            read by the host; 0 cuts the branch.
+        reversal: λ of the gradient reversal, finite and not negative: a float, or a 0-d tensor, whose value is
+            checked on the CPU alone (elsewhere that would synchronise); 0 cuts the branch.
         normalizer: replaces both denominators (one element), or #present and #rows (two elements): exact means
             over processes and accumulation steps.
         residual: add the decoded row to the feature where the modality is present.

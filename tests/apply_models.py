@@ -99,3 +99,22 @@ def assert_same(before: dict, after: dict) -> None:
 def total(logits: Tensor, md: Tensor, rec: Tensor) -> Tensor:
     """A loss in which every output of a forward has a part of its own."""
     return logits.square().sum() + 1.3 * md + 0.7 * rec
+
+
+class Two(nn.Module):
+    """Two linear encoders ``a`` and ``b``, concatenation, a classifier ``c``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(7, 8), nn.Linear(5, 8), nn.Linear(16, 3)
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.c(torch.cat([a, b], -1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.join(self.a(x), self.b(y))
+
+
+def two_inputs(generator: torch.Generator, *rows: int) -> tuple[Tensor, Tensor]:
+    rows = rows or (8,)
+    return torch.randn(*rows, 7, generator=generator), torch.randn(*rows, 5, generator=generator)

@@ -1,20 +1,18 @@
-"""Break the code in named ways and see that the tests notice: ``python tests/planned_defects.py [--only NAME]``.
+"""Break the code in listed ways and see that the tests notice: ``python tests/planned_defects.py [--only TEXT]``.
 
-Each entry of ``planned_defects.toml`` names a file, a text that occurs in it exactly once, its replacement and the
-tests that must turn red. The tree is copied, the defect applied to the copy, the tests run there. Exit code 1 if a
-defect survives or no longer applies. To add one: append a table to the TOML file, nothing else.
+``planned_defects.toml`` lists single changes by module and function: ``change = "OLD -> NEW"``, where OLD is an operator, an
+expression, a keyword argument or a statement that occurs once in the function (or ``nth``), in any layout; NEW ``pass`` drops a
+statement. Sources in other languages have a ``find`` that occurs once and its ``replace``. Each change is made in a copy of
+the tree, where one of its tests must turn red. Exit code 1 if a defect survives or no longer applies.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import ast
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,78 +22,105 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVE_OUT = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+sys.path.append(str(ROOT / "tools"))
+import mutants  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Defect:
     name: str
     file: str
-    find: str
-    replace: str
     tests: tuple[str, ...]
+    function: str = ""  # "" is the whole module
+    change: str = ""
+    nth: int | None = None  # None: it occurs once
+    find: str = ""
+    replace: str = ""
     build: bool = False  # compile the native library of the copy before the tests run
+
+    def text(self) -> str:
+        """The file with the defect; ValueError where it does not apply."""
+        path = ROOT / self.file
+        missing = [t for t in (path, *(ROOT / t.split("::")[0] for t in self.tests)) if not t.exists()]
+        if missing:
+            raise ValueError(f"no file {missing[0].relative_to(ROOT)}")
+        source = path.read_text()
+        if self.find:
+            if source.count(self.find) != 1:
+                raise ValueError(f"its text occurs {source.count(self.find)} times in {self.file}; it must occur once")
+            return source.replace(self.find, self.replace)
+        found = list(self._changes(ast.parse(source)))
+        if len(found) < (self.nth or 1) or (self.nth is None and len(found) > 1):
+            raise ValueError(f"{len(found)} places in {self.function or self.file} fit {self.change!r}")
+        text = mutants.apply(source, *found[(self.nth or 1) - 1])
+        if ast.dump(ast.parse(text)) == ast.dump(ast.parse(source)):
+            raise ValueError(f"{self.change!r} changes nothing")
+        return text
+
+    def _changes(self, tree: ast.AST):
+        old, new = self.change.split(" -> ")
+        for function, node in mutants.nodes(tree):
+            if not f"{function}.".startswith(f"{self.function}." if self.function else ""):
+                continue
+            if old in mutants.OPERATORS:
+                yield from ((node, changed) for changed in mutants.with_operator(node, old, new))
+                continue
+            for what, other in zip(_forms(old, new == "pass"), _forms(new, new == "pass"), strict=False):
+                if type(node) is type(what) and ast.dump(node) == ast.dump(what):
+                    yield node, other
+
+
+def _forms(text: str, whole: bool) -> list[ast.AST]:
+    """What the text may stand for: an expression (not where a ``whole`` statement is meant), a statement, a keyword argument."""
+    statement = ast.parse(text).body[0]
+    if isinstance(statement, ast.Expr) and not whole:
+        return [statement.value]
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+        return [statement, ast.keyword(statement.targets[0].id, statement.value)]
+    return [statement]
 
 
 def load() -> list[Defect]:
     with open(Path(__file__).with_suffix(".toml"), "rb") as f:
-        entries = tomllib.load(f)["defect"]
-    return [Defect(**{**e, "tests": tuple(e["tests"])}) for e in entries]
+        groups = tomllib.load(f)["group"]
+    common = ({"file": g["file"], "tests": tuple(g["tests"]), "build": g.get("build", False)} for g in groups)
+    return [Defect(**shared, **row) for shared, g in zip(common, groups, strict=True) for row in g["defects"]]
 
 
 def problem(defect: Defect) -> str | None:
     """Why the defect cannot be applied to the tree, or None."""
-    path = ROOT / defect.file
-    if not path.exists():
-        return f"{defect.file} does not exist"
-    count = path.read_text().count(defect.find)
-    if count != 1:
-        return f"its text occurs {count} times in {defect.file}; it must occur once"
-    missing = [t for t in defect.tests if not (ROOT / t.split("::")[0]).exists()]
-    return f"no such test file: {missing[0]}" if missing else None
+    try:
+        defect.text()
+    except (ValueError, SyntaxError) as error:
+        return str(error)
+    return None
 
 
-def run(defect: Defect) -> tuple[str, str]:
-    """(verdict, detail); verdict is "caught", "SURVIVED" or "BROKEN"."""
-    why = problem(defect)
-    if why:
+def run(defect: Defect, bench: mutants.Bench, text: str | None = None) -> tuple[str, str]:
+    """(verdict, detail); verdict is "caught", "SURVIVED" or "BROKEN". ``text``: of the file, instead of the defect's."""
+    if why := problem(defect):
         return "BROKEN", why
-    with tempfile.TemporaryDirectory(prefix="defect-") as folder:
-        copy = Path(folder) / "tree"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEAVE_OUT))
-        target = copy / defect.file
-        target.write_text(target.read_text().replace(defect.find, defect.replace))
-        env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        env.setdefault("MMC_DATA", str(ROOT.parent / "shared" / "data"))
-        if defect.build:
-            built = subprocess.run(
-                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, env=env, capture_output=True
-            )
-            if built.returncode:
-                return "BROKEN", "the copy does not compile: " + built.stderr.decode()[-400:]
-        result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *defect.tests],
-            cwd=copy, env=env, capture_output=True, text=True,
-        )  # fmt: skip
-    lines = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if result.returncode == 1 and lines and lines[0].startswith("FAILED"):
-        return "caught", lines[0].removeprefix("FAILED ").split(" - ")[0]
-    if result.returncode == 0:
-        return "SURVIVED", "all of its tests are green"
-    return "BROKEN", (lines or (result.stdout + result.stderr).strip().splitlines() or ["no output"])[-1]
+    if not defect.build:
+        return bench.run(defect.file, text or defect.text(), defect.tests)
+    bench = mutants.Bench()  # of its own: its library is rebuilt
+    (bench.tree / defect.file).write_text(text or defect.text())
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if subprocess.run(command, cwd=bench.tree, capture_output=True).returncode:
+        return "BROKEN", "the copy does not compile"
+    return bench.run(defect.file, None, defect.tests)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", help="run the defects whose name contains this text")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", action="append", help="run the defects whose name or file contains this text")
     options = parser.parse_args()
-    defects = [d for d in load() if not options.only or any(text in d.name for text in options.only)]
-    start, bad = time.monotonic(), 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for defect, (verdict, detail) in zip(defects, pool.map(run, defects), strict=True):
-            bad += verdict != "caught"
-            print(f"{verdict:9} {defect.name:45} {detail}", flush=True)
+    only = options.only or [""]
+    defects = [d for d in load() if any(text in f"{d.name} {d.file}" for text in only)]
+    bench, start, bad = mutants.Bench(), time.monotonic(), 0
+    for defect in defects:
+        verdict, detail = run(defect, bench)
+        bad += verdict != "caught"
+        print(f"{verdict:9} {defect.file}: {defect.name}: {detail}", flush=True)
     print(f"{len(defects) - bad} of {len(defects)} defects caught in {time.monotonic() - start:.0f} s")
     return 1 if bad or not defects else 0
 

@@ -51,8 +51,7 @@ def run_diagnose(
     if run is not None:
         if weights is not None:
             raise InputError("diagnose: --weights belongs to --adapter; a run has its own")
-        model, loader, training, known = _run_parts(run, data, part, given)
-        settings = ({"alone": known} if known else {}) | dict(settings)
+        model, loader, training = _run_parts(run, data, part, given)
         state = state or run / f"diagnose-{part}.state"
     else:
         if weights is None or data is None or adapter is None:
@@ -77,11 +76,9 @@ def _parts(data: str, part: str, options: dict[str, Any]) -> tuple[Any, Any]:
     return dataset.part(part), dataset.part("train") if part != "train" else None
 
 
-def _run_parts(
-    run: Path, data: str | None, part: str, options: dict[str, Any]
-) -> tuple[Any, Any, Any, dict[str, float]]:
-    """A finished run, its parts as in :func:`_parts`, and the scores of its unimodal models."""
-    from mmc_fast.experiments.training import evaluate, load_run
+def _run_parts(run: Path, data: str | None, part: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A finished run and its parts as in :func:`_parts`."""
+    from mmc_fast.experiments.training import load_run
 
     from .evaluate import dataset_of
 
@@ -90,11 +87,7 @@ def _run_parts(
     training = dataset
     if not bool((dataset.split == 0).any()):  # a cohort to test on: probes learn from the rows of the run
         training = dataset_of(loaded, None, {})
-    known = {}
-    if loaded.unimodal is not None and training is dataset:
-        scored = evaluate(loaded.model, dataset, part=part, rates=(), unimodal=loaded.unimodal)["reliance"]
-        known = {name: entry["unimodal"] for name, entry in scored.items() if entry["unimodal"] is not None}
-    return loaded, dataset.part(part), training.part("train") if part != "train" else None, known
+    return loaded, dataset.part(part), training.part("train") if part != "train" else None
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | None) -> None:
@@ -102,16 +95,17 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis, other: Diagnosis | N
     rows = []
     kinds = {v.modality: v.kind for v in diagnosis.verdicts}
     shown = {
-        "use share": "use_share",
         "alone": "alone",
-        "without it": "without",
-        "only it": "only",
+        "shuffled": "shuffled",
         "Shapley": "shapley",
+        "use over ability": "use_index",
+        "only it": "only",
+        "use share": "use_share",
     }
     for name in diagnosis.modalities:
         cells = [str(diagnosis.measures.get(f"{prefix}.{name}", "–")) for prefix in shown.values()]
         rows.append([name, kinds[name], *cells])
-    title = f"{diagnosis.samples} samples" + (f", {diagnosis.metric}" if diagnosis.metric else "")
+    title = f"{diagnosis.n_samples} samples" + (f", {diagnosis.metric}" if diagnosis.metric else "")
     print_table(console, title, ["modality", "verdict", *shown], rows)
     console.print(diagnosis.summary(), markup=False)
     if other is not None:

@@ -40,7 +40,12 @@ def predict_command(
             else:
                 write_file(out, lambda path: table.to_parquet(path, index=False))
     if as_json:
-        about: dict[str, Any] = {"run": str(run), "data": data, "out": None if out is None else str(out), "rows": len(table)}
+        about: dict[str, Any] = {
+            "run": str(run),
+            "data": data,
+            "out": None if out is None else str(out),
+            "rows": len(table),
+        }
         about |= {"classes": found.classes, "differences": found.differences, "shift": found.shift}
         print_json(about | ({} if out is not None else {"predictions": table.to_dict("records")}))
         return

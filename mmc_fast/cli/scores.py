@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.report.trained import RELIANCE
 
 from .terminal import print_table
 
@@ -43,9 +42,14 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
         row[2:2] = ["–" if entry.get(name) is None else f"{entry[name]:.3f}" for name in shown]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)
     if scores.get("reliance"):
-        kinds = dict(zip(RELIANCE.values(), ("unimodal", "leave-one-out", "single-modality"), strict=True))
+        kinds = {
+            "unimodal": "unimodal",
+            "shuffled": "that of other samples",
+            "leave_one_out": "leave-one-out",
+            "single_modality": "nothing else",
+        }
         rows = [
-            [modality, *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
+            [modality, entry["verdict"], *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]
             for modality, entry in scores["reliance"].items()
         ]
-        print_table(console, "Each modality", ["modality", *kinds.values()], rows)
+        print_table(console, "Each modality", ["modality", "verdict", *kinds.values()], rows)

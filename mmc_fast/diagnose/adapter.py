@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmc_fast.agop.head import linear_chain, refuse_training_mode
 from mmc_fast.errors import InputError
 
-__all__ = ["Adapter", "HasAdapter", "adapter_of", "chain_of", "flat", "labels_of", "model_of"]
+__all__ = ["Adapter", "HasAdapter", "adapter_of", "beyond_features", "chain_of", "flat", "model_of", "prove"]
 
 
 @runtime_checkable
@@ -24,13 +24,18 @@ class Adapter(Protocol):
 
     Optional, used where present:
 
-    - ``labels(batch) -> Tensor [B]`` of class numbers, or None. Without it a batch that is a tuple or list of two or more
-      ends in its labels.
+    - ``forward(batch) -> Tensor [B, C]``: the logits of the untouched model, which ``fuse(encode(batch))`` is compared with
+      before any number (:func:`prove`).
+    - ``labels(batch)``: class numbers ``[B]``, 0/1 labels or numbers ``[B, C]``, text where the adapter has ``classes``, or None.
+      Without it a batch that is a tuple or list of two or more ends in its labels.
+    - ``fuse(features, present)``: the model's own handling of absent modalities, ``present`` bool ``[B, m]``.
+    - ``inputs(batch) -> {name: Tensor [B, ...]}``: what the encoders receive; and ``unimodal(batch) -> {name: [B, C]}``: outputs of
+      models that know one modality only. Both tell what a modality allows by itself.
     - ``head``: the ``nn.Module`` that maps the flattened features side by side to the logits. A chain of Linear layers and
       activations gets exact numbers for each layer and neuron from the fast AGOP.
     - ``represent(features) -> Tensor [B, r]``: the fused representation, where there is no such chain.
     - ``latents(batch) -> {name: [B, k]}``: representations that should not tell their modality, NaN where one is absent.
-    - ``model``: the ``nn.Module`` whose training mode is checked.
+    - ``metric``: the score where the options name none. ``model``: the ``nn.Module`` whose training mode is checked.
     - ``unimodal_weights``: modality -> ``[h_i, d_i]`` of unimodal models, where the options give none.
     """
 
@@ -71,21 +76,6 @@ def chain_of(head: nn.Module | None) -> list[nn.Module] | None:
     return None if chain is None else chain[0]
 
 
-def labels_of(adapter: Adapter, batch: Any) -> Tensor | None:
-    """Labels ``[B]`` int64 of a batch, or None."""
-    own = getattr(adapter, "labels", None)
-    if own is not None:
-        found = own(batch)
-    else:
-        found = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    if found is None:
-        return None
-    if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
-        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"diagnose: labels are {got}; give class numbers as an integer tensor [B], or None")
-    return found.detach().cpu().long()
-
-
 def model_of(adapter: Adapter) -> nn.Module | None:
     """The adapter's model, refused where batch statistics or dropout are in training mode."""
     model = getattr(adapter, "model", None) or getattr(adapter, "head", None)
@@ -98,3 +88,46 @@ def model_of(adapter: Adapter) -> nn.Module | None:
             ) from None
         return cast(nn.Module, model)
     return None
+
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@torch.no_grad()
+def prove(adapter: Adapter, batch: Any) -> str:
+    """Compare ``fuse(encode(batch))`` with the model's own ``forward(batch)``; says what was compared.
+
+    Allowed is a difference of 1e-4 of the largest logit in float32 (1e-9 in float64, 0.01 in float16, 0.05 in bfloat16).
+
+    Raises InputError where they differ by more, with the first module that differs where the adapter can tell
+    (``difference(batch) -> str``).
+    """
+    forward = getattr(adapter, "forward", None)
+    if not callable(forward) or isinstance(adapter, nn.Module):
+        return "not compared: the adapter has no forward(batch)"
+    truth, found = forward(batch), adapter.fuse(adapter.encode(batch))
+    if not isinstance(truth, Tensor) or not isinstance(found, Tensor) or truth.shape != found.shape:
+        got = [list(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in (truth, found)]
+        raise InputError(
+            f"diagnose: the model gives {got[0]} and fuse(encode(batch)) {got[1]}; both must be the logits"
+        )
+    gap, size = float((truth - found).abs().max()) if truth.numel() else 0.0, float(truth.abs().max().clamp(min=1e-30))
+    if not gap <= _ROUNDING.get(truth.dtype, 1e-4) * size:
+        where = getattr(adapter, "difference", lambda batch: "")(batch)
+        raise InputError(
+            f"diagnose: fuse(encode(batch)) is not what the model gives: {gap:.3g} apart where logits reach {size:.3g}"
+            + (f"; {where}" if where else "; check that fuse() uses what encode() returned")
+        )
+    return f"fuse(encode(batch)) is the model's output on {len(truth)} samples (at most {gap / size:.1e} of the largest apart)"
+
+
+@torch.no_grad()
+def beyond_features(features: Mapping[str, Tensor], logits: Tensor, adapter: Adapter) -> float:
+    """How much of the outputs comes from the batch itself and not from the named features, relative to their spread.
+
+    All features of a batch are dealt out anew among its rows: where they are all that the fusion sees, the logits move along.
+    """
+    order = torch.arange(len(logits), device=logits.device).roll(1)
+    moved = adapter.fuse({name: x[order.to(x.device)] for name, x in features.items()})
+    spread = float((logits - logits.mean(0)).square().mean())
+    return float((moved - logits[order]).square().mean()) / spread if spread > 0 else 0.0

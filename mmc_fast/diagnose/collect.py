@@ -13,9 +13,10 @@ from torch import Tensor
 from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
-from .adapter import Adapter, chain_of, flat, labels_of
+from .adapter import Adapter, beyond_features, chain_of, flat, prove
 from .groups import GroupMoments, stream
 from .layers import ChainSums, JacobianSums
+from .tasks import Metric, Task
 
 __all__ = ["Collector", "Reservoir", "checked_features", "fingerprint_of"]
 
@@ -32,11 +33,21 @@ class Reservoir:
         self.keys = torch.empty(0, dtype=torch.float64)
         self.columns: dict[str, Tensor] = {}
 
-    def add(self, index: int, columns: Mapping[str, Tensor]) -> None:
-        """Rows of batch ``index``: tensors of one length."""
-        count = len(next(iter(columns.values())))
-        keys = torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
-        if len(self.keys) == self.size:
+    def _drawn(self, index: int, count: int) -> Tensor:
+        return torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
+
+    def near(self, index: int, count: int) -> Tensor:
+        """Which of the ``count`` rows of batch ``index`` may be kept, bool: only they need be worked out."""
+        keys = self._drawn(index, count)
+        return keys < (self.keys.max() if len(self.keys) == self.size else 2.0)
+
+    def add(self, index: int, columns: Mapping[str, Tensor], near: Tensor | None = None) -> None:
+        """Rows of batch ``index``: tensors of one length; with ``near [B]`` (of :meth:`near`) those rows of it alone."""
+        count = len(next(iter(columns.values()))) if near is None else len(near)
+        keys = self._drawn(index, count)
+        if near is not None:
+            keys = keys[near]
+        elif len(self.keys) == self.size:
             near = keys < self.keys.max()
             keys, columns = keys[near], {name: x.cpu()[near] for name, x in columns.items()}
         if self.columns:
@@ -53,10 +64,20 @@ class Reservoir:
 
 
 class Collector:
-    """Sums for random groups of samples; set up by the first batch."""
+    """Sums for random groups of samples; set up by the first batch. ``sums=False``: a sample of rows only."""
 
-    def __init__(self, adapter: Adapter, groups: int, seed: int, sample_rows: int) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        groups: int,
+        seed: int,
+        sample_rows: int,
+        metric: Metric | None = None,
+        sums: bool = True,
+    ) -> None:
         self.adapter, self.groups, self.seed = adapter, groups, seed
+        self.metric, self.sums = metric, sums
+        self.task: Task | None = None
         self.reservoir = Reservoir(sample_rows, seed)
         self.widths: dict[str, int] = {}
         self.samples, self.batches, self.flushes = 0, 0, 0
@@ -76,6 +97,7 @@ class Collector:
 
     def start(self, batch: Any) -> None:
         """Learn the shapes from a batch, choose the fast or the general path, check that rows are independent."""
+        self.proof = prove(self.adapter, batch)
         features = checked_features(self.adapter, batch, self.widths, 0)
         if not len(flat(features)):
             raise InputError("diagnose: the first batch has no rows; give batches with samples")
@@ -88,7 +110,16 @@ class Collector:
             raise InputError("diagnose: the logits hold NaN or infinite values for finite features; check the weights")
         self.first = fingerprint_of(features | {"": logits})
         check_rows(self.adapter, features, logits)
+        beyond = beyond_features(features, logits, self.adapter)
+        if beyond > 1e-3:
+            self.notes.append(
+                f"{beyond:.1%} of the outputs' variance follows the batch and not the named features (absent modalities, "
+                "masks, inputs that go past the modules); that part is of no modality here."
+            )
         self.outputs = logits.shape[1]
+        self.task = Task.of(self.adapter, batch, self.outputs, self.metric)
+        if not self.sums:
+            return
         modules = chain_of(getattr(self.adapter, "head", None))
         x = flat(features)
         if modules is not None and self._is_head(modules, x, logits):
@@ -116,7 +147,7 @@ class Collector:
         """One batch of the first pass."""
         features = checked_features(self.adapter, batch, self.widths, self.batches)
         x = flat(features)
-        labels = labels_of(self.adapter, batch)
+        labels = self.labels(batch)
         if labels is not None and len(labels) != len(x):
             raise InputError(f"diagnose: batch {self.batches} has {len(x)} rows and {len(labels)} labels")
         if self.batches and self.labelled != (labels is not None):
@@ -128,7 +159,10 @@ class Collector:
         latents = getattr(self.adapter, "latents", None)
         if latents is not None:
             sample |= {f"latent.{name}": z.detach().float() for name, z in latents(batch).items()}
-        if self.jacobians is not None:
+        sample |= {f"input.{name}": v for name, v in self.inputs(batch).items()}
+        if not self.sums:
+            pass
+        elif self.jacobians is not None:
             places = self._places(len(x))
             self.jacobians.add(self.adapter.fuse, features, places)
             self._add_rows(torch.cat([x, self._represent(features)], 1), places, None)
@@ -140,6 +174,20 @@ class Collector:
         self.batches += 1
         if sum(map(len, self._buffer)) >= FLUSH_ROWS:
             self.flush()
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """Labels of a batch as its task has them; None where there are none."""
+        if self.task is None and Task.of(self.adapter, batch, self.outputs, self.metric) is not None:
+            raise InputError("diagnose: the first batch has no labels and a later one has; give all or none")
+        return None if self.task is None else self.task.labels(self.adapter, batch)
+
+    def inputs(self, batch: Any) -> dict[str, Tensor]:
+        """What the encoders receive, where the adapter tells and it is narrow enough to keep."""
+        tell = getattr(self.adapter, "inputs", None)
+        if tell is None or not self.sums:
+            return {}
+        found = {name: x.detach().float().cpu().flatten(1) for name, x in tell(batch).items()}
+        return {name: x for name, x in found.items() if name in self.widths and x.shape[1] <= MAX_WIDTH}
 
     def flush(self) -> None:
         """Sum what is buffered."""
@@ -195,7 +243,9 @@ class Collector:
         )
 
     def to_state(self) -> dict[str, Any]:
-        parts = {"moments": self.moments, "layers": self.layers, "reservoir": self.reservoir}
+        parts: dict[str, Any] = {"reservoir": self.reservoir}
+        if self.sums:
+            parts |= {"moments": self.moments, "layers": self.layers}
         return {name: getattr(self, name) for name in _KEPT} | {name: part.to_state() for name, part in parts.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -207,8 +257,9 @@ class Collector:
             )
         for name in _KEPT:
             setattr(self, name, state[name])
-        self.moments.load_state(state["moments"])
-        self.layers.load_state(state["layers"])
+        if self.sums:
+            self.moments.load_state(state["moments"])
+            self.layers.load_state(state["layers"])
         self.reservoir.load_state(state["reservoir"])
 
     def active(self) -> np.ndarray:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .page import build_page
+from .document import fragment
+from .page import build_page, overview, top_line
 from .plot import plot
 from .result import DiagnosisData
 
@@ -21,10 +22,15 @@ class Diagnosis(DiagnosisData):
     def plot(self, kind: str, ax: Any = None) -> Any:
         """One picture on matplotlib axes (new ones where ``ax`` is None), which are returned.
 
-        ``kind``: "use_shares", "blocks", "spectra", "reliance", "shapley", "neurons", "responses", "similarity" or "ranks".
+        ``kind``: "use_shares", "blocks", "spectra", "reliance", "shapley", "subsets", "neurons", "responses", "similarity" or
+        "ranks".
         Raises InputError for another kind, or where this diagnosis lacks what the picture shows.
         """
         return plot(self, kind, ax)
+
+    def _repr_html_(self) -> str:
+        """The table of modalities, for a notebook; needs no extra."""
+        return fragment(top_line(self), overview(self))
 
     def to_html(self, other: DiagnosisData | None = None) -> str:
         """One offline page with every panel, what each means and what it cannot show; ``other``: compared with."""

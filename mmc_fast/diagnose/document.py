@@ -13,10 +13,25 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from mmc_fast._util.files import replace_file
 
-__all__ = ["Callout", "Cell", "Details", "Facts", "Figure", "Panels", "Report", "Section", "Table", "Text", "signed"]
+__all__ = [
+    "Callout",
+    "Cell",
+    "Details",
+    "Downloads",
+    "Facts",
+    "Figure",
+    "Panels",
+    "Report",
+    "Section",
+    "Table",
+    "Text",
+    "fragment",
+    "signed",
+]
 
 
 @dataclass(frozen=True)
@@ -36,20 +51,25 @@ class Callout:
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell; ``strong`` marks a value that stands out, ``note`` is shown small beneath it."""
+    """One table cell; ``strong`` marks a value that stands out, ``note`` is shown small beneath it, ``bar`` (0 to 1) as a bar."""
 
     text: str
     strong: bool = False
     note: str = ""
+    bar: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first column holds row headings, the others numbers (aligned right with tabular figures)."""
+    """The first column holds row headings, the others numbers (aligned right with tabular figures).
+
+    ``cards``: on a narrow screen every row becomes a card, each value beside the name of its column.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
+    cards: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -89,7 +109,14 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block = Text | Callout | Table | Figure | Panels | Facts | Details
+@dataclass(frozen=True)
+class Downloads:
+    """Links to files that are inside of the page: file name -> text."""
+
+    files: Mapping[str, str]
+
+
+Block = Text | Callout | Table | Figure | Panels | Facts | Details | Downloads
 
 
 @dataclass(frozen=True)
@@ -169,14 +196,23 @@ class _Writer:
         if isinstance(block, Details):
             inner = self.blocks(block.blocks)
             return f"<details>\n<summary>{_inline(block.summary)}</summary>\n{inner}\n</details>"
+        if isinstance(block, Downloads):
+            links = (
+                f'<a download="{escape(name)}" href="data:text/plain;charset=utf-8,{quote(text)}">{escape(name)}</a>'
+                for name, text in block.files.items()
+            )
+            return f'<p class="downloads">Download: {", ".join(links)}</p>'
         raise TypeError(f"a report is made of {Block}, got {type(block).__name__}")
 
     def table(self, table: Table) -> str:
         head = "".join(f'<th scope="col">{_inline(column)}</th>' for column in table.columns)
-        rows = "\n".join("<tr>" + "".join(map(_cell, row, range(len(row)))) + "</tr>" for row in table.rows)
+        rows = "\n".join(
+            "<tr>" + "".join(_cell(c, i, table.columns[i]) for i, c in enumerate(row)) + "</tr>" for row in table.rows
+        )
+        kind = ' class="cards"' if table.cards else ""
         return (
             f'<figure class="table">\n<div class="scroll" tabindex="0" role="region" '
-            f'aria-label="{escape(table.caption or "table")}">\n<table>\n<thead><tr>{head}</tr></thead>\n'
+            f'aria-label="{escape(table.caption or "table")}">\n<table{kind}>\n<thead><tr>{head}</tr></thead>\n'
             f"<tbody>\n{rows}\n</tbody>\n</table>\n</div>\n{_caption(table.caption)}</figure>"
         )
 
@@ -189,17 +225,30 @@ class _Writer:
         return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(figure.alt)}" ', 1)
 
 
+def fragment(text: str, table: Table) -> str:
+    """A line of text and a table with its bars as HTML that carries its own style, for a notebook."""
+    style = (
+        ".mmc td,.mmc th{text-align:right;vertical-align:top;padding:.3em .6em}.mmc td:last-child,.mmc th:first-child,.mmc th:last-child{text-align:left}"
+        ".mmc small{display:block;opacity:.7}.mmc figure{margin:0}.mmc .bar{display:block;width:5em;height:.5em;margin-left:auto;"
+        "background:linear-gradient(#0072b2,#0072b2) 0 0/calc(100%*var(--v)) 100% no-repeat #8883}"
+    )
+    return f'<div class="mmc"><style>{style}</style>{_paragraphs(text)}{_Writer().table(table)}</div>'
+
+
 def signed(value: float) -> str:
     """A difference with its sign, three digits, and a true minus."""
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _cell(value: Cell | str, column: int) -> str:
+def _cell(value: Cell | str, column: int, heading: str) -> str:
     cell = value if isinstance(value, Cell) else Cell(value)
-    tag, scope = ("td", "") if column else ("th", ' scope="row"')
+    tag = f'td data-label="{escape(heading)}"' if column else 'th scope="row"'
     strong = ' class="strong"' if cell.strong else ""
     note = f"<small>{_inline(cell.note)}</small>" if cell.note else ""
-    return f"<{tag}{scope}{strong}>{_inline(cell.text)}{note}</{tag}>"
+    bar = ""
+    if cell.bar is not None:
+        bar = f'<i class="bar" aria-hidden="true" style="--v:{min(max(cell.bar, 0.0), 1.0):.3f}"></i>'
+    return f"<{tag}{strong}>{bar}{_inline(cell.text)}{note}</{tag[:2]}>"
 
 
 def _caption(text: str) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mmc_fast._util.extras import require
 
+from .absence import coalitions_scored
 from .collect import Collector
 from .layers import ChainSums, combine_grams
 from .measures import blocks, weights
-from .measures.reliance import coalitions, shapley_values
+from .measures.reliance import MAX_MODALITIES, shapley_values
 from .measures.similarity import cka_from_covariance, variance_inflation
 from .result import Measure
 
@@ -130,16 +131,35 @@ class Estimator:
         return found
 
 
-def reliance_measures(names: list[str], scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Alone-free part of reliance from coalition scores ``[2^m, R]``: all, none, without, only, Shapley, each ``[R]``."""
-    full = len(coalitions(len(names))) - 1
-    found = {"score.all": scores[full], "score.none": scores[0]}
-    values = shapley_values(scores)
+def reliance_measures(
+    names: list[str], found: Mapping[str, np.ndarray], chance: np.ndarray, effects: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Scores by condition ``[R]`` as measures: all, none, chance; by modality without, only, shuffled, Shapley, total effect."""
+    m = len(names)
+    full = (1 << m) - 1
+    coalition = {c: found.get(f"coalition.{c}", chance) for c in coalitions_scored(m)}
+    measures = {"score.all": coalition[full], "score.none": coalition[0], "score.chance": chance}
+    values = _shares(coalition, m)
+    resampled = _shares({c: found[f"resampled.{c}"] for c in coalition}, m)
     for i, name in enumerate(names):
-        found[f"without.{name}"] = scores[full & ~(1 << i)]
-        found[f"only.{name}"] = scores[1 << i]
-        found[f"shapley.{name}"] = values[i]
-    return found
+        measures[f"without.{name}"] = coalition[full ^ 1 << i]
+        measures[f"only.{name}"] = coalition[1 << i]
+        measures[f"shuffled.{name}"] = found[f"shuffled.{i}"]
+        measures[f"shapley.{name}"] = values[i]
+        measures[f"resampled_shapley.{name}"] = resampled[i]
+        measures[f"total_effect.{name}"] = effects[f"shuffled.{i}"]
+        if f"alone.{name}" in found:
+            measures[f"alone.{name}"] = found[f"alone.{name}"]
+    return measures
+
+
+def _shares(coalition: Mapping[int, np.ndarray], m: int) -> np.ndarray:
+    """Shapley values ``[m, R]``; of many modalities the mean of the first and the last of the contributions that they average."""
+    full = (1 << m) - 1
+    if m <= MAX_MODALITIES:
+        return shapley_values(np.stack([coalition[c] for c in range(full + 1)]))
+    bits = [1 << i for i in range(m)]
+    return np.stack([(coalition[b] - coalition[0] + coalition[full] - coalition[full ^ b]) / 2 for b in bits])
 
 
 def interval(

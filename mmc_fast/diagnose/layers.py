@@ -126,8 +126,10 @@ def jacobian_rows(
             )
     wanted = range(y.shape[1]) if units is None else units
     for c in wanted:
+        with torch.enable_grad():
+            total = y[:, c].sum()
         grads = torch.autograd.grad(
-            y[:, c].sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            total, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         yield torch.cat([g.flatten(1) for g in grads], 1)
 

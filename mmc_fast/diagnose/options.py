@@ -12,11 +12,11 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed, integer, make_plain
 from mmc_fast.errors import InputError
 
+from .absence import ABSENCES
+from .tasks import METRICS, Metric, metric_name
 from .verdict import THRESHOLDS, Thresholds
 
-__all__ = ["METRICS", "DiagnoseOptions"]
-
-METRICS = ("accuracy", "auroc")
+__all__ = ["DiagnoseOptions"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,25 @@ class DiagnoseOptions:
     """Settings of :func:`mmc_fast.diagnose`; InputError for a value that has no meaning.
 
     Attributes:
-        metric: "accuracy", "auroc" (two classes), or None: auroc for two classes, else accuracy.
+        metric: "accuracy", "auroc" (two classes), "f1" (several labels a sample, micro-averaged), "r2" (regression), or a function
+            ``score(outputs [N, C], labels) -> float``, larger is better, judged on ``sample_rows`` samples. None: by the labels.
+        absence: how a modality is taken away: "model" (the model's own handling, ``fuse(features, present)``; default where
+            there is one), "resample" (features of other samples, one for all that are taken away together; default elsewhere),
+            "mean" (the mean of the features).
+        draws: how many other samples stand in for each one; None: enough for 2048 in all, at most 4.
+        agop: sum AGOP and covariances of the layers. False: scores and verdicts alone, which is much faster.
         groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
         seed: of groups, samples and probes.
         reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
-        probes: train a small network on each modality's features alone, on ``sample_rows`` samples.
+        probes: train a small network on each modality alone, on ``sample_rows`` samples: on its raw inputs where the adapter
+            has ``inputs(batch)``, and on its features, which only bound its ability from below; the better one counts.
         control: also train networks on the features without each modality.
+        utilisation: refit a linear head on the frozen features with and without each modality.
+        remaining: rank and class variance of the fused representation without each modality, on 2048 rows.
+        emap: score the outputs without interactions of modalities on the first batch (256 forwards for each modality).
         alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
-            probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak.
+            probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak. An
+            adapter may bring such models: ``unimodal(batch) -> {modality: outputs}``.
         unimodal_weights: modality -> ``[h_i, d_i]`` of unimodal models, for the weight classifier.
         initial_weight: first Linear layer of the head at initialisation, for the neural feature matrix.
         sample_rows: samples that are kept for what needs rows: probes, controls, responses of neurons.
@@ -40,7 +51,10 @@ class DiagnoseOptions:
         thresholds: where verdicts change.
     """
 
-    metric: str | None = None
+    metric: Metric | None = None
+    absence: str | None = None
+    draws: int | None = None
+    agop: bool = True
     groups: int = 16
     resamples: int = 100
     level: float = 0.95
@@ -48,6 +62,9 @@ class DiagnoseOptions:
     reliance: bool = True
     probes: bool = True
     control: bool = False
+    utilisation: bool = False
+    remaining: bool = False
+    emap: bool = False
     alone: Mapping[str, float] | None = None
     unimodal_weights: Mapping[str, Tensor] | None = None
     initial_weight: Tensor | None = None
@@ -69,8 +86,14 @@ class DiagnoseOptions:
                 f"diagnose: groups {self.groups}, resamples {self.resamples}, level {self.level}; need 1 to 1024 groups, "
                 "resamples >= 0 and a level between 0 and 1"
             )
-        if self.metric not in (None, *METRICS):
-            raise InputError(f"diagnose: unknown metric {self.metric!r}; known are {', '.join(METRICS)}")
+        if not callable(self.metric) and self.metric is not None and self.metric not in METRICS:
+            raise InputError(
+                f"diagnose: unknown metric {metric_name(self.metric)!r}; known are {', '.join(METRICS)}, or give a function"
+            )
+        if self.absence is not None and self.absence not in ABSENCES:
+            raise unknown("absence", self.absence, ABSENCES)
+        if self.draws is not None and (integer(self.draws) is None or self.draws < 1):
+            raise InputError(f"diagnose: draws is {self.draws!r}; give a whole number from 1, or None")
         if self.sample_rows < 1:
             raise InputError(
                 f"diagnose: sample_rows is {self.sample_rows}; give the number of rows to keep for probes, such as 4096"
@@ -81,7 +104,8 @@ class DiagnoseOptions:
                 "tolerance in [0, 1), tau and energy in (0, 1] and a ridge above 0"
             )
         for name, score in (self.alone or {}).items():
-            if not 0 <= score <= 1:
+            bounded = self.metric is None or self.metric in METRICS
+            if bounded and not (score <= 1 and (score >= 0 or self.metric == "r2")):
                 raise InputError(f"diagnose: alone[{name!r}] is {score}; give a score between 0 and 1, not in percent")
 
     def override(self, changes: Mapping[str, Any]) -> DiagnoseOptions:

@@ -1,26 +1,61 @@
-"""The page of a diagnosis: the verdicts, one section per question with what its pictures mean and cannot show, all numbers."""
+"""The page of a diagnosis: a table of the modalities, and folded behind it one part per question and all numbers."""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
-from .document import Block, Callout, Details, Facts, Panels, Report, Section, Table, Text, signed
+from .document import Block, Cell, Details, Downloads, Facts, Panels, Report, Section, Table, Text, signed
 from .figures import Drawing
 from .plot import PLOTS, plot
 from .result import DiagnosisData, Measure
-from .verdict import overall
+from .verdict import ModalityVerdict, overall
 
-__all__ = ["build_page"]
+__all__ = ["build_page", "measures_csv", "overview", "top_line"]
 
+PLAIN = {
+    "relied on": "with that of other samples the score is {shuffled:.3g} instead of {all:.3g}",
+    "under-used": "alone it reaches {able:.3g}, and the model takes little of it",
+    "collapsed": "alone it reaches {able:.3g}, and the model does not use it",
+    "uninformative": "it carries nothing here and is not used",
+    "misleading": "it carries nothing, yet it moves the outputs",
+    "undecided": "these numbers do not tell",
+}
+READING_TABLE = (
+    "Bars run from chance (0) to what the model reaches with all modalities (100 %).\n\n"
+    "**Ability**: how far this modality gets alone, by networks trained on it or by the model itself, whichever is better. A lower "
+    "bound where the networks saw only features of an encoder that never learned.\n\n"
+    "**Use**: its Shapley value, that is its share of what the model gains over chance over all sets of modalities, those of other "
+    "samples in place of what is absent.\n\n"
+    "**Need**: what networks trained without it lose (measured with `control=True`).\n\n"
+    "**Robustness**: how much of its ability the model keeps when it is all there is, the others taken away {absence}; a property "
+    "of the model, no collapse.\n\n"
+    "The verdict compares use with ability. Redundant modalities share their use, so that each can have little of it."
+)
 SECTIONS = {
+    "What the model loses without a modality": ("reliance", "shapley", "subsets"),
     "What the head responds to": ("use_shares", "blocks", "spectra", "ranks"),
-    "What the model loses without a modality": ("reliance", "shapley"),
     "Which neurons mix modalities": ("neurons", "responses"),
     "The fused representation": ("similarity",),
 }
 READING = {
+    "reliance": (
+        "Alone: a small network trained on this modality. Without it, only it: the fused model with the others, or this one, taken "
+        "away ({absence}). Shuffled: with the modality of other samples, so that nothing is out of range. Shapley values share the "
+        "gain over chance among the modalities and add up to it.",
+        "Taking away by the mean, or by other samples, shows the model what it may never have met, so a low score with one modality "
+        "is partly surprise; a network retrained without it, or a mask of the model's own, separates the two.",
+    ),
+    "subsets": (
+        "Every set of modalities that can be present, the worst first, with its calibration error (ECE): a model that is wrong and "
+        "sure of it when a modality is gone fails silently.",
+        "On the sampled rows; ECE is biased upwards by about √(15 / rows).",
+    ),
     "use_shares": (
         "The use share is how much of the change of the outputs comes from each modality when it moves as it does in these data. "
         "It does not depend on units or on rotations inside of a modality. Blocks off the diagonal say that the same response "
@@ -32,13 +67,6 @@ READING = {
         "A spectrum that falls fast, and a low rank, say that the head reads few directions, which different modalities then have "
         "to share.",
         "Ranks depend on widths; compare models of one architecture.",
-    ),
-    "reliance": (
-        "Alone: a small network trained on this modality's features. Without it, only it: the fused model with features replaced "
-        "by their mean. Collapse is signal alone, no loss without it, and little kept when it is all there is. Shapley values share "
-        "the gain over chance among the modalities and add up to it.",
-        "The mean is a place where the model may never have been, so a low score with only one modality is partly surprise; a "
-        "network retrained without the modality, or a model trained with modality dropout, separates the two.",
     ),
     "neurons": (
         "Each column is a neuron of the fusion; colours are the variance that each modality brings to it. Pure columns are "
@@ -60,43 +88,168 @@ READING = {
 """Kind of a picture -> what it, and those after it, means and cannot show; names of measures in braces."""
 
 
+MORE = (
+    (
+        {
+            "silent failures": "silent_failures", "share of outputs": "output_share", "utilisation": "utilisation",
+            "rank without": "remaining.rank", "η² without": "remaining.eta2",
+        },
+        "Silent failures: right with all modalities, and wrong with 90 % confidence once this one is gone. Share of outputs: Shapley "
+        "share of what the outputs change, useful or not. Utilisation: accuracy that a head refitted on frozen features loses without "
+        "it. Rank and η²: effective rank of the fused representation, and its variance between classes, without the modality.",
+    ),
+    (
+        {
+            "redundancy": "pid.redundancy", "unique": "pid.unique", "unique rest": "pid.unique_rest", "synergy": "pid.synergy",
+            "distillation": "distillation",
+        },
+        "Information about the class in nats, of this modality and of the rest, by Gaussians (linear relations only). Distillation: "
+        "I(T; S) − I(S; Y) with this modality as student of its best teacher; below 0 distillation is not expected to help.",
+    ),
+)  # fmt: skip
+"""Tables of measures by modality: column -> measure, and what the columns mean."""
+
+
 def build_page(d: DiagnosisData, other: DiagnosisData | None = None) -> Report:
     """The report of ``d``; with ``other`` a section that sets the two side by side."""
-    sizes = ", ".join(f"{name} {width}" for name, width in d.modalities.items())
     report = Report(
         "Diagnosis of modality use",
-        f"{d.samples:,} samples, {len(d.modalities)} modalities ({sizes}). All sentences are chosen by the numbers.",
-        f"mmc-fast {d.version}. This page is self-contained and loads nothing.",
+        top_line(d),
+        f"mmc-fast {d.version}. This page is self-contained and loads nothing. All sentences are chosen by the numbers.",
     )
-    report.add_section(_verdict(d))
+    report.add_section(_modalities(d))
     if other is not None:
         report.add_section(_comparison(d, other))
-    for title, kinds in SECTIONS.items():
-        blocks = _pictures(d, kinds)
-        if blocks:
-            report.add_section(Section(title, blocks))
-    return report.add_section(_numbers(d))
+    return report.add_section(Section("Behind the table", _details(d)))
 
 
-def _verdict(d: DiagnosisData) -> Section:
+def top_line(d: DiagnosisData) -> str:
+    """What was diagnosed, in one line, and what was found, in one or two sentences."""
+    scored = f", {d.metric} {d['score.all']} (chance {d['score.chance']})" if "score.all" in d.measures else ""
     found = overall(d.verdicts, d.value("neuron_entropy"), d.settings["thresholds"])
-    lost = any(v.kind in ("collapsed", "ignored") for v in d.verdicts)
-    sentences = [v.sentence(d.metric) for v in d.verdicts]
+    return f"**{found}**\n\n{d.n_samples:,} samples, {len(d.modalities)} modalities{scored}."
+
+
+def overview(d: DiagnosisData) -> Table:
+    """The first screen: one row per modality with bars and the verdict in one plain sentence."""
+    columns = {title: partial(_gain, d, title) for title in ("ability", "use", "need", "robustness")}
+    if "score.all" not in d.measures:
+        shares = {"use share": "use_share", "share of outputs": "output_share"}
+        columns = {title: partial(_share, d, kind) for title, kind in shares.items() if _any(d, kind)}
+    verdicts = {v.modality: v for v in d.verdicts}
+    rows: list[list[Cell | str]] = [
+        [name, *(cell(name) for cell in columns.values()), _sentence(verdicts[name])] for name in d.modalities
+    ]
+    return Table(["modality", *columns, "verdict"], rows, cards=True)
+
+
+def measures_csv(d: DiagnosisData) -> str:
+    """All measures as CSV: measure, value, error, low, high."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["measure", "value", "error", "low", "high"])
+    writer.writerows([name, m.value, m.error, m.low, m.high] for name, m in d.measures.items())
+    return text.getvalue()
+
+
+def _modalities(d: DiagnosisData) -> Section:
+    reading = Details("How to read this table", [Text(_with_measures(d, READING_TABLE))])
+    return Section("Modalities", [overview(d), reading, Downloads({"measures.csv": measures_csv(d)})])
+
+
+def _sentence(verdict: ModalityVerdict) -> Cell:
+    e = verdict.evidence
+    notes = []
+    if "index" in e:
+        interval = f" [{e['index_low']:.2f}, {e['index_high']:.2f}]" if "index_low" in e else ""
+        notes.append(f"use over ability {e['index']:.2f}{interval}")
+    if e.get("agreement", 1.0) < 0.95:
+        notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
+    accused = verdict.kind in ("collapsed", "misleading")
+    able = max(e.get(key, -math.inf) for key in ("alone", "only"))
+    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind].format(**e, able=able)}", accused, "; ".join(notes))
+
+
+def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
+    """A cell of the overview in parts of what the model gains over chance."""
+    span, chance = (d.value("score.all") or 0.0) - (d.value("score.chance") or 0.0), d.value("score.chance") or 0.0
+    alone, only, note = d.value(f"alone.{name}"), d.value(f"only.{name}"), ""
+    able = max((s for s in (alone, only) if s is not None), default=None)
+    value: float | None = None
+    if title == "ability" and able is not None:
+        value, note = able - chance, f"score {able:.3g}"
+    elif title == "use":
+        value = d.value(f"resampled_shapley.{name}")
+    elif title == "need":
+        value = d.value(f"need.{name}")
+        without = d.value(f"retrained_without.{name}")
+        note = "" if without is None else f"retrained {without:.3g}"
+    elif title == "robustness" and only is not None and able is not None and able > chance:
+        value, span = only - chance, able - chance
+        note = f"only it {only:.3g}"
+    if value is None or not span > 0:
+        return Cell("–")
+    return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
+
+
+def _share(d: DiagnosisData, kind: str, name: str) -> Cell:
+    m = d.measures.get(f"{kind}.{name}", Measure(None))
+    return (
+        Cell("–")
+        if m.value is None
+        else Cell(f"{m.value:.0%}", note="" if m.low is None else f"{m.low:.2f} to {m.high:.2f}", bar=m.value)
+    )
+
+
+def _any(d: DiagnosisData, kind: str) -> bool:
+    return any(f"{kind}.{name}" in d.measures for name in d.modalities)
+
+
+def _details(d: DiagnosisData) -> list[Block]:
+    blocks: list[Block] = []
+    for title, kinds in SECTIONS.items():
+        pictures = _pictures(d, kinds)
+        if pictures:
+            blocks.append(Details(title, pictures))
+    more = _more(d)
+    if more:
+        blocks.append(Details("Further questions", more))
+    if d.notes:
+        blocks.append(Details("What could not be measured, and why", [Text("\n\n".join(d.notes))]))
+    return [*blocks, *_numbers(d)]
+
+
+def _more(d: DiagnosisData) -> list[Block]:
+    """Single numbers that have no picture, in words."""
+    blocks: list[Block] = []
     if "modality_probe.balanced_accuracy" in d.measures:
-        sentences.append(
-            "A post-hoc modality probe names the modality of a latent with balanced accuracy "
-            f"{d['modality_probe.balanced_accuracy']} (chance {d['modality_probe.chance']})."
+        blocks.append(
+            Text(
+                "A post-hoc modality probe names the modality of a latent with balanced accuracy "
+                f"{d['modality_probe.balanced_accuracy']} (chance {d['modality_probe.chance']})."
+            )
         )
     second = [f"{name} {m}" for name, m in d.measures.items() if name.startswith(("prefix_gap", "denoising_r2"))]
     if second:
-        sentences.append(
-            f"Against a second model: {', '.join(second)}. A positive prefix gap says that fusion starved an encoder; an R² near "
-            "1 that the teacher's noise is a transform of the student's."
+        blocks.append(
+            Text(
+                f"Against a second model: {', '.join(second)}. A positive prefix gap says that fusion starved an encoder; an R² "
+                "near 1 that the teacher's noise is a transform of the student's."
+            )
         )
-    blocks: list[Block] = [Callout(found, "finding" if lost else "note"), Text("\n\n".join(sentences))]
-    if d.notes:
-        blocks.append(Details("What could not be measured, and why", [Text("\n\n".join(d.notes))]))
-    return Section("Verdict", blocks)
+    for titles, caption in MORE:
+        shown = {title: key for title, key in titles.items() if _any(d, key)}
+        if shown:
+            rows = [[n, *(str(d.measures.get(f"{key}.{n}", "–")) for key in shown.values())] for n in d.modalities]
+            blocks.append(Table(["modality", *shown], rows, caption, cards=True))
+    if "emap.score" in d.measures:
+        blocks.append(
+            Text(
+                f"Without interactions between modalities the model would score {d['emap.score']}, and it scores "
+                f"{d['emap.all']} on these {d.settings.get('emap_rows')} samples (EMAP). Equal scores mean that fusion uses none."
+            )
+        )
+    return blocks
 
 
 def _pictures(d: DiagnosisData, kinds: tuple[str, ...]) -> list[Block]:
@@ -113,7 +266,14 @@ def _pictures(d: DiagnosisData, kinds: tuple[str, ...]) -> list[Block]:
 
 
 def _with_measures(d: DiagnosisData, text: str) -> str:
-    return re.sub(r"\{([\w.]+)\}", lambda name: str(d.measures.get(name[1], "not measured")), text)
+    known = {
+        "absence": {"model": "by the model's own mask", "resample": "by other samples"}.get(
+            str(d.settings.get("absence")), "by the mean"
+        )
+    }
+    return re.sub(
+        r"\{([\w.]+)\}", lambda name: str(known.get(name[1]) or d.measures.get(name[1], "not measured")), text
+    )
 
 
 def _comparison(d: DiagnosisData, other: DiagnosisData) -> Section:
@@ -132,7 +292,7 @@ def _comparison(d: DiagnosisData, other: DiagnosisData) -> Section:
     return Section("Compared with the other diagnosis", blocks)
 
 
-def _numbers(d: DiagnosisData) -> Section:
+def _numbers(d: DiagnosisData) -> list[Block]:
     def cells(m: Measure) -> list[str]:
         return ["–" if v is None else f"{v:.4g}" for v in (m.value, m.error, m.low, m.high)]
 
@@ -145,5 +305,8 @@ def _numbers(d: DiagnosisData) -> Section:
         f"Intervals: {d.settings['level']:.0%}, bootstrap over {d.settings['groups']} random groups of samples, for this one "
         "model. A dash: not defined, or fixed by the weights."
     )
-    table = Table(["measure", "value", "s.e.", "low", "high"], rows, caption)
-    return Section("All numbers and settings", [Facts(settings), Details("All measures", [table])])
+    sizes = {"modalities": ", ".join(f"{name} {width}" for name, width in d.modalities.items())}
+    return [
+        Details("All numbers", [Table(["measure", "value", "s.e.", "low", "high"], rows, caption)]),
+        Details("Settings", [Facts(sizes | settings)]),
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,17 +14,20 @@ from torch import Tensor
 from mmc_fast._util.files import replace_file
 from mmc_fast.errors import InputError
 
-from .adapter import Adapter, flat, labels_of
+from .absence import Condition, Remover, conditions_of, draws_for
+from .adapter import Adapter, flat
 from .collect import Collector, Reservoir, checked_features
 from .groups import stream
-from .measures.reliance import coalition_outputs
-from .predictions import CoalitionScores
+from .measures.reliance import MAX_MODALITIES
+from .options import DiagnoseOptions
+from .predictions import ConditionScores
+from .subsets import SubsetRows
 
 __all__ = [
     "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
 ]  # fmt: skip
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -100,10 +103,8 @@ class Stored:
             self.path.unlink(missing_ok=True)
 
 
-def first_pass(
-    adapter: Adapter, batches: Batches, groups: int, seed: int, rows: int, stored: Stored, report: Progress
-) -> Collector:
-    collector = Collector(adapter, groups, seed, rows)
+def first_pass(adapter: Adapter, batches: Batches, o: DiagnoseOptions, stored: Stored, report: Progress) -> Collector:
+    collector = Collector(adapter, o.groups, o.seed, o.sample_rows, o.metric, o.agop)
     report("collect", 0, batches.total)
     for index, batch in batches:
         if index == 0:
@@ -125,40 +126,60 @@ def first_pass(
 
 @torch.no_grad()
 def second_pass(
-    adapter: Adapter, batches: Batches, collector: Collector, metric: str, means: Mapping[str, Tensor], stored: Stored,
+    adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, stored: Stored,
     report: Progress,
-) -> CoalitionScores:  # fmt: skip
-    scores, done = CoalitionScores(metric, len(collector.widths), collector.groups), 0
+) -> tuple[ConditionScores, SubsetRows]:  # fmt: skip
+    """Scores of the coalitions, of each modality resampled, and of the adapter's unimodal models; answers on a sample of rows."""
+    assert collector.task is not None
+    draws = draws_for(collector.samples, o.draws)
+    conditions = conditions_of(len(collector.widths), absence, draws)
+    unimodal = getattr(adapter, "unimodal", None)
+    counts = {name: len(found) for name, found in conditions.items()}
+    counts |= {f"alone.{name}": 1 for name in collector.widths if unimodal is not None}
+    donors = collector.reservoir.columns["x"]
+    remover = Remover(adapter, collector.widths, donors, donors.mean(0))
+    scores, done = ConditionScores(collector.task, counts, collector.groups, o.sample_rows, o.seed), 0
+    answers = SubsetRows(collector.task, list(collector.widths), o.sample_rows, o.seed)
     found = stored.found.get("scores")
     if found is not None:
         scores.load_state(found)
+        answers.load_state(stored.found["answers"])
         done = stored.found["scored"]
     report("score", done, batches.total)
     for index, batch in batches:
         if index < done:
             continue
         features = checked_features(adapter, batch, collector.widths, index)
-        labels = labels_of(adapter, batch)
+        labels = collector.labels(batch)
         if labels is None:
             raise InputError(
                 f"diagnose: batch {index} had labels in the first pass and has none now; use a fixed order"
             )
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= max(2, collector.outputs)):
-            raise InputError(
-                f"diagnose: batch {index} has labels {int(labels.min())} to {int(labels.max())} for {collector.outputs} "
-                "outputs; number the classes 0, 1, 2, ..."
+        rows = len(labels)
+        random = stream(collector.seed, "donors", index)
+        drawn = [remover.drawn(rows, random) for _ in range(draws)]
+        known: dict[Condition, Tensor] = {}
+        outputs = {}
+        for name, wanted in conditions.items():
+            for draw, condition in enumerate(wanted):
+                if condition not in known:
+                    known[condition] = remover.outputs(features, condition, drawn[condition.draw]).detach().cpu()
+                outputs[name, draw] = known[condition]
+        if unimodal is not None:
+            outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}
+        places = torch.randint(collector.groups, (rows,), generator=stream(collector.seed, "scores", index))
+        scores.add(index, outputs, labels, places)
+        if o.agop and len(collector.widths) <= MAX_MODALITIES:
+            answers.add(
+                index,
+                {int(n[10:]): y for (n, draw), y in outputs.items() if n[:10] == "coalition." and not draw},
+                labels,
             )
-        if metric == "auroc" and collector.outputs > 2:
-            raise InputError(f"diagnose: metric 'auroc' is for 2 classes and there are {collector.outputs} outputs")
-        shaped = {name: means[name].reshape(1, *x.shape[1:]) for name, x in features.items()}
-        outputs = coalition_outputs(adapter.fuse, features, shaped)  # type: ignore[arg-type]
-        random = stream(collector.seed, "scores", index)
-        places = torch.randint(collector.groups, (len(labels),), generator=random)
-        scores.add(outputs, labels, places)
         report("score", index + 1, batches.total)
         if stored.due():
-            stored.write({"collector": collector.to_state(), "scores": scores.to_state(), "scored": index + 1})
-    return scores
+            parts = {"scores": scores.to_state(), "answers": answers.to_state(), "scored": index + 1}
+            stored.write({"collector": collector.to_state()} | parts)
+    return scores, answers
 
 
 def training_rows(adapter: Adapter, batches: Batches, collector: Collector, report: Progress) -> Reservoir:
@@ -167,13 +188,13 @@ def training_rows(adapter: Adapter, batches: Batches, collector: Collector, repo
     report("probes", 0, batches.total)
     for index, batch in batches:
         x = flat(checked_features(adapter, batch, collector.widths, index)).float().cpu()
-        labels = labels_of(adapter, batch)
+        labels = collector.labels(batch)
         if labels is None or len(labels) != len(x):
             got = "no labels" if labels is None else f"{len(labels)} labels for {len(x)} rows"
             raise InputError(
                 f"diagnose: batch {index} of probe_data has {got}; give labelled batches, or no probe_data"
             )
-        kept.add(index, {"x": x, "labels": labels})
+        kept.add(index, {"x": x, "labels": labels} | {f"input.{n}": v for n, v in collector.inputs(batch).items()})
         report("probes", index + 1, batches.total)
     if not len(kept.keys):
         raise InputError("diagnose: probe_data gave no sample; give labelled batches, or no probe_data")

@@ -91,7 +91,10 @@ def _spectra(d: DiagnosisData, ax: Axes) -> None:
 
 def _reliance(d: DiagnosisData, ax: Axes) -> None:
     """Alone, without and only, per modality, with the scores of all and of chance."""
-    kinds = {"alone": "alone", "without": "without it", "only": "only it", "retrained_without": "retrained without"}
+    kinds = {
+        "alone": "alone", "without": "without it", "only": "only it", "shuffled": "shuffled",
+        "retrained_without": "retrained without",
+    }  # fmt: skip
     found = {label: _measures(d, key) for key, label in kinds.items()}
     _bars(ax, list(d.modalities), {label: values for label, values in found.items() if any(values)})
     for label, line in (("all", "--"), ("chance", ":")):
@@ -108,6 +111,23 @@ def _shapley(d: DiagnosisData, ax: Axes) -> None:
     _bars(ax, list(d.modalities), {"Shapley value": _measures(d, "shapley")})
     ax.axhline(0, color=INK, linewidth=0.8)
     ax.set_ylabel(f"{d.metric} contributed")
+
+
+def _subsets(d: DiagnosisData, ax: Axes) -> None:
+    """Accuracy of every set of present modalities, the worst first, with its calibration error; at most the 16 worst and all."""
+    rows = d.arrays["subsets"]
+    rows = rows if len(rows) <= 16 else [*rows[:15], max(rows, key=lambda row: len(row["present"]))]
+    at = np.arange(len(rows))
+    ax.barh(at, [row["accuracy"] for row in rows], 0.6, color=series_colour(1), label="accuracy")
+    ax.plot([row["ece"] for row in rows], at, "o", color=series_colour(3), markersize=5, label="ECE")
+    ax.set_yticks(
+        at, [" + ".join(row["present"]) if len(row["present"]) < len(d.modalities) else "all" for row in rows]
+    )
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", visible=True)
+    ax.set_xlim(0, 1)
+    ax.invert_yaxis()
+    _legend(ax, -0.1, 2)
 
 
 def _neurons(d: DiagnosisData, ax: Axes) -> None:
@@ -187,6 +207,14 @@ PLOTS = {
         "score.all",
     ),
     "shapley": Plot("Shapley value of each modality", _shapley, lambda d: _listed(d, "shapley"), "score.all"),
+    "subsets": Plot(
+        "Sets of present modalities, worst first",
+        _subsets,
+        lambda d: "; ".join(
+            f"{' + '.join(r['present'])} {r['accuracy']:.3f}, ECE {r['ece']:.3f}" for r in d.arrays["subsets"]
+        ),
+        "subsets",
+    ),
     "neurons": Plot(
         "Neurons by modality share", _neurons, lambda d: f"{len(d.arrays['neuron_shares'])} units", "neuron_shares"
     ),

@@ -1,116 +1,245 @@
-"""Scores of every coalition of modalities, for random groups of samples."""
+"""Scores of a model under many conditions, and how far each moves its outputs, for random groups of samples."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .measures.reliance import coalitions
+from .collect import Reservoir
+from .tasks import Task
 
-__all__ = ["CoalitionScores"]
+__all__ = ["ConditionScores"]
 
-_KEPT = ("correct", "rows", "classes", "_scores", "_labels", "_places", "_constant")
+_SUMS = ("rows", "hits", "classes", "moved", "total", "squared", "truth", "constant")
+_LISTS = ("margins", "labels", "places")
+_SHUFFLES = 20
 
 
-class CoalitionScores:
-    """Accuracy from counts per group; AUROC from one number per sample and coalition.
+class ConditionScores:
+    """Scores from sums per group; AUROC from one number per sample, condition and draw; a function from a sample of rows.
 
     AUROC of a weighting of groups follows exactly from ``U[k, l]`` = pairs of a positive of group k ranked above a
     negative of group l (half for a tie): ``Σ w_k w_l U[k, l] / (Σ w_k P_k)(Σ w_l N_l)``.
     """
 
-    def __init__(self, metric: str, modalities: int, groups: int) -> None:
-        self.metric, self.groups = metric, groups
-        self.size = len(coalitions(modalities))
-        self.correct = np.zeros((self.size, groups))
+    def __init__(self, task: Task, conditions: Mapping[str, int], groups: int, rows: int, seed: int) -> None:
+        """``conditions``: name -> number of draws, over which its score is the mean."""
+        self.task, self.conditions, self.groups = task, dict(conditions), groups
+        self.index = {name: k for k, name in enumerate(conditions)}
+        self.slots = [(name, draw) for name, count in self.conditions.items() for draw in range(count)]
+        k, c = len(self.index), max(2, task.outputs)
         self.rows = np.zeros(groups)
-        self.classes = np.zeros((groups, 0))
-        self._scores: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._places: list[Tensor] = []
-        self._constant: Tensor | None = None
+        self.hits = np.zeros((k, groups, {"f1": 2, "r2": task.outputs}.get(task.metric, 1)))
+        self.classes = np.zeros((groups, c))
+        self.truth = np.zeros((groups, c, 2))  # sums and squares of the labels
+        self.moved = np.zeros((k, groups))
+        self.total, self.squared = np.zeros((groups, c)), np.zeros((groups, c))
+        self.constant = np.zeros(0)
+        self.margins: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.places: list[Tensor] = []
+        self.kept = Reservoir(rows, seed)
+        self._counted: dict[str, np.ndarray] | None = None
 
-    def add(self, outputs: Tensor, labels: Tensor, places: Tensor) -> None:
-        """``outputs [2^m, B, C]`` of one batch, its labels and the group of each row."""
+    def add(self, index: int, found: Mapping[tuple[str, int], Tensor], labels: Tensor, places: Tensor) -> None:
+        """Outputs ``[B, C]`` of batch ``index`` by condition and draw, its labels and the group of each row.
+
+        ``coalition.FULL``, the last coalition, is what the others move away from.
+        """
         if not len(labels):
             return
-        place = places.numpy()
-        width = max(self.classes.shape[1], int(labels.max()) + 1, outputs.shape[2])
-        self.classes = np.pad(self.classes, ((0, 0), (0, width - self.classes.shape[1])))
-        np.add.at(self.classes, (place, labels.numpy()), 1)
+        place, self._counted = places.numpy(), None
         self.rows += np.bincount(place, minlength=self.groups)
-        outputs = self._steady(outputs.detach().cpu())
-        if self.metric == "accuracy":
-            guess = outputs.argmax(-1) if outputs.shape[-1] > 1 else (outputs[..., 0] > 0).long()
-            hits = (guess == labels).double().numpy()
-            for c in range(self.size):
-                self.correct[c] += np.bincount(place, weights=hits[c], minlength=self.groups)
-            return
-        margin = outputs[..., 1] - outputs[..., 0] if outputs.shape[-1] == 2 else outputs[..., 0]
-        self._scores.append(margin.float())
-        self._labels.append(labels)
-        self._places.append(places)
+        whole = self.task.answers(found[self._full, 0])
+        c = whole.shape[1]
+        self._sum(self.total[:, :c], place, whole.numpy())
+        self._sum(self.squared[:, :c], place, whole.square().numpy())
+        if self.task.kind == "classes":
+            np.add.at(self.classes, (place, labels.numpy()), 1)
+        else:
+            truth = labels.double().numpy()
+            self._sum(self.truth[:, : truth.shape[1], 0], place, truth)
+            self._sum(self.truth[:, : truth.shape[1], 1], place, truth**2)
+        margins = []
+        for name, draw in self.slots:
+            y, k = found[name, draw], self.index[name]
+            if name == "coalition.0":
+                y = self._steady(y)
+            share = 1 / self.conditions[name]
+            if name.startswith("shuffled"):
+                far = (self.task.answers(y) - whole).square().sum(1).numpy()
+                self.moved[k] += share * np.bincount(place, weights=far, minlength=self.groups)
+            if self.task.metric == "auroc":
+                margins.append((y[:, 1] - y[:, 0] if y.shape[1] == 2 else y[:, 0]).float())
+            elif self.task.score is None:
+                self._sum(self.hits[k], place, share * self._hits(y, labels))
+        if self.task.metric == "auroc":
+            self.margins.append(torch.stack(margins))
+            self.labels.append(labels)
+            self.places.append(places)
+        elif self.task.score is not None:
+            columns = {f"{name}/{draw}": found[name, draw] for name, draw in self.slots}
+            self.kept.add(index, columns | {"labels": labels, "places": places})
 
-    def _steady(self, outputs: Tensor) -> Tensor:
-        """Without any modality all rows are alike, unless the model sees something else; undo rounding that tells batches.
+    @property
+    def _full(self) -> str:
+        return next(name for name in reversed(self.conditions) if name.startswith("coalition."))
+
+    def _sum(self, into: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
+        found = torch.zeros(self.groups, values.shape[1], dtype=torch.float64)
+        into += found.index_add_(0, torch.from_numpy(place), torch.from_numpy(values).double()).numpy()
+
+    def _hits(self, y: Tensor, labels: Tensor) -> np.ndarray:
+        """What is summed for the score, ``[B, h]``."""
+        if self.task.metric == "accuracy":
+            guess = y.argmax(-1) if y.shape[-1] > 1 else (y[:, 0] > 0).long()
+            return (guess == labels).double().numpy()[:, None]
+        if self.task.metric == "f1":
+            guess = y > 0
+            both = (guess & labels.bool()).sum(1)
+            return torch.stack([both, guess.sum(1)], 1).double().numpy()
+        return (y.double() - labels.double()).square().numpy()
+
+    def _steady(self, y: Tensor) -> Tensor:
+        """Without any modality all rows are alike, unless other samples stand in; undo rounding that tells batches.
 
         Ranking by it would give an AUROC other than one half.
         """
-        if self._constant is None:
-            self._constant = outputs[0, :1].clone()
-        tolerance = 1e-5 * float(self._constant.abs().max().clamp(min=1e-6))
-        if float((outputs[0] - self._constant).abs().max()) > tolerance:
-            return outputs
-        return torch.cat([self._constant.expand_as(outputs[0])[None], outputs[1:]])
-
-    def chance(self) -> float:
-        """Score of a model that knows only the frequencies of the classes."""
-        counts = self.classes.sum(0)
-        return 0.5 if self.metric == "auroc" else float(counts.max() / counts.sum())
-
-    def chance_error(self) -> float:
-        """Standard error of the score of such a model on as many samples, from the binomial or the rank sum."""
-        counts = self.classes.sum(0)
-        if self.metric == "auroc":
-            return math.sqrt((counts.sum() + 1) / (12 * counts[0] * counts[1]))
-        return math.sqrt(self.chance() * (1 - self.chance()) / counts.sum())
+        if not self.constant.size:
+            self.constant = y[0].double().numpy()
+        constant = torch.from_numpy(self.constant).to(y)
+        near = float((y - constant).abs().max()) <= 1e-5 * float(constant.abs().max().clamp(min=1e-6))
+        return constant.expand_as(y) if near else y
 
     def seen_classes(self) -> int:
         """How many classes the labels hold."""
         return int((self.classes.sum(0) > 0).sum())
 
-    def scores(self, weights: np.ndarray) -> np.ndarray:
-        """``[2^m, R]`` for group weights ``[R, K]``; NaN where a draw lacks a class."""
-        if self.metric == "accuracy":
-            return self.correct @ weights.T / (self.rows @ weights.T)
-        wins = self._wins()
-        pairs = np.einsum("rk,ckl,rl->cr", weights, wins, weights)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return pairs / ((weights @ self.classes[:, 1]) * (weights @ self.classes[:, 0]))
+    def chance(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """Score ``[R]`` of the best answer that is the same for all samples, for group weights ``[R, K]`` (None: all once).
 
-    def _wins(self) -> np.ndarray:
-        scores = torch.cat(self._scores, 1).numpy()
-        labels, places = torch.cat(self._labels).numpy(), torch.cat(self._places).numpy()
-        wins = np.zeros((self.size, self.groups, self.groups))
+        For a function: its mean over outputs that are shuffled against the labels.
+        """
+        weights = np.ones((1, self.groups)) if weights is None else weights
+        metric = self.task.metric
+        if self.task.score is not None:
+            return np.full(len(weights), float(np.mean(self._shuffled())))
+        if metric == "auroc":
+            return np.full(len(weights), 0.5)
+        if metric == "r2":
+            return np.zeros(len(weights))
+        if metric == "accuracy":
+            counts = weights @ self.classes
+            return counts.max(1) / counts.sum(1)
+        found = []  # the labels that are given to all: the most frequent ones, as many as pay
+        n = weights @ self.rows
+        for counts, rows in zip(weights @ self.truth[:, :, 0], n, strict=True):
+            best = np.cumsum(np.sort(counts)[::-1])
+            found.append(float((2 * best / (rows * np.arange(1, len(best) + 1) + counts.sum())).max()))
+        return np.array(found)
+
+    def chance_error(self) -> float:
+        """Standard error of the score of such a model on as many samples: binomial, rank sum, 1/n of an R²."""
+        n, chance = float(self.rows.sum()), float(self.chance()[0])
+        if self.task.score is not None:
+            return float(np.std(self._shuffled(), ddof=1))
+        if self.task.metric == "r2":
+            return 1 / n
+        if self.task.metric == "auroc":
+            counts = self.classes.sum(0)
+            return math.sqrt((n + 1) / (12 * counts[0] * counts[1]))
+        return math.sqrt(chance * (1 - chance) / n)
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Condition -> score ``[R]`` for group weights ``[R, K]``; NaN where a draw lacks a class."""
+        metric = self.task.metric
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.task.score is not None:
+                return self._by_function(weights)
+            if metric == "auroc":
+                wins = self._wins()
+                pairs = (weights @ self.classes[:, 1]) * (weights @ self.classes[:, 0])
+                return {n: np.einsum("rk,kl,rl->r", weights, w, weights) / pairs for n, w in wins.items()}
+            sums = np.einsum("rg,kgh->krh", weights, self.hits)
+            if metric == "accuracy":
+                found = sums[:, :, 0] / (weights @ self.rows)
+            elif metric == "f1":
+                actual = (weights @ self.truth[:, :, 0]).sum(1)
+                found = 2 * sums[:, :, 0] / (sums[:, :, 1] + actual)
+            else:
+                n = (weights @ self.rows)[:, None]
+                y, yy = (weights @ self.truth[:, : self.task.outputs, i] for i in (0, 1))
+                spread = yy - y**2 / n
+                found = (1 - sums / spread).mean(2)
+        return {name: found[k] for name, k in self.index.items()}
+
+    def total_effects(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Condition "shuffled.I" -> how far it moves the answers, ``E‖f(x) − f(x')‖² / (2 Σ Var f)``, ``[R]``.
+
+        The total-effect index by the estimator of Jansen (1999): 0 where nothing moves, 1 where nothing else matters. It is that of
+        variance decomposition where modalities are independent.
+        """
+        n = weights @ self.rows
+        mean = (weights @ self.total) / n[:, None]
+        variance = ((weights @ self.squared) / n[:, None] - mean**2).sum(1)
+        floor = 1e-12 * (weights @ self.squared).sum(1) / n
+        found = {}
+        for name, k in self.index.items():
+            if name.startswith("shuffled"):
+                moved = (weights @ self.moved[k]) / n
+                found[name] = np.where(variance > floor, moved / (2 * np.maximum(variance, 1e-300)), 0.0)
+        return found
+
+    def _wins(self) -> dict[str, np.ndarray]:
+        if self._counted is not None:
+            return self._counted
+        margins = torch.cat(self.margins, 1).numpy()
+        labels, places = torch.cat(self.labels).numpy(), torch.cat(self.places).numpy()
+        wins = {name: np.zeros((self.groups, self.groups)) for name in self.conditions}
         positive = labels == 1
-        for c in range(self.size):
-            high, where = scores[c, positive], places[positive]
+        for slot, (name, _) in enumerate(self.slots):
+            high, where = margins[slot, positive], places[positive]
             for group in range(self.groups):
-                low = np.sort(scores[c, ~positive & (places == group)])
+                low = np.sort(margins[slot, ~positive & (places == group)])
                 below = (np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")) / 2
-                wins[c, :, group] = np.bincount(where, weights=below, minlength=self.groups)
+                found = np.bincount(where, weights=below, minlength=self.groups)
+                wins[name][:, group] += found / self.conditions[name]
+        self._counted = wins
         return wins
 
+    def _by_function(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        score, columns = self.task.score, self.kept.columns
+        assert score is not None
+        places = columns["places"].numpy()
+        found = {name: np.zeros(len(weights)) for name in self.conditions}
+        for r, row in enumerate(weights):
+            chosen = torch.from_numpy(np.repeat(np.arange(len(places)), row[places].astype(int)))
+            for name, draw in self.slots:
+                value = float(score(columns[f"{name}/{draw}"][chosen], columns["labels"][chosen]))
+                found[name][r] += value / self.conditions[name]
+        return found
+
+    def _shuffled(self) -> list[float]:
+        score, columns = self.task.score, self.kept.columns
+        assert score is not None
+        outputs, labels = columns[f"{self._full}/0"], columns["labels"]
+        random = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(len(labels), generator=random) for _ in range(_SHUFFLES)]
+        return [float(score(outputs[order], labels)) for order in orders]
+
     def to_state(self) -> dict[str, Any]:
-        """What :meth:`load_state` goes on from: tensors, lists of such, None."""
-        values = {name: getattr(self, name) for name in _KEPT}
-        return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+        """What :meth:`load_state` goes on from: tensors and lists of such."""
+        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _SUMS}
+        return arrays | {name: list(getattr(self, name)) for name in _LISTS} | {"kept": self.kept.to_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for name in _KEPT:
-            array = isinstance(getattr(self, name), np.ndarray)
-            setattr(self, name, state[name].numpy().copy() if array else state[name])
+        for name in _SUMS:
+            setattr(self, name, state[name].numpy().copy())
+        for name in _LISTS:
+            setattr(self, name, list(state[name]))
+        self.kept.load_state(state["kept"])

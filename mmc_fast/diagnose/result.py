@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmc_fast import __version__
+from mmc_fast._util.extras import MissingExtra
 from mmc_fast._util.files import replace_file
 from mmc_fast.errors import InputError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "DiagnosisComparison", "DiagnosisData", "Measure", "plain"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DiagnosisData:
     """Numbers and verdicts of a diagnosis.
 
     Attributes:
-        modalities: name -> width of its features. samples: N. metric: of the scores ("accuracy", "auroc", or None).
+        modalities: name -> width of its features. n_samples: N. metric: of the scores ("accuracy", "auroc", or None).
         measures: name -> :class:`Measure`; ``docs/diagnose.md`` lists the names.
         arrays: what is no single number: block energies, spectra, neuron shares, scores of coalitions.
         verdicts: one per modality. notes: what could not be measured, and why.
@@ -51,7 +52,7 @@ class DiagnosisData:
     """
 
     modalities: dict[str, int]
-    samples: int
+    n_samples: int
     metric: str | None
     measures: dict[str, Measure]
     arrays: dict[str, Any]
@@ -78,6 +79,29 @@ class DiagnosisData:
         lines = [overall(self.verdicts, self.value("neuron_entropy"), self.settings["thresholds"])]
         lines += [verdict.sentence(self.metric) for verdict in self.verdicts]
         return "\n".join([*lines, *self.notes])
+
+    def to_frame(self) -> Any:
+        """The measures as a pandas DataFrame: index "measure", columns value, error, low, high; MissingExtra without pandas."""
+        pandas = _pandas()
+        columns = ["value", "error", "low", "high"]
+        rows = [[getattr(m, column) for column in columns] for m in self.measures.values()]
+        index = pandas.Index(list(self.measures), name="measure")
+        return pandas.DataFrame(rows, index=index, columns=columns, dtype=float)
+
+    def samples(self) -> Any:
+        """The sampled rows as a pandas DataFrame, the silent failures first.
+
+        Columns: row (position in the data), label, predicted, confidence (with all modalities), and for each modality M
+        predicted_without.M, confidence_without.M, silent_failure.M (right with all, and wrong with 90 % confidence once M is
+        gone). Raises InputError where no classes were scored, MissingExtra without pandas.
+        """
+        if "samples" not in self.arrays:
+            raise InputError("samples: this diagnosis has none; diagnose labelled classes, with reliance=True")
+        frame = _pandas().DataFrame(self.arrays["samples"])
+        silent = frame[[f"silent_failure.{name}" for name in self.modalities]].any(axis=1)
+        return (
+            frame.assign(_silent=~silent).sort_values(["_silent", "row"]).drop(columns="_silent").reset_index(drop=True)
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text with a schema version; also written to ``path`` in one step where one is given."""
@@ -172,6 +196,14 @@ class DiagnosisComparison:
             lines.append(f"{name:<{width}}  {a.value:>9.4g}  {b.value:>9.4g}  {d}{star}")
         lines += [f"verdict on {name}: {a} (first), {b} (second)" for name, (a, b) in self.changed_verdicts.items()]
         return "\n".join([*lines, "* the interval of the difference excludes 0"])
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ModuleNotFoundError:
+        raise MissingExtra("pandas is not installed; run: pip install pandas") from None
+    return pandas
 
 
 def plain(value: Any) -> Any:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
+from .absence import absence_of, draws_for, has_own_mask
 from .adapter import Adapter, HasAdapter, adapter_of, model_of
 from .collect import Collector, checked_features
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
+from .further import emap_measures, information_measures, remaining_measures, unlabelled_pass, utilisation_measures
 from .groups import draw_weights
 from .layers import ChainSums, jacobian_rows
 from .measures import weights
@@ -25,14 +27,18 @@ from .measures.polysemanticity import cross_modal_polysemanticity
 from .measures.reliance import MAX_MODALITIES
 from .options import DiagnoseOptions
 from .passes import Batches, HasBatches, Progress, Stored, first_pass, second_pass, training_batches, training_rows
-from .predictions import CoalitionScores
+from .predictions import ConditionScores
 from .result import Measure, plain
 from .sampled import latent_measures, neuron_measures, probe_measures
-from .verdict import ModalityVerdict, agreement, judge_modality
+from .subsets import SubsetRows
+from .tasks import metric_name
+from .verdict import ModalityVerdict, judge
 
 __all__ = ["diagnose"]
 
 
+@torch.enable_grad()
+@torch.inference_mode(False)
 def diagnose(
     model: Adapter | HasAdapter,
     loader: Iterable[Any] | HasBatches,
@@ -64,83 +70,117 @@ def diagnose(
 
     Raises:
         InputError: a model in training mode, features or logits that are not finite or not of fixed width, one-shot
-            iterators, labels of the wrong kind. Without labels, with a single class or with more than 6 modalities the
-            scores are left out and a note says so.
+            iterators, labels of the wrong kind. Without labels or with a single class the scores are left out and a note says so.
 
     Time for a head ``D → h → C`` on N samples: about ``N (2 D h + (D + h)² / 2)`` multiply-adds and ``N h² / 2`` bit operations,
-    and 2^m forwards; memory ``O(groups · (D + h)²)``.
+    and (2^m + m) · draws forwards of the fusion; memory ``O(groups · (D + h)²)``.
     """
     o = (options or DiagnoseOptions()).override(overrides)
     adapter = adapter_of(model)
+    if o.metric is None:
+        o = o.override({"metric": getattr(adapter, "metric", None)})
     model_of(adapter)
     if probe_data is None:
         probe_data = training_batches(loader)
     training = None if probe_data is None else Batches(probe_data)
     batches = Batches(loader)
-    stored = Stored(state, save_every, [o.groups, o.seed, o.sample_rows, o.metric])
+    absence = absence_of(adapter, o.absence)
+    meaning = [o.groups, o.seed, o.sample_rows, metric_name(o.metric), absence, o.draws, o.agop]
+    stored = Stored(state, save_every, meaning)
     report = progress or (lambda phase, done, total: None)
-    with torch.inference_mode(False):
-        collector = first_pass(adapter, batches, o.groups, o.seed, o.sample_rows, stored, report)
-        notes = list(collector.notes)
-        scores = _scores(adapter, batches, collector, o, notes, stored, report)
-    notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
+    collector = first_pass(adapter, batches, o, stored, report)
+    notes = list(collector.notes)
+    scores, answers = _scores(adapter, batches, collector, absence, o, notes, stored, report)
     report("numbers", 0, None)
-    estimator = Estimator(collector, o.tolerance, o.tau, o.energy, o.ridge, o.initial_weight)
-    measures, arrays, draws = _measures(estimator, scores, collector, o)
+    measures, arrays, draws = _measures(collector, scores, o)
+    if o.agop:
+        _of_layers(adapter, batches, collector, o, measures, arrays, notes)
+    if scores is not None and (o.probes or o.alone):
+        given = _given(o.alone, collector, o.probes)
+        known = [name for name in collector.widths if name in given or f"alone.{name}" in measures]
+        rows = None
+        if training is not None and (o.control or len(known) < len(collector.widths)):
+            rows = training_rows(adapter, training, collector, report)
+        probe_measures(measures, notes, collector, o.control, given, o.seed, rows)
+    if o.agop:
+        neuron_measures(measures, arrays, collector)
+        latent_measures(measures, collector.reservoir, o.seed)
+        bound = weights.collision_bound(list(collector.widths.values()))
+        if bound.warning:
+            notes.append(f"Collision bound: {bound.warning}.")
+    if answers is not None and o.agop:
+        more, tables = answers.measures(o.resamples, o.level)
+        measures |= more
+        arrays |= tables
+    emap_rows = _further(adapter, batches, collector, scores, o, measures, arrays, notes)
+    verdicts = _verdicts(collector, measures, draws, scores, absence, o)
+    settings = {
+        "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
+        "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "absence": absence,
+        "draws": draws_for(collector.samples, o.draws), "own_mask": has_own_mask(adapter),
+        "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
+        "dictionary": "principal directions of each modality with 90 % of its variance",
+        "agop": collector.layers.method() if o.agop else None, "classes": collector.outputs, "adapter": collector.proof, "emap_rows": emap_rows,
+        "task": None if collector.task is None else collector.task.kind, "thresholds": asdict(o.thresholds),
+    }  # fmt: skip
+    stored.remove()
+    metric = scores.task.metric if scores is not None else None
+    return Diagnosis(
+        dict(collector.widths), collector.samples, metric, measures, plain(arrays), verdicts, settings, notes
+    )
+
+
+def _further(
+    adapter: Adapter, batches: Batches, collector: Collector, scores: ConditionScores | None, o: DiagnoseOptions,
+    measures: dict[str, Measure], arrays: dict[str, Any], notes: list[str],
+) -> int | None:  # fmt: skip
+    """What the kept rows and the first batches tell besides; returns the rows of EMAP, if asked for."""
+    classes = scores is not None and scores.task.kind == "classes"
+    if classes and o.agop:
+        information_measures(measures, arrays, notes, collector)
+    if o.utilisation and classes:
+        utilisation_measures(measures, notes, collector, o.seed)
+    if o.remaining:
+        remaining_measures(measures, adapter, batches, collector, o.seed)
+    if o.emap and scores is not None and len(collector.widths) > 1:
+        return emap_measures(measures, adapter, batches, collector, scores.task, o.seed)
+    return None
+
+
+def _of_layers(
+    adapter: Adapter, batches: Batches, collector: Collector, o: DiagnoseOptions, measures: dict[str, Measure],
+    arrays: dict[str, Any], notes: list[str],
+) -> None:  # fmt: skip
+    """What only the weights tell."""
+    notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
     if isinstance(collector.layers, ChainSums):
         if o.initial_weight is None:
             notes.append("No initial weights were given: the neural feature matrix is WᵀW, not that of W − W₀.")
         unimodal = o.unimodal_weights or getattr(adapter, "unimodal_weights", None)
         _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal, o.seed)
     else:
-        arrays |= _neurons_by_gradient(adapter, batches, collector, estimator)
-    if scores is not None and (o.probes or o.alone):
-        given = _given(o.alone, collector, o.probes)
-        rows = None
-        if training is not None and (o.control or len(given) < len(collector.widths)):
-            rows = training_rows(adapter, training, collector, report)
-        probe_measures(measures, notes, collector, scores.metric, o.control, given, o.seed, rows)
-    neuron_measures(measures, arrays, collector)
-    latent_measures(measures, collector.reservoir, o.seed)
-    bound = weights.collision_bound(list(collector.widths.values()))
-    if bound.warning:
-        notes.append(f"Collision bound: {bound.warning}.")
-    verdicts = [_verdict(name, collector, measures, draws, scores, o) for name in collector.widths]
-    settings = {
-        "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
-        "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "stand_in": "mean of these data",
-        "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
-        "dictionary": "principal directions of each modality with 90 % of its variance",
-        "agop": collector.layers.method(), "classes": collector.outputs, "thresholds": asdict(o.thresholds),
-    }  # fmt: skip
-    stored.remove()
-    return Diagnosis(
-        dict(collector.widths), collector.samples, scores.metric if scores is not None else None, measures, plain(arrays),
-        verdicts, settings, notes,
-    )  # fmt: skip
+        arrays |= _neurons_by_gradient(adapter, batches, collector)
 
 
 def _scores(
-    adapter: Adapter, batches: Batches, collector: Collector, o: DiagnoseOptions, notes: list[str], stored: Stored,
-    report: Progress,
-) -> CoalitionScores | None:  # fmt: skip
-    """Scores of the coalitions, or None and a note that says why there are none."""
-    if not o.reliance or not _can_score(collector, notes):
-        return None
-    chosen = o.metric or ("auroc" if collector.outputs <= 2 else "accuracy")
-    means = dict(zip(collector.widths, _means(collector).split(list(collector.widths.values())), strict=True))
-    scores = second_pass(adapter, batches, collector, chosen, means, stored, report)
-    seen = scores.seen_classes()
-    if 1 < seen < collector.outputs:
-        notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
-    if seen < 2:
-        notes.append("The labels hold a single class, so nothing can be scored.")
-        return None
-    return scores
-
-
-def _means(collector: Collector) -> Tensor:
-    return collector.moments.combine(collector.active()).mean[: sum(collector.widths.values())]
+    adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, notes: list[str],
+    stored: Stored, report: Progress,
+) -> tuple[ConditionScores | None, SubsetRows | None]:  # fmt: skip
+    """Scores of the conditions and answers on a sample of rows, or None and a note that says why there are none."""
+    if not o.reliance:
+        return None, None
+    if not _can_score(collector, notes):
+        few = len(collector.widths) <= MAX_MODALITIES
+        return None, unlabelled_pass(adapter, batches, collector, absence, o.sample_rows, o.seed) if few else None
+    scores, answers = second_pass(adapter, batches, collector, absence, o, stored, report)
+    if scores.task.kind == "classes":
+        seen = scores.seen_classes()
+        if 1 < seen < collector.outputs:
+            notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
+        if seen < 2:
+            notes.append("The labels hold a single class, so nothing can be scored.")
+            return None, None
+    return scores, answers
 
 
 def _constant(collector: Collector) -> list[str]:
@@ -156,47 +196,64 @@ def _can_score(collector: Collector, notes: list[str]) -> bool:
         return False
     if len(collector.widths) > MAX_MODALITIES:
         notes.append(
-            f"With more than {MAX_MODALITIES} modalities the 2^m coalitions are not scored; group some into one."
+            f"With more than {MAX_MODALITIES} modalities the 2^m coalitions are not scored; each Shapley value is the mean of the "
+            "first and the last marginal contribution alone."
         )
-        return False
     return True
 
 
 def _measures(
-    estimator: Estimator, scores: CoalitionScores | None, collector: Collector, o: DiagnoseOptions
+    collector: Collector, scores: ConditionScores | None, o: DiagnoseOptions
 ) -> tuple[dict[str, Measure], dict[str, Any], dict[str, np.ndarray]]:
-    """Measures of sums and coalitions, what is no single number, and both in the resamples."""
+    """Measures of sums and conditions, what is no single number, and both in the resamples."""
     arrays: dict[str, Any] = {}
-    resamples, level, seed = o.resamples, o.level, o.seed
-    active = collector.active()
-    values = estimator.numbers(active, arrays)
-    groups = int(active.sum())
-    draws = np.zeros((resamples, len(active)))
-    if groups >= 3 and resamples:
-        draws[:, active > 0] = draw_weights(groups, resamples, seed)
-    enough = affordable(resamples, collector.columns)
-    spread = resampled(estimator.numbers, draws[:enough]) if groups >= 3 else {}
-    measures = {name: interval(value, spread.get(name), groups, level, _limits(name)) for name, value in values.items()}
-    measures |= {name: Measure(value) for name, value in estimator.fixed().items()}
+    measures: dict[str, Measure] = {}
+    spread: dict[str, np.ndarray] = {}
+    if o.agop:
+        estimator = Estimator(collector, o.tolerance, o.tau, o.energy, o.ridge, o.initial_weight)
+        active = collector.active()
+        values, groups = estimator.numbers(active, arrays), int(active.sum())
+        draws = _drawn(active > 0, affordable(o.resamples, collector.columns), o.seed)
+        if groups >= 3:
+            spread |= resampled(estimator.numbers, draws)
+        measures |= {n: interval(value, spread.get(n), groups, o.level, _limits(n)) for n, value in values.items()}
+        measures |= {name: Measure(value) for name, value in estimator.fixed().items()}
     if scores is not None:
-        names = list(collector.widths)
-        plain = scores.scores(np.ones((1, len(active))))
-        used = scores.rows > 0
-        weights_of = np.zeros((resamples, len(active)))
-        if used.sum() >= 3 and resamples:
-            weights_of[:, used] = draw_weights(int(used.sum()), resamples, seed)
-        if used.sum() >= 3 and resamples:
-            spread |= reliance_measures(names, scores.scores(weights_of))
-        for name, value in reliance_measures(names, plain).items():
-            measures[name] = interval(float(value[0]), spread.get(name), int(used.sum()), level, _limits(name))
-        measures["score.chance"] = Measure(scores.chance())
-        arrays["coalition_scores"] = plain[:, 0].tolist()
+        names, used = list(collector.widths), scores.rows > 0
+        groups = int(used.sum())
+
+        def numbers(of: np.ndarray) -> dict[str, np.ndarray]:
+            return reliance_measures(names, scores.scores(of), scores.chance(of), scores.total_effects(of))
+
+        draws = _drawn(used, o.resamples, o.seed)
+        if groups >= 3 and len(draws):
+            spread |= numbers(draws)
+        plain = numbers(np.ones((1, len(used))))
+        for name, value in plain.items():
+            low_high = (-math.inf, math.inf) if scores.task.metric not in ("accuracy", "auroc", "f1") else _limits(name)
+            measures[name] = interval(float(value[0]), spread.get(name), groups, o.level, low_high)
+        measures["score.chance"] = Measure(float(plain["score.chance"][0]))
+        found = scores.scores(np.ones((1, len(used))))
+        chance = scores.chance()
+        if len(names) <= MAX_MODALITIES:
+            arrays["coalition_scores"] = [float(found.get(f"coalition.{c}", chance)[0]) for c in range(2 ** len(names))]
     return measures, arrays, spread
+
+
+def _drawn(active: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Group weights of the resamples, ``[R, K]``; groups without samples are never drawn."""
+    groups = int(active.sum())
+    draws = np.zeros((resamples if groups >= 3 else 0, len(active)))
+    if len(draws):
+        draws[:, active] = draw_weights(groups, resamples, seed)
+    return draws
 
 
 def _limits(name: str) -> tuple[float, float]:
     """What a measure can be."""
-    if name.startswith("shapley") or name.endswith("nfm_cosine"):
+    if name.startswith("total_effect"):
+        return 0.0, math.inf
+    if name.startswith(("shapley", "resampled_shapley")) or name.endswith("nfm_cosine"):
         return -1.0, 1.0
     if name.endswith(("_rank", "_degree")):
         return 0.0, math.inf
@@ -215,9 +272,7 @@ def _weight_classifier(
     measures["weight_classifier.accuracy"] = Measure(found.accuracy)
 
 
-def _neurons_by_gradient(
-    adapter: Adapter, batches: Batches, collector: Collector, estimator: Estimator
-) -> dict[str, Any]:
+def _neurons_by_gradient(adapter: Adapter, batches: Batches, collector: Collector) -> dict[str, Any]:
     """Modality shares of up to 128 units of the fused representation: ``E[J_i Σ_ii J_iᵀ]`` on the first batch."""
     represent = getattr(adapter, "represent", None)
     if represent is None:
@@ -226,7 +281,8 @@ def _neurons_by_gradient(
     features = checked_features(adapter, batch, collector.widths, 0)
     count = collector.columns[1]
     units = torch.linspace(0, count - 1, min(count, 128)).round().long().tolist()
-    sigma = collector.moments.combine(collector.active()).covariance[estimator.slices[0], estimator.slices[0]]
+    width = collector.columns[0]
+    sigma = collector.moments.combine(collector.active()).covariance[:width, :width]
     shares = []
     for rows in jacobian_rows(lambda f: represent(f).flatten(1), features, units):
         gram = rows.double().cpu()
@@ -251,36 +307,50 @@ def _given(alone: Mapping[str, float] | None, collector: Collector, probes: bool
     return given
 
 
-def _verdict(
-    name: str,
-    collector: Collector,
-    measures: dict[str, Measure],
-    draws: Mapping[str, np.ndarray],
-    scores: CoalitionScores | None,
-    o: DiagnoseOptions,
-) -> ModalityVerdict:
-    m, use = len(collector.widths), f"use_share.{name}"
-    wanted = {
-        "alone": f"alone.{name}", "all": "score.all", "without": f"without.{name}", "only": f"only.{name}",
-        "chance": "score.chance", "retrained_without": f"retrained_without.{name}", "retrained_all": "retrained_all",
-    }  # fmt: skip
-    known: dict[str, float] | None = None
-    if scores is not None:
-        found = {key: measures[where].value for key, where in wanted.items() if where in measures}
-        known = {key: value for key, value in found.items() if value is not None}
-        known["chance_error"] = scores.chance_error()
-    verdict = judge_modality(name, measures[use].value, m, known, o.thresholds)
-    if use not in draws:
-        return verdict
-    rows: list[Mapping[str, float] | None] = [None] * len(draws[use])
-    if known is not None:
-        alone = measures.get(wanted["alone"], Measure(None))
-        random = np.random.default_rng([o.seed, 11])
-        rows = [
-            known
-            | {key: float(draws[wanted[key]][r]) for key in ("all", "without", "only")}
-            | ({} if alone.value is None else {"alone": alone.value + (alone.error or 0.0) * random.standard_normal()})
-            for r in range(len(draws["score.all"]))
-        ]
-    verdict.evidence["agreement"] = agreement(verdict.kind, name, m, draws[use].tolist(), rows, o.thresholds)
-    return verdict
+_SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect")
+
+
+def _verdicts(
+    collector: Collector, measures: dict[str, Measure], draws: Mapping[str, np.ndarray], scores: ConditionScores | None,
+    absence: str, o: DiagnoseOptions,
+) -> list[ModalityVerdict]:  # fmt: skip
+    """The verdicts, and the measures that compare use with ability."""
+    names = list(collector.widths)
+    if scores is None:
+        return [ModalityVerdict(name, "undecided", _kept(measures, name, ("use_share",))) for name in names]
+    plain = {name: _kept(measures, name, _SCORED) for name in names}
+    for name in names:
+        error = measures[f"alone.{name}"].error if f"alone.{name}" in measures else None
+        plain[name] |= {} if error is None else {"alone_error": error}
+    whole = {key: float(measures[f"score.{key}"].value or 0.0) for key in ("all", "chance")}
+    whole["chance_error"] = scores.chance_error()
+    random, resamples = np.random.default_rng([o.seed, 11]), []
+    for r in range(len(draws.get("score.all", ()))):
+        row = {}
+        for name in names:
+            row[name] = {
+                k: float(draws[f"{k}.{name}"][r]) if f"{k}.{name}" in draws else v for k, v in plain[name].items()
+            }
+            if "alone" in row[name] and f"alone.{name}" not in draws:
+                row[name]["alone"] += plain[name].get("alone_error", 0.0) * random.standard_normal()
+        resamples.append((row, whole | {k: float(draws[f"score.{k}"][r]) for k in ("all", "chance")}))
+    verdicts = judge(plain, whole, resamples, o.thresholds)
+    for verdict in verdicts:
+        name, e = verdict.modality, verdict.evidence
+        e |= _kept(measures, name, ("use_share", "retrained_without")) | _kept(measures, "", ("retrained_all",))
+        if "index" in e:
+            measures[f"use_index.{name}"] = Measure(e["index"], None, e.get("index_low"), e.get("index_high"))
+        if absence == "model" and e["ability"] > 0:
+            measures[f"robustness.{name}"] = Measure((e["only"] - e["chance"]) / e["ability"])
+        if "retrained_without" in e:
+            pair = measures["retrained_all"], measures[f"retrained_without.{name}"]
+            gap, error = e["retrained_all"] - e["retrained_without"], math.hypot(*(m.error or 0.0 for m in pair))
+            measures[f"need.{name}"] = Measure(gap, error, gap - 1.96 * error, gap + 1.96 * error)
+    return verdicts
+
+
+def _kept(measures: Mapping[str, Measure], modality: str, kinds: tuple[str, ...]) -> dict[str, float]:
+    """The values of some measures of a modality that are defined."""
+    names = {kind: f"{kind}.{modality}" if modality else kind for kind in kinds}
+    found = {kind: measures[name].value for kind, name in names.items() if name in measures}
+    return {kind: value for kind, value in found.items() if value is not None}

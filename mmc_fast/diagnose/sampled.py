@@ -35,7 +35,6 @@ def probe_measures(
     measures: dict[str, Measure],
     notes: list[str],
     collector: Collector,
-    metric: str,
     control: bool,
     given: Mapping[str, float],
     seed: int,
@@ -43,22 +42,33 @@ def probe_measures(
 ) -> None:
     """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over.
 
-    They train on the rows of ``training``, where there are such, and the diagnosed ones judge; else these do both.
+    They train on the rows of ``training``, where there are such, and the diagnosed ones judge; else these do both. A modality is
+    probed on its raw inputs, where these are kept, and on its features; the better network tells its ability.
     """
+    assert collector.task is not None
     measures |= {f"alone.{name}": Measure(float(score)) for name, score in given.items()}
-    features, labels = features_of(collector), collector.reservoir.columns["labels"]
-    judged = None
+    names, judged = list(collector.widths), None
+    source = collector.reservoir if training is None else training
+    features, labels = features_of(collector, source), source.columns["labels"]
+    for name in names:
+        if f"input.{name}" in source.columns:
+            features[f"input.{name}"] = source.columns[f"input.{name}"]
     if training is not None:
-        judged = (features, labels)
-        features, labels = features_of(collector, training), training.columns["labels"]
-    names = list(features)
-    wanted: dict[str, tuple[str, ...]] = {f"alone.{name}": (name,) for name in names if name not in given}
+        own = collector.reservoir.columns
+        tested = features_of(collector) | {n: own[n] for n in features if n.startswith("input.")}
+        judged = (tested, own["labels"])
+    wanted: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if f"alone.{name}" not in measures:
+            wanted[f"probe_features.{name}"] = (name,)
+            if f"input.{name}" in features:
+                wanted[f"probe_inputs.{name}"] = (f"input.{name}",)
     if control:
         wanted |= {f"retrained_without.{name}": tuple(n for n in names if n != name) for name in names}
         wanted["retrained_all"] = tuple(names)
     try:
         found = {
-            subset: train_afresh(features, labels, subset, metric=metric, seed=seed, judged=judged)
+            subset: train_afresh(features, labels, subset, task=collector.task, seed=seed, judged=judged)
             for subset in dict.fromkeys(wanted.values())
         }
     except MissingExtra:
@@ -66,10 +76,20 @@ def probe_measures(
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return
+    lowest, highest = (0.0, 1.0) if collector.task.metric in ("accuracy", "auroc", "f1") else (-math.inf, math.inf)
     for name, subset in wanted.items():
         s = found[subset]
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
-        measures[name] = Measure(s.score, s.error, max(0.0, low), min(1.0, high))
+        measures[name] = Measure(s.score, s.error, max(lowest, low), min(highest, high))
+    for name in names:
+        probes = [measures[f"{p}.{name}"] for p in ("probe_features", "probe_inputs") if f"{p}.{name}" in measures]
+        if probes and f"alone.{name}" not in measures:
+            measures[f"alone.{name}"] = max(probes, key=lambda m: m.value or 0.0)
+    if any(f"probe_features.{name}" in measures and f"probe_inputs.{name}" not in measures for name in names):
+        notes.append(
+            "Ability was probed on the encoders' features, which bounds it from below: a collapsed modality's own encoder may "
+            "never have learned. Give alone= or an adapter with inputs(batch) or unimodal(batch)."
+        )
 
 
 def latent_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:
@@ -104,6 +124,8 @@ def neuron_measures(measures: dict[str, Measure], arrays: dict[str, Any], collec
         shares = weights.attribution_shares(weight, some, squared.cpu(), collector.widths)
         entropy = weights.modality_entropy(shares)
         measures["attribution_entropy"] = Measure(float(entropy.nanmean()) if entropy.isfinite().any() else None)
+    if collector.task is None or collector.task.kind != "classes":
+        return
     if "labels" not in columns or len(columns["labels"].unique()) < 2 or len(collector.widths) < 2:
         return
     signal, noise = weights.signal_noise_shares(weight, x, columns["labels"], collector.widths)

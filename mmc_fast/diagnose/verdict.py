@@ -1,41 +1,39 @@
-"""The verdict on each modality, from numbers and calibrated thresholds, and the words for it.
+"""The verdict on each modality: what the model uses of it against what it could give, by calibrated thresholds.
 
-This is the only rule: ``diagnose`` and every report that judges a modality call :func:`judge_modality`.
+This is the only rule: ``diagnose``, ``evaluate`` and every report that judges a modality call :func:`judge`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-__all__ = [
-    "THRESHOLDS",
-    "ModalityVerdict",
-    "Thresholds",
-    "agreement",
-    "judge_modality",
-    "overall",
-    "verdicts_from_scores",
-]
+__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "carries", "judge", "kind_of", "overall"]
+
+KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Where verdicts change. ``docs/diagnose.md`` states how they were set and how often they are wrong.
 
-    use: a modality is ignored where its use share is below this times 1/m (calibrated).
-    kept: it has collapsed where, of what it can do alone, the fused model keeps at most this (calibrated).
-    entropy: neurons mix modalities where their mean entropy is above this (calibrated).
-    signal, loss: it says something where it alone gets this far from chance to the fused score; the model relies on it
-    where the score without it falls by more than ``loss`` of that way (conventions, not calibrated).
+    signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
+    standard error.
+    loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
+    under: it is under-used where its use over its ability is below this, with the whole interval.
+    fair: nothing is said where the interval of the index holds both ``index`` and this.
+    effect: outputs are moved where the total effect is above this.
+    entropy: neurons mix modalities where their mean entropy is above this.
     """
 
-    use: float = 0.3
-    kept: float = 0.85
+    signal: float = 0.05
+    loss: float = 0.1
+    index: float = 0.2
+    under: float = 0.3
+    fair: float = 1.0
+    effect: float = 0.1
     entropy: float = 0.15
-    signal: float = 0.25
-    loss: float = 0.05
 
 
 THRESHOLDS = Thresholds()
@@ -43,124 +41,129 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True)
 class ModalityVerdict:
-    """``kind``: "collapsed", "ignored", "relied on", "redundant", "weak", "used" or "undecided", and the numbers behind it.
+    """``kind`` and the numbers behind it.
 
-    With labels, ``best = max(alone, only)``: signal = (best − chance) / (all − chance), loss = (all − without) / (all − chance),
-    kept = (only − chance) / (best − chance). "undecided": the fused model is not above chance. ``evidence["agreement"]``: the
-    share of resamples that give the same verdict.
+    - "relied on": used about as much as it could give. "under-used": clearly less, by ``evidence["index"]``.
+    - "collapsed": it could give, and is not used. "uninformative": it carries nothing and is not used.
+    - "misleading": it carries nothing, yet moves the outputs. "undecided": the numbers do not tell.
+
+    ``evidence``: "all", "chance", "alone", "without", "only", "shuffled" (scores), "ability" = best of alone and only − chance,
+    "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, where use is
+    "resampled_shapley" (other samples in place of what is absent: what a model answers to a single modality by its own mask may be right
+    by accident), with "index_low" and
+    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "agreement" = share of resamples with the same verdict; what was not measured is
+    left out.
     """
 
     modality: str
     kind: str
-    use_share: float | None
     evidence: dict[str, float] = field(default_factory=dict)
 
-    def sentence(self, metric: str | None) -> str:
-        """The verdict in plain words with its evidence."""
-        e = self.evidence
-        share = "not defined" if self.use_share is None else f"{self.use_share:.1%}"
+    def sentence(self, metric: str | None = None) -> str:
+        """The verdict in one plain sentence with its main numbers."""
+        e, name = self.evidence, self.modality
+        if "all" not in e:
+            return f"{name} cannot be judged: nothing was scored."
+        ability = f"{name} alone reaches {e.get('alone', e['only']):.3f} (chance {e['chance']:.3f})"
+        lost = f"the model scores {e['all']:.3f}, and {e['shuffled']:.3f} with the {name} of other samples"
         text = {
-            "collapsed": f"{self.modality} has collapsed: it carries signal that the fused model has lost.",
-            "ignored": f"{self.modality} is ignored: the head hardly responds to it.",
-            "relied on": f"{self.modality} is relied on.",
-            "redundant": f"{self.modality} is redundant: usable, but the model does without it.",
-            "weak": f"{self.modality} carries little by itself, and the model loses nothing without it.",
-            "used": f"{self.modality} is used; whether it helps cannot be said without its score alone.",
-            "undecided": f"{self.modality} cannot be judged: the fused model is not above chance.",
+            "relied on": f"{name} is relied on: {lost}.",
+            "under-used": f"{name} is under-used: {ability}, but {lost}.",
+            "collapsed": f"{name} has collapsed: {ability}, but {lost}.",
+            "uninformative": f"{name} is uninformative: {ability}, and {lost}.",
+            "misleading": f"{name} is misleading: {ability}, yet it moves the outputs (total effect {e['total_effect']:.2f}).",
+            "undecided": f"{name} cannot be judged: {ability}; {lost}.",
         }[self.kind]
-        text += f" Use share {share}"
-        if "all" in e:
-            alone = f"alone {e['alone']:.3f}, " if "alone" in e else ""
-            text += (
-                f"; {metric} {alone}all {e['all']:.3f}, without it {e['without']:.3f}, only it "
-                f"{e['only']:.3f}, chance {e['chance']:.3f}"
-            )
-            if "retrained_without" in e:
-                text += (
-                    f"; a network trained without it {e['retrained_without']:.3f} (with it {e['retrained_all']:.3f})"
-                )
-        if "agreement" in e and math.isfinite(e["agreement"]):
-            text += f"; the same verdict in {e['agreement']:.0%} of resamples"
-        return text + "."
+        if math.isfinite(e.get("index", math.nan)):
+            interval = f" [{e['index_low']:.2f}, {e['index_high']:.2f}]" if "index_low" in e else ""
+            text += f" Use over ability {e['index']:.2f}{interval}."
+        return text
 
 
-def agreement(
-    kind: str,
-    modality: str,
-    modalities: int,
-    use_shares: Sequence[float],
-    scores: Sequence[Mapping[str, float] | None],
-    thresholds: Thresholds,
-) -> float:
-    """Share of resamples that give the verdict ``kind``: shares ``[R']`` and scores ``[R]``, the shorter one repeated.
-
-    Resamples without a score, such as an AUROC of one class, do not count; NaN where there is no other.
-    """
-    same = [
-        judge_modality(modality, use_shares[r % len(use_shares)], modalities, row, thresholds).kind == kind
-        for r, row in enumerate(scores)
-        if row is None or all(map(math.isfinite, row.values()))
-    ]
-    return sum(same) / len(same) if same else math.nan
-
-
-def judge_modality(
-    modality: str,
-    use_share: float | None,
-    modalities: int,
-    scores: Mapping[str, float] | None,
+def judge(
+    scores: Mapping[str, Mapping[str, float]],
+    whole: Mapping[str, float],
+    draws: Sequence[tuple[Mapping[str, Mapping[str, float]], Mapping[str, float]]] = (),
     thresholds: Thresholds = THRESHOLDS,
-) -> ModalityVerdict:
-    """The verdict on one modality; ``scores``: alone, all, without, only, chance, or None where there are no labels.
-
-    "alone" may be missing, and then a modality that the fused model cannot use is not said to carry little.
-    "chance_error" among the scores: a fused model within two of these of chance is not judged.
-    """
-    ignored = use_share is not None and modalities > 1 and use_share < thresholds.use / modalities
-    if scores is None:
-        return ModalityVerdict(modality, "ignored" if ignored else "used", use_share)
-    evidence = dict(scores)
-    span = scores["all"] - scores["chance"]
-    # The network of the probe can be too weak for a modality that the fused model reads well.
-    above = max(scores.get("alone", scores["only"]), scores["only"]) - scores["chance"]
-    if span <= 2 * scores.get("chance_error", 0.0):
-        return ModalityVerdict(modality, "ignored" if ignored else "undecided", use_share, evidence)
-    signal, loss = above / span, (scores["all"] - scores["without"]) / span
-    kept = (scores["only"] - scores["chance"]) / above if above > 0 else 1.0
-    evidence |= {"signal": signal, "loss": loss, "kept": kept}
-    if loss > thresholds.loss:
-        kind = "relied on"
-    elif signal < thresholds.signal:
-        kind = "ignored" if ignored else "weak" if "alone" in scores else "used"
-    else:
-        kind = "collapsed" if kept <= thresholds.kept or ignored else "redundant"
-    return ModalityVerdict(modality, kind, use_share, evidence)
-
-
-def verdicts_from_scores(
-    scores: Mapping[str, Mapping[str, float]], complete: float, chance: float, thresholds: Thresholds = THRESHOLDS
 ) -> list[ModalityVerdict]:
-    """Verdicts where only scores are known and no use shares, as in the records of a training.
+    """One verdict per modality.
 
-    ``scores``: modality -> "without" and "only", where known "alone". ``complete``: the fused score with all modalities.
+    Args:
+        scores: modality -> "only", "without", "shuffled", "resampled_shapley", "total_effect", where known "alone" and "alone_error".
+        whole: "all", "chance", "chance_error" (of a model without knowledge on as many samples).
+        draws: the same two in the resamples of the samples; they give the interval of the index and the agreement.
     """
-    whole = {"all": complete, "chance": chance}
-    return [judge_modality(name, None, len(scores), whole | dict(s), thresholds) for name, s in scores.items()]
+    found = _judged(scores, whole, thresholds)
+    resampled = [_judged(s, w, thresholds) for s, w in draws]
+    for position, verdict in enumerate(found):
+        same = [r[position] for r in resampled if all(map(math.isfinite, r[position].evidence.values()))]
+        if len(same) < 10:
+            continue
+        verdict.evidence["agreement"] = sum(r.kind == verdict.kind for r in same) / len(same)
+        indices = sorted(r.evidence["index"] for r in same if "index" in r.evidence)
+        if indices and "index" in verdict.evidence:
+            verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
+            verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
+            found[position] = replace(verdict, kind=kind_of(verdict.evidence, thresholds))
+    return found
+
+
+def _judged(
+    scores: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], thresholds: Thresholds
+) -> list[ModalityVerdict]:
+    chance = whole["chance"]
+    # The network of the probe can be too weak for a modality that the fused model reads well.
+    ability = {name: max(s.get("alone", s["only"]), s["only"]) - chance for name, s in scores.items()}
+    total = sum(max(a, 0.0) for a in ability.values())
+    used = sum(max(s["resampled_shapley"], 0.0) for s in scores.values())
+    verdicts = []
+    for name, s in scores.items():
+        a = ability[name]
+        evidence = dict(s) | {"all": whole["all"], "chance": chance, "ability": a}
+        if a > 0:
+            evidence["loss"] = (whole["all"] - s["shuffled"]) / a
+            if used > 0:
+                evidence["index"] = (s["resampled_shapley"] / used) / (a / total)
+        evidence["chance_error"] = whole.get("chance_error", 0.0)
+        verdicts.append(ModalityVerdict(name, kind_of(evidence, thresholds), evidence))
+    return verdicts
+
+
+def carries(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> bool:
+    """Whether a modality says something by itself, by its evidence."""
+    error = max(e.get("alone_error", 0.0), e.get("chance_error", 0.0))
+    return e["ability"] > max(t.signal * (e["all"] - e["chance"]), 2 * error)
+
+
+def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
+    """The kind that the evidence of a verdict gives."""
+    span, chance_error = e["all"] - e["chance"], e.get("chance_error", 0.0)
+    if span <= 2 * chance_error:
+        return "undecided"
+    if not carries(e, t):
+        if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
+            return "relied on"  # it helps only beside others
+        error = max(e.get("alone_error", 0.0), chance_error)
+        return "misleading" if e["total_effect"] > t.effect and e["ability"] <= error else "uninformative"
+    if e.get("index_low", math.inf) <= t.index and e.get("index_high", 0.0) > t.fair:
+        return "undecided"
+    if e["loss"] <= t.loss and e["index"] <= t.index:
+        return "collapsed"
+    return "under-used" if e.get("index_high", e["index"]) < t.under else "relied on"
 
 
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:
     """One or two sentences on the model as a whole."""
-    lost = [v.modality for v in verdicts if v.kind == "collapsed"]
-    ignored = [v.modality for v in verdicts if v.kind == "ignored"]
     parts = []
-    if lost:
-        parts.append(f"Modality collapse: {_join(lost)}.")
-    if ignored:
-        parts.append(f"Ignored: {_join(ignored)}.")
-    if any(v.kind == "undecided" for v in verdicts):
-        parts.append("The fused model is not above chance, so what it lost cannot be said.")
-    elif not lost and not ignored:
-        parts.append("No modality has collapsed or is ignored.")
+    for kind, words in (
+        ("collapsed", "Modality collapse"), ("misleading", "Misleading"), ("under-used", "Under-used"),
+        ("uninformative", "Carrying nothing"), ("undecided", "Undecided"),
+    ):  # fmt: skip
+        named = [v.modality for v in verdicts if v.kind == kind]
+        if named:
+            parts.append(f"{words}: {_join(named)}.")
+    if verdicts and all(v.kind == "relied on" for v in verdicts):
+        parts.append("Every modality is relied on.")
     if entropy is not None and len(verdicts) > 1:
         mixed = entropy > thresholds["entropy"]
         parts.append(

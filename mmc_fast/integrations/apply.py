@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +14,18 @@ from torch import Tensor, nn
 
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
+from mmc_fast.functional import check_reversal
 from mmc_fast.nn import EBRHead
 
-from .handle import EBRHandle
-from .plan import candidates, find_sites, place, why_not
+from . import store
+from .collect import SiteHead
+from .handle import EBRHandle, find_handles
+from .plan import candidates, find_sites, place, unknown_module, why_not
 from .report import ApplyReport
 from .site import Site
 from .trace import trace
 
-__all__ = ["apply_ebr"]
+__all__ = ["apply_ebr", "load_ebr"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
 
@@ -41,22 +46,26 @@ def apply_ebr(
     name: str = "ebr",
     seed: int | None = None,
     dry_run: bool = False,
+    fusion: str | None = None,
+    one_call: bool = True,
+    backend: str = "auto",
 ) -> EBRHandle:
     r"""Put one :class:`mmc_fast.nn.EBRHead` over the outputs of named submodules; the model then sees what it recovers.
 
     In every forward, the output :math:`z_i` of the i-th named submodule is replaced by
-    :math:`r_i = h_i^{-1}(h_i(z_i))` at once; :math:`L_{md}` over all latents is ready after the forward::
+    :math:`r_i = h_i^{-1}(h_i(z_i))`; :math:`L_{md}` over all latents is ready after the forward::
 
         handle = apply_ebr(model, at={"image": "encoders.image", "text": "encoders.text"}, example=batch)
         loss = criterion(model(*batch), y) + handle.losses().discrimination
 
     Args:
         model: any module, before it is compiled or wrapped for several devices.
-        at: modality -> dotted name of the submodule that gives its features, or a :class:`Site` for one tensor of
+        at: modality (a word without dots) -> dotted name of the submodule that gives its features, or a :class:`Site` for one tensor of
             several, another feature dimension or sequence-first layout. At least ``[rows, d_i]``; every dimension but
             the first (samples) and the last (features) is a dimension of rows.
         latent_dim, hidden_dim, psi_dims, residual, normalize: see :class:`mmc_fast.nn.EBRHead`.
-        reversal: λ; change it later through ``handle.reversal`` (a 0-d tensor under ``torch.compile``).
+        reversal: λ, finite and not negative; change it later through ``handle.reversal`` (a 0-d tensor under
+            ``torch.compile``).
         dims: modality -> width of its features. Needed where neither the submodule (a linear layer, or a sequence
             that ends in one) nor ``example`` tells.
         example: arguments of one forward (a tensor, a tuple, or a dict of keywords), run without gradients in
@@ -65,13 +74,18 @@ def apply_ebr(
         name: name of the new submodule; its parameters enter ``model.parameters()`` and the state dict under it.
         seed: initialises the heads from this seed and leaves the global generator alone; None draws from it.
         dry_run: change nothing, and report what would be done, problems included.
+        fusion: name of the module that first reads all features. The heads then run in one call at its input at the
+            latest, and a read of features before all sites ran is refused. None: found in each forward, by who reads first.
+        one_call: False runs each head at its site, for models whose fusion cannot take features that are still to come.
+        backend: see :func:`mmc_fast.functional.ebr_step`.
 
     Returns:
-        :class:`EBRHandle`: report (``str(handle)``), ``losses()``, ``present(mask)``, ``game()``, ``restore()``.
+        :class:`EBRHandle`: report (``str(handle)``), ``losses()``, ``explain()``, ``present(mask)``, ``adversarial()``,
+        ``save(path)``, ``restore()``.
 
     Raises:
         InputError: no or unknown names, nested or repeated modules, widths unknown or contradictory, a site that does
-            not run on ``example``. Nothing is changed then.
+            not run on ``example``, a λ that is none. Nothing is changed then.
         TypeError: ``model`` is no module, or wrapped already.
 
     Source: Chaudhuri et al., ICML 2025, section 3.3.
@@ -81,6 +95,15 @@ def apply_ebr(
     if repeats not in ("error", "all"):
         raise InputError(f"apply_ebr: repeats is {repeats!r}; allowed are 'error' and 'all'")
     _check_free(model, name)
+    check_reversal(reversal, "apply_ebr")
+    if fusion is not None:
+        _check_fusion(model, fusion, sites, one_call and repeats == "error")
+    if repeats == "all" and len(sites) == 1 and not dry_run:
+        warnings.warn(
+            f"apply_ebr: with {next(iter(sites))} alone there is nothing to tell apart and L_md is 0; if its module serves "
+            "several modalities, name its calls: Site(..., call=0), Site(..., call=1)",
+            stacklevel=2,
+        )
     others = candidates(model, sites)
     ran = {} if example is None else trace(model, example, [s.module for s in sites.values()] + others)
     placements = place(model, sites, dims or {}, ran, repeats)
@@ -103,16 +126,68 @@ def apply_ebr(
     widths = {p.modality: p.width for p in placements if p.width is not None}
     head = _build_head(
         widths, seed, dry_run, latent_dim=latent_dim, hidden_dim=hidden_dim, psi_dims=psi_dims,
-        residual=residual, normalize=normalize,
+        residual=residual, normalize=normalize, backend=backend,
     )  # fmt: skip
+    head.sites = [site.told() for site in sites.values()]
+    head.applied = {"repeats": repeats, "fusion": fusion, "one_call": one_call}
     report = dataclasses.replace(
         report, parameters=sum(p.numel() for p in head.parameters()), status="dry run" if dry_run else "applied"
     )
     handle = EBRHandle(model, sites, report, reversal)
     if not dry_run:
         _move(head, model, sites)
-        handle._attach(head.train(model.training), repeats)
+        handle._attach(head.train(model.training), repeats, fusion, one_call)
     return handle
+
+
+def load_ebr(
+    model: nn.Module, path: str | Path | Mapping[str, Any], *, reversal: float | Tensor = 1.0, name: str | None = None
+) -> EBRHandle:
+    """Heads from a file on a model: their sites, sizes and options, then their weights.
+
+    Args:
+        model: without heads, or with the same ones. Its own weights are not touched.
+        path: a file of ``handle.save``; or a checkpoint of a whole model with heads: safetensors, ``torch.save``, Lightning,
+            the folder of ``save_pretrained``; or a state dict.
+        reversal: λ for further training.
+        name: of the heads, where the file holds several.
+
+    Raises:
+        InputError: no heads there, or heads whose sites, order, widths or options do not fit ``model``.
+    """
+    state = path if isinstance(path, Mapping) else store.read(Path(path))
+    where = "the state dict" if isinstance(path, Mapping) else str(path)
+    prefix, options, tensors = store.find(state, where, name)
+    if not options.get("sites"):
+        raise InputError(
+            f"load_ebr: the heads in {where} are an EBRHead's and know no sites; call apply_ebr and load them there"
+        )
+    holder, its = store.owner(model, prefix)
+    handles = [h for h in find_handles(holder) if h.model is holder and h.report.name == its]
+    if handles:
+        handle = handles[0]
+    else:
+        at = {m: Site(**site) for m, site in zip(options["modalities"], options["sites"], strict=True)}
+        sizes = {key: options[key] for key in ("latent_dim", "hidden_dim", "psi_dims", "residual", "normalize")}
+        widths = dict(zip(at, options["dims"], strict=True))
+        handle = apply_ebr(holder, at, dims=widths, reversal=reversal, name=its, **sizes, **options["apply"])
+    handle._alive()[0].load_state_dict(tensors)
+    return handle
+
+
+def _check_fusion(model: nn.Module, fusion: str, sites: Mapping[str, Site], possible: bool) -> None:
+    if not possible:
+        raise InputError(
+            "apply_ebr: fusion asks for one call of all heads; leave out one_call=False and repeats='all', or fusion"
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    if fusion not in names:
+        raise unknown_module(fusion, names)
+    for modality, site in sites.items():
+        if f"{site.module}.".startswith(f"{fusion}.") or f"{fusion}.".startswith(f"{site.module}."):
+            raise InputError(
+                f"apply_ebr: fusion {fusion!r} and the site of {modality!r} ({site}) contain each other; name the module after the sites"
+            )
 
 
 def _check_model(model: nn.Module) -> None:
@@ -135,7 +210,7 @@ def _check_free(model: nn.Module, name: str) -> None:
         raise InputError(f"apply_ebr: the model has an attribute '{name}' already; choose another name=")
 
 
-def _build_head(widths: Mapping[str, int], seed: int | None, dry_run: bool, **sizes: Any) -> EBRHead:
+def _build_head(widths: Mapping[str, int], seed: int | None, dry_run: bool, **sizes: Any) -> SiteHead:
     """The head on the CPU; on no device, and without a random draw, where only its size is asked for."""
     if dry_run:
         with torch.device("meta"):
@@ -146,9 +221,9 @@ def _build_head(widths: Mapping[str, int], seed: int | None, dry_run: bool, **si
         return _head(widths, **sizes)
 
 
-def _head(widths: Mapping[str, int], **sizes: Any) -> EBRHead:
+def _head(widths: Mapping[str, int], **sizes: Any) -> SiteHead:
     try:
-        return EBRHead(dict(widths), **sizes)
+        return SiteHead(dict(widths), **sizes)
     except (TypeError, ValueError) as error:
         raise InputError(f"apply_ebr: {error}") from error
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mmc_fast.errors import InputError
+from mmc_fast.functional import check_reversal
 
 from .apply import apply_ebr
 from .handle import EBRHandle, find_handles
 from .site import Site
+from .watch import held_by
 
 try:
     import lightning.pytorch as pl
@@ -25,19 +28,20 @@ __all__ = ["EBRCallback"]
 
 
 class EBRCallback(pl.Callback):
-    """Put EBR heads on the LightningModule, add the losses to its training step, and log the game.
+    """Put EBR heads on the LightningModule, add the losses to its training step, and log the adversarial training.
 
     ``loss = training_step(...) + L_md + reconstruction * L_rec``. The heads are put on in ``setup``, before optimisers
     are configured and checkpoints restored, and stay on after the fit. Logged under ``prefix``: ``loss_md``,
     ``loss_rec`` and ``reversal`` in every step; every ``log_every`` steps also ``loss_md_over_entropy``,
-    ``psi_accuracy``, ``grad_norm_psi`` and ``grad_norm_encoders`` (:meth:`EBRHandle.game`).
+    ``psi_accuracy``, ``grad_norm_psi`` and ``grad_norm_encoders`` (:meth:`EBRHandle.adversarial`).
 
     Args:
         at: modality -> submodule of the LightningModule; None if :func:`mmc_fast.apply_ebr` was called on it already.
         reversal: λ, or a function of the progress of the fit in [0, 1) that gives it. None: 1, or that of the heads
             that are there already.
         reconstruction: weight of L_rec (>= 0).
-        log_every: steps between two looks at the game; None: the Trainer's ``log_every_n_steps``; 0: never.
+        total_steps: length of the schedule ``reversal``; None: the Trainer's number of steps, where it knows one.
+        log_every: steps between two looks at :meth:`EBRHandle.adversarial`; None: the Trainer's ``log_every_n_steps``; 0: never.
         prefix: of the logged names.
         options: of :func:`mmc_fast.apply_ebr` (``latent_dim``, ``dims``, ``example``, ``seed``, ...).
 
@@ -45,8 +49,12 @@ class EBRCallback(pl.Callback):
         handle: the :class:`EBRHandle`, from ``setup`` on.
 
     Raises:
-        InputError: in ``setup``: manual optimisation (add ``handle.losses()`` in your own step), no heads or several
-            although ``at`` is None, or what ``apply_ebr`` refuses.
+        InputError: λ that is none; in ``setup``: manual optimisation (add ``handle.losses()`` in your own step), no heads or
+            several although ``at`` is None, or what ``apply_ebr`` refuses; at the start of training: a schedule without a
+            known length.
+
+    A step may run the module more than once, or its submodules one by one: the losses are over all rows of the step.
+    ``load_from_checkpoint(path, strict=False)`` and then :func:`mmc_fast.load_ebr` read a checkpoint without a Trainer.
     """
 
     def __init__(
@@ -57,18 +65,24 @@ class EBRCallback(pl.Callback):
         reconstruction: float = 0.0,
         log_every: int | None = None,
         prefix: str = "ebr/",
+        total_steps: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if not 0 <= reconstruction < float("inf"):
-            raise InputError(f"EBRCallback: reconstruction is {reconstruction}; it must be finite and not negative")
+        if reversal is not None and not callable(reversal):
+            check_reversal(reversal, "EBRCallback(reversal=...)")
+        if isinstance(reconstruction, (bool, str)) or not 0 <= reconstruction < float("inf"):
+            raise InputError(f"EBRCallback: reconstruction is {reconstruction!r}; it must be finite and not negative")
+        if total_steps is not None and total_steps < 1:
+            raise InputError(f"EBRCallback: total_steps is {total_steps}; give a number of steps, 1 or more")
         if log_every is not None and log_every < 0:
             raise InputError(f"EBRCallback: log_every is {log_every}; give a number of steps, 0 for never")
         if at is None and options:
             raise InputError(f"EBRCallback: {', '.join(options)} given without at; name the submodules, or drop them")
         self.at, self.options = at, options
         self.reversal, self.reconstruction = reversal, reconstruction
-        self.log_every, self.prefix = log_every, prefix
+        self.log_every, self.prefix, self.total_steps = log_every, prefix, total_steps
+        self._steps: float | None = None  # of the schedule, in this fit
         self.handle: EBRHandle | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -89,6 +103,33 @@ class EBRCallback(pl.Callback):
 
         # On the instance, so that the class stays as it is; teardown takes it off.
         pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.handle is not None:
+            self.handle.unwatch(initial_only=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps = None
+        if callable(self.reversal):
+            self._steps = self.total_steps or trainer.estimated_stepping_batches
+            if not 0 < self._steps < float("inf"):
+                raise InputError(
+                    "EBRCallback: reversal is a schedule, but the Trainer does not know how many steps it will take (a loader "
+                    "without length, or max_epochs=-1); give EBRCallback(total_steps=...), Trainer(max_steps=...), or a number"
+                )
+        if self.handle is not None and trainer.optimizers:
+            held = held_by(getattr(o, "optimizer", o) for o in trainer.optimizers)
+            if (
+                not any(id(p) in held for p in self.handle.parameters())
+                and "FSDP" not in type(trainer.strategy).__name__
+            ):
+                sites = ", ".join(map(str, self.handle.sites.values()))
+                warnings.warn(
+                    f"EBRCallback: the heads at {sites} are in no optimiser of the Trainer; let configure_optimizers take "
+                    "self.parameters(), or add a group with self.ebr.parameters()",
+                    stacklevel=2,
+                )
+                self.handle.unwatch()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -115,10 +156,10 @@ class EBRCallback(pl.Callback):
         handle = self.handle
         if handle is None:
             raise RuntimeError("EBRCallback: the training step ran before setup")
-        handle.reset()
         if callable(self.reversal):
-            _set_reversal(handle, self.reversal(min(1.0, trainer.global_step / trainer.estimated_stepping_batches)))
-        result = original(*args, **kw)
+            _set_reversal(handle, self.reversal(min(1.0, trainer.global_step / (self._steps or 1))))
+        with handle.step():
+            result = original(*args, **kw)
         if result is None:  # Lightning's way to skip a batch
             return None
         losses = handle.losses()
@@ -137,11 +178,12 @@ class EBRCallback(pl.Callback):
         }
         every = trainer.log_every_n_steps if self.log_every is None else self.log_every  # type: ignore[attr-defined]
         if every and (trainer.global_step + 1) % every == 0:
-            figures |= handle.game()
+            figures |= handle.adversarial()
         pl_module.log_dict({self.prefix + name: value for name, value in figures.items()}, on_step=True, on_epoch=False)
 
 
 def _set_reversal(handle: EBRHandle, value: float) -> None:
+    check_reversal(value, "EBRCallback(reversal=schedule)")
     if isinstance(handle.reversal, Tensor):
         handle.reversal.fill_(value)
     else:

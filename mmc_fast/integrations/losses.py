@@ -1,4 +1,4 @@
-"""Losses over latents that were collected one modality at a time, with any number of rows in a sample."""
+"""Losses over what the heads of one forward left, with any number of rows in a sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmc_fast.functional import grad_reverse
 
-__all__ = ["EBRLosses", "Record", "counts", "discrimination_loss", "psi_logits", "reconstruction_loss"]
+__all__ = ["EBRLosses", "Record", "counts", "divide", "psi_logits", "sum_of_cross_entropy", "sum_of_errors"]
 
 
 class EBRLosses(NamedTuple):
@@ -22,34 +22,36 @@ class EBRLosses(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one call of a site leaves: modality index, features and decoded rows ``[B, ..., d]``, latents
-    ``[B, ..., k]``, and which rows are present (bool ``[B, ...]``; None: all)."""
+    """What one call of a site leaves: modality index, recovered rows ``[B, ..., d]``, latents (see :attr:`latents`), which rows
+    are present (bool ``[B, ...]``; None: all), whether the latents are those of all modalities, and ``(B, ...)``."""
 
     modality: int
-    features: Tensor
-    latents: Tensor
-    decoded: Tensor
+    recovered: Tensor
+    kept: Tensor
     present: Tensor | None
+    together: bool
+    rows: torch.Size
+
+    @property
+    def latents(self) -> Tensor:
+        """``[B, ..., k]``; one call of the op leaves those of all modalities, ``[m, rows, k]``."""
+        mine = self.kept[self.modality] if self.together else self.kept
+        return mine.reshape(*self.rows, mine.shape[-1])
 
 
-def _loss_dtype(like: Tensor) -> torch.dtype:
+def loss_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
-def counts(records: Sequence[Record]) -> list[Tensor]:
-    """For each record, the number of samples with at least one present row (0-d, int64)."""
-    out = []
-    for r in records:
-        rows = r.latents.shape[:-1]
-        if r.present is None:
-            n = rows[0] if all(s > 0 for s in rows[1:]) else 0
-            out.append(torch.full((), n, dtype=torch.int64, device=r.latents.device))
-        else:
-            out.append(r.present.reshape(rows[0], -1).any(1).sum())
-    return out
+def counts(record: Record) -> Tensor | int:
+    """The number of samples with at least one present row."""
+    rows = record.rows
+    if record.present is None:
+        return rows[0] if all(s > 0 for s in rows[1:]) else 0
+    return (record.present if record.present.dim() == 1 else record.present.flatten(1).any(1)).sum()
 
 
-def _sum_of_sample_means(values: Tensor, present: Tensor | None) -> Tensor:
+def sum_of_sample_means(values: Tensor, present: Tensor | None) -> Tensor:
     """Sum over samples of the mean over a sample's present rows; ``values`` and ``present`` are ``[B, ...]``.
 
     A sample counts once however many rows it has, so that a long sequence does not outweigh a single vector.
@@ -64,46 +66,39 @@ def _sum_of_sample_means(values: Tensor, present: Tensor | None) -> Tensor:
     return values.sum() if present is None else torch.where(present, values, 0).sum()
 
 
-def _mean(sums: list[Tensor], n: list[Tensor], normalizer: Tensor | None, which: int) -> Tensor:
-    device, dtype = sums[0].device, sums[0].dtype
-    total = torch.stack([s.to(device) for s in sums]).sum()
-    if normalizer is None:
-        count = torch.stack([c.to(device) for c in n]).sum()
-    else:
+def sum_of_errors(decoded: Tensor, features: Tensor, present: Tensor | None) -> Tensor:
+    """Sum over samples of the mean of ``||decoded - stopgrad(z)||^2 / d`` over a sample's rows."""
+    dtype = loss_dtype(features)
+    return sum_of_sample_means((decoded.to(dtype) - features.detach().to(dtype)).square().mean(-1), present)
+
+
+def divide(sums: Sequence[Tensor], n: Sequence[Tensor | int], normalizer: Tensor | None, which: int) -> Tensor:
+    """``sum(sums) / max(1, sum(n))``, or over the element ``which`` of ``normalizer``."""
+    device = sums[0].device
+    total = sums[0] if len(sums) == 1 else torch.stack([s.to(device) for s in sums]).sum()
+    if normalizer is not None:
         count = normalizer.detach().to(device).reshape(-1).expand(2)[which]
-    return total / torch.where(count == 0, 1, count).to(dtype)
+    elif all(isinstance(c, int) for c in n):
+        return total / max(1, sum(n))
+    else:
+        count = torch.stack([torch.as_tensor(c, device=device) for c in n]).sum()
+    return total / torch.where(count == 0, 1, count).to(total.dtype)
 
 
-def psi_logits(records: Sequence[Record], psi: nn.Module, reversal: float | Tensor | None) -> list[Tensor]:
-    """Logits ``[B, ..., m]`` of the discriminator for each record, in one call of it.
-
-    ``reversal``: λ of the gradient reversal before psi; None leaves it out.
-    """
-    weight = next(psi.parameters())
-    flat = torch.cat([r.latents.flatten(0, -2).to(weight.device) for r in records])
-    if not torch.is_autocast_enabled(weight.device.type):
-        flat = flat.to(weight.dtype)
-    logits = psi(flat if reversal is None else grad_reverse(flat, reversal))
-    sizes = [r.latents[..., 0].numel() for r in records]
-    return [part.reshape(*r.latents.shape[:-1], -1) for part, r in zip(logits.split(sizes), records, strict=True)]
+def psi_logits(latents: Tensor, psi: nn.Module) -> Tensor:
+    """Logits ``[..., m]`` of the discriminator for latents ``[..., k]``, on its device and in its dtype."""
+    weight = next(psi.parameters(), None)  # quantised layers have no parameters
+    if weight is not None:
+        latents = latents.to(weight.device)
+        if not torch.is_autocast_enabled(weight.device.type):
+            latents = latents.to(weight.dtype)
+    return psi(latents)
 
 
-def discrimination_loss(
-    records: Sequence[Record], psi: nn.Module, reversal: float | Tensor, normalizer: Tensor | None
+def sum_of_cross_entropy(
+    latents: Tensor, i: int, present: Tensor | None, psi: nn.Module, reversal: float | Tensor
 ) -> Tensor:
-    """``L_md = sum over present (sample, modality) of the mean CE(psi(g), i) over its rows / max(1, #present)``."""
-    sums = []
-    for r, logits in zip(records, psi_logits(records, psi, reversal), strict=True):
-        cross_entropy = -F.log_softmax(logits.to(_loss_dtype(logits)), dim=-1)[..., r.modality]
-        sums.append(_sum_of_sample_means(cross_entropy, r.present))
-    return _mean(sums, counts(records), normalizer, 0)
-
-
-def reconstruction_loss(records: Sequence[Record], normalizer: Tensor | None) -> Tensor:
-    """``L_rec``: the mean of ``||decoded - stopgrad(z)||^2 / d`` over the same rows with the same weights."""
-    sums = []
-    for r in records:
-        dtype = _loss_dtype(r.features)
-        error = (r.decoded.to(dtype) - r.features.detach().to(dtype)).square().mean(-1)
-        sums.append(_sum_of_sample_means(error, r.present))
-    return _mean(sums, counts(records), normalizer, 1)
+    """Sum over samples of the mean ``CE(psi(g), i)`` over a sample's rows, with the reversed gradient."""
+    logits = psi_logits(grad_reverse(latents, reversal), psi)
+    cross_entropy = -F.log_softmax(logits.to(loss_dtype(logits)), dim=-1)[..., i]
+    return sum_of_sample_means(cross_entropy, None if present is None else present.to(logits.device))

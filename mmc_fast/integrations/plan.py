@@ -15,8 +15,13 @@ from .report import Placement
 from .site import Site, describe_output
 from .trace import Ran
 
-__all__ = ["candidates", "find_sites", "place", "why_not"]
+__all__ = ["candidates", "find_sites", "place", "unknown_module", "why_not"]
 
+# Layers that put features into dimension 1.
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+)  # fmt: skip
 # Layers that keep the width of their input: the width of a Sequential is that of the last layer before them.
 _KEEPS_WIDTH = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Dropout, nn.Identity)
 
@@ -33,15 +38,18 @@ def find_sites(model: nn.Module, at: Mapping[str, str | Site]) -> dict[str, Site
     sites = {str(m): s if isinstance(s, Site) else Site(str(s)) for m, s in at.items()}
     owner: dict[int, str] = {}
     for modality, site in sites.items():
+        if not modality or "." in modality:
+            raise InputError(f"apply_ebr: a modality is named {modality!r}; give a word without dots, it becomes a key")
         if site.module not in known:
-            raise _unknown_module(site.module, list(known))
+            raise unknown_module(site.module, list(known))
         module = known[site.module]
-        if id(module) in owner:
+        other = sites[owner.setdefault(id(module), modality)]
+        apart = other.path != site.path or (None not in (other.call, site.call) and other.call != site.call)
+        if other is not site and (other.module != site.module or not apart):
             raise InputError(
-                f"apply_ebr: '{modality}' and '{owner[id(module)]}' name one and the same module ({site.module}); "
-                "every modality needs a module of its own"
+                f"apply_ebr: '{modality}' and '{owner[id(module)]}' name one and the same module ({site.module}); name "
+                f"another one, or tell its calls apart: Site({site.module!r}, call=0) and Site({site.module!r}, call=1)"
             )
-        owner[id(module)] = modality
     for modality, site in sites.items():
         for inner in known[site.module].modules():
             if inner is not known[site.module] and id(inner) in owner:
@@ -52,7 +60,7 @@ def find_sites(model: nn.Module, at: Mapping[str, str | Site]) -> dict[str, Site
     return sites
 
 
-def _unknown_module(name: str, known: Sequence[str]) -> InputError:
+def unknown_module(name: str, known: Sequence[str]) -> InputError:
     """The error of an unknown submodule: nearest names first, never a list of thousands."""
     last = name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
@@ -95,10 +103,15 @@ def place(
         if record is not None and record.calls == 0:
             problem = "does not run in the forward on example (or is called as .forward, which skips hooks)"
         elif record is not None:
-            seen, found, problem = _seen(site, record, repeats)
+            seen, found, problem = _seen(site, model.get_submodule(site.module), record, repeats)
             if width is not None and seen is not None and seen != width:
                 problem = f"gives width {seen} on example, but dims says {width}"
             width = seen if width is None else width
+        elif site.feature_dim is None and _channels_first(model.get_submodule(site.module)):
+            problem = (
+                f"its features lie in dimension 1 if it gives maps; say so: Site({site.module!r}, feature_dim=1), or -1 for "
+                "the last one, or give an example of the model's arguments"
+            )
         elif width is None:
             width = _static_width(model.get_submodule(site.module), site)
             if width is None:
@@ -109,20 +122,37 @@ def place(
     return placements
 
 
-def _seen(site: Site, record: Ran, repeats: str) -> tuple[int | None, str, str | None]:
+def _seen(site: Site, module: nn.Module, record: Ran, repeats: str) -> tuple[int | None, str, str | None]:
     """Width, description and problem of the output that a site gave on the example."""
-    if record.calls > 1 and repeats == "error":
+    if site.call is not None and site.call >= record.calls:
+        return None, describe_output(record.output), f"runs {record.calls} times in one forward; calls count from 0"
+    if record.calls > 1 and repeats == "error" and site.call is None:
         problem = f"runs {record.calls} times in one forward; repeats='all' counts the rows of every call"
         return None, describe_output(record.output), problem
     try:
         features = site.read(record.output)
-        return site.to_rows(features).shape[-1], describe_output(features), None
+        if features.dim() == 3 and site.feature_dim is None and _channels_first(module):
+            problem = (
+                f"gives {list(features.shape)}; say which dimension holds the features: Site(..., feature_dim=1) or -1"
+            )
+            return None, describe_output(features), problem
+        return site.feature_rows(features).shape[-1], describe_output(features), None
     except InputError as error:
         return None, describe_output(record.output), str(error).removeprefix("apply_ebr: ")
 
 
+def _channels_first(module: nn.Module) -> bool:
+    """Whether the last layer in it that has a say puts features into dimension 1."""
+    layers = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.Flatten))
+    ]
+    return bool(layers) and isinstance(layers[-1], _CHANNELS_FIRST)
+
+
 def _static_width(module: nn.Module, site: Site) -> int | None:
-    if site.path or site.feature_dim != -1:
+    if site.path or site.feature_dim not in (None, -1):
         return None
     while isinstance(module, nn.Sequential):
         layers = [layer for layer in module if not isinstance(layer, _KEEPS_WIDTH)]

@@ -65,20 +65,20 @@ def test_a_run(finished: Path, own_file: Path, tmp_path: Path) -> None:
     found = Diagnosis.from_json(out)
     loaded = load_run(finished)
     alone = {name: found.value(f"alone.{name}") for name in found.modalities}
-    assert alone == {name: entry["unimodal"] for name, entry in loaded.results["scores"]["reliance"].items()}
-    assert found == diagnose(loaded, data.load(own_file), resamples=20, alone=alone)
+    assert alone == {name: entry["evidence"]["alone"] for name, entry in loaded.results["scores"]["reliance"].items()}
+    assert found == diagnose(loaded, data.load(own_file), resamples=20)
     assert list(found.modalities) == ["a", "b"]
     assert found.settings["agop"].startswith("co-activation")
     assert ("modality_probe.balanced_accuracy" in found.measures) == (finished.name == "ebr")
     assert "weight_classifier.cross_entropy" in found.measures
-    assert "<h2>Verdict" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h2>Modalities" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not (finished / "diagnose-test.state").exists()
     (tmp_path / "d.json").write_text(out, encoding="utf-8")
     text, _ = run("diagnose", "--run", finished, "--resamples", "20", "--compare", tmp_path / "d.json")
     assert "use_share.a" in text
-    assert "Use share" in text
+    assert "Use over ability" in text or "cannot be judged" in text
     other, _ = run("diagnose", "--run", finished, "--part", "train", "--resamples", "0", "--json")
-    assert Diagnosis.from_json(other).samples == 240
+    assert Diagnosis.from_json(other).n_samples == 240
 
 
 def test_the_score_is_that_of_the_run(finished: Path) -> None:

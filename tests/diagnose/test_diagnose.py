@@ -64,7 +64,7 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     singular = torch.linalg.svdvals(fused - fused.mean(0))
     assert d.value("fused.effective_rank") == pytest.approx(blocks.effective_rank(singular), rel=1e-4)
     assert re.match(r"co-activation|row chain", d.settings["agop"])
-    assert d.samples == 500
+    assert d.n_samples == 500
 
 
 def test_the_general_path_agrees_with_the_fast_one(generator: torch.Generator) -> None:

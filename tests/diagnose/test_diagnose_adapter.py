@@ -95,6 +95,12 @@ def test_by_names_is_the_same_as_by_hand(generator: torch.Generator) -> None:
         def fuse(self, features):
             return m.classifier(torch.cat(list(features.values()), 1))
 
+        def forward(self, batch):
+            return m(*batch[:2])
+
+        def inputs(self, batch):
+            return {"image": batch[0], "audio": batch[1]}
+
     named = mmc_fast.diagnose(ModelAdapter(m, NAMES, head="classifier"), loader)
     by_hand = mmc_fast.diagnose(ByHand(), loader)
     assert named == by_hand
@@ -196,3 +202,209 @@ def test_training_mode_and_misuse(generator: torch.Generator) -> None:
         adapter.fuse({"image": torch.ones(2, 6)})
     with pytest.raises(TypeError, match=r"nn\.Module"):
         ModelAdapter(3, NAMES)
+
+
+# ---- the adapter proves itself
+
+
+class InPlace(Concat):
+    """Works in place on what the encoders gave, and on the logits."""
+
+    def forward(self, image: Tensor, audio: Tensor) -> Tensor:
+        a, b = self.encoders["image"](image), self.encoders["audio"](audio)
+        a.add_(1.0)
+        torch.relu_(b)
+        return self.classifier(torch.cat([a, b], 1)).mul_(2.0)
+
+
+class Shared(nn.Module):
+    """One encoder for two modalities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.classifier = nn.Linear(5, 6), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.classifier(torch.cat([self.tower(left), self.tower(right)], 1))
+
+
+class Optional(Concat):
+    """Without a modality its features are zeros; rows that are NaN count as absent."""
+
+    def forward(self, image: Tensor | None, audio: Tensor | None) -> Tensor:
+        rows = len(image if image is not None else audio)
+        a = torch.zeros(rows, 6) if image is None else self.encoders["image"](image).nan_to_num(0.0)
+        b = torch.zeros(rows, 4) if audio is None else self.encoders["audio"](audio).nan_to_num(0.0)
+        return self.classifier(torch.cat([a, b], 1))
+
+
+def test_hooks_that_change_outputs_are_part_of_the_model(generator: torch.Generator) -> None:
+    """Heads of apply_ebr: encode sees what they recovered, and fuse does not send it through them again."""
+    m, loader = model(Concat, generator), batches(generator)
+    mmc_fast.apply_ebr(m, NAMES, latent_dim=4, hidden_dim=8, psi_dims=(4,), seed=0)
+    adapter = ModelAdapter(m, NAMES, head="classifier")
+    torch.testing.assert_close(adapter.forward(loader[0]), m(*loader[0][:2]), rtol=0, atol=0)
+    features = adapter.encode(loader[0])
+    torch.testing.assert_close(adapter.fuse(features), m(*loader[0][:2]), rtol=0, atol=0)
+    plain = m.encoders["image"].forward(loader[0][0])
+    assert not torch.allclose(features["image"], plain), "the heads were applied"
+    d = mmc_fast.diagnose(adapter, loader, resamples=0, probes=False)
+    labels = torch.cat([b[2] for b in loader])
+    outputs = torch.cat([m(*b[:2]) for b in loader])
+    assert d.value("score.all") == pytest.approx(float((outputs.argmax(1) == labels).double().mean()))
+    assert d.settings["adapter"].startswith("fuse(encode(batch)) is the model's output on 80 samples")
+
+
+def test_in_place_operations_do_not_reach_recorded_features(generator: torch.Generator) -> None:
+    m, loader = model(InPlace, generator), batches(generator)
+    adapter = ModelAdapter(m, NAMES)
+    truth, features = m(*loader[0][:2]), adapter.encode(loader[0])
+    torch.testing.assert_close(features["image"], m.encoders["image"](loader[0][0]))
+    before = {name: x.clone() for name, x in features.items()}
+    for _ in range(2):
+        torch.testing.assert_close(adapter.fuse(features), truth, rtol=0, atol=0)
+    assert all(torch.equal(before[name], x) for name, x in features.items())
+    leaf = {name: x.clone().requires_grad_() for name, x in features.items()}
+    adapter.fuse(leaf).sum().backward()
+    assert all(float(x.grad.abs().sum()) > 0 for x in leaf.values())
+    mmc_fast.diagnose(ModelAdapter(m, NAMES, head="classifier"), loader, resamples=0, probes=False)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))])
+def test_compiled_and_wrapped_models(wrap, generator: torch.Generator) -> None:
+    m, loader = model(Concat, generator), batches(generator)
+    plain = ModelAdapter(m, NAMES, head="classifier").encode(loader[0])
+    wrapped = wrap(m)
+    prefix = next(n for n, x in wrapped.named_modules() if x is m.classifier).removesuffix("classifier")
+    for name in ("classifier", prefix + "classifier"):
+        adapter = ModelAdapter(wrapped, NAMES, head=name)
+        torch.testing.assert_close(adapter.fuse(adapter.encode(loader[0])), m(*loader[0][:2]))
+        torch.testing.assert_close(adapter.encode(loader[0]), plain)
+
+
+def test_a_model_compiled_in_place(generator: torch.Generator) -> None:
+    m, loader = model(Concat, generator), batches(generator)
+    truth = m(*loader[0][:2])
+    m.encoders["image"].compile()
+    m.compile()
+    adapter = ModelAdapter(m, NAMES, head="classifier")
+    torch.testing.assert_close(adapter.fuse(adapter.encode(loader[0])), truth)
+
+
+def test_one_encoder_for_two_modalities(generator: torch.Generator) -> None:
+    m = model(Shared, generator)
+    left, right = torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    adapter = ModelAdapter(m, {"left": ("tower", 0), "right": ("tower", 1)}, head="classifier")
+    features = adapter.encode((left, right, None))
+    torch.testing.assert_close(features, {"left": m.tower(left), "right": m.tower(right)})
+    swapped = {"left": features["left"], "right": features["right"].roll(1, 0)}
+    torch.testing.assert_close(adapter.fuse(swapped), m(left, right.roll(1, 0)))
+    one = ModelAdapter(m, {"right": ("tower", 1)})
+    torch.testing.assert_close(one.encode((left, right, None))["right"], m.tower(right))
+    torch.testing.assert_close(one.fuse({"right": features["right"].roll(1, 0)}), m(left, right.roll(1, 0)))
+    with pytest.raises(InputError, match="ran 2 times in one forward; there is no run 2"):
+        ModelAdapter(m, {"left": ("tower", 2)}).encode((left, right, None))
+    with pytest.raises(InputError, match=r"two modalities name one module.*\('encoder', 0\)"):
+        ModelAdapter(m, {"left": "tower", "right": ("tower", 1)})
+
+
+def test_modalities_that_are_absent(generator: torch.Generator) -> None:
+    """For a whole batch (None) and for some rows (NaN): fuse gives there what the model gives, whatever stands in."""
+    m = model(Optional, generator)
+    image, audio, labels = batches(generator, 1)[0]
+    holes = audio.clone()
+    holes[::3] = torch.nan
+    adapter = ModelAdapter(m, NAMES)
+    for batch in ((image, holes, labels), (image, None, labels)):
+        features, truth = adapter.encode(batch), m(*batch[:2])
+        received = adapter.inputs(batch)
+        assert torch.equal(received["image"], image)
+        expected = torch.zeros(80, 3) if batch[1] is None else batch[1].nan_to_num()
+        assert torch.equal(received["audio"], expected)
+        assert features["audio"].shape == (80, 4)
+        torch.testing.assert_close(adapter.fuse(features), truth)
+        absent = torch.arange(80) % 3 == 0 if batch[1] is holes else torch.ones(80, dtype=torch.bool)
+        moved = adapter.fuse({"image": features["image"], "audio": features["audio"] + 5})
+        torch.testing.assert_close(moved[absent], truth[absent])
+    torch.testing.assert_close(adapter.encode((image, holes, labels))["audio"][0], m.encoders["audio"](audio)[
+        torch.arange(80) % 3 != 0].mean(0))  # fmt: skip
+    mmc_fast.diagnose(adapter, [(image, holes, labels), (image, None, labels)], resamples=0, probes=False)
+    with pytest.raises(InputError, match="a batch that has it must come first"):
+        ModelAdapter(m, NAMES).encode((image, None, labels))
+
+
+def test_own_handling_of_absent_modalities(generator: torch.Generator) -> None:
+    m = model(Optional, generator)
+    image, audio, labels = batches(generator, 1)[0]
+
+    def absent(batch, present):
+        parts = [x.masked_fill(~present[:, i, None], torch.nan) for i, x in enumerate(batch[:2])]
+        return (*parts, batch[2])
+
+    adapter = ModelAdapter(m, NAMES, absent=absent)
+    features = adapter.encode((image, audio, labels))
+    torch.testing.assert_close(adapter.fuse(features), m(image, audio))
+    only_image = torch.tensor([True, False]).expand(80, 2)
+    torch.testing.assert_close(adapter.fuse(features, only_image), m(image, None))
+    torch.testing.assert_close(adapter.fuse(features), m(image, audio), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_under_no_grad(context, generator: torch.Generator) -> None:
+    m, loader = model(Normed, generator), batches(generator)
+    expected = mmc_fast.diagnose(ModelAdapter(m, NAMES), loader, resamples=0, probes=False)
+    with context():
+        assert mmc_fast.diagnose(ModelAdapter(m, NAMES), loader, resamples=0, probes=False) == expected
+
+
+class Noisy(Concat):
+    def forward(self, image: Tensor, audio: Tensor) -> Tensor:
+        return self.classifier(nn.functional.dropout(self.features(image, audio), 0.5, training=True))
+
+
+class Aside(Concat):
+    """The encoder also sets a scale, which the model resets first: nothing that an output of a module shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, image: Tensor, audio: Tensor) -> Tensor:
+        self.scale = 1.0
+        hook = self.encoders["audio"][0].register_forward_hook(lambda *a: setattr(self, "scale", 3.0))
+        y = self.classifier(self.features(image, audio) * self.scale)
+        hook.remove()
+        return y
+
+
+def test_an_adapter_that_is_not_the_model_is_refused(generator: torch.Generator) -> None:
+    loader = batches(generator)
+
+    class Wrong:
+        m = model(Concat, generator)
+
+        def encode(self, batch):
+            return {"image": self.m.encoders["image"](batch[0]).detach(), "audio": batch[1]}
+
+        def fuse(self, features):
+            return features["image"][:, :3]
+
+        def forward(self, batch):
+            return self.m(*batch[:2])
+
+    with pytest.raises(InputError, match=r"is not what the model gives: .* check that fuse\(\)") as caught:
+        mmc_fast.diagnose(Wrong(), loader)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"'classifier.*' gives another output for the same batch: it is random"):
+        mmc_fast.diagnose(ModelAdapter(model(Noisy, generator), NAMES), loader)
+    aside = ModelAdapter(model(Aside, generator), NAMES)
+    with pytest.raises(InputError, match=r"'classifier.*' is the first module whose output differs"):
+        mmc_fast.diagnose(aside, loader)
+
+
+def test_what_goes_past_the_features_is_told(generator: torch.Generator) -> None:
+    m, loader = model(Concat, generator), batches(generator)
+    d = mmc_fast.diagnose(ModelAdapter(m, {"image": "encoders.image"}), loader, resamples=0, probes=False)
+    assert any("follows the batch and not the named features" in note for note in d.notes)
+    whole = mmc_fast.diagnose(ModelAdapter(m, NAMES), loader, resamples=0, probes=False)
+    assert not any("follows the batch" in note for note in whole.notes)

@@ -30,7 +30,7 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
 
     d = diagnose(Silent(head, head), loader, resamples=20)
     assert d.metric is None
-    assert {v.kind for v in d.verdicts} <= {"used", "ignored"}
+    assert {v.kind for v in d.verdicts} == {"undecided"}
     assert "There are no labels" in d.summary()
     one = diagnose(toy, [(a, b, torch.zeros_like(y)) for a, b, y in loader], resamples=20)
     assert "single class" in one.summary()
@@ -43,7 +43,7 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
     assert json.loads(constant.to_json())["measures"]["cka.audio"]["value"] is None
     for rows in (2, 3, 4, 5, 17):
         few = diagnose(toy, [tuple(t[:rows] for t in loader[0])], resamples=20)
-        assert few.samples == rows
+        assert few.n_samples == rows
         assert (
             "No network was trained" in few.summary()
             or "alone.image" in few.measures
@@ -63,7 +63,15 @@ def once(loader: list[Any]) -> Iterator[Any]:
         (lambda l: [*l[:-1], (l[-1][0][:, :5], *l[-1][1:])], "widths must not change"),
         (lambda l: [(a, b[:-1], y) for a, b, y in l], "must be paired"),
         (lambda l: [(a.long(), b, y) for a, b, y in l], "floating point"),
-        (lambda l: [(a, b, y.float()) for a, b, y in l], "class numbers"),
+        (lambda l: [(a, b, y + 0.5) for a, b, y in l], "no whole numbers; for a regression give metric='r2'"),
+        (lambda l: [(a, b, [f"class {i}" for i in y]) for a, b, y in l], "name the classes: adapter.classes"),
+        (lambda l: [(a, b, y[:, None, None]) for a, b, y in l], "give class numbers"),
+        (
+            lambda l: (
+                [(a, b, torch.eye(3)[y]) for a, b, y in l[:1]] + [(a, b, torch.ones(len(y), 3)) for a, b, y in l[1:]]
+            ),
+            "one-hot and these are not",
+        ),
         (lambda l: [(a, b, y + 7) for a, b, y in l], "number the classes"),
         (lambda l: [], "no sample"),
         (lambda l: [(a[:0], b[:0], y[:0]) for a, b, y in l], "no rows"),
@@ -93,7 +101,7 @@ def test_bad_models(generator: torch.Generator) -> None:
     with pytest.raises(InputError, match=r"model\.eval\(\)"):
         diagnose(Norm(), loader)
     norm.eval()
-    assert diagnose(Norm(), loader, resamples=0, probes=False).samples == 500
+    assert diagnose(Norm(), loader, resamples=0, probes=False).n_samples == 500
 
     class Hidden(Toy):
         def __init__(self) -> None:
@@ -122,8 +130,11 @@ def test_bad_models(generator: torch.Generator) -> None:
         mmc_fast.diagnose(3, loader)
     with pytest.raises(InputError, match="groups"):
         diagnose(Toy(norm), loader, groups=0)
-    with pytest.raises(InputError, match="metric"):
-        diagnose(Toy(norm), loader, metric="f1")
+    for bad in ({"metric": "mse"}, {"absence": "zero"}, {"draws": 0}, {"absence": "model"}, {"metric": "auroc"}):
+        with pytest.raises(
+            InputError, match="fuse\\(features, present\\)" if "model" in bad.values() else next(iter(bad))
+        ):
+            diagnose(Norm(), loader, **bad)
     with pytest.raises(InputError, match="sample_rows is 0"):
         diagnose(Toy(norm), loader, sample_rows=0)
     for score in (93.0, -0.1, math.nan):
@@ -131,11 +142,15 @@ def test_bad_models(generator: torch.Generator) -> None:
             diagnose(Toy(norm), loader, alone={"image": score})
 
 
-def test_seven_modalities_are_not_scored(generator: torch.Generator) -> None:
+def test_seven_modalities_are_scored_by_their_first_and_last_contribution(generator: torch.Generator) -> None:
     planted = planted_head(1, modalities=7, num_samples=300)
-    d = diagnose(planted, planted.batches(), resamples=0)
+    d = diagnose(planted, planted.batches(), resamples=0, probes=False)
     assert "more than 6" in d.summary()
-    assert len(d.verdicts) == 7
+    assert "coalition_scores" not in d.arrays
+    none, whole = d.value("score.none"), d.value("score.all")
+    for v in d.verdicts:
+        e = v.evidence
+        assert e["shapley"] == pytest.approx((e["only"] - none + whole - e["without"]) / 2)
 
 
 def test_outputs_that_no_label_names_are_told(generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Scores of coalitions and of networks trained afresh, in a diagnosis."""
+"""Scores under conditions, how far they move the outputs, and networks trained afresh, in a diagnosis."""
 
 from __future__ import annotations
 
@@ -9,68 +9,186 @@ import numpy as np
 import pytest
 import torch
 from diagnose_models import Toy, batches, chain, whole
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, r2_score, roc_auc_score
 from torch import Tensor
 
 from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.absence import Condition, Remover, conditions_of, draws_for
 from mmc_fast.diagnose.measures import reliance
-from mmc_fast.diagnose.predictions import CoalitionScores
+from mmc_fast.diagnose.predictions import ConditionScores
+from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
 from mmc_fast.experiments.data import MultimodalDataset, Part
 from mmc_fast.testing import planted_head
 
 
-def plain_scores(fuse: Any, image: Tensor, audio: Tensor, score: Any) -> list[float]:
-    """none, only image, only audio, all."""
-    means = [image.mean(0).expand_as(image), audio.mean(0).expand_as(audio)]
-    pairs = [(means[0], means[1]), (image, means[1]), (means[0], audio), (image, audio)]
-    with torch.no_grad():
-        return [score(fuse({"image": a, "audio": b})) for a, b in pairs]
+class Masked(Toy):
+    """A toy that handles absence itself: minus one in place of what is absent."""
+
+    def fuse(self, features: dict[str, Tensor], present: Tensor | None = None) -> Tensor:
+        if present is not None:
+            features = {n: torch.where(present[:, i, None], x, -1.0) for i, (n, x) in enumerate(features.items())}
+        return super().fuse(features)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_scores_of_coalitions(classes: int, generator: torch.Generator) -> None:
-    head = chain(generator, classes)
-    loader = batches(generator, classes=classes)
+@pytest.mark.parametrize("absence", ["model", "mean"])
+def test_scores_of_coalitions(absence: str, classes: int, generator: torch.Generator) -> None:
+    head, loader = chain(generator, classes), batches(generator, classes=classes)
     image, audio, labels = whole(loader)
-    toy = Toy(head, head)
-    d = diagnose(toy, loader, resamples=20, probes=False)
+    toy = Masked(head, head)
+    d = diagnose(toy, loader, resamples=20, probes=False, absence=absence)
 
-    def score(y: Tensor) -> float:
+    def score(a: Tensor, b: Tensor) -> float:
+        with torch.no_grad():
+            y = toy.fuse({"image": a, "audio": b})
         if classes == 2:
             return float(roc_auc_score(labels, (y[:, 1] - y[:, 0]).numpy()))
         return float((y.argmax(1) == labels).double().mean())
 
-    expected = plain_scores(toy.fuse, image, audio, score)
-    if classes == 2:
-        expected[0] = 0.5  # all rows alike; the last digits of a product may still tell them apart
-    assert d.metric == ("auroc" if classes == 2 else "accuracy")
-    assert [d.value(k) for k in ("score.none", "only.image", "only.audio", "score.all")] == pytest.approx(
-        expected, abs=5e-3
-    )
-    assert d.arrays["coalition_scores"] == pytest.approx(expected, abs=5e-3)
+    gone = [torch.full_like(x, -1.0) if absence == "model" else x.mean(0).expand_as(x) for x in (image, audio)]
+    expected = [0.0, score(image, gone[1]), score(gone[0], audio), score(image, audio)]
+    if classes == 2 or absence == "model":
+        expected[0] = d.value("score.chance")  # nothing is left to ask, or all rows are alike
+    else:
+        expected[0] = score(*gone)
+    found = [d.value(k) for k in ("score.none", "only.image", "only.audio", "score.all")]
+    assert found == pytest.approx(expected, abs=5e-3)
+    assert d.arrays["coalition_scores"] == found
     assert (d.value("without.audio"), d.value("without.image")) == (d.value("only.image"), d.value("only.audio"))
-    assert d.value("shapley.image") == pytest.approx(reliance.shapley_values(d.arrays["coalition_scores"])[0])
-    total = d.value("shapley.image") + d.value("shapley.audio")
-    assert total == pytest.approx(d.value("score.all") - d.value("score.none"))
+    assert d.value("shapley.image") == pytest.approx(reliance.shapley_values(found)[0])
+    assert d.value("shapley.image") + d.value("shapley.audio") == pytest.approx(found[3] - found[0])
+    assert d.metric == ("auroc" if classes == 2 else "accuracy")
+    assert (d.settings["absence"], d.settings["own_mask"]) == (absence, True)
+    assert ("robustness.image" in d.measures) == (absence == "model" and d.verdicts[0].evidence["ability"] > 0)
 
 
-def test_weighted_auroc_of_groups_is_that_of_the_repeated_rows(seed: int) -> None:
+def test_the_default_is_what_the_model_can(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    light: dict[str, Any] = {"resamples": 0, "probes": False, "agop": False}
+    assert diagnose(Masked(head, head), loader, **light).settings["absence"] == "model"
+    d = diagnose(Toy(head, head), loader, **light)
+    assert d.settings["absence"] == "resample"
+    assert "use_share.image" not in d.measures
+    full = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+    assert {n: full.measures[n] for n in d.measures} == d.measures, "the scores do not depend on what else is summed"
+
+
+def test_other_samples_stand_in(generator: torch.Generator) -> None:
+    """Each absent modality comes from one other sample, the same for all that are absent together."""
+    features = {"a": torch.arange(50.0)[:, None, None].expand(50, 2, 1), "b": torch.arange(50.0)[:, None] + 100}
+    donors = torch.cat([x.flatten(1) for x in features.values()], 1)
+    adapter = Toy(torch.nn.Identity())
+    adapter.fuse = lambda f: torch.cat([x.flatten(1) for x in f.values()], 1)  # type: ignore[method-assign]
+    remover = Remover(adapter, {"a": 2, "b": 1}, donors, donors.mean(0))
+    drawn = remover.drawn(50, generator)
+    assert len(drawn.unique()) > 20
+    none = remover.outputs(features, Condition((False, False), "resample"), drawn)
+    torch.testing.assert_close(none, donors[drawn])
+    one = remover.outputs(features, Condition((True, False), "resample"), drawn)
+    torch.testing.assert_close(one, torch.cat([donors[:, :2], donors[drawn][:, 2:]], 1))
+    assert [draws_for(n, None) for n in (100, 600, 2048, 10**6)] == [4, 4, 1, 1]
+    assert draws_for(10**6, 3) == 3
+    plan = conditions_of(2, "resample", 3)
+    assert [len(plan[f"coalition.{c}"]) for c in range(4)] == [3, 3, 3, 1]
+    assert plan["shuffled.0"] == plan["coalition.2"]
+    assert "coalition.0" not in conditions_of(2, "model", 3)
+
+
+def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Generator) -> None:
+    """y = a + 2b of independent standard normal a, b: R² = 1 − 2 Var(part that is resampled) / 5, effects 1/5 and 4/5."""
+    n = 6000
+    image, audio = torch.randn(n, 1, generator=generator), torch.randn(n, 1, generator=generator)
+    truth = image + 2 * audio
+    fusion = torch.nn.Linear(2, 1, bias=False)
+    fusion.weight.data = torch.tensor([[1.0, 2.0]])
+    toy = Toy(fusion, fusion)
+    loader = list(zip(image.split(1000), audio.split(1000), truth.split(1000), strict=True))
+    d = diagnose(toy, loader, draws=4)
+    assert (d.metric, d.settings["task"], d.value("score.chance")) == ("r2", "numbers", 0.0)
+    assert d.value("score.all") == pytest.approx(1)
+    expected = {"image": 1 / 5, "audio": 4 / 5}
+    for name, share in expected.items():
+        assert d.value(f"shuffled.{name}") == pytest.approx(1 - 2 * share, abs=0.05)
+        assert d.value(f"total_effect.{name}") == pytest.approx(share, abs=0.03)
+        assert abs(d.value(f"total_effect.{name}") - share) < 5 * d[f"total_effect.{name}"].error
+        assert d.value(f"alone.{name}") == pytest.approx(share, abs=0.05)
+    assert {v.kind for v in d.verdicts} == {"relied on"}
+    own = diagnose(toy, loader, metric=lambda y, t: -float((y - t).square().mean()), resamples=10, probes=False)
+    assert own.value("score.all") == pytest.approx(0, abs=1e-9)
+    assert own.value("score.chance") == pytest.approx(-10, rel=0.05)
+    assert own.value("shuffled.audio") == pytest.approx(-8, rel=0.1)
+
+
+def outputs_and_labels(random: np.random.Generator, kind: str) -> tuple[Tensor, Tensor]:
+    outputs = torch.from_numpy(random.integers(-5, 5, size=(2, 300, 2)).astype(np.float32))  # ties
+    if kind == "classes":
+        return outputs, torch.from_numpy(random.integers(2, size=300))
+    labels = torch.from_numpy(random.integers(2, size=(300, 2)))
+    return outputs, labels if kind == "labels" else labels + torch.from_numpy(random.standard_normal((300, 2))).float()
+
+
+ORACLES = {
+    "auroc": lambda y, t: roc_auc_score(t, y[:, 1] - y[:, 0]),
+    "accuracy": lambda y, t: float((y.argmax(1) == t).mean()),
+    "f1": lambda y, t: f1_score(t, y > 0, average="micro"),
+    "r2": lambda y, t: r2_score(t, y, multioutput="uniform_average"),
+    "mse": lambda y, t: float(np.square(y - t).mean()),
+}
+
+
+@pytest.mark.parametrize("metric", list(ORACLES))
+def test_weighted_scores_of_groups_are_those_of_the_repeated_rows(metric: str, seed: int) -> None:
     random = np.random.default_rng(seed)
-    labels = torch.from_numpy(random.integers(2, size=300))
-    logits = torch.from_numpy(random.integers(-5, 5, size=(2, 300, 2)).astype(np.float32))  # ties
+    kind = {"f1": "labels", "r2": "numbers", "mse": "numbers"}.get(metric, "classes")
+    outputs, labels = outputs_and_labels(random, kind)
     places = torch.from_numpy(random.integers(4, size=300))
-    scores = CoalitionScores("auroc", 1, 4)
-    for rows in torch.arange(300).split(70):
-        scores.add(logits[:, rows], labels[rows], places[rows])
+    function = (lambda y, t: ORACLES["mse"](y.numpy(), t.numpy())) if metric == "mse" else None
+    scores = ConditionScores(Task(kind, metric, 2, function), {"coalition.0": 1, "coalition.1": 1}, 4, 300, seed)
+    for index, rows in enumerate(torch.arange(300).split(70)):
+        found = {(f"coalition.{c}", 0): outputs[c][rows] for c in range(2)}
+        scores.add(index, found, labels[rows], places[rows])
     weights = np.array([[2.0, 0, 1, 1], [1, 1, 1, 1]])
     found = scores.scores(weights)
     for r, w in enumerate(weights):
         rows = np.concatenate([np.flatnonzero(places.numpy() == k).repeat(int(w[k])) for k in range(4)])
         for c in range(2):
-            margin = (logits[c, :, 1] - logits[c, :, 0]).numpy()[rows]
-            assert found[c, r] == pytest.approx(roc_auc_score(labels.numpy()[rows], margin))
+            expected = ORACLES[metric](outputs[c].numpy()[rows], labels.numpy()[rows])
+            assert found[f"coalition.{c}"][r] == pytest.approx(expected)
+        if metric == "f1":
+            constant = [np.tile(answer, (len(rows), 1)) for answer in ([1, -1], [-1, 1], [1, 1])]
+            best = max(ORACLES["f1"](y, labels.numpy()[rows]) for y in constant)
+            assert scores.chance(weights)[r] == pytest.approx(best)
+
+
+def test_labels_in_every_form(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    plain = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+    one_hot = [(a, b, torch.eye(3)[y]) for a, b, y in loader]
+    assert diagnose(Toy(head, head), one_hot, resamples=0, probes=False).measures == plain.measures
+    text = [(a, b, [("cat", "dog", "eel")[i] for i in y]) for a, b, y in loader]
+    toy = Toy(head, head)
+    toy.classes = ["cat", "dog", "eel"]  # type: ignore[attr-defined]
+    assert diagnose(toy, text, resamples=0, probes=False).measures == plain.measures
+    toy.classes = ["cat", "dog", "seal"]  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="Unknown class 'eel'"):
+        diagnose(toy, text, resamples=0, probes=False)
+    several = [(a, b, torch.stack([y > 0, y > 1, y == 0], 1).long()) for a, b, y in loader]
+    d = diagnose(Toy(head, head), several, resamples=10)
+    assert (d.metric, d.settings["task"]) == ("f1", "labels")
+    assert "alone.image" in d.measures
+    towers = Toy(torch.nn.Identity())
+    towers.fuse = lambda f: (f["image"][:, :4] * f["audio"]).sum(1, keepdim=True)  # type: ignore[method-assign]
+    pairs = [(b + 0.1 * torch.randn(b.shape, generator=generator), b) for _, b, _ in loader]
+    match = [
+        (torch.cat([a, a]), torch.cat([b, b.roll(1, 0)]), 1 - torch.arange(2).repeat_interleave(len(a)))
+        for a, b in pairs
+    ]
+    d = diagnose(towers, match, resamples=0, probes=False)
+    assert (d.metric, {v.kind for v in d.verdicts}) == ("auroc", {"relied on"}), (
+        "each tower counts beside the other alone"
+    )
 
 
 def test_scores_of_unimodal_models_take_the_place_of_probes() -> None:
@@ -79,11 +197,39 @@ def test_scores_of_unimodal_models_take_the_place_of_probes() -> None:
     assert (lost.value("alone.a"), lost.value("alone.b")) == (0.9, 0.8)
     assert [v.kind for v in lost.verdicts] == ["relied on", "collapsed"]
     nothing = diagnose(planted, planted.batches(), resamples=0, alone={"b": lost.value("score.chance")})
-    assert nothing.verdicts[1].kind == "ignored"
+    assert nothing.verdicts[1].kind == "uninformative"
     assert nothing.value("alone.a") != 0.9
     for bad in ({"c": 0.5}, {"a": 0.5}):
         with pytest.raises(InputError, match="alone has scores"):
             diagnose(planted, planted.batches(), resamples=0, probes=False, alone=bad)
+
+
+def test_ability_from_raw_inputs_and_from_models_of_the_adapter(generator: torch.Generator) -> None:
+    """An encoder that never learned hides what its inputs know; the inputs themselves, or a model of them, tell."""
+    image, audio = torch.randn(1500, 6, generator=generator), torch.randn(1500, 4, generator=generator)
+    labels = (image[:, 0] > 0).long()
+    head = chain(generator, 2)
+
+    class Untrained(Toy):
+        def encode(self, batch: Any) -> dict[str, Tensor]:
+            return {"image": batch[0][:, 1:].repeat(1, 2)[:, :6], "audio": batch[1]}
+
+    class Known(Untrained):
+        def inputs(self, batch: Any) -> dict[str, Tensor]:
+            return {"image": batch[0]}
+
+    class Modelled(Untrained):
+        def unimodal(self, batch: Any) -> dict[str, Tensor]:
+            return {"image": batch[0][:, :1], "audio": batch[1][:, :1]}
+
+    loader = list(zip(image.split(500), audio.split(500), labels.split(500), strict=True))
+    blind, seeing, told = (diagnose(kind(head, head), loader, resamples=20) for kind in (Untrained, Known, Modelled))
+    assert blind.value("alone.image") < 0.65
+    assert "bounds it from below" in blind.summary()
+    assert seeing.value("alone.image") == seeing.value("probe_inputs.image") > 0.9
+    assert seeing.value("probe_features.image") == blind.value("alone.image")
+    assert told.value("alone.image") == pytest.approx(1)
+    assert told.value("alone.audio") == pytest.approx(roc_auc_score(labels, audio[:, 0]))
 
 
 def test_error_of_chance_is_that_of_drawn_guesses(seed: int) -> None:
@@ -91,14 +237,14 @@ def test_error_of_chance_is_that_of_drawn_guesses(seed: int) -> None:
     random = np.random.default_rng(seed)
     labels = torch.from_numpy((random.random(400) < 0.3).astype(np.int64))
     places = torch.zeros(400, dtype=torch.int64)
-    found = CoalitionScores("auroc", 1, 1)
-    found.add(torch.zeros(2, 400, 2), labels, places)
+    found = {}
+    for metric in ("auroc", "accuracy"):
+        found[metric] = ConditionScores(Task("classes", metric, 2), {"coalition.1": 1}, 1, 400, seed)
+        found[metric].add(0, {("coalition.1", 0): torch.zeros(400, 2)}, labels, places)
     drawn = [roc_auc_score(labels, random.random(400)) for _ in range(400)]
-    assert found.chance_error() == pytest.approx(np.std(drawn), rel=0.15)
-    found = CoalitionScores("accuracy", 1, 1)
-    found.add(torch.zeros(2, 400, 3), labels, places)
+    assert found["auroc"].chance_error() == pytest.approx(np.std(drawn), rel=0.15)
     share = float((labels == 0).double().mean())
-    assert found.chance_error() == pytest.approx(math.sqrt(share * (1 - share) / 400))
+    assert found["accuracy"].chance_error() == pytest.approx(math.sqrt(share * (1 - share) / 400))
 
 
 def test_a_model_at_chance_is_not_judged(seed: int) -> None:
@@ -106,18 +252,12 @@ def test_a_model_at_chance_is_not_judged(seed: int) -> None:
     planted = planted_head(seed, num_samples=600)
     random = torch.Generator().manual_seed(seed)
     rows = list(planted.features.values())
-    kinds, words, undecided = [], "", 0
+    undecided = 0
     for _ in range(5):
         labels = torch.randint(3, (600,), generator=random)
         d = diagnose(Toy(planted.head, planted.head), [(*rows, labels)], resamples=0, probes=False)
-        found = [v.kind for v in d.verdicts]
-        kinds.append(found)
-        if "undecided" in found:  # a modality without any use may be called ignored all the same
-            undecided += 1
-            words = d.summary()
-            assert "relied on" not in found, kinds
-    assert undecided >= 2, kinds  # one draw of labels in forty looks better than chance
-    assert "The fused model is not above chance" in words
+        undecided += {v.kind for v in d.verdicts} == {"undecided"}
+    assert undecided >= 2  # one draw of labels in forty looks better than chance
     assert diagnose(planted, planted.batches(), resamples=0, probes=False).verdicts[0].kind != "undecided"
 
 

@@ -61,13 +61,25 @@ def test_an_ignored_modality_has_no_use(ignored: int, seed: int) -> None:
     assert d.value(f"use_share.{name}") < 1e-12
     assert d.value(f"use_share.{other}") == pytest.approx(1)
     assert d.value("entanglement") < 1e-12
-    assert d.value(f"without.{name}") == d.value("score.all")
-    assert d.value(f"shapley.{name}") == 0
+    assert d.value(f"shuffled.{name}") == d.value("score.all")
+    assert d.value(f"total_effect.{name}") == pytest.approx(0, abs=1e-12)
+    assert d.value(f"shapley.{name}") == pytest.approx(0, abs=1e-12)
     kinds = {v.modality: v.kind for v in d.verdicts}
     assert kinds == {name: "collapsed", other: "relied on"}
     assert f"Modality collapse: {name}" in d.summary()
 
 
+RESAMPLED = (
+    "score",
+    "only",
+    "without",
+    "shuffled",
+    "shapley",
+    "total_effect",
+    "use_index",
+    "output_share",
+    "silent_failures",
+)
 INVARIANT = (
     "use_share.a",
     "use_share.b",
@@ -88,8 +100,8 @@ def test_rotation_and_units_change_nothing(scale: float, seed: int) -> None:
         assert changed.value(name) == pytest.approx(plain.value(name), abs=2e-3), name
     for one, other in zip(changed.verdicts, plain.verdicts, strict=True):
         # the probe behind "alone" is trained on rotated data, so a value at its threshold may fall to either side
-        margins = (abs(other.evidence[name] - getattr(THRESHOLDS, name)) for name in ("kept", "loss", "signal"))
-        assert one.kind == other.kind or min(margins) < 0.03, (one, other)
+        margins = [abs(other.evidence["index"] - t) for t in (THRESHOLDS.under, THRESHOLDS.index)]
+        assert one.kind == other.kind or min(margins) < 0.05, (one, other)
     raw = weights.neuron_modality_shares(planted_head(seed, scales=(scale, 1.0)).head[0].weight, [8, 8])
     assert abs(float(raw[:, 0].mean()) - 0.5) > 0.05  # what the weighting is for
 
@@ -120,6 +132,8 @@ def test_groups_and_batches_do_not_matter(seed: int) -> None:
     for name, m in one.measures.items():
         if name == "attribution_entropy":
             continue  # of 512 drawn rows, which depend on the batches
+        if name.split(".")[0] in RESAMPLED:
+            continue  # other samples that are drawn batch by batch
         # Collinear columns magnify the rounding of float32 products.
         rel = 1e-2 if name == "fused.vif" else 1e-4
         assert many.value(name) == pytest.approx(m.value, rel=rel, abs=1e-6), name

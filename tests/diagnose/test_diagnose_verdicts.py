@@ -1,4 +1,4 @@
-"""When a verdict changes, and how often resamples agree with it."""
+"""When a verdict changes, what its index is, and how often resamples agree with it."""
 
 from __future__ import annotations
 
@@ -6,77 +6,102 @@ import math
 
 import pytest
 
-from mmc_fast.diagnose import Thresholds
-from mmc_fast.diagnose.verdict import agreement, judge_modality, verdicts_from_scores
+from mmc_fast.diagnose import ModalityVerdict, Thresholds
+from mmc_fast.diagnose.verdict import KINDS, judge, overall
 
-LIMITS = Thresholds(use=0.4, kept=0.7, entropy=0.2, signal=0.3, loss=0.1)
+LIMITS = Thresholds(signal=0.1, loss=0.05, index=0.1, effect=0.1, under=0.3, fair=1.0)
+OTHER = {
+    "alone": 0.9,
+    "only": 0.9,
+    "without": 0.5,
+    "shuffled": 0.5,
+    "shapley": 0.36,
+    "resampled_shapley": 0.36,
+    "total_effect": 0.9,
+}
 
 
-def scores(*, alone: float | None, without: float, only: float, error: float = 0.0) -> dict[str, float]:
-    """From chance 0.5 to a fused score of 0.9, so that 0.04 is a tenth of the way."""
-    found = {"all": 0.9, "chance": 0.5, "without": without, "only": only, "chance_error": error}
-    return found | ({} if alone is None else {"alone": alone})
+def entry(
+    alone: float, only: float, shuffled: float, shapley: float, effect: float, error: float = 0.0
+) -> dict[str, float]:
+    found = {
+        "alone": alone,
+        "only": only,
+        "without": 0.9,
+        "shuffled": shuffled,
+        "shapley": shapley,
+        "total_effect": effect,
+    }
+    return found | {"alone_error": error, "resampled_shapley": shapley}
 
 
 @pytest.mark.parametrize(
-    ("kind", "share", "known"),
+    ("kind", "scores"),
     [
-        ("relied on", 0.5, scores(alone=0.8, without=0.859, only=0.5)),
-        ("collapsed", 0.5, scores(alone=0.8, without=0.861, only=0.5)),
-        ("weak", 0.5, scores(alone=0.619, without=0.9, only=0.5)),
-        ("collapsed", 0.5, scores(alone=0.621, without=0.9, only=0.5)),
-        ("collapsed", 0.5, scores(alone=0.8, without=0.9, only=0.709)),
-        ("redundant", 0.5, scores(alone=0.8, without=0.9, only=0.711)),
-        ("redundant", 0.201, scores(alone=0.8, without=0.9, only=0.8)),
-        ("collapsed", 0.199, scores(alone=0.8, without=0.9, only=0.8)),
-        ("redundant", 0.5, scores(alone=0.5, without=0.9, only=0.8)),
-        ("ignored", 0.199, scores(alone=0.5, without=0.9, only=0.5)),
-        ("weak", 0.201, scores(alone=0.5, without=0.9, only=0.5)),
-        ("used", 0.5, scores(alone=None, without=0.9, only=0.5)),
-        ("ignored", 0.1, scores(alone=None, without=0.9, only=0.5)),
-        ("relied on", 0.5, scores(alone=None, without=0.8, only=0.5)),
-        ("redundant", 0.5, scores(alone=None, without=0.9, only=0.8)),
-        ("relied on", 0.5, scores(alone=0.8, without=0.7, only=0.5, error=0.199)),
-        ("undecided", 0.5, scores(alone=0.8, without=0.7, only=0.5, error=0.201)),
-        ("ignored", 0.1, scores(alone=0.8, without=0.7, only=0.5, error=0.201)),
-        ("used", 0.201, None),
-        ("ignored", 0.199, None),
+        # chance 0.5, all 0.9: a share of 1/2 of the abilities, and use φ / (φ + 0.36), so φ = 0.04 is an index of 0.2
+        ("relied on", entry(0.9, 0.5, 0.8, 0.1, 0.2)),
+        ("relied on", entry(0.9, 0.5, 0.881, 0.0636, 0.2)),  # index 0.30
+        ("under-used", entry(0.9, 0.5, 0.881, 0.0635, 0.2)),
+        ("under-used", entry(0.9, 0.5, 0.879, 0.0, 0.2)),  # it has no share, but is missed: 0.0525 of its ability
+        ("collapsed", entry(0.9, 0.5, 0.881, 0.0, 0.2)),
+        ("collapsed", entry(0.9, 0.5, 0.9, 0.0189, 0.2)),  # index 0.0997
+        ("under-used", entry(0.9, 0.5, 0.9, 0.0191, 0.2)),
+        ("relied on", entry(0.9, 0.5, 0.9, 0.2, 0.0)),
+        ("collapsed", entry(0.9, 0.5, 0.93, -0.1, 0.5)),
+        ("relied on", entry(0.5, 0.9, 0.8, 0.2, 0.5)),  # the probe was too weak
+        ("uninformative", entry(0.539, 0.5, 0.9, 0.0, 0.099)),
+        ("misleading", entry(0.5, 0.5, 0.9, 0.0, 0.101)),
+        ("misleading", entry(0.55, 0.5, 0.9, 0.0, 0.101, error=0.051)),
+        ("uninformative", entry(0.6, 0.5, 0.9, 0.0, 0.101, error=0.051)),  # ability between one and two errors
+        ("relied on", entry(0.52, 0.5, 0.85, 0.1, 0.5)),  # of use beside the other alone
     ],
-)
-def test_both_sides_of_every_threshold(kind: str, share: float, known: dict[str, float] | None) -> None:
-    verdict = judge_modality("audio", share, 2, known, LIMITS)
-    assert verdict.kind == kind
-    sentence = verdict.sentence("accuracy" if known else None)
-    assert sentence.startswith("audio")
-    assert f"{share:.1%}" in sentence
-    if "signal" in verdict.evidence and known and "alone" in known:
-        assert verdict.evidence["signal"] == pytest.approx((max(known["alone"], known["only"]) - 0.5) / 0.4)
-        assert verdict.evidence["loss"] == pytest.approx((0.9 - known["without"]) / 0.4)
+)  # fmt: skip
+def test_both_sides_of_every_threshold(kind: str, scores: dict[str, float]) -> None:
+    verdict, other = judge({"audio": scores, "image": OTHER}, {"all": 0.9, "chance": 0.5}, thresholds=LIMITS)
+    assert verdict.kind == kind, verdict
+    assert other.kind == "relied on"
+    ability = max(scores["alone"], scores["only"]) - 0.5
+    used = max(scores["shapley"], 0) + 0.36
+    assert verdict.evidence["ability"] == pytest.approx(ability)
+    if ability > 0:
+        assert verdict.evidence["loss"] == pytest.approx((0.9 - scores["shuffled"]) / ability)
+        assert verdict.evidence["index"] == pytest.approx((scores["shapley"] / used) / (ability / (ability + 0.4)))
+        assert f"{verdict.evidence['index']:.2f}" in verdict.sentence()
+    assert verdict.sentence("accuracy").startswith("audio")
 
 
-def test_scores_alone_give_the_same_verdicts() -> None:
-    """Records of a training hold no use shares; the rule is the same and nothing is called ignored."""
-    records = {
-        "collapsed": {"alone": 0.8, "without": 0.9, "only": 0.5},
-        "relied on": {"alone": 0.8, "without": 0.7, "only": 0.75},
-        "redundant": {"alone": 0.8, "without": 0.9, "only": 0.79},
-        "weak": {"alone": 0.55, "without": 0.9, "only": 0.5},
-    }
-    found = verdicts_from_scores(records, 0.9, 0.5, LIMITS)
-    assert [v.kind for v in found] == [v.modality for v in found] == list(records)
-    assert found[0].evidence["kept"] == pytest.approx(0)
-    assert {v.kind for v in verdicts_from_scores(records, 0.5, 0.5, LIMITS)} == {"undecided"}
+def test_a_model_near_chance_is_not_judged() -> None:
+    scores = {"audio": OTHER, "image": OTHER}
+    for error, kind in ((0.199, "relied on"), (0.201, "undecided")):
+        found = judge(scores, {"all": 0.9, "chance": 0.5, "chance_error": error}, thresholds=LIMITS)
+        assert {v.kind for v in found} == {kind}
+    assert "Undecided: audio and image." in overall(found, 0.3, {"entropy": 0.2})
 
 
-def test_one_modality_is_not_ignored() -> None:
-    assert judge_modality("image", 1.0, 1, None, LIMITS).kind == "used"
+def test_resamples_give_the_interval_and_the_agreement() -> None:
+    whole = {"all": 0.9, "chance": 0.5}
+    lost = entry(0.9, 0.5, 0.9, 0.0, 0.2)
+    for shapley, kind in ((0.3, "collapsed"), (0.4, "undecided")):
+        used = entry(0.9, 0.5, 0.8, shapley, 0.2)
+        draws = [({"audio": used if r < 20 else lost, "image": OTHER}, whole) for r in range(100)]
+        verdict = judge({"audio": lost, "image": OTHER}, whole, draws, LIMITS)[0]
+        assert (verdict.kind, verdict.evidence["agreement"]) == (kind, pytest.approx(0.8))
+        high = 2 * shapley / (shapley + 0.36)
+        assert (verdict.evidence["index_low"], verdict.evidence["index_high"]) == pytest.approx((0.0, high))
+    little, more = entry(0.9, 0.5, 0.8, 0.05, 0.2), entry(0.9, 0.5, 0.8, 0.07, 0.2)
+    for wrong, kind in ((2, "under-used"), (4, "relied on")):
+        draws = [({"audio": more if r < wrong else little, "image": OTHER}, whole) for r in range(100)]
+        assert judge({"audio": little, "image": OTHER}, whole, draws, LIMITS)[0].kind == kind, "the whole interval"
+    bad = entry(0.9, 0.5, math.nan, 0.0, 0.2)
+    none = judge({"audio": lost, "image": OTHER}, whole, [({"audio": bad, "image": OTHER}, whole)] * 20, LIMITS)[0]
+    assert "agreement" not in none.evidence
 
 
-def test_agreement_counts_resamples() -> None:
-    rows = [scores(alone=0.8, without=w, only=0.5) for w in (0.7, 0.7, 0.7, 0.9)]
-    assert agreement("relied on", "audio", 2, [0.5], rows, LIMITS) == 0.75
-    assert agreement("collapsed", "audio", 2, [0.5, 0.5], rows, LIMITS) == 0.25
-    rows.append(scores(alone=0.8, without=math.nan, only=0.5))
-    assert agreement("relied on", "audio", 2, [0.5], rows, LIMITS) == 0.75
-    assert math.isnan(agreement("relied on", "audio", 2, [0.5], rows[-1:], LIMITS))
-    assert agreement("ignored", "audio", 2, [0.1, 0.5], [None, None, None], LIMITS) == pytest.approx(2 / 3)
+def test_words_for_every_kind() -> None:
+    evidence = entry(0.9, 0.5, 0.8, 0.1, 0.25) | {"all": 0.9, "chance": 0.5, "ability": 0.4, "index": 0.4}
+    found = [ModalityVerdict(f"m{i}", kind, evidence) for i, kind in enumerate(KINDS)]
+    assert len({v.sentence().split(" is ")[-1].split(" has ")[-1] for v in found}) == len(KINDS)
+    assert "nothing was scored" in ModalityVerdict("a", "undecided", {"use_share": 0.5}).sentence()
+    text = overall(found, None, {})
+    assert all(f"{word}: m" in text for word in ("Modality collapse", "Misleading", "Under-used", "Undecided"))
+    assert overall(found[:1], None, {}) == "Every modality is relied on."

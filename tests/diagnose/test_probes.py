@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mmc_fast.diagnose.measures import polysemanticity, probes, reliance
+from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
 
 
@@ -163,24 +164,6 @@ def test_shapley_values(m: int, seed: int) -> None:
     np.testing.assert_allclose(reliance.shapley_values(many)[:, 1], reliance.shapley_values(many[:, 1]))
 
 
-def test_coalitions_and_their_outputs(generator: torch.Generator) -> None:
-    assert reliance.coalitions(2) == [(False, False), (True, False), (False, True), (True, True)]
-    with pytest.raises(InputError, match="1 to 6"):
-        reliance.coalitions(7)
-    features = {"a": torch.randn(4, 3, generator=generator), "b": torch.randn(4, 2, 2, generator=generator)}
-    stand_in = {"a": torch.full((3,), 10.0), "b": torch.zeros(2, 2)}
-
-    def fuse(f: dict[str, Tensor]) -> Tensor:
-        return torch.stack([f["a"].sum(1), f["b"].flatten(1).sum(1)], 1)
-
-    out = reliance.coalition_outputs(fuse, features, stand_in)
-    sums = fuse(features)
-    torch.testing.assert_close(out[0], torch.tensor([[30.0, 0.0]]).expand(4, 2))
-    torch.testing.assert_close(out[1], torch.stack([sums[:, 0], torch.zeros(4)], 1))
-    torch.testing.assert_close(out[2], torch.stack([torch.full((4,), 30.0), sums[:, 1]], 1))
-    torch.testing.assert_close(out[3], sums)
-
-
 def test_networks_trained_afresh_on_some_modalities(generator: torch.Generator) -> None:
     informative, y = classes(1500, generator, strength=3)
     features = {"good": informative, "noise": torch.randn(1500, 5, generator=generator)}
@@ -190,7 +173,15 @@ def test_networks_trained_afresh_on_some_modalities(generator: torch.Generator) 
     assert reliance.train_afresh(features, y, ["good"]).score > 0.9
     assert reliance.train_afresh(features, y, ["noise"]).score < 0.5
     assert reliance.train_afresh(features, y, []).score < 0.5
-    assert reliance.train_afresh(features, (y == 0).long(), ["good"], metric="auroc").score > 0.95
+    assert reliance.train_afresh(features, (y == 0).long(), ["good"], task=Task("classes", "auroc", 2)).score > 0.95
+    numbers = informative[:, :2] @ torch.tensor([[1.0], [0.5]]) + 3
+    regression = Task("numbers", "r2", 1)
+    assert reliance.train_afresh(features, numbers, ["good"], task=regression).score > 0.95
+    assert reliance.train_afresh(features, numbers, ["noise"], task=regression).score < 0.1
+    labels = (informative[:, :3] > 0.5).long()
+    assert reliance.train_afresh(features, labels, ["good"], task=Task("labels", "f1", 3)).score > 0.9
+    own = Task("numbers", "mse", 1, lambda outputs, truth: -float((outputs - truth).square().mean()))
+    assert -0.2 < reliance.train_afresh(features, numbers, ["good"], task=own).score < 0
 
 
 def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:

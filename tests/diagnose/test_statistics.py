@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,6 +12,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_sco
 from mmc_fast.diagnose.statistics import (
     ResampledScores,
     average,
+    holm,
     mean_sd,
     resample_counts,
     resampled_scores,
@@ -73,12 +76,35 @@ def test_mean_sd_uses_the_sample_variance():
     assert mean_sd([0.5]) == (0.5, None)
 
 
-def test_interval_is_student_t_over_seeds_when_test_noise_vanishes(generator):
-    plain = generator.normal(size=5)
-    scores = ResampledScores(plain, np.tile(plain[:, None], (1, 40)))
-    low, high = stats.t.interval(0.95, 4, loc=plain.mean(), scale=stats.sem(plain))
-    interval = scores.interval()
-    assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+@pytest.mark.parametrize("noise", [0.0, 0.1, 2.0])
+def test_interval_is_student_t_with_the_freedom_of_welch(generator, noise):
+    seeds, resamples = int(generator.integers(2, 8)), 40
+    plain = generator.normal(0.5, 1, size=seeds)
+    scores = ResampledScores(plain, plain[:, None] + noise * generator.normal(size=(seeds, resamples)))
+    samples = np.var([column.mean() for column in scores.resampled.T], ddof=1)
+    variance = samples + stats.sem(plain) ** 2
+    freedom = variance**2 / (stats.sem(plain) ** 4 / (seeds - 1))  # that of the samples' part is infinite
+    truth = stats.t(freedom, loc=plain.mean(), scale=np.sqrt(variance))
+    found = scores.interval(0.9)
+    assert (found.low, found.high) == (pytest.approx(truth.ppf(0.05)), pytest.approx(truth.ppf(0.95)))
+    assert found.p_zero == pytest.approx(2 * min(truth.cdf(0), truth.sf(0)))
+    assert (found.se, found.sd_seeds) == (pytest.approx(np.sqrt(variance)), pytest.approx(stats.sem(plain)))
+    assert [found.excludes(v) for v in (found.low, found.high, found.low - 1e-9, found.high + 1e-9)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_without_spread_zero_is_either_certain_or_impossible(value):
+    found = ResampledScores(np.full(3, value), np.full((3, 50), value)).interval()
+    assert (found.low, found.high, found.p_zero) == (value, value, 1.0 - value)
+
+
+def test_holm_is_the_closure_of_bonferroni(generator):
+    """A hypothesis is rejected where every family that holds it is: the largest Bonferroni p-value over the subsets."""
+    p = generator.random(6) ** 3
+    subsets = [s for n in range(1, 7) for s in itertools.combinations(range(6), n)]
+    expected = [max(min(1, len(s) * min(p[list(s)])) for s in subsets if i in s) for i in range(6)]
+    assert holm(p) == pytest.approx(expected)
+    assert holm([]) == []
 
 
 def test_interval_with_one_seed_is_the_bootstrap_of_the_test_set(generator):
@@ -139,10 +165,12 @@ def test_average_keeps_the_pairing(generator):
         lambda: weighted_scores("auroc", [0, 1], np.ones((2, 3)), [[1, 1]]),
         lambda: weighted_scores("accuracy", [0, 1], [0, 1, 1], [[1, 1]]),
         lambda: resample_counts(0, 10, np.random.default_rng(0)),
+        lambda: resample_counts(10, 1, np.random.default_rng(0)),
         lambda: resampled_scores("auroc", [1, 1], [[0.1, 0.2]], np.ones((2, 2), dtype=int)),
         lambda: resampled_scores("auroc", [0, 1], [], np.ones((2, 2), dtype=int)),
         lambda: ResampledScores(np.ones(2), np.ones((2, 3))) - ResampledScores(np.ones(3), np.ones((3, 3))),
-        lambda: ResampledScores(np.ones(2), np.ones((2, 3))).interval(level=95),
+        lambda: ResampledScores(np.ones(2), np.ones((2, 3))).interval(level=1),
+        lambda: ResampledScores(np.ones(2), np.ones((2, 3))).interval(level=0),
         lambda: average([]),
     ],
 )

@@ -12,6 +12,7 @@ from apply_models import SMALL, Pair, draw_towers, randomise, sites, total
 from torch import nn
 
 import mmc_fast
+from mmc_fast.errors import InputError
 from mmc_fast.integrations import EBRHandle, find_handles
 from mmc_fast.nn import EBRHead
 from mmc_fast.nn.substitution import mean_source, ranked_source
@@ -41,7 +42,6 @@ def test_equals_the_head_on_collected_features(generator, residual, normalize, t
         model.train(training), sites(model), **SMALL, residual=residual, normalize=normalize, reversal=0.6
     )
     head = plain_head(handle, plain, residual=residual, normalize=normalize)
-    assert [n for n, _ in model.ebr.named_parameters()] == [n for n, _ in head.named_parameters()]
 
     logits = model(**x)
     losses = handle.losses()
@@ -55,9 +55,9 @@ def test_equals_the_head_on_collected_features(generator, residual, normalize, t
 
     total(logits, *losses).backward()
     total(expected, out.discrimination_loss, out.reconstruction_loss).backward()
-    grads = {n: p.grad for n, p in plain.named_parameters()} | {f"ebr.{n}": p.grad for n, p in head.named_parameters()}
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], msg=lambda text, name=name: f"{name}: {text}")
+    grads = [p.grad for p in (*plain.parameters(), *head.parameters())]
+    for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_equals_the_registered_operator_in_float32(generator):
@@ -189,7 +189,7 @@ def test_a_forward_that_raises_leaves_no_state(generator):
         assert not torch.equal(handle.losses().discrimination.detach(), before)
 
 
-def test_reversal_is_read_at_the_losses_and_may_be_a_tensor(generator):
+def test_reversal_is_read_in_the_forward_and_may_be_a_tensor(generator):
     model, x = draw_towers(generator, m=2)
     strength = torch.zeros(())
     handle = mmc_fast.apply_ebr(model, sites(model), **SMALL, reversal=strength)
@@ -199,10 +199,12 @@ def test_reversal_is_read_at_the_losses_and_may_be_a_tensor(generator):
         model(**x)
         return list(torch.autograd.grad(handle.losses().discrimination, list(model.encoders.parameters())))
 
-    one, none, minus = gradients(1.0), gradients(0.0), gradients(-1.0)
+    one, none, half = gradients(1.0), gradients(0.0), gradients(0.5)
     assert all(bool((g == 0).all()) for g in none)
     assert any(bool((g != 0).any()) for g in one)
-    torch.testing.assert_close(one, [-g for g in minus])
+    torch.testing.assert_close(one, [2 * g for g in half])
+    with pytest.raises(InputError, match="λ is -1"):
+        gradients(-1.0)
 
 
 def test_repeated_calls_count_all_rows_or_raise(generator):
@@ -274,7 +276,7 @@ def test_game_against_gradients_and_counts_by_hand(generator):
     head = plain_head(handle, plain)
     with handle.present(present):
         model(**x)
-    game = handle.game()
+    game = handle.adversarial()
     _, out = by_hand(plain, head, x, present=present, reversal=0.25)
     share = present.sum(0) / present.sum()
     right = (head.discriminator(out.latents).argmax(-1) == torch.arange(3)[:, None])[present.t()]

@@ -79,7 +79,7 @@ def test_training_is_that_of_a_loop_by_hand(generator, tmp_path, kind):
             loss = (
                 F.cross_entropy(plain(a, t), y) + handle.losses().discrimination + 0.3 * handle.losses().reconstruction
             )
-            figures = handle.game()
+            figures = handle.adversarial()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,18 +127,95 @@ def test_log_every_zero_leaves_the_game_out(generator, tmp_path):
     assert {name for name in run.logged_metrics if name.startswith("x_")} == {"x_loss_md", "x_loss_rec", "x_reversal"}
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            yield torch.randn(3, generator=generator), torch.randn(2, generator=generator), torch.tensor(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "more", "expected"),
+    [
+        (None, {"max_epochs": -1}, {}, None),
+        (Stream(), {"max_epochs": 2}, {}, None),
+        (Stream(), {"max_epochs": 2}, {"total_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1]),
+        (Stream(), {"max_epochs": 2, "max_steps": 5}, {}, [0, 0.2, 0.4, 0.6, 0.8]),
+        (None, {"max_epochs": 2}, {}, [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]),
+        (None, {"max_epochs": 2, "accumulate_grad_batches": 3}, {}, [0, 0, 0, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_schedule_needs_its_length(generator, tmp_path, rows, options, more, expected):
+    used = []
+
+    class Spy(EBRCallback):
+        def on_train_batch_end(self, *args) -> None:
+            used.append(self.handle.reversal)
+
+    callback = Spy(AT, reversal=lambda progress: progress, **more, **OPTIONS)
+    batches = loader(generator) if rows is None else DataLoader(rows, 4)
+    run = trainer(tmp_path, callback, **options)
+    if expected is None:
+        with pytest.raises(
+            InputError, match=r"give EBRCallback\(total_steps=...\), Trainer\(max_steps=...\), or a number"
+        ):
+            run.fit(Module(), batches)
+    else:
+        run.fit(Module(), batches)
+        assert used == pytest.approx(expected)
+
+
+def test_heads_outside_of_the_trainers_optimisers(generator, tmp_path):
+    class Own(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.image.parameters(), *self.fusion.parameters()], lr=0.1)
+
+    with pytest.warns(
+        UserWarning, match=r"heads at image, text are in no optimiser of the Trainer.*self\.ebr\.parameters"
+    ):
+        trainer(tmp_path, EBRCallback(AT, **OPTIONS)).fit(Own(), loader(generator))
+
+
+def test_a_step_of_several_forwards_counts_all_their_rows(generator, tmp_path):
+    class Siamese(Module):
+        def training_step(self, batch, batch_idx):
+            a, t, _ = batch
+            with torch.no_grad():
+                target = self(a, t)
+            return F.mse_loss(self(a, t), target) + self(2 * a, 3 * t).square().mean()
+
+    rows, module = loader(generator), Siamese()
+    run = trainer(tmp_path, EBRCallback(AT, **OPTIONS), max_epochs=1, limit_train_batches=1)
+    plain = copy.deepcopy(module)
+    run.fit(module, rows)
+    head = mmc_fast.apply_ebr(plain, AT, **OPTIONS).head
+    a, t, _ = next(iter(rows))
+    z = {"image": torch.cat([a, 2 * a]), "text": torch.cat([t, 3 * t])}
+    out = head({name: F.linear(x, getattr(plain, name).weight, getattr(plain, name).bias) for name, x in z.items()})
+    assert float(run.logged_metrics["ebr/loss_md"]) == pytest.approx(float(out.discrimination_loss), rel=1e-5)
+    assert float(run.logged_metrics["ebr/loss_rec"]) == pytest.approx(float(out.reconstruction_loss), rel=1e-5)
+
+
 def test_refusals(generator, tmp_path):
     by_hand = Module()
     by_hand.automatic_optimization = False
     for module, callback, text in (
         (by_hand, EBRCallback(AT, **OPTIONS), "optimises by hand"),
         (Module(), EBRCallback(), "has 0 EBR handles"),
+        (Module(), EBRCallback(AT, reversal=lambda progress: progress - 1, **OPTIONS), "λ is -1"),
         (Module(), EBRCallback({"image": "imag"}, **OPTIONS), "nearest: image"),
     ):
         with pytest.raises(InputError, match=text):
             trainer(tmp_path, callback).fit(module, loader(generator))
     for arguments, text in (
-        ({"reconstruction": -1.0}, "at least 0"),
+        ({"reconstruction": -1.0}, "reconstruction"),
+        ({"reconstruction": float("nan")}, "reconstruction"),
+        ({"reconstruction": "0.1"}, "reconstruction"),
+        ({"reversal": float("nan")}, "λ is nan"),
+        ({"reversal": -1.0}, "λ is -1"),
+        ({"total_steps": 0}, "1 or more"),
         ({"log_every": -1}, "0 for never"),
         ({"latent_dim": 3}, "latent_dim given without at"),
     ):

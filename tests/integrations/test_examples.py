@@ -44,16 +44,28 @@ def test_lightning_module(capsys):
     assert "EBR on Mortality: applied" in capsys.readouterr().out
 
 
-def test_flava(capsys):
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
-    result = example("flava").train(steps=40, seed=1)
+@pytest.mark.parametrize(
+    ("name", "way"), [("clip", "one call for all heads"), ("llava", r"rows differ: image \[16, 4\], text \[16, 6\]")]
+)
+def test_transformers(capsys, name, way):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    result = example(name).train(steps=30, seed=1)
     assert result["last_loss"] < result["first_loss"] - 0.3
     check_game(result)
-    assert re.search(r"flava.text_model\['last_hidden_state'\] +\[2, 6, 32\]", capsys.readouterr().out)
+    assert re.search(way, capsys.readouterr().out)
+
+
+def test_image_and_table(capsys):
+    result = example("image_and_table").train(steps=60, seed=1)
+    assert result["accuracy"] > 0.9
+    assert 0.3 < result["accuracy_without_table"] < 0.7  # the picture knows half of the answer
+    assert result["difference_from_file"] == 0
+    check_game(result)
+    assert "one call for all heads" in capsys.readouterr().out
 
 
 def test_diagnose_your_model():
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     found = example("diagnose_your_model").diagnose(steps=60, seed=1)
     assert list(found.modalities) == ["language", "vision"]
     assert found.settings["agop"] == "vector-Jacobian products"

@@ -91,7 +91,8 @@ def test_bad_arguments_are_named():
         S.ranked_source(present, [0, 1])
     with pytest.raises(ValueError, match=r"expected \[3, 3\]"):
         S.pairwise_source(present, torch.eye(2))
-    with pytest.raises(ValueError, match="allowed are 0 to 2"):
-        S.rank_modalities(torch.eye(3), 3)
+    for reference in (-1, 3):
+        with pytest.raises(ValueError, match="allowed are 0 to 2"):
+            S.rank_modalities(torch.eye(3), reference)
     with pytest.raises(ValueError, match="not finite"):
         S.latent_similarity(torch.full((2, 3, 4), float("inf")), torch.ones(3, 2, dtype=torch.bool))

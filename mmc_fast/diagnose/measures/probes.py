@@ -50,7 +50,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     ``c``: inverse strength of the L2 penalty (scikit-learn's C). Raises InputError for one class or shapes that do not
     fit. Limits: linear, so it says what can be read off, not all that is there.
     """
-    model = _fit_logistic(train_x, train_y, c)
+    model = fitted_logistic(train_x, train_y, c)
     correct = model.predict(_array(test_x)) == np.asarray(test_y)
     return _probe_score(correct, np.asarray(test_y))
 
@@ -83,7 +83,7 @@ def prefix_gap(
     truth = np.asarray(test_y)
     hits = []
     for train, test in ((fused_train, fused_test), (own_train, own_test)):
-        hits.append(_fit_logistic(train, train_y, c).predict(_array(test)) == truth)
+        hits.append(fitted_logistic(train, train_y, c).predict(_array(test)) == truth)
     difference = hits[1].astype(float) - hits[0].astype(float)
     error = float(difference.std(ddof=1) / math.sqrt(len(truth))) if len(truth) > 1 else math.nan
     return PrefixGap(_probe_score(hits[0], truth), _probe_score(hits[1], truth), float(difference.mean()), error)
@@ -229,7 +229,7 @@ def _fit(
     return best_epoch, bad >= _PATIENCE
 
 
-def _fit_logistic(x: Tensor, y: Tensor, c: float) -> Any:
+def fitted_logistic(x: Tensor, y: Tensor, c: float) -> Any:
     features, labels = _array(x), np.asarray(y)
     if features.ndim != 2 or len(features) != len(labels):
         raise InputError(f"probe: features {list(features.shape)} and {len(labels)} labels; give [N, p] and [N]")

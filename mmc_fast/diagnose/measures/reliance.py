@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
 from ..statistics import resample_counts, resampled_scores
+from ..tasks import Task
 
 __all__ = [
     "Afresh",
-    "coalition_outputs",
     "coalitions",
     "shapley_values",
     "train_afresh",
@@ -61,29 +61,6 @@ def shapley_values(scores: Sequence[float] | np.ndarray) -> np.ndarray:
     return values
 
 
-@torch.no_grad()
-def coalition_outputs(
-    fuse: Callable[[dict[str, Tensor]], Tensor],
-    features: Mapping[str, Tensor],
-    stand_in: Mapping[str, Tensor],
-) -> Tensor:
-    """Logits of every coalition: ``[2^m, B, C]``, modalities outside of it replaced by ``stand_in`` (broadcast to rows).
-
-    "all" is the last, "none" the first, "without i" all but bit i, "only i" bit i alone. 2^m calls of ``fuse``.
-    Limits: a mean is a place where the model may never have been, so a low "only" is partly surprise; compare with
-    a network retrained without it (:func:`train_afresh`), or with a model trained with modality dropout.
-    """
-    names = list(features)
-    outputs = []
-    for members in coalitions(len(names)):
-        chosen = {
-            name: x if inside else stand_in[name].to(x).expand_as(x)
-            for inside, (name, x) in zip(members, features.items(), strict=True)
-        }
-        outputs.append(fuse(chosen))
-    return torch.stack(outputs)
-
-
 @dataclass(frozen=True)
 class Afresh:
     """Held-out score of a small network trained afresh, and its standard error over the held-out rows (bootstrap)."""
@@ -97,7 +74,7 @@ def train_afresh(
     labels: Tensor,
     names: Sequence[str],
     *,
-    metric: str = "accuracy",
+    task: Task | None = None,
     hidden: int = 64,
     held_out: float = 0.3,
     max_iter: int = 60,
@@ -109,13 +86,14 @@ def train_afresh(
     With one name: what a modality allows by itself. With all but one: the fair control for "without", a network that never saw
     the modality; where it loses nothing either, the modality is redundant rather than lost.
 
-    The mean probability of three networks: Adam, L2 penalty 1, early stopping on a tenth of the training rows (scikit-learn),
-    on standardised features. ``held_out`` of the rows judge, or all the ``judged`` (features, labels) where given, and then every row here trains. ``metric``:
-    "accuracy", or "auroc" for labels 0 and 1. Raises InputError for a single class.
+    The mean of three networks: Adam, L2 penalty 1, early stopping on a tenth of the training rows (scikit-learn), on standardised
+    features. ``held_out`` of the rows judge, or all the ``judged`` (features, labels) where given, and then every row here trains.
+    ``task``: kind of the labels and their score; None: classes and accuracy. Raises InputError for a single class.
     """
+    rows = len(labels)
+    task = task or Task("classes", "accuracy", int(labels.max()) + 1)
     y = labels.cpu().numpy()
-    rows = len(y)
-    if len(np.unique(y)) < 2:
+    if task.kind == "classes" and len(np.unique(y)) < 2:
         raise InputError("train_afresh: the labels hold a single class; a network needs at least 2")
     if judged is None:
         order = np.random.default_rng(seed).permutation(rows)
@@ -125,35 +103,72 @@ def train_afresh(
         y = np.concatenate([y, judged[1].cpu().numpy()])
         features = {name: torch.cat([features[name].flatten(1), judged[0][name].flatten(1)]) for name in names}
         train, test = np.arange(rows), np.arange(rows, len(y))
-    if len(np.unique(y[train])) < 2 or (metric == "auroc" and len(np.unique(y[test])) < 2):
+    if task.kind == "classes" and (
+        len(np.unique(y[train])) < 2 or (task.metric == "auroc" and len(np.unique(y[test])) < 2)
+    ):
         raise InputError(f"train_afresh: {rows} rows leave a single class in a part; give more samples")
-    classes, counts = np.unique(y[train], return_counts=True)
-    if names:
-        x = np.concatenate([features[name].detach().flatten(1).double().cpu().numpy() for name in names], 1)
-        # The stopping rows are drawn by class, which needs enough of each.
-        probability = _fitted(x, y, train, test, hidden, bool(counts.min() >= 20), max_iter, seed)
-    else:
-        probability = np.tile(counts / counts.sum(), (len(test), 1))
-    predicted = probability[:, 1] if metric == "auroc" else classes[probability.argmax(1)]
+    x = [features[name].detach().flatten(1).double().cpu().numpy() for name in names]
+    outputs = _fitted(
+        np.concatenate(x, 1) if x else np.zeros((len(y), 0)), y, train, test, hidden, max_iter, seed, task
+    )
     draws = resample_counts(len(test), 100, np.random.default_rng([seed, 1]))
-    scored = resampled_scores(metric, y[test], [predicted], draws)
-    return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
+    if task.metric in ("accuracy", "auroc") and task.score is None:
+        predicted = outputs[:, 1] if task.metric == "auroc" else outputs.argmax(1)
+        scored = resampled_scores(task.metric, y[test], [predicted], draws)
+        return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
+    answers, truth = torch.from_numpy(outputs).float(), torch.from_numpy(y[test])
+    plain = _score(task, answers, truth)
+    again = [np.repeat(np.arange(len(test)), counts.astype(int)) for counts in np.asarray(draws)]
+    return Afresh(plain, float(np.nanstd([_score(task, answers[i], truth[i]) for i in again], ddof=1)))
+
+
+def _score(task: Task, outputs: Tensor, labels: Tensor) -> float:
+    """The score of outputs ``[N, C]``, all samples counted once."""
+    if task.score is not None:
+        return float(task.score(outputs, labels))
+    if task.metric == "f1":
+        guess, truth = outputs > 0, labels.bool()
+        return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
+    residual = (outputs.double() - labels.double()).square().sum(0)
+    return float((1 - residual / (labels.double() - labels.double().mean(0)).square().sum(0)).mean())
 
 
 def _fitted(
-    x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: int, stop: bool, max_iter: int, seed: int
+    x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, hidden: int, max_iter: int, seed: int, task: Task
 ) -> np.ndarray:
-    """Summed class probabilities of the networks on the rows ``test``."""
+    """Mean outputs of the networks on the rows ``test``, ``[N, C]``: log-odds of labels, numbers, probabilities of classes."""
+    if not x.shape[1]:
+        if task.kind == "classes":
+            shares = np.bincount(y[train], minlength=task.outputs) / len(train)
+            return np.tile(shares, (len(test), 1))
+        mean = y[train].mean(0)
+        return np.tile(mean - 0.5 if task.kind == "labels" else mean, (len(test), 1))
     require("sklearn", extra="diagnose")
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
     from sklearn.preprocessing import StandardScaler
 
     x = StandardScaler().fit(x[train]).transform(x)
-    probability = np.zeros((len(test), len(np.unique(y[train]))))
+    seen = np.unique(y[train]) if task.kind == "classes" else np.arange(y.shape[1])
+    # The stopping rows are drawn by class, which needs enough of each.
+    stop = task.kind != "classes" or bool(np.unique(y[train], return_counts=True)[1].min() >= 20)
+    width = max(2, task.outputs, int(seen.max()) + 1) if task.kind == "classes" else y.shape[1]
+    found = np.zeros((len(test), width))
+    numbers = task.kind == "numbers"
+    centre, spread = (y[train].mean(0), y[train].std(0) + 1e-12) if numbers else (0.0, 1.0)
     for start in range(_NETWORKS):
-        network = MLPClassifier((hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start)
+        kind = MLPRegressor if numbers else MLPClassifier
+        network = kind(
+            hidden_layer_sizes=(hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            probability += network.fit(x[train], y[train]).predict_proba(x[test])
-    return probability
+            if numbers:
+                target = (y[train] - centre) / spread
+                network.fit(x[train], target[:, 0] if target.shape[1] == 1 else target)
+                found += network.predict(x[test]).reshape(len(test), -1) * spread + centre
+            else:
+                network.fit(x[train], y[train])
+                found[:, seen] += network.predict_proba(x[test])
+    found /= _NETWORKS
+    return found - 0.5 if task.kind == "labels" else found

@@ -164,7 +164,7 @@ def _one(f: Findings, methods: Sequence[str], runs: Sequence[Run], stored: Mappi
     labels = next(r.result.arrays["labels"] for r in runs if r.data == f.data and not r.result.failed)
     chance = chance_score(f.main.metric, torch.as_tensor(labels).numpy())
     by_title = {_METHODS[m].title: [stored[m, f.data, s] for s in f.main.seeds] for m in methods}
-    return DemoFindings(f, chance, by_title, {title: verdicts(some, chance) for title, some in by_title.items()})
+    return DemoFindings(f, chance, by_title, {title: verdicts(some) for title, some in by_title.items()})
 
 
 def demo_drawings(f: DemoFindings) -> dict[str, Drawing]:
@@ -183,7 +183,7 @@ def demo_blocks(f: DemoFindings) -> list[Block]:
     """What became of the modalities, the post-hoc probe, every setting."""
     collapsed = any(v.kind == "collapsed" for v in f.verdicts[_METHODS[_FIRST].title])
     blocks: list[Block] = [Callout(f.summary, "finding" if collapsed else "note")]
-    blocks.append(reliance_table(f.looked_into, f.chance))
+    blocks.append(reliance_table(f.looked_into))
     if (table := probe_table(f.looked_into)) is not None:
         blocks.append(table)
     configs = {title: runs[0]["config"] for title, runs in f.runs.items()}

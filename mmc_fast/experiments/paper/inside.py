@@ -19,10 +19,10 @@ from mmc_fast.errors import InputError
 from ..compare.configs import DataConfig, load_data, load_data_configs, load_method_configs
 from ..compare.runs import settings_of, train_and_keep
 from ..data import MultimodalDataset, Part
-from ..diagnosis import RunAdapter
 from ..jobs import Job, Result, Values, Workspace, finish
 from ..methods.base import merged
 from ..training import LoadedRun, MultimodalModel, UnimodalModels, load_run
+from ..training.adapter import RunAdapter
 from .base import Direction, Estimate, Outcome, Plan, Value, paired
 from .scores import machine_facts
 

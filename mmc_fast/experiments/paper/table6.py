@@ -15,10 +15,10 @@ from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.statistics import ResampledScores, average
 
 from ..data import Part
-from ..diagnosis import RunAdapter
 from ..jobs import Job, Values, Workspace
 from ..report.drawings import metric_name
 from ..training import MultimodalModel, predict
+from ..training.adapter import RunAdapter
 from .base import Direction, Outcome, Plan, ResultTable, Value, declare
 from .inside import Bench, Models, by_data, draw_bars, estimate, resampled
 from .paper import TABLE6

@@ -12,9 +12,9 @@ from mmc_fast.diagnose.adapter import chain_of
 from mmc_fast.diagnose.measures.similarity import covariance_of, variance_inflation
 
 from ..data import Part
-from ..diagnosis import RunAdapter
 from ..jobs import Values, Workspace
 from ..training import MultimodalModel
+from ..training.adapter import RunAdapter
 from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import METHODS, Bench, Found, Models, by_data, curve, direction, draw_curves, fused, number, value
 from .paper import TABLE7

@@ -13,8 +13,8 @@ from mmc_fast.diagnose.measures.polysemanticity import cross_modal_polysemantici
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.diagnose.measures.weights import modality_entropy, neuron_modality_shares
 
-from ..diagnosis import RunAdapter
 from ..jobs import Values, Workspace
+from ..training.adapter import RunAdapter
 from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import Bench, Models, by_data, direction, number, value
 from .paper import TABLE9

@@ -40,11 +40,11 @@ def draw_rates(comparison: Comparison, names: Mapping[str, str]) -> Drawing:
 
 
 def draw_reliance(runs: Sequence[Results], title: str, chance: float) -> Drawing:
-    """Per modality: its unimodal model, the fused model without it, and the fused model with nothing else."""
+    """Per modality: its unimodal model, the fused model with that of other samples, and the fused model with nothing else."""
     everything, scored = reliance(runs)
-    kinds = {"alone": "unimodal", "without": "leave-one-out", "only": "single-modality"}
+    kinds = {"unimodal": "unimodal", "shuffled": "that of other samples", "single_modality": "nothing else"}
     described = "; ".join(
-        f"{m} unimodal {s['alone']:.3f}, left out {s['without']:.3f}, nothing else {s['only']:.3f}"
+        f"{m} unimodal {s['unimodal']:.3f}, shuffled {s['shuffled']:.3f}, nothing else {s['single_modality']:.3f}"
         for m, s in scored.items()
     )
     data = runs[0]["data"]

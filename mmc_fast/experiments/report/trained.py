@@ -10,10 +10,9 @@ from numpy.typing import ArrayLike
 
 from mmc_fast.diagnose.document import Cell, Table
 from mmc_fast.diagnose.statistics import mean_sd
-from mmc_fast.diagnose.verdict import ModalityVerdict, verdicts_from_scores
+from mmc_fast.diagnose.verdict import KINDS, ModalityVerdict
 
 __all__ = [
-    "RELIANCE",
     "Results",
     "chance_score",
     "history",
@@ -29,9 +28,6 @@ __all__ = [
 Results = Mapping[str, Any]
 """The content of a run's results.json."""
 
-RELIANCE = {"alone": "unimodal", "without": "leave_one_out", "only": "single_modality"}
-"""Score of a verdict -> its key under "reliance" in results.json."""
-
 
 def chance_score(metric: str, labels: ArrayLike) -> float:
     """Score of a model that knows nothing but the labels' frequencies."""
@@ -42,17 +38,31 @@ def chance_score(metric: str, labels: ArrayLike) -> float:
 
 
 def reliance(runs: Sequence[Results]) -> tuple[float, dict[str, dict[str, float]]]:
-    """Means over the runs: score on complete data, and "alone", "without" and "only" of every modality that has all."""
+    """Means over the runs: score on complete data, and the scores of every modality that has a unimodal model."""
     scored = [run["scores"]["reliance"] for run in runs]
-    modalities = [m for m, entry in scored[0].items() if entry.get(RELIANCE["alone"]) is not None]
-    means = {m: {kind: mean_sd([s[m][key] for s in scored])[0] for kind, key in RELIANCE.items()} for m in modalities}
+    modalities = [m for m, entry in scored[0].items() if entry.get("unimodal") is not None]
+    kinds = ("unimodal", "leave_one_out", "single_modality", "shuffled", "shapley")
+    means = {m: {kind: mean_sd([s[m][kind] for s in scored])[0] for kind in kinds} for m in modalities}
     return mean_sd([run["scores"]["complete"] for run in runs])[0], means
 
 
-def verdicts(runs: Sequence[Results], chance: float) -> list[ModalityVerdict]:
-    """The verdict of the diagnosis on every modality, from the scores alone: no use share is measured here."""
-    everything, scored = reliance(runs)
-    return verdicts_from_scores(scored, everything, chance)
+def verdicts(runs: Sequence[Results]) -> list[ModalityVerdict]:
+    """One verdict per modality: the kind that the diagnosis gives in most runs, else "undecided", and mean evidence.
+
+    ``evidence["runs"]`` counts the runs and ``evidence["same"]`` those of that kind.
+    """
+    entries = [run["scores"].get("reliance") or {} for run in runs]
+    found = []
+    for modality in entries[0]:
+        own = [entry[modality] for entry in entries]
+        kinds = [entry["verdict"] for entry in own]
+        kind = max(KINDS, key=kinds.count)
+        same = kinds.count(kind)
+        names = set.intersection(*({k for k, v in e["evidence"].items() if v is not None} for e in own))
+        evidence = {k: mean_sd([e["evidence"][k] for e in own])[0] for k in sorted(names)}
+        evidence |= {"runs": len(own), "same": same}
+        found.append(ModalityVerdict(modality, kind if 2 * same > len(own) else "undecided", evidence))
+    return found
 
 
 def history(runs: Sequence[Results], key: str) -> tuple[list[int], list[float], list[float | None]]:
@@ -74,25 +84,28 @@ def without_effect(run: Results) -> bool:
     return bool(run["label"] == "without-effect")
 
 
-def reliance_table(by_method: Mapping[str, Sequence[Results]], chance: float) -> Table:
-    """Title of a method -> its runs: scores and verdict of every modality."""
-    modalities = list(reliance(next(iter(by_method.values())))[1])
-    columns, rows = ["modality", "unimodal"], [[m] for m in modalities]
-    found = {title: (reliance(runs)[1], verdicts(runs, chance)) for title, runs in by_method.items()}
-    lines: list[list[Cell | str]] = [[*row] for row in rows]
-    for line in lines:
-        line.append(f"{next(iter(found.values()))[0][str(line[0])]['alone']:.3f}")
-    for title, (scored, judged) in found.items():
-        columns += [f"{title}: leave-one-out", "single-modality", "verdict"]
-        for line, verdict in zip(lines, judged, strict=True):
-            s = scored[verdict.modality]
-            kind = Cell(verdict.kind, strong=verdict.kind == "collapsed")
-            line += [f"{s['without']:.3f}", f"{s['only']:.3f}", kind]
+def reliance_table(by_method: Mapping[str, Sequence[Results]]) -> Table:
+    """Title of a method -> its runs: scores, use over ability and verdict of every modality."""
+    judged = {title: {v.modality: v for v in verdicts(runs)} for title, runs in by_method.items()}
+    modalities = list(next(iter(judged.values())))
+    columns = ["modality", "unimodal"]
+    first = next(iter(judged.values()))
+    lines: list[list[Cell | str]] = [[m, _score(first[m].evidence.get("alone"))] for m in modalities]
+    for title, found in judged.items():
+        columns += [f"{title}: with that of other samples", "nothing else", "use over ability", "verdict"]
+        for line in lines:
+            verdict = found[str(line[0])]
+            line += [_score(verdict.evidence.get(kind)) for kind in ("shuffled", "only", "index")]
+            line.append(Cell(verdict.kind, strong=verdict.kind in ("collapsed", "misleading")))
     caption = (
-        "Score of a model of this modality, of the fused model without it, and of the fused model with nothing else "
-        "(absent modalities at their train mean); means over seeds. Verdicts by the rule of the diagnosis, without use shares."
+        "Scores of a unimodal model, of the fused model when a modality is that of other samples, and when it is all there is; "
+        "the share of the use over the share of the ability; the verdict of the diagnosis in most runs."
     )
     return Table(columns, lines, caption)
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def probe_table(by_method: Mapping[str, Sequence[Results]]) -> Table | None:

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import generator
+from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.result import plain
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, Part, mcar
 from ..data.dataset import PARTS
+from .adapter import RunAdapter
 from .metrics import scores
 from .model import MultimodalModel
 from .parts import row_pieces
@@ -120,9 +123,9 @@ def evaluate(
     """Score ``model`` on one part of ``dataset``.
 
     Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
-    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "unimodal": its unimodal model on
-    the rows that have it, None without ``unimodal``; "leave_one_out": this modality held at its mean over the train part;
-    "single_modality": all others held there); under auroc also "complete_auprc" and an "auprc" for each rate,
+    modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "unimodal": its unimodal model on the
+    rows that have it, None without ``unimodal``; and what :func:`mmc_fast.diagnose` says of it on this part: scores "leave_one_out",
+    "single_modality", with it "shuffled", its "shapley" value, the "verdict" and its "evidence"); under auroc also "complete_auprc" and an "auprc" for each rate,
     under accuracy "macro_f1" and "macro_auroc" (one class against the others) in the same way. Masks depend on ``seed``,
     part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
     hide; None: each, independently.
@@ -170,41 +173,47 @@ def measure(
     result["missing"] = missing
     result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None
     if reliance:
-        result["reliance"] = _reliance(dataset, rows, scored, unimodal, found)
+        result["reliance"] = _reliance(model, rows, metric, unimodal, found)
     return result, found
 
 
-def _reliance(dataset: MultimodalDataset, rows: Part, scored: Any, unimodal: Any, found: Predictions) -> dict[str, Any]:
-    train = dataset.part("train")
-    means = [_mean(train, i).expand_as(rows.features[i]) for i in range(len(train.features))]
+_MEASURES = {"leave_one_out": "without", "single_modality": "only", "shuffled": "shuffled", "shapley": "shapley"}
+"""Key of an entry under "reliance" -> measure of the diagnosis."""
+
+
+def _reliance(
+    model: MultimodalModel, rows: Part, metric: str, unimodal: UnimodalModels | None, found: Predictions
+) -> dict[str, Any]:
+    """The measurement of :func:`mmc_fast.diagnose` on the same rows, without AGOP and probes."""
+    known = {} if unimodal is None else _alone(rows, metric, unimodal, found)
+    nothing = {"unimodal": None, "unimodal_rows": 0}
+    was_training = model.training
+    d = diagnose(RunAdapter(model, unimodal), rows, metric=metric, agop=False, probes=False)
+    model.train(was_training)
     result: dict[str, Any] = {}
-    for i, name in enumerate(dataset.modalities):
-        others = [means[j] if j == i else x for j, x in enumerate(rows.features)]
-        single = [x if j == i else means[j] for j, x in enumerate(rows.features)]
-        entry: dict[str, Any] = {"unimodal": None, "unimodal_rows": int(rows.present[:, i].sum())}
-        if unimodal is not None and entry["unimodal_rows"]:
-            here = rows.present[:, i]
+    for i, verdict in enumerate(d.verdicts):
+        name = verdict.modality
+        entry = known.get(name, nothing | {"unimodal_rows": int(rows.present[:, i].sum())})
+        entry |= {key: d.value(f"{kind}.{name}") for key, kind in _MEASURES.items()}
+        result[name] = entry | {"verdict": verdict.kind, "evidence": plain(verdict.evidence)}
+    return result
+
+
+def _alone(rows: Part, metric: str, unimodal: UnimodalModels, found: Predictions) -> dict[str, dict[str, Any]]:
+    """The score of each unimodal model on the rows that have its modality; its predictions are kept."""
+    result = {}
+    for i, name in enumerate(unimodal.models):
+        here = rows.present[:, i]
+        entry: dict[str, Any] = {"unimodal": None, "unimodal_rows": int(here.sum())}
+        if entry["unimodal_rows"]:
             pieces = [unimodal.predict(name, rows.features[i][some]) for some in row_pieces(rows, here)]
             probabilities = torch.cat(pieces)
             found.probabilities[f"unimodal_{name}"] = _spread(probabilities, here)
             labels = rows.labels[here]
-            if dataset.metric == "accuracy" or len(labels.unique()) == 2:
-                entry["unimodal"] = scores(probabilities, labels, dataset.metric)["score"]
-        entry["leave_one_out"] = scored(f"leave_one_out_{name}", others, rows.present)["score"]
-        entry["single_modality"] = scored(f"single_modality_{name}", single, rows.present)["score"]
+            if metric == "accuracy" or len(labels.unique()) == 2:
+                entry["unimodal"] = scores(probabilities, labels, metric)["score"]
         result[name] = entry
     return result
-
-
-def _mean(part: Part, column: int) -> Tensor:
-    """Mean of the present rows of a modality, ``[d]``."""
-    x, here = part.features[column], part.present[:, column]
-    if not part.streamed:
-        return x[here].double().mean(0).float()
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for rows in row_pieces(part, here):
-        total += x[rows].double().sum(0)
-    return (total / here.sum()).float()
 
 
 def _spread(probabilities: Tensor, here: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from mmc_fast.errors import InputError
 
 from ..data.archive import Archive
 from ..data.preprocessing import Preprocessing
-from ..diagnosis import RunAdapter
+from .adapter import RunAdapter
 from .checkpoint import CheckpointStore, prefixed, stripped
 from .config import TrainConfig
 from .evaluate import Predictions
@@ -261,11 +261,8 @@ class LoadedRun:
         return predict_rows(self.model, self.preprocessing, self.results["data"]["name"], data, options)
 
     def as_adapter(self) -> RunAdapter:
-        """The run as :func:`mmc_fast.diagnose` takes it, with the weights of its unimodal models."""
-        weights = None
-        if self.unimodal is not None:
-            weights = {name: m.classifier[0].weight for name, m in self.unimodal.models.items()}
-        return RunAdapter(self.model, weights)  # type: ignore[arg-type]
+        """The run as :func:`mmc_fast.diagnose` takes it, with its unimodal models."""
+        return RunAdapter(self.model, self.unimodal, self.results["data"]["metric"])
 
 
 def load_run(run_dir: str | Path) -> LoadedRun:

@@ -67,7 +67,7 @@ def _column(present: Tensor | None, i: int) -> Tensor | None:
 
 
 class _Mixer:
-    """``u_i = sum_j w_ij g_j`` for each slot i, its row mask, and the adjoint."""
+    """``u_i = sum_j w_ij g_j`` for each target modality i, its row mask, and the adjoint."""
 
     def __init__(self, latents: Tensor, present: Tensor | None, source: Tensor | None) -> None:
         self.latents, self.present, self.source = latents, present, source
@@ -124,7 +124,7 @@ class _Mixer:
                 return d_source.to(self.source.dtype)
         else:
             flat = d_latents.view(-1, d_latents.shape[-1])
-            for i, d in enumerate(d_mixed):  # one slot at a time: within it every row has its own target
+            for i, d in enumerate(d_mixed):  # one target at a time: within it every row has its own target
                 flat.index_add_(0, self.flat_index[:, i], d)
         return None
 

@@ -58,7 +58,7 @@ def mlp(x: Tensor, layers: Sequence[Tensor]) -> Tensor:
 
 
 def source_weights(source: Tensor | None, present: Tensor, dtype: torch.dtype) -> Tensor:
-    """``w[b, i, j]``: weight of latent j in slot i; zero for absent j. ``present`` is bool ``[B, m]``."""
+    """``w[b, i, j]``: weight of latent j for target modality i; zero for absent j. ``present`` is bool ``[B, m]``."""
     m = present.shape[1]
     if source is None:
         w = torch.eye(m, dtype=dtype, device=present.device).expand(present.shape[0], m, m)

@@ -9,27 +9,42 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-__all__ = ["grad_reverse", "lambda_tensor"]
+__all__ = ["check_reversal", "grad_reverse", "lambda_tensor"]
+
+
+def check_reversal(reversal: float | Tensor, where: str = "reversal") -> float | Tensor:
+    """λ as it may be used, or :class:`InputError`: a finite number at or above 0, or a 0-d tensor that takes no gradient.
+
+    The value of a tensor is looked at on the CPU alone: elsewhere that would synchronise.
+    """
+    if type(reversal) is float and 0 <= reversal < float("inf"):
+        return reversal
+    if isinstance(reversal, Tensor):
+        if reversal.dim() != 0 or reversal.dtype == torch.bool or reversal.is_complex():
+            raise InputError(f"{where}: λ is {reversal.dtype} {list(reversal.shape)}; give a number or a 0-d tensor")
+        if reversal.requires_grad or isinstance(reversal, nn.Parameter):
+            raise InputError(
+                f"{where}: λ is a parameter, but it takes no gradient; give a number or a tensor's .detach()"
+            )
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if reversal.device.type == "cpu" and not traced and not 0 <= reversal.item() < float("inf"):
+            raise InputError(f"{where}: λ is {reversal.item()}; it must be finite and not negative (0 cuts the branch)")
+        return reversal
+    if isinstance(reversal, bool) or not isinstance(reversal, numbers.Real):
+        raise InputError(f"{where}: λ is {reversal!r} ({type(reversal).__name__}); give a number or a 0-d tensor")
+    if not 0 <= reversal < float("inf"):
+        raise InputError(f"{where}: λ is {reversal}; it must be finite and not negative (0 cuts the branch)")
+    return float(reversal)
 
 
 def lambda_tensor(
     reversal: float | Tensor, device: torch.device, dtype: torch.dtype, where: str = "ebr_step"
 ) -> Tensor:
-    """Return λ as a 0-d tensor without history: a finite number at or above 0, or a 0-d tensor.
-
-    The value of a tensor is not looked at: that would synchronise with its device. Raises :class:`InputError`.
-    """
-    if isinstance(reversal, Tensor):
-        if reversal.dim() != 0:
-            raise InputError(f"{where}: reversal has shape {list(reversal.shape)}; pass a float or a 0-d tensor")
-        if reversal.requires_grad or type(reversal) is nn.Parameter:
-            raise InputError(f"{where}: reversal is a parameter, but λ takes no gradient; pass reversal.detach()")
-        return reversal.to(device=device, dtype=dtype)
-    if type(reversal) is not float and (isinstance(reversal, bool) or not isinstance(reversal, numbers.Real)):
-        raise InputError(f"{where}: reversal is a {type(reversal).__name__}; pass a float or a 0-d tensor")
-    if not 0 <= reversal < float("inf"):
-        raise InputError(f"{where}: reversal is {reversal}; it must be finite and not negative (0 cuts the branch)")
-    return torch.full((), float(reversal), dtype=dtype, device=device)
+    """λ as a 0-d tensor without history; raises what :func:`check_reversal` raises."""
+    value = check_reversal(reversal, where)
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class _GradReverse(torch.autograd.Function):

@@ -106,6 +106,7 @@ def test_the_search_is_on_validation_only_and_takes_the_best_candidate(tmp_path,
             assert result.arrays == {}
             s = result.values["scores"]
             values.append((s["complete"]["score"] + (s["missing_0.2"]["score"] + s["missing_0.5"]["score"]) / 2) / 2)
+        assert [c["score"] for c in record["candidates"]] == pytest.approx(values)
         assert record["selected"] == METHODS["dropout"].search[values.index(max(values))]
         assert finished.runs[0].job.settings["config"]["lr"] == record["selected"]["lr"]
     assert selected[0] == selected[1]
@@ -234,8 +235,9 @@ def test_several_workers_give_the_same_numbers_as_one(tmp_path, seed):
     grid = Grid(
         [MethodConfig.parse("vanilla", {"method": "vanilla"})], [data_config(tmp_path, seed)], [0, 1], tune="never"
     )
-    one, two = (run_grid(grid, tmp_path / str(n), workers=n, on_event=silent).runs for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
+    one, two = (run_grid(grid, tmp_path / str(n), workers=n, on_event=silent) for n in (1, 2))
+    assert one.selected == two.selected == {("vanilla", "mine"): METHODS["vanilla"].search[0]}
+    for a, b in zip(one.runs, two.runs, strict=True):
         assert a.result.values["scores"] == b.result.values["scores"]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from mmc_fast.cli.compare import print_comparison
-from mmc_fast.diagnose.statistics import ResampledScores, holm
+from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import MethodConfig
 from mmc_fast.experiments.compare.findings import UNDER_PERFORMING, find
@@ -48,25 +48,6 @@ def fabricated(seed: int, seeds: int = 4, methods=METHODS, selected=None) -> Fin
             job = Job(f"runs/made/{method.name}-{s}", score, {})
             runs.append(Run(method.name, "made", s, job, Result({}, values, arrays, None, 1.0, 1)))
     return Finished({(m.name, "made"): selected or {} for m in methods}, runs)
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-def test_p_of_zero_is_that_of_the_interval(seed):
-    g = np.random.default_rng(seed)
-    plain = g.normal(0.3, 1, size=5)
-    found = ResampledScores(plain, plain[:, None] + 0.2 * g.normal(size=(5, 400)))
-    p = found.interval().p_zero
-    low = found.interval(1 - p - 1e-6)
-    high = found.interval(1 - p + 1e-6)
-    assert low.excludes(0.0)
-    assert not high.excludes(0.0)
-    constant = ResampledScores(np.zeros(3), np.zeros((3, 50)))
-    assert constant.interval().p_zero == 1.0
 
 
 def test_threshold_tests_and_family(seed):

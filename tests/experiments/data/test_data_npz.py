@@ -85,14 +85,24 @@ def test_a_split_is_drawn_by_class(seed: int, tmp_path: Path) -> None:
     assert got.info["split"] == f"drawn with seed {seed}"
 
 
-def test_a_split_keeps_groups_whole(seed: int, tmp_path: Path) -> None:
+def test_groups_are_dealt_whole_by_their_highest_label(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 200, 1000)
-    changes = {"split": DROP, "ids": ids, "y": (rng.random(1000) < 0.2).astype(int)}
-    changes |= {"x_a": rng.normal(size=(1000, 2)), "x_b": rng.normal(size=(1000, 2))}
-    got = data.load(write(tmp_path / "d.npz", changes), split_seed=seed)  # the data set checks that ids are disjoint
-    shares = np.bincount(got.split.numpy()) / 1000
-    np.testing.assert_allclose(shares, [0.6, 0.1, 0.3], atol=0.1)
+    ids, labels = rng.integers(0, 100, 500), rng.choice([0, 1, 2], 500, p=[0.85, 0.1, 0.05])
+    changes = {
+        "split": DROP,
+        "ids": ids,
+        "y": labels,
+        "x_a": rng.normal(size=(500, 2)),
+        "x_b": rng.normal(size=(500, 2)),
+    }
+    got = data.load(write(tmp_path / "d.npz", changes), split_seed=seed)
+    names, expected, draw = sorted(set(ids)), {}, np.random.default_rng(seed)
+    highest = [max(labels[ids == name]) for name in names]
+    for label in (0, 1, 2):
+        dealt = draw.permutation([n for n, top in enumerate(highest) if top == label])
+        for place, n in enumerate(dealt):
+            expected[names[n]] = (place >= round(0.6 * len(dealt))) + (place >= round(0.7 * len(dealt)))
+    assert got.split.tolist() == [expected[name] for name in ids]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

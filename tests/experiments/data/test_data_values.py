@@ -10,7 +10,7 @@ import torch
 from data_files import arrays, edited, write
 
 from mmc_fast.experiments import data
-from mmc_fast.experiments.data import scaler
+from mmc_fast.experiments.data import raw
 
 
 def with_gaps(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -103,7 +103,7 @@ def test_chunks_do_not_matter(seed: int, tmp_path: Path, monkeypatch: pytest.Mon
     base, _, present = with_gaps(seed)
     path = write(tmp_path / "d.npz", {**base, "present_a": present})
     whole = data.load(path, nan_policy="indicator").features["a"]
-    monkeypatch.setattr(scaler, "_CHUNK", 7)
+    monkeypatch.setattr(raw, "_CHUNK", 7)
     torch.testing.assert_close(data.load(path, nan_policy="indicator").features["a"], whole)
 
 

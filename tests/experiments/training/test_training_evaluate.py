@@ -10,7 +10,7 @@ from training_data import small, tiny
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import mcar
-from mmc_fast.experiments.training import evaluate, predict, train
+from mmc_fast.experiments.training import evaluate, parts, predict, train
 from mmc_fast.experiments.training import evaluate as public_evaluate
 from mmc_fast.experiments.training.evaluate import masks_at, measure
 from mmc_fast.experiments.training.metrics import score, scores
@@ -120,6 +120,19 @@ def test_reliance_replaces_inputs_by_train_means_only(seed):
         torch.testing.assert_close(found[f"single_modality_{name}"], complete(model, part, only), rtol=1e-4, atol=1e-6)
 
 
+def test_data_that_are_streamed_have_the_same_scores(seed, monkeypatch):
+    monkeypatch.setattr(parts, "STREAM_ROWS", 7)
+    dataset = tiny(seed, absent=0.2)
+    result = train(dataset, small("ebr", epochs=1), seed=seed)
+    whole, some = (
+        measure(result.model, d, "test", (0.3,), seed, result.unimodal, True, "error")[1].probabilities
+        for d in (dataset, replace(dataset, streamed=True))
+    )
+    assert whole.keys() == some.keys() >= {"complete", "missing_0.3", "leave_one_out_a", "unimodal_c"}
+    for name, p in whole.items():
+        torch.testing.assert_close(some[name], p, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_masks_are_the_same_for_every_method(seed):
     dataset = tiny(seed, absent=0.2)
     found = {}
@@ -128,8 +141,10 @@ def test_masks_are_the_same_for_every_method(seed):
         scores_ = train(dataset, replace(config, rates=(0.2, 0.5)), seed=seed).results["scores"]
         found[method] = [m["realised"] for m in scores_["missing"]]
     assert found["vanilla"] == found["dropout"] == found["ebr"]
-    a, b = masks_at(dataset.present, 0.5, seed, "test")[0], masks_at(dataset.present, 0.5, seed + 1, "test")[0]
-    assert not torch.equal(a, b)
+    present = torch.ones(500, 3, dtype=torch.bool)
+    drawn = [masks_at(present, 0.5, s, part)[0] for s, part in ((seed, "test"), (seed + 1, "test"), (seed, "train"))]
+    assert not any(torch.equal(drawn[i], drawn[i - 1]) for i in range(3))
+    assert (masks_at(present, 0.6, seed, "test")[0] & ~masks_at(present, 0.3, seed, "test")[0]).any()  # not nested
 
 
 def test_masks_keep_every_row_alive_at_the_highest_rate(seed):
@@ -196,7 +211,10 @@ def test_evaluation_leaves_model_and_data_alone(seed):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     features = {k: v.clone() for k, v in dataset.features.items()}
     model.train()
-    first, second = evaluate(model, dataset), evaluate(model, dataset)
+    first, second = (
+        evaluate(model, dataset),
+        evaluate(model, dataset, part="test", seed=0, rates=(0.1, 0.2, 0.3, 0.4, 0.7)),
+    )
     assert first == second
     assert model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

@@ -11,10 +11,10 @@ from training_data import small, tiny
 
 from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.diagnosis import RunAdapter
 from mmc_fast.experiments.methods import get
 from mmc_fast.experiments.methods.base import Task
 from mmc_fast.experiments.training import TrainConfig, load_run, train
+from mmc_fast.experiments.training.adapter import RunAdapter
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Rows, Stepper

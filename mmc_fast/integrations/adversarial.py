@@ -1,4 +1,4 @@
-"""The two-player game in one forward: who wins, and how hard both pull."""
+"""The adversarial term in one forward: how well ψ tells modalities apart, and the gradients on both sides."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmc_fast.nn import EBRHead
 
 from .losses import Record, counts, psi_logits
 
-__all__ = ["game_figures"]
+__all__ = ["adversarial_figures"]
 
 
-def game_figures(
+def adversarial_figures(
     records: Sequence[Record], head: EBRHead, sites: Sequence[nn.Module], loss: Tensor
 ) -> dict[str, float]:
-    """Figures of :meth:`mmc_fast.integrations.EBRHandle.game` for the discrimination loss ``loss`` of ``records``."""
+    """Figures of :meth:`mmc_fast.integrations.EBRHandle.adversarial` for the discrimination loss ``loss`` of ``records``."""
     entropy = _presence_entropy(records, len(head.dims))
     figures = {"loss_md": float(loss.detach())}
     figures["loss_md_over_entropy"] = figures["loss_md"] / entropy if entropy > 0 else float("nan")
@@ -35,8 +35,8 @@ def game_figures(
 def _presence_entropy(records: Sequence[Record], m: int) -> float:
     """H(pi) in nats of the modality frequencies among present (sample, modality) pairs."""
     n = torch.zeros(m, dtype=torch.float64)
-    for record, count in zip(records, counts(records), strict=True):
-        n[record.modality] += count.cpu()
+    for record in records:
+        n[record.modality] += int(counts(record))
     return float(torch.special.entr(n / n.sum().clamp(min=1)).sum())
 
 
@@ -44,10 +44,10 @@ def _presence_entropy(records: Sequence[Record], m: int) -> float:
 def _psi_accuracy(records: Sequence[Record], psi: nn.Module) -> float:
     """Share of rows that psi assigns to their modality, every present (sample, modality) weighing the same."""
     hits = samples = 0.0
-    for record, logits in zip(records, psi_logits(records, psi, None), strict=True):
-        batch = logits.shape[0]
-        right = (logits.argmax(-1) == record.modality).reshape(batch, -1).cpu()
-        here = torch.ones_like(right) if record.present is None else record.present.reshape(batch, -1).cpu()
+    for record in records:
+        logits = psi_logits(record.latents, psi)
+        right = (logits.argmax(-1) == record.modality).unsqueeze(-1).flatten(1).cpu()
+        here = torch.ones_like(right) if record.present is None else record.present.unsqueeze(-1).flatten(1).cpu()
         rows = here.sum(1)
         hits += float(((right & here).sum(1) / rows.clamp(min=1)).sum())
         samples += float((rows > 0).sum())
@@ -55,5 +55,9 @@ def _psi_accuracy(records: Sequence[Record], psi: nn.Module) -> float:
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    squares = [g.double().square().sum().cpu() for g in gradients if g is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    norms = [
+        torch.linalg.vector_norm(g if g.dtype == torch.float64 else g.float()).cpu().double()
+        for g in gradients
+        if g is not None
+    ]
+    return float(torch.stack(norms).norm()) if norms else 0.0

@@ -1,0 +1,181 @@
+"""Further measures of a diagnosis, from the kept rows and from single batches: information, refitted heads, EMAP, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmc_fast.errors import InputError
+
+from .absence import Condition, Remover, conditions_of
+from .adapter import Adapter, flat
+from .collect import Collector, checked_features
+from .groups import stream
+from .layers import ChainSums
+from .measures import information
+from .measures.blocks import effective_rank, spectrum
+from .measures.outputs import emap_outputs
+from .measures.refitted import class_variance_share, conditional_utilisation
+from .measures.similarity import covariance_of
+from .result import Measure
+from .sampled import features_of
+from .statistics import weighted_scores
+from .subsets import SubsetRows
+from .tasks import Task
+
+__all__ = ["emap_measures", "information_measures", "remaining_measures", "unlabelled_pass", "utilisation_measures"]
+
+COMPONENTS = 16
+PARTNERS = 256
+REPRESENTED_ROWS = 2048
+
+
+def information_measures(
+    measures: dict[str, Measure], arrays: dict[str, Any], notes: list[str], collector: Collector
+) -> None:
+    """Gaussian information about the class, of each modality and the rest, and the margin of distillation between them."""
+    labels, names = collector.reservoir.columns["labels"], list(collector.widths)
+    target = information.one_hot(labels)
+    count = min(COMPONENTS, (len(labels) // 4 - target.shape[1]) // len(names))
+    if len(names) < 2 or not target.shape[1]:
+        return
+    if count < 1:
+        notes.append(f"{len(labels)} samples are too few for information of {len(names)} modalities and the classes.")
+        return
+    parts = {name: information.components(x, count) for name, x in features_of(collector).items()}
+    for name in names:
+        rest = torch.cat([x for other, x in parts.items() if other != name], 1)
+        rest = information.components(rest, rest.shape[1])  # what modalities share would make it singular
+        found = information.gaussian_pid(parts[name], rest, target)
+        measures |= {
+            f"pid.{kind}.{name}": _measure(getattr(found, kind))
+            for kind in ("redundancy", "unique", "unique_rest", "synergy")
+        }
+    margins = {}
+    for student in names:
+        margins[student] = {
+            teacher: information.distillation_margin(parts[teacher], parts[student], target)
+            for teacher in names if teacher != student
+        }  # fmt: skip
+        measures[f"distillation.{student}"] = _measure(max(margins[student].values(), key=lambda i: i.value))
+    arrays["distillation"] = {s: {t: i.value for t, i in of.items()} for s, of in margins.items()}
+    arrays["information_components"] = {name: x.shape[1] for name, x in parts.items()}
+
+
+def utilisation_measures(measures: dict[str, Measure], notes: list[str], collector: Collector, seed: int) -> None:
+    """Conditional utilisation of the frozen features."""
+    try:
+        found = conditional_utilisation(features_of(collector), collector.reservoir.columns["labels"], seed=seed)
+    except InputError as error:
+        notes.append(f"No head was refitted: {error}.")
+        return
+    measures |= {f"utilisation.{name}": _measure(i) for name, i in found.items()}
+
+
+@torch.no_grad()
+def emap_measures(
+    measures: dict[str, Measure],
+    adapter: Adapter,
+    batches: Iterable[tuple[int, Any]],
+    collector: Collector,
+    task: Task,
+    seed: int,
+) -> int:
+    """Scores with and without interactions of modalities on the first batch; returns its number of rows."""
+    batch = next(iter(batches))[1]
+    features = checked_features(adapter, batch, collector.widths, 0)
+    labels = collector.labels(batch)
+    assert labels is not None
+    additive = emap_outputs(adapter.fuse, features, PARTNERS, stream(seed, "emap")).cpu()
+    for name, outputs in (("emap.all", adapter.fuse(features).double().cpu()), ("emap.score", additive)):
+        measures[name] = Measure(_score(task, outputs, labels))
+    return len(labels)
+
+
+@torch.no_grad()
+def remaining_measures(
+    measures: dict[str, Measure], adapter: Adapter, batches: Iterable[tuple[int, Any]], collector: Collector, seed: int
+) -> None:
+    """Effective rank and η² of the fused representation without each modality (features of other samples), on the first rows."""
+    represent = _representation(adapter, collector)
+    names, donors = list(collector.widths), collector.reservoir.columns["x"]
+    remover = Remover(_Represents(represent), collector.widths, donors, donors.mean(0))  # type: ignore[arg-type]
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("", *names)}
+    labels: list[Tensor] = []
+    for index, batch in batches:
+        features = checked_features(adapter, batch, collector.widths, index)
+        drawn = remover.drawn(len(next(iter(features.values()))), stream(seed, "remaining", index))
+        for name in rows:
+            condition = Condition(tuple(other != name for other in names), "resample")
+            rows[name].append(remover.outputs(features, condition, drawn).flatten(1).cpu())
+        found = collector.labels(batch)
+        labels += [] if found is None else [found]
+        if sum(map(len, rows[""])) >= REPRESENTED_ROWS:
+            break
+    for name, parts in rows.items():
+        x, shown = torch.cat(parts), name or "all"
+        measures[f"remaining.rank.{shown}"] = Measure(effective_rank(spectrum(covariance_of(x)).sqrt()))
+        if labels and collector.task is not None and collector.task.kind == "classes":
+            share = class_variance_share(x, torch.cat(labels))
+            measures[f"remaining.eta2.{shown}"] = Measure(share if np.isfinite(share) else None)
+
+
+@torch.no_grad()
+def unlabelled_pass(
+    adapter: Adapter, batches: Iterable[tuple[int, Any]], collector: Collector, absence: str, size: int, seed: int
+) -> SubsetRows:
+    """Answers of all coalitions where there are no labels to score, on the first ``size`` rows."""
+    names, donors = list(collector.widths), collector.reservoir.columns["x"]
+    remover = Remover(adapter, collector.widths, donors, donors.mean(0))
+    rows = SubsetRows(None, names, size, seed)
+    conditions = {k: v[0] for k, v in conditions_of(len(names), absence, 1).items() if k.startswith("coalition.")}
+    for index, batch in batches:
+        features = checked_features(adapter, batch, collector.widths, index)
+        drawn = remover.drawn(len(next(iter(features.values()))), stream(seed, "donors", index))
+        outputs = {int(k.split(".")[1]): remover.outputs(features, c, drawn) for k, c in conditions.items()}
+        rows.add(index, outputs, None)
+        if rows.rows >= size:
+            break
+    return rows
+
+
+class _Represents:
+    """The fused representation in place of the outputs."""
+
+    def __init__(self, represent: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        self.fuse = represent
+
+
+def _representation(adapter: Adapter, collector: Collector) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    if isinstance(collector.chain, ChainSums):
+        chain = collector.chain
+        return lambda features: chain.inputs(flat(features).float())[-1]
+    return getattr(adapter, "represent", None) or adapter.fuse
+
+
+def _score(task: Task, outputs: Tensor, labels: Tensor) -> float:
+    if task.score is not None:
+        return float(task.score(outputs, labels))
+    y = labels.numpy()
+    if task.metric in ("accuracy", "auroc"):
+        if outputs.shape[1] == 1:
+            outputs = torch.cat([-outputs, outputs], 1)
+        shown = outputs if task.metric == "accuracy" else outputs[:, 1] - outputs[:, 0]
+        return float(weighted_scores(task.metric, y, shown.numpy(), np.ones((1, len(y))))[0])
+    if task.metric == "f1":
+        guess, truth = outputs > 0, labels.bool()
+        return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
+    residual, spread = (outputs - labels).square().sum(0), (labels - labels.mean(0)).square().sum(0)
+    return float((1 - residual / spread).mean())
+
+
+def _measure(found: information.Information) -> Measure:
+    """With the interval of Student's t over the 16 groups of the jackknife (95 %)."""
+    if not np.isfinite(found.value):
+        return Measure(None)
+    half = 2.131 * found.error
+    return Measure(found.value, found.error, found.value - half, found.value + half)

@@ -1,0 +1,55 @@
+"""What the outputs of a model depend on, without labels: shares of their change, and whether modalities interact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .reliance import shapley_values
+
+__all__ = ["emap_outputs", "output_shapley"]
+
+
+def output_shapley(moved: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Shares ``[m]`` of the outputs that come from each modality, without labels; they add up to 1.
+
+    ``moved [2^m]``: mean squared distance ``E‖p_S − p‖²`` of the outputs with modalities S only to those with all (last entry 0;
+    bit i of the position says whether modality i is in). The Shapley values of ``v(S) = −E‖p_S − p‖²`` over ``v(all) − v(none)``;
+    NaN where the outputs never move. Source: Covert et al., NeurIPS 2020 (SAGE with the model's own output for a label);
+    MM-SHAP (Parcalabescu and Frank, ACL 2023) asks the same of single samples. Limits: moving the outputs is not helping them.
+    Rescaling an encoder changes nothing.
+    """
+    values = -np.asarray(moved, dtype=np.float64)
+    total = values[-1] - values[0]
+    shares = shapley_values(values)
+    return shares / total if total > 0 else np.full_like(shares, np.nan)
+
+
+@torch.no_grad()
+def emap_outputs(
+    fuse: Callable[[dict[str, Tensor]], Tensor],
+    features: Mapping[str, Tensor],
+    partners: int | None = None,
+    random: torch.Generator | None = None,
+) -> Tensor:
+    """The additive part of the outputs ``[n, C]``, float64: what is left where modalities may not interact (EMAP).
+
+    ``f̂_a = μ + Σ_i (1/n Σ_b f(x_i of a, all others of b) − μ_i)``, ``μ_i`` the mean over all a and b, ``μ`` the mean of the μ_i.
+    Where f is a sum of functions of one modality each, f̂ = f. Predictions as good as those of f mean that fusion uses no
+    interaction of modalities. n calls of ``fuse`` with n rows for each modality, quadratic, so give a stated subsample;
+    ``partners``: only so many b for each a, drawn at ``random``.
+    Source: Hessel and Lee, EMNLP 2020 (two modalities; for more the others move together). Limits: interactions in the
+    outputs before the softmax. Rescaling an encoder changes nothing.
+    """
+    names, n = list(features), len(next(iter(features.values())))
+    shifts = torch.randperm(n, generator=random)[:partners].tolist()
+    parts, means = [], []
+    for name in names:
+        rolled = ({k: x if k == name else x.roll(shift, 0) for k, x in features.items()} for shift in shifts)
+        conditional = torch.stack([fuse(f).double() for f in rolled]).mean(0)
+        means.append(conditional.mean(0))
+        parts.append(conditional - means[-1])
+    return torch.stack(means).mean(0) + torch.stack(parts).sum(0)

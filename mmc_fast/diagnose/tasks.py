@@ -1,0 +1,158 @@
+"""What a model is asked for: classes, several labels, numbers; how labels are read, and which score is the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmc_fast._util.names import unknown
+from mmc_fast.errors import InputError
+
+from .adapter import Adapter
+
+__all__ = ["METRICS", "Metric", "Task", "metric_name"]
+
+METRICS = {"accuracy": "classes", "auroc": "classes", "f1": "labels", "r2": "numbers"}
+"""Score -> the kind of task that has it."""
+
+Metric = str | Callable[[Tensor, Tensor], float]
+
+
+def metric_name(metric: Metric | None) -> str | None:
+    """The name of a score, that of the function where it is one."""
+    return getattr(metric, "__name__", type(metric).__name__) if callable(metric) else metric
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labels of one kind and the score of outputs ``[N, C]`` against them; larger scores are better.
+
+    kind: "classes" (int64 ``[N]``), "labels" (several 0/1 labels ``[N, C]``), "numbers" (float ``[N, C]``, a regression).
+    metric: "accuracy"; "auroc" (two classes; also a pair's similarity ``[N, 1]`` of two towers, label 1 where it matches);
+    "f1" (micro-averaged over labels, positive above 0); "r2" (mean over outputs of ``1 − Σ(y − ŷ)² / Σ(y − ȳ)²``); or the name of
+    ``score``, a function ``(outputs, labels) -> float``.
+    """
+
+    kind: str
+    metric: str
+    outputs: int
+    score: Callable[[Tensor, Tensor], float] | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter, batch: Any, outputs: int, metric: Metric | None) -> Task | None:
+        """The task of the labels of a first batch; None where it has none."""
+        found = _given(adapter, batch)
+        if found is None:
+            return None
+        labels = _tensor(found, adapter)
+        kind = METRICS[metric] if isinstance(metric, str) else _kind(labels, outputs)
+        if kind == "classes" and metric == "auroc" and outputs > 2:
+            raise InputError(
+                f"diagnose: metric 'auroc' is for 2 classes and there are {outputs} outputs; use 'accuracy'"
+            )
+        usual = {"classes": "auroc" if outputs <= 2 else "accuracy", "labels": "f1", "numbers": "r2"}[kind]
+        name = metric_name(metric) or usual
+        return cls(kind, name, outputs, metric if callable(metric) else None)
+
+    def labels(self, adapter: Adapter, batch: Any) -> Tensor | None:
+        """Labels of a batch as this task has them, on the CPU; None where there are none."""
+        found = _given(adapter, batch)
+        if found is None:
+            return None
+        y = _tensor(found, adapter)
+        if self.kind == "numbers":
+            y = y.float().reshape(len(y), -1)
+            if y.shape[1] != self.outputs or not bool(y.isfinite().all()):
+                raise InputError(
+                    f"diagnose: labels of a regression are {list(y.shape)} for {self.outputs} outputs; give finite numbers "
+                    "[samples, outputs]"
+                )
+            return y
+        if self.kind == "labels":
+            if y.dim() != 2 or y.shape[1] != self.outputs or not _binary(y):
+                raise InputError(
+                    f"diagnose: several labels are {list(y.shape)} for {self.outputs} outputs; give 0 or 1 [samples, outputs]"
+                )
+            return y.long()
+        if y.dim() == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if y.dim() == 2:
+            if not _one_hot(y) or y.shape[1] != self.outputs:
+                raise InputError(
+                    "diagnose: labels of the first batch are one-hot and these are not; for several labels a sample give "
+                    "metric='f1', else class numbers [samples]"
+                )
+            y = y.argmax(1)
+        if y.is_floating_point() and not bool((y == y.round()).all()):
+            raise InputError("diagnose: labels are no whole numbers; for a regression give metric='r2'")
+        y = y.long()
+        if len(y) and (int(y.min()) < 0 or int(y.max()) >= max(2, self.outputs)):
+            raise InputError(
+                f"diagnose: labels run from {int(y.min())} to {int(y.max())} for {self.outputs} outputs; number the classes "
+                "0, 1, 2, ..., one output each"
+            )
+        return y
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Outputs on a scale of answers, ``[N, C]``: probabilities, or the numbers themselves (float64)."""
+        y = outputs.double() if self.kind == "numbers" else outputs.float()
+        if self.kind == "numbers":
+            return y
+        return y.softmax(-1) if self.kind == "classes" and y.shape[-1] > 1 else y.sigmoid()
+
+
+def _given(adapter: Adapter, batch: Any) -> Any:
+    own = getattr(adapter, "labels", None)
+    if own is not None:
+        return own(batch)
+    return batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def _tensor(found: Any, adapter: Adapter) -> Tensor:
+    """Labels as a tensor on the CPU; text by the adapter's ``classes``."""
+    if isinstance(found, np.ndarray) and found.dtype.kind in "biuf":
+        found = torch.from_numpy(np.ascontiguousarray(found))
+    if not isinstance(found, Tensor) and isinstance(found, (Sequence, np.ndarray)) and not isinstance(found, str):
+        values = list(found)
+        if values and all(isinstance(v, str) for v in values):
+            classes = [str(c) for c in getattr(adapter, "classes", None) or []]
+            if not classes:
+                raise InputError(
+                    f"diagnose: labels are text ({str(values[0])!r}, ...); give class numbers in the order of the outputs, or "
+                    "name the classes: adapter.classes = ['cat', 'dog', ...]"
+                )
+            for value in values:
+                if value not in classes:
+                    raise unknown("class", str(value), classes)
+            return torch.tensor([classes.index(str(v)) for v in values])
+        if all(isinstance(v, (int, float, np.number)) for v in values):
+            found = torch.tensor([float(v) if isinstance(v, (float, np.floating)) else int(v) for v in values])
+    if not isinstance(found, Tensor) or found.dim() not in (1, 2):
+        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(
+            f"diagnose: labels are {got}; give class numbers [samples], 0/1 labels or numbers [samples, outputs], or None"
+        )
+    return found.detach().cpu()
+
+
+def _kind(y: Tensor, outputs: int) -> str:
+    if y.dim() == 2 and y.shape[1] > 1:
+        if _binary(y):
+            return "classes" if _one_hot(y) and y.shape[1] == outputs else "labels"
+        return "numbers"
+    if y.is_floating_point() and outputs <= 1 and not _binary(y):
+        return "numbers"
+    return "classes"
+
+
+def _binary(y: Tensor) -> bool:
+    return bool(((y == 0) | (y == 1)).all())
+
+
+def _one_hot(y: Tensor) -> bool:
+    return _binary(y) and bool((y.sum(1) == 1).all())

@@ -1,0 +1,175 @@
+"""Calibration, shares of outputs, information and refitted heads, each against an independent computation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmc_fast.diagnose.measures.calibration import brier_score, expected_calibration_error, silent_failures
+from mmc_fast.diagnose.measures.information import (
+    components,
+    distillation_margin,
+    gaussian_information,
+    gaussian_pid,
+    one_hot,
+)  # fmt: skip
+from mmc_fast.diagnose.measures.outputs import emap_outputs, output_shapley
+from mmc_fast.diagnose.measures.refitted import class_variance_share, conditional_utilisation
+from mmc_fast.errors import InputError
+
+
+def test_calibration_by_hand(generator: torch.Generator) -> None:
+    confidence = torch.rand(400, generator=generator, dtype=torch.float64)
+    correct = torch.rand(400, generator=generator) < confidence**2
+    expected = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            gap = correct[inside].double().mean() - confidence[inside].mean()
+            expected += float(inside.double().mean() * gap.abs())
+    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-12)
+    assert expected_calibration_error(torch.ones(5), torch.ones(5, dtype=torch.bool)) == 0
+    p = torch.rand(60, 4, generator=generator, dtype=torch.float64).softmax(1)
+    y = torch.randint(4, (60,), generator=generator)
+    by_hand = [sum((p[n, c] - float(c == y[n])) ** 2 for c in range(4)) for n in range(60)]
+    torch.testing.assert_close(brier_score(p, y), torch.stack(by_hand))
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    two = torch.rand(60, generator=generator, dtype=torch.float64)
+    truth = torch.randint(2, (60,), generator=generator)
+    ours = brier_score(torch.stack([1 - two, two], 1), truth).mean() / 2
+    assert float(ours) == pytest.approx(metrics.brier_score_loss(truth.numpy(), two.numpy()))
+    with pytest.raises(InputError, match=r"give two \[N\]"):
+        expected_calibration_error(confidence, correct[:3])
+    with pytest.raises(InputError, match=r"give \[N, C\] and \[N\]"):
+        brier_score(p, y[:3])
+
+
+def test_silent_failures() -> None:
+    right = torch.tensor([True, True, True, False])
+    without = torch.tensor([False, False, True, False])
+    confidence = torch.tensor([0.95, 0.5, 0.99, 0.99])
+    assert silent_failures(right, without, confidence).tolist() == [True, False, False, False]
+    assert silent_failures(right, without, confidence, 0.5).tolist() == [True, True, False, False]
+
+
+def test_output_shapley_averages_over_orders(generator: torch.Generator) -> None:
+    """Against the definition: the mean over all orders of what each modality adds."""
+    moved = torch.rand(8, generator=generator, dtype=torch.float64).numpy()
+    moved[-1], moved[0] = 0.0, 2.0
+    expected = np.zeros(3)
+    for order in itertools.permutations(range(3)):
+        inside = 0
+        for i in order:
+            expected[i] += (moved[inside] - moved[inside | 1 << i]) / 6
+            inside |= 1 << i
+    np.testing.assert_allclose(output_shapley(moved), expected / 2.0)
+    assert output_shapley(moved).sum() == pytest.approx(1)
+    assert np.isnan(output_shapley(np.zeros(4))).all()
+
+
+def test_emap_is_the_additive_part(generator: torch.Generator) -> None:
+    a, b = torch.randn(30, 3, generator=generator), torch.randn(30, 2, generator=generator)
+    w, v = torch.randn(3, 4, generator=generator), torch.randn(2, 4, generator=generator)
+
+    def fuse(f):
+        return (f["a"] @ w).tanh() + (f["b"] @ v) + (f["a"] @ w) * (f["b"] @ v)
+
+    every = torch.stack(
+        [torch.stack([fuse({"a": a[i : i + 1], "b": b[j : j + 1]})[0] for j in range(30)]) for i in range(30)]
+    )
+    expected = every.mean(1) + every.mean(0) - every.mean((0, 1))  # Hessel and Lee, algorithm 1
+    torch.testing.assert_close(emap_outputs(fuse, {"a": a, "b": b}), expected.double(), rtol=1e-4, atol=1e-5)
+    c = torch.randn(30, 2, generator=generator)
+
+    def additive(f):
+        return (f["a"] @ w).tanh() + (f["b"] @ v).exp() - (f["c"] @ v)
+
+    three = {"a": a, "b": b, "c": c}
+    torch.testing.assert_close(emap_outputs(additive, three), additive(three).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_information_of_gaussians_is_unbiased(generator: torch.Generator) -> None:
+    """Closed form of a known covariance; few rows, so that the plain estimate would be far too large."""
+    mix = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    covariance = mix @ mix.t() + 2 * torch.eye(5, dtype=torch.float64)
+    truth = 0.5 * float(torch.logdet(covariance[:3, :3]) + torch.logdet(covariance[3:, 3:]) - torch.logdet(covariance))
+    root = torch.linalg.cholesky(covariance)
+    found, plain = [], []
+    for _ in range(600):
+        x = torch.randn(25, 5, generator=generator, dtype=torch.float64) @ root.t()
+        found.append(gaussian_information(x[:, :3], x[:, 3:]))
+        s = torch.cov(x.t())
+        plain.append(0.5 * float(torch.logdet(s[:3, :3]) + torch.logdet(s[3:, 3:]) - torch.logdet(s)))
+    error = np.std(found) / math.sqrt(len(found))
+    assert abs(np.mean(found) - truth) < 4 * error
+    assert np.mean(plain) - truth > 8 * error
+    x = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ root.t()
+    change = torch.randn(3, 3, generator=generator, dtype=torch.float64) * 100
+    assert gaussian_information(x[:, :3] @ change, x[:, 3:]) == pytest.approx(gaussian_information(x[:, :3], x[:, 3:]))
+    with pytest.raises(InputError, match=r"N > p \+ q \+ 1"):
+        gaussian_information(x[:5, :3], x[:5, 3:])
+
+
+def test_parts_of_information_on_known_truth(generator: torch.Generator) -> None:
+    n = 4000
+    s, a, b, noise = torch.randn(4, n, 1, generator=generator, dtype=torch.float64)
+    shared = gaussian_pid(s + 0.1 * a, s + 0.1 * b, s + 0.5 * noise)
+    assert shared.redundancy.value > 0.5
+    assert max(shared.unique.value, shared.unique_rest.value, shared.synergy.value) < 0.1
+    own = gaussian_pid(a, b, a + 0.5 * noise)
+    assert own.unique.value == pytest.approx(0.5 * math.log(1 + 4), abs=5 * own.unique.error)
+    assert abs(own.redundancy.value) < 5 * own.redundancy.error + 0.01
+    joint = gaussian_pid(a, a + s, s + 0.1 * noise)  # a alone says nothing, and cleans a + s
+    assert joint.synergy.value > 1
+    assert abs(joint.unique.value) < 0.01
+    total = gaussian_information(torch.cat([a, a + s], 1), s + 0.1 * noise)
+    parts = (joint.redundancy, joint.unique, joint.unique_rest, joint.synergy)
+    assert sum(p.value for p in parts) == pytest.approx(total)
+
+
+def test_the_jackknife_error_is_the_spread_over_samples(generator: torch.Generator) -> None:
+    values, errors = [], []
+    for _ in range(200):
+        x = torch.randn(160, 1, generator=generator, dtype=torch.float64)
+        y = x + torch.randn(160, 1, generator=generator, dtype=torch.float64)
+        found = distillation_margin(x, y, torch.randn(160, 1, generator=generator, dtype=torch.float64))
+        values.append(found.value)
+        errors.append(found.error)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
+    assert np.mean(values) == pytest.approx(0.5 * math.log(2), abs=0.03)
+
+
+def test_components_and_one_hot(generator: torch.Generator) -> None:
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, x[:, :2], torch.ones(50, 1)], 1)
+    found = components(x, 20)
+    assert found.shape == (50, 6)
+    torch.testing.assert_close(torch.cov(found.t()), torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
+    assert one_hot(torch.tensor([3, 7, 7, 9])).tolist() == [[1, 0], [0, 1], [0, 1], [0, 0]]
+
+
+def test_conditional_utilisation(generator: torch.Generator) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    y = torch.randint(3, (1500,), generator=generator)
+    strong = torch.nn.functional.one_hot(y, 3) + 0.1 * torch.randn(1500, 3, generator=generator)
+    noise = torch.randn(1500, 3, generator=generator)
+    found = conditional_utilisation({"strong": strong, "noise": noise}, y)
+    assert found["strong"].value == pytest.approx(2 / 3, abs=0.08)  # from 1 down to chance
+    assert abs(found["noise"].value) < 0.02
+    twice = conditional_utilisation({"strong": strong * 1000, "noise": noise}, y)
+    assert twice["strong"].value == pytest.approx(found["strong"].value, abs=1e-6)
+    redundant = conditional_utilisation({"strong": strong, "copy": strong + 0}, y)
+    assert max(abs(i.value) for i in redundant.values()) < 0.02
+
+
+def test_class_variance_share(generator: torch.Generator) -> None:
+    x = torch.randn(90, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (90,), generator=generator)
+    within = sum(float((x[y == c] - x[y == c].mean(0)).square().sum()) for c in range(3))
+    total = float((x - x.mean(0)).square().sum())
+    assert class_variance_share(x, y) == pytest.approx(1 - within / total)
+    assert math.isnan(class_variance_share(torch.ones(5, 2), torch.arange(5)))
