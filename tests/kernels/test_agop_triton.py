@@ -56,6 +56,7 @@ def test_counts_equal_those_of_the_reference(case, seed):
     dtype = DTYPES[case % 3]
     samples, inputs, units = SIZES[case], draw(SIZES, generator), draw(SIZES, generator)
     x, weight, bias = layer(generator, dtype, samples, inputs, units)
+    weight[0], bias[0] = 0, 0  # a pre-activation of zero is not active
     z = x.double() @ weight.double().t() + bias.double()
     active = (z > 0).long()
     before = torch.randint(-5, 5, (units, units), generator=generator)
