@@ -13,6 +13,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, Union
 
 from mmc_fast._util.names import unknown
+from mmc_fast._util.numbers import plain
 from mmc_fast.errors import InputError
 
 __all__ = ["Count", "NonNegative", "Positive", "Range", "Share", "check", "from_mapping", "to_plain"]
@@ -109,6 +110,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _scalar(value: Any, kind: type, where: str) -> Any:
+    value = plain(value)
     allowed = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]

@@ -91,7 +91,8 @@ class EBRHead(nn.Module):
         for name in self.names or ():
             if not isinstance(name, str) or not name or "." in name:
                 raise InputError(f"EBRHead: a modality is named {name!r}; give a word without dots, it becomes a key")
-        self.latent_dim, self.hidden_dim, self.psi_dims = latent_dim, hidden_dim, tuple(psi_dims)
+        self.latent_dim, self.hidden_dim = int(latent_dim), int(hidden_dim)
+        self.psi_dims = tuple(int(p) for p in psi_dims)
         self.residual, self.normalize = residual, normalize
         self.backend, self.recompute = backend, recompute
         encoders = [_mlp(d, hidden_dim, latent_dim) for d in self.dims]

@@ -22,6 +22,7 @@ from mmc_fast.experiments.data.scratch import budget_bytes
 from mmc_fast.experiments.data.splits import stratified_split
 from mmc_fast.experiments.paper import Plan
 from mmc_fast.experiments.training import TrainConfig, evaluate, train
+from mmc_fast.experiments.training.adapter import RunAdapter
 from mmc_fast.nn import EBRConfig
 
 INTEGERS = [np.int64, np.int32, np.uint8]
@@ -90,7 +91,7 @@ def test_grids_plans_and_data():
 
 def test_measures_and_heads():
     dataset = tiny(0)
-    model = train(dataset, small("vanilla"), seed=0).model
+    model = RunAdapter(train(dataset, small("vanilla"), seed=0).model)
     numbers = {"groups": 8, "resamples": 10, "seed": 1, "sample_rows": 64, "level": 0.75}
     other = {name: np.float32(v) if isinstance(v, float) else np.int64(v) for name, v in numbers.items()}
     assert diagnose(model, dataset, **numbers).to_json() == diagnose(model, dataset, **other).to_json()

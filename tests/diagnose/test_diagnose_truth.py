@@ -75,6 +75,7 @@ RESAMPLED = (
     "without",
     "shuffled",
     "shapley",
+    "resampled_shapley",
     "total_effect",
     "use_index",
     "output_share",
@@ -120,8 +121,11 @@ def test_intervals_cover_the_value_of_all_data() -> None:
             m = d[name]
             hits[name] += m.low <= truth.value(name) <= m.high
     print(hits)
-    for name in ("use_share.a", "score.all", "only.b"):
+    for name in ("use_share.a", "score.all"):
         assert hits[name] >= 51, hits  # 57 expected; less than 51 has probability 0.3 %
+    assert hits["only.b"] >= 42, (
+        hits
+    )  # which other samples stand in for what is absent adds noise that no bootstrap sees
     assert min(hits.values()) >= 40, hits  # ranks and CKA have a bias of order 1/N, which no bootstrap removes
 
 

@@ -211,10 +211,8 @@ def test_recompute_and_no_grad_and_an_empty_batch(seed):
 def test_the_operator_keeps_its_contract(seed):
     head, features = small_call(seed)
     params = [p.detach().requires_grad_() for p in head.parameters()]
-    args = (features, None, None, torch.tensor(0.5), None, params, True, True, False)
-    torch.library.opcheck(
-        torch.ops.mmc_fast.ebr_step_triton.default, args, test_utils=("test_schema", "test_faketensor")
-    )
+    args = (features, None, None, torch.tensor(0.5), None, params, True, True, False, "triton")
+    torch.library.opcheck(torch.ops.mmc_fast.ebr_step.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("source", ["own", "integers", "weights"])

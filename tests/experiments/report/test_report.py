@@ -78,7 +78,23 @@ def comparison_of(quality: dict[str, float]) -> Comparison:
     )
 
 
-def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None) -> dict:
+def entry(unimodal: float, without: float, only: float, shuffled: float, shapley: float, verdict: str) -> dict:
+    """What `evaluate` stores of one modality."""
+    scores = {"unimodal": unimodal, "leave_one_out": without, "single_modality": only}
+    evidence = {
+        "alone": unimodal,
+        "without": without,
+        "only": only,
+        "shuffled": shuffled,
+        "index": shapley,
+        "agop": None,
+    }
+    return {**scores, "shuffled": shuffled, "shapley": shapley, "verdict": verdict, "evidence": evidence}
+
+
+def run(
+    method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label: str | None = None, kind: str = "collapsed"
+) -> dict:
     """A results object of the documented layout."""
     adversarial = {
         "modality_probe": {"balanced_accuracy": fresh, "chance": 0.5},
@@ -108,8 +124,8 @@ def run(method: str, seed: int, *, only: float = 0.3, fresh: float = 0.9, label:
             "complete": 0.9 + 0.01 * seed,
             "missing": [{"rate": r, "realised": [r, r / 2], "score": 0.9 - r} for r in RATES[1:]],
             "reliance": {
-                "strong": {"unimodal": 0.88, "leave_one_out": 0.5, "single_modality": 0.85},
-                "faint": {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": only},
+                "strong": entry(0.88, 0.5, 0.85, 0.4, 0.6, "relied on"),
+                "faint": entry(0.6, 0.9, only, 0.89, 0.01, kind),
             },
         },
     }
@@ -165,7 +181,9 @@ def test_reliance_and_curves_are_means_over_the_runs():
     runs = toy_runs("ebr")
     everything, scored = reliance(runs)
     assert everything == pytest.approx(0.91)
-    assert scored["faint"] == pytest.approx({"alone": 0.6, "without": 0.9, "only": 0.3})
+    assert scored["faint"] == pytest.approx(
+        {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": 0.3, "shuffled": 0.89, "shapley": 0.01}
+    )
     epochs, means, spread = history(runs, "val_score")
     assert epochs == [1, 2, 3]
     assert means[2] == pytest.approx(0.81)
@@ -173,18 +191,21 @@ def test_reliance_and_curves_are_means_over_the_runs():
     assert history(toy_runs("vanilla"), "psi_accuracy") == ([], [], [])
 
 
-def test_verdicts_are_those_of_the_diagnosis():
-    found = {v.modality: v for v in verdicts(toy_runs("vanilla"), 0.25)}
+def test_verdicts_are_those_of_most_runs():
+    runs = [run("vanilla", 0), run("vanilla", 1, only=0.4), run("vanilla", 2, only=0.5, kind="under-used")]
+    found = {v.modality: v for v in verdicts(runs)}
     assert {name: v.kind for name, v in found.items()} == {"strong": "relied on", "faint": "collapsed"}
-    assert found["faint"].evidence["kept"] == pytest.approx(0.05 / 0.35)
-    assert {v.kind for v in verdicts(toy_runs("vanilla", only=0.58), 0.25)} == {"relied on", "redundant"}
-    assert {v.kind for v in verdicts(toy_runs("vanilla"), 0.95)} == {"undecided"}
+    assert found["faint"].evidence == pytest.approx(
+        {"alone": 0.6, "without": 0.9, "only": 0.4, "shuffled": 0.89, "index": 0.01, "runs": 3, "same": 2}
+    )
+    split = {v.modality: v.kind for v in verdicts(runs[1:])}
+    assert split == {"strong": "relied on", "faint": "undecided"}
 
 
 def test_tables_hold_the_numbers():
     by_method = {"vanilla": toy_runs("vanilla"), "EBR": toy_runs("ebr", fresh=0.7)}
-    rows = [[c if isinstance(c, str) else c.text for c in row] for row in reliance_table(by_method, 0.25).rows]
-    assert rows[1] == ["faint", "0.600", "0.900", "0.300", "collapsed", "0.900", "0.300", "collapsed"]
+    rows = [[c if isinstance(c, str) else c.text for c in row] for row in reliance_table(by_method).rows]
+    assert rows[1] == ["faint", "0.600", *["0.890", "0.300", "0.010", "collapsed"] * 2]
     found = probe_table(by_method)
     assert found is not None
     assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
@@ -210,7 +231,7 @@ def full_page() -> str:
     drawings += [draw_reliance(some, title, 0.25) for title, some in runs.items()]
     drawings.append(draw_adversary(runs["EBR"], "EBR", 0.5))
     report = Report("Toy", "A **lead**.", "made by a test")
-    blocks = [Panels([d.figure() for d in drawings]), reliance_table(runs, 0.25), probe_table(runs)]
+    blocks = [Panels([d.figure() for d in drawings]), reliance_table(runs), probe_table(runs)]
     return report.add_section(Section("What the runs show", blocks)).html()
 
 
@@ -316,7 +337,7 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     assert f"{expected[0]:.3f} to {expected[-1]:.3f}" in rates.alt
     reliance_of = draw_reliance(toy_runs("vanilla"), "vanilla", 0.25)
     heights = [round(bar.get_height(), 3) for bar in reliance_of.canvas.axes[0].patches]
-    assert heights == [0.88, 0.6, 0.5, 0.9, 0.85, 0.3]
-    assert "faint unimodal 0.600, left out 0.900, nothing else 0.300" in reliance_of.alt
+    assert heights == [0.88, 0.6, 0.4, 0.89, 0.85, 0.3]
+    assert "faint unimodal 0.600, shuffled 0.890, nothing else 0.300" in reliance_of.alt
     reliance_of.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
