@@ -98,9 +98,9 @@ def test_pure_python_wheel_works_and_says_what_is_missing(sources, tmp_path):
     for part in (
         "py.typed",
         "kernels/agop/coactivation.py",
-        "data/embedded/mfeat.npz",
-        "analysis/report/template/style.css",
-        "mmc_fast/experiments/configs/methods/muse.toml",
+        "experiments/data/embedded/mfeat.npz",
+        "diagnose/template/style.css",
+        "experiments/configs/methods/muse.toml",
     ):
         assert (folder / "mmc_fast" / part).is_file(), part
     assert not (folder / "kernels").exists()

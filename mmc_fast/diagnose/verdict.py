@@ -122,8 +122,7 @@ def _judged(
         evidence = dict(s) | {"all": whole["all"], "chance": chance, "ability": a}
         if a > 0:
             evidence["loss"] = (whole["all"] - s["shuffled"]) / a
-            if used > 0:
-                evidence["index"] = (s["resampled_shapley"] / used) / (a / total)
+            evidence["index"] = (s["resampled_shapley"] / used) / (a / total) if used > 0 else 0.0
         evidence["chance_error"] = whole.get("chance_error", 0.0)
         verdicts.append(ModalityVerdict(name, kind_of(evidence, thresholds), evidence))
     return verdicts

@@ -130,7 +130,7 @@ class Trainer:
             self.order = epoch_order(len(part), self.generators["order"])
             self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
             self.sums.zero_()
-            if self.ranked and config.substitute_in_training:
+            if self.ranked and (config.substitute_in_training or config.consistency > 0):
                 self._refresh()
         self._run_steps(phase, self.order, self.masks.to(self.device))
         entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0

@@ -8,9 +8,11 @@ import pytest
 import torch
 from training_data import small, tiny
 
+from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.result import plain
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import mcar
-from mmc_fast.experiments.training import evaluate, parts, predict, train
+from mmc_fast.experiments.training import evaluate, load_run, parts, predict, train
 from mmc_fast.experiments.training import evaluate as public_evaluate
 from mmc_fast.experiments.training.evaluate import masks_at, measure
 from mmc_fast.experiments.training.metrics import score, scores
@@ -96,28 +98,31 @@ def test_scores_of_a_model_by_hand(seed):
         assert entry["score"] == accuracy(complete(model, part, present=present))
         assert not (present & ~part.present).any()
     assert result["mean_missing"] == pytest.approx(sum(e["score"] for e in result["missing"]) / 2)
-    train_part = dataset.part("train")
-    means = [x[train_part.present[:, i]].mean(0).expand(30, -1) for i, x in enumerate(train_part.features)]
     for i, name in enumerate(dataset.modalities):
-        without = [means[j] if j == i else x for j, x in enumerate(part.features)]
-        only = [x if j == i else means[j] for j, x in enumerate(part.features)]
-        assert result["reliance"][name]["leave_one_out"] == accuracy(complete(model, part, without))
-        assert result["reliance"][name]["single_modality"] == accuracy(complete(model, part, only))
-        assert result["reliance"][name]["unimodal"] is None
+        entry = result["reliance"][name]
+        for kind, kept in (
+            ("leave_one_out", torch.arange(len(dataset.modalities)) != i),
+            ("single_modality", torch.arange(len(dataset.modalities)) == i),
+        ):
+            masked = predict(model, part.features, part.present & kept, on_empty="prior")
+            assert entry[kind] == pytest.approx(accuracy(masked)), "the model's own handling of absent modalities"
+        assert entry["unimodal"] is None
 
 
-def test_reliance_replaces_inputs_by_train_means_only(seed):
-    """Probabilities, not scores: two fillings may well give the same accuracy."""
+@pytest.mark.parametrize("method", ["vanilla", "dropout", "ebr"])
+def test_every_run_is_judged_as_the_diagnosis_judges_it(method, seed, tmp_path):
+    """One measurement: the record of a run, ``evaluate`` and ``diagnose`` say the same of every modality."""
     dataset = tiny(seed, absent=0.2)
-    model, part, train_part = vanilla(seed, dataset), dataset.part("test"), dataset.part("train")
-    settings = {"rates": (), "seed": seed, "unimodal": None, "reliance": True, "on_empty": "error"}
-    found = measure(model, dataset, part="test", **settings)[1].probabilities
-    means = [x[train_part.present[:, i]].mean(0).expand(30, -1) for i, x in enumerate(train_part.features)]
-    for i, name in enumerate(dataset.modalities):
-        without = [means[j] if j == i else x for j, x in enumerate(part.features)]
-        only = [x if j == i else means[j] for j, x in enumerate(part.features)]
-        torch.testing.assert_close(found[f"leave_one_out_{name}"], complete(model, part, without), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found[f"single_modality_{name}"], complete(model, part, only), rtol=1e-4, atol=1e-6)
+    stored = train(dataset, small(method, epochs=3), seed=seed, run_dir=tmp_path / "run").results["scores"]["reliance"]
+    loaded = load_run(tmp_path / "run")
+    again = evaluate(loaded.model, dataset, rates=(), unimodal=loaded.unimodal)["reliance"]
+    found = diagnose(loaded, dataset)
+    assert found.settings["absence"] == "model"
+    for verdict in found.verdicts:
+        kept = plain({k: v for k, v in verdict.evidence.items() if k != "use_share"})
+        for entry in (stored[verdict.modality], again[verdict.modality]):
+            assert (entry["verdict"], entry["evidence"]) == (verdict.kind, kept)
+    assert {"shapley", "shuffled", "total_effect", "ability"} <= set(kept)
 
 
 def test_data_that_are_streamed_have_the_same_scores(seed, monkeypatch):
@@ -128,7 +133,7 @@ def test_data_that_are_streamed_have_the_same_scores(seed, monkeypatch):
         measure(result.model, d, "test", (0.3,), seed, result.unimodal, True, "error")[1].probabilities
         for d in (dataset, replace(dataset, streamed=True))
     )
-    assert whole.keys() == some.keys() >= {"complete", "missing_0.3", "leave_one_out_a", "unimodal_c"}
+    assert whole.keys() == some.keys() >= {"complete", "missing_0.3", "unimodal_c"}
     for name, p in whole.items():
         torch.testing.assert_close(some[name], p, rtol=1e-5, atol=1e-6, equal_nan=True)
 
