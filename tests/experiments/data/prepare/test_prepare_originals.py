@@ -50,6 +50,7 @@ def zip_bytes(name: str, content: bytes) -> bytes:
         ("all.tgz", tar_bytes("release-1/x.csv", CONTENT)),
         ("all.zip", zip_bytes("inner.tar", tar_bytes("x.csv", CONTENT, "w"))),
     ],
+    ids=["plain", "gzip", "zip", "gzip in zip", "tgz", "tar in zip"],
 )
 def test_a_file_is_found_wherever_it_lies(file: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
