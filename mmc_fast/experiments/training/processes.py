@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -157,7 +158,14 @@ def join(device: str, distributed: bool | None) -> Processes:
     strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), timeout=_TIMEOUT)
     fabric = Fabric(accelerator=found.type, devices=here, num_nodes=size // here, strategy=strategy)
     fabric.launch()
+    atexit.register(_leave)
     return Processes(fabric)
+
+
+def _leave() -> None:
+    """Close the process group before the interpreter ends: its threads abort a process that exits under them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first_process() -> bool:
