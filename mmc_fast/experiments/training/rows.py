@@ -84,7 +84,7 @@ def shift_lines(info: Mapping[str, Any]) -> list[str]:
 def predict_rows(
     model: MultimodalModel, preprocessing: Preprocessing | None, name: str, data: Any, options: Mapping[str, Any]
 ) -> RowPredictions:
-    """What :meth:`LoadedRun.predict` promises; ``name``: of the data of the run."""
+    """What :meth:`LoadedRun.predict` gives; ``name``: of the data of the run."""
     if isinstance(data, MultimodalDataset):
         dataset = data
     elif preprocessing is None:
