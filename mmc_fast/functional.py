@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmc_fast._util.autocast import autocast_enabled
 from mmc_fast.ops.dispatch import choose
 from mmc_fast.ops.ebr import op
 from mmc_fast.ops.ebr.reference import Call
@@ -92,7 +93,7 @@ def ebr_step(
     device, double = filled[0].device, filled[0].dtype == torch.float64
     lambda_ = lambda_tensor(reversal, device, torch.float64 if double else torch.float32)
     call = Call(filled, present, source, lambda_, normalizer, params, residual, normalize, recompute, backend)
-    return _autocast(call) if torch.is_autocast_enabled(device.type) and not double else _run(call)
+    return _autocast(call) if autocast_enabled(device.type) and not double else _run(call)
 
 
 def _run(call: Call) -> EBROutput:

@@ -8,22 +8,24 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.autocast import autocast_enabled
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.functional import check_reversal, ebr_step
 from mmc_fast.nn import EBRHead, by_modules
 from mmc_fast.nn.ebr import plain_parameters, read_options
 
-from .deferred import Context, Deferred, autocast_enabled, saving_hooks, unwrap
+from .deferred import Context, Deferred, saving_hooks, unwrap
 from .losses import EBRLosses, Record, sum_of_cross_entropy, sum_of_errors
+from .passes import Pass, Settings, Waiting
 from .site import Site
 
-__all__ = ["Collector", "Pass", "Settings", "SiteHead", "Tap"]
+__all__ = ["Collector", "SiteHead", "Tap"]
 
 
 class SiteHead(EBRHead):
@@ -43,54 +45,6 @@ class SiteHead(EBRHead):
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "sites": self.sites, "apply": self.applied}
-
-
-class Settings(NamedTuple):
-    """What context managers of the handle set: masks by modality, a source, or rows that sites give as they are."""
-
-    masks: list[Tensor | None] | None = None
-    source: Tensor | None = None
-    given: list[Tensor] | None = None
-
-
-class Slot(NamedTuple):
-    """Features of one site that wait for those of the others."""
-
-    site: Site
-    features: Tensor  # as the site gave them
-    rows: Tensor  # [B, ..., d], in the dtype of the head
-    present: Tensor | None
-    context: Context
-    version: int | None
-
-
-class Pass:
-    """One forward of the model, or (``scope``) several that count together."""
-
-    def __init__(self, reversal: float | Tensor, settings: Settings, grad: bool, compiled: bool, scope: bool) -> None:
-        self.reversal, self.settings = reversal, settings
-        self.compiled, self.scope = compiled, scope
-        self.wants_grad = self.grad = grad  # of the pass, and of the forward that runs
-        self.depth = 0  # forwards of the whole model that are running
-        self.taken = False  # the losses were asked for
-        self.records: list[Record] = []
-        self.means: list[tuple[EBRLosses, list[Record]]] = []  # of the calls for all heads, with what they are over
-        self.discrimination: list[Tensor] = []  # sums over samples, of the calls for one
-        self.reconstruction: list[Tensor] = []
-        self.losses: tuple[int, EBRLosses] | None = None
-        self.ran: dict[int, int] = {}  # modality -> calls in this forward
-        self.called: dict[str, int] = {}  # module -> calls in this forward
-        self.pending: dict[int, Slot] = {}
-        self.values: dict[int, Tensor] = {}  # what sites whose head has run give to the model
-        self.contexts: dict[int, Context] = {}
-        self.lent: set[int] = set()  # those that the model may have changed
-        self.at_fusion = False
-        self.alone: str | None = None  # why no head waits for others; "" where they do
-        self.together = False  # one call of the op served all heads
-
-    def counts(self) -> bool:
-        """Whether rows count that are given now: in a step with gradients, those of a look without do not."""
-        return not self.scope or torch.is_grad_enabled() or not self.wants_grad
 
 
 _PASSES: ContextVar[dict[int, Pass]] = ContextVar("mmc_fast_passes")
@@ -341,9 +295,9 @@ class Collector:
         why = self._why_alone(found, i, traced, again)
         if why is None:
             version = None if features.is_inference() else features._version
-            slot = Slot(site, features, rows, present, Context(rows.device.type), version)
-            found.pending[i] = slot
-            found.contexts[i] = slot.context
+            one = Waiting(site, features, rows, present, Context(rows.device.type), version)
+            found.pending[i] = one
+            found.contexts[i] = one.context
             grads = torch.is_grad_enabled() and (
                 features.requires_grad or any(p.requires_grad for p in head.parameters())
             )
@@ -462,59 +416,59 @@ class Collector:
             self._resolve_alone(found, i, why)
 
     def _why_not_one(self, found: Pass) -> str | None:
-        slots = [found.pending.get(i) for i in range(len(self.sites))]
+        waiting = [found.pending.get(i) for i in range(len(self.sites))]
         absent = [(i, name) for i, name in enumerate(self.sites) if i not in found.pending]
         if absent:
             return ", ".join(f"{name} {'ran alone' if i in found.ran else 'did not run'}" for i, name in absent)
-        rows = {name: slot.rows for name, slot in zip(self.sites, slots, strict=True) if slot is not None}
+        rows = {name: one.rows for name, one in zip(self.sites, waiting, strict=True) if one is not None}
         if len({x.shape[:-1] for x in rows.values()}) > 1:
             return "rows differ: " + ", ".join(f"{name} {list(x.shape[:-1])}" for name, x in rows.items())
         autocast = autocast_enabled(next(iter(rows.values())).device.type)
         if len({(x.device, None if autocast else x.dtype) for x in rows.values()}) > 1:
             return "devices or dtypes differ: " + ", ".join(f"{n} {x.dtype} {x.device}" for n, x in rows.items())
-        if any(s is not None and s.present is not None and not _by_sample(s.present) for s in slots):
+        if any(s is not None and s.present is not None and not _by_sample(s.present) for s in waiting):
             return "a mask of tokens gives rows weights of their own"
         return None
 
-    def _unchanged(self, i: int, slot: Slot) -> None:
-        if slot.version is not None and slot.features._version != slot.version:
+    def _unchanged(self, i: int, one: Waiting) -> None:
+        if one.version is not None and one.features._version != one.version:
             raise RuntimeError(
                 f"apply_ebr: the output of {self.name(i)} was changed in place after its module returned it, before the heads "
                 "ran; change a clone, or give one_call=False to run each head at its site"
             )
 
     def _together(self, found: Pass) -> None:
-        slots = [found.pending[i] for i in range(len(self.sites))]
-        for i, slot in enumerate(slots):
-            self._unchanged(i, slot)
-        flat = slots[0].rows.dim() == 2
-        x = [slot.rows if flat else slot.rows.flatten(0, -2) for slot in slots]
-        masks = [slot.present for slot in slots]
-        like, shape = x[0], slots[0].rows.shape[:-1]
+        waiting = [found.pending[i] for i in range(len(self.sites))]
+        for i, one in enumerate(waiting):
+            self._unchanged(i, one)
+        flat = waiting[0].rows.dim() == 2
+        x = [one.rows if flat else one.rows.flatten(0, -2) for one in waiting]
+        masks = [one.present for one in waiting]
+        like, shape = x[0], waiting[0].rows.shape[:-1]
         present = None
         if any(mask is not None for mask in masks):
             all_present = torch.ones(len(like), dtype=torch.bool, device=like.device)
             present = torch.stack([all_present if m is None else m.flatten() for m in masks], 1)
-        with slots[0].context.entered():
+        with waiting[0].context.entered():
             out = self.head(x, present, found.settings.source, found.reversal)
             recovered = out.recovered if flat else [r.reshape(*shape, r.shape[-1]) for r in out.recovered]
             if found.counts():
-                mine = [Record(i, recovered[i], out.latents, s.present, True, shape) for i, s in enumerate(slots)]
+                mine = [Record(i, recovered[i], out.latents, s.present, True, shape) for i, s in enumerate(waiting)]
                 found.records += mine
                 found.means.append((EBRLosses(out.discrimination_loss, out.reconstruction_loss), mine))
-            for i, slot in enumerate(slots):
-                self._hand_out(found, i, slot, recovered[i])
+            for i, one in enumerate(waiting):
+                self._hand_out(found, i, one, recovered[i])
         found.pending, found.together = {}, True
 
     def _resolve_alone(self, found: Pass, i: int, why: str) -> None:
-        slot = found.pending.pop(i)
-        self._unchanged(i, slot)
+        one = found.pending.pop(i)
+        self._unchanged(i, one)
         self.decisions[i] = f"a call of its own: {why}"
-        with slot.context.entered():
-            self._hand_out(found, i, slot, self._alone(found, i, slot.rows, slot.present, True))
+        with one.context.entered():
+            self._hand_out(found, i, one, self._alone(found, i, one.rows, one.present, True))
 
-    def _hand_out(self, found: Pass, i: int, slot: Slot, recovered: Tensor) -> None:
-        found.values[i] = slot.site.from_rows(recovered.to(slot.features.dtype))
+    def _hand_out(self, found: Pass, i: int, one: Waiting, recovered: Tensor) -> None:
+        found.values[i] = one.site.from_rows(recovered.to(one.features.dtype))
 
     def _alone(
         self, found: Pass, i: int, z: Tensor, present: Tensor | None, recording: bool, again: bool = False

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Context", "Deferred", "autocast_enabled", "saving_hooks", "unwrap"]
+from mmc_fast._util.autocast import autocast_enabled
+
+__all__ = ["Context", "Deferred", "saving_hooks", "unwrap"]
 
 # What is known before the values are: asking for it reads nothing.
 _METADATA = {
@@ -107,11 +109,6 @@ def _refusal(name: str, reader: str) -> RuntimeError:
 def saving_hooks() -> Any:
     """The innermost saved-tensor hooks (activation checkpointing, offloading), or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is on; there is none for some devices (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class Context:

@@ -20,8 +20,9 @@ from mmc_fast.ops.ebr.reference import source_weights
 
 from . import store
 from .adversarial import adversarial_figures
-from .collect import Collector, Pass, SiteHead, Tap
+from .collect import Collector, SiteHead, Tap
 from .losses import EBRLosses, counts, divide
+from .passes import Pass
 from .report import ApplyReport
 from .site import Site
 from .watch import Watch

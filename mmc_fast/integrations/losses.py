@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmc_fast._util.autocast import autocast_enabled
 from mmc_fast.functional import grad_reverse
 
 __all__ = ["EBRLosses", "Record", "counts", "divide", "psi_logits", "sum_of_cross_entropy", "sum_of_errors"]
@@ -90,7 +91,7 @@ def psi_logits(latents: Tensor, psi: nn.Module) -> Tensor:
     weight = next(psi.parameters(), None)  # quantised layers have no parameters
     if weight is not None:
         latents = latents.to(weight.device)
-        if not torch.is_autocast_enabled(weight.device.type):
+        if not autocast_enabled(weight.device.type):
             latents = latents.to(weight.dtype)
     return psi(latents)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.autocast import autocast_enabled
 from mmc_fast.errors import InputError
 from mmc_fast.functional import EBROutput, ebr_step
 
@@ -219,7 +220,7 @@ def _one_dtype(features: list[Tensor | None]) -> list[Tensor | None]:
     """Under autocast, features of several dtypes (a table beside an image tower) in the widest of them."""
     dtypes = {f.dtype for f in features if f is not None}
     device = next((f.device.type for f in features if f is not None), "cpu")
-    if len(dtypes) < 2 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if len(dtypes) < 2 or not autocast_enabled(device):
         return features
     widest = dtypes.pop()
     for dtype in dtypes:

@@ -60,3 +60,14 @@ def test_sizes_that_cannot_be_are_named():
     for bad in ({"dims": []}, {"dims": [3, 0]}, {"dims": [3], "latent_dim": 0}):
         with pytest.raises(ValueError, match="EBRHead: "):
             EBRHead(**bad)
+
+
+def test_meta_device():
+    """Sizes without values: no kernel runs, and shapes come out as anywhere else."""
+    with torch.device("meta"):
+        head = EBRHead({"a": 8, "b": 6}, latent_dim=5, hidden_dim=16, psi_dims=(7,))
+        out = head({"a": torch.empty(4, 8), "b": torch.empty(4, 6)})
+    out.discrimination_loss.backward()
+    assert [tuple(r.shape) for r in out.recovered.values()] == [(4, 8), (4, 6)]
+    assert out.latents.shape == (2, 4, 5) and out.latents.is_meta
+    assert head.encoders[0][0].weight.grad.shape == (16, 8)

@@ -26,7 +26,7 @@ from .paper import TABLE6
 __all__ = ["FILLED", "MODELS", "TABLE_6", "fillings", "hide", "measure"]
 
 FILLED = ("zeros", "random", "nearest neighbour", "mean without class", "mean with class", "mean of the true class")
-"""Rules that fill the slot of a vanilla model; the last one reads the label of the test row."""
+"""Rules that fill the place of a missing modality in a vanilla model; the last one reads the label of the test row."""
 MODELS = ("late", "ebr-paper", "ebr-robust")
 """Method configs that bring their own rule."""
 _ROWS = 512  # test rows at a time whose neighbours are looked for
@@ -41,15 +41,15 @@ def hide(present: Tensor, column: int) -> Tensor:
 
 @torch.no_grad()
 def fillings(model: MultimodalModel, train: Part, test: Part, column: int, seed: int) -> dict[str, Tensor]:
-    """Class probabilities ``[N, C]`` of a model without heads on ``test``, by rule in the slot of one modality.
+    """Class probabilities ``[N, C]`` of a model without heads on ``test``, by rule for the features of one modality.
 
-    The slot (the features that the fusion receives) is replaced in all rows that have the modality and another one:
+    The features that the fusion receives are replaced in all rows that have the modality and another one:
 
     - zeros: by 0. random: by that of a train row drawn at random. mean without class: by the mean over train rows.
-    - nearest neighbour: by that of the train row whose other slots are nearest (Euclidean, every column in units of its
+    - nearest neighbour: by that of the train row whose other features are nearest (Euclidean, every column in units of its
       standard deviation over the train rows).
     - mean with class: by ``Σ_c p_c μ_c`` with the class means over train rows and the model's own class probabilities p
-      with the plain mean in the slot; no label is read. mean of the true class: by ``μ_y``.
+      with the plain mean in their place; no label is read. mean of the true class: by ``μ_y``.
 
     Only train rows that have the modality are used.
     """
@@ -60,23 +60,23 @@ def fillings(model: MultimodalModel, train: Part, test: Part, column: int, seed:
     name = model.modalities[column]
     hidden = hide(test.present, column)
     gone = (test.present[:, column] & ~hidden[:, column])[:, None]
-    slots = donors[name]
+    theirs = donors[name]
 
     def answer(filling: Tensor) -> Tensor:
         return torch.softmax(adapter.fuse(received | {name: torch.where(gone, filling, received[name])}), -1)
 
-    mean = slots.mean(0)
+    mean = theirs.mean(0)
     classes = model.num_classes
     by_class = torch.stack(
-        [slots[known.labels == c].mean(0) if bool((known.labels == c).any()) else mean for c in range(classes)]
+        [theirs[known.labels == c].mean(0) if bool((known.labels == c).any()) else mean for c in range(classes)]
     )
-    drawn = torch.randint(len(slots), (len(test),), generator=generator(seed, "substitution", name))
+    drawn = torch.randint(len(theirs), (len(test),), generator=generator(seed, "substitution", name))
     plain = answer(mean)
     nearest = _nearest({n: x for n, x in received.items() if n != name}, {n: donors[n] for n in donors if n != name})
     return {
         "zeros": answer(torch.zeros_like(mean)),
-        "random": answer(slots[drawn]),
-        "nearest neighbour": answer(slots[nearest]),
+        "random": answer(theirs[drawn]),
+        "nearest neighbour": answer(theirs[nearest]),
         "mean without class": plain,
         "mean with class": answer(plain @ by_class),
         "mean of the true class": answer(by_class[test.labels]),

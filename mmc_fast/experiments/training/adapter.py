@@ -53,8 +53,8 @@ class RunAdapter:
         if model.head is not None:
             source = None if present is None else source_for(model, present)
             out = model.apply_head(encoded, present, source)
-            for slot, column in enumerate(model.columns):
-                encoded[column] = out.recovered[slot]
+            for i, column in enumerate(model.columns):
+                encoded[column] = out.recovered[i]
             visible = model._visible(present, source)
         encoded = model.weighted(encoded)
         if visible is not None:  # the fusion reads zeros there
