@@ -69,5 +69,6 @@ def test_meta_device():
         out = head({"a": torch.empty(4, 8), "b": torch.empty(4, 6)})
     out.discrimination_loss.backward()
     assert [tuple(r.shape) for r in out.recovered.values()] == [(4, 8), (4, 6)]
-    assert out.latents.shape == (2, 4, 5) and out.latents.is_meta
+    assert out.latents.shape == (2, 4, 5)
+    assert out.latents.is_meta
     assert head.encoders[0][0].weight.grad.shape == (16, 8)
