@@ -68,7 +68,8 @@ def compare(
         str | None, typer.Option(help="Method that the others are tested against. (default: vanilla, else the first)")
     ] = None,
     check: Annotated[
-        Path | None, typer.Option(help="Only repeat this finished run and compare; exit code 1 if different.")
+        Path | None,
+        typer.Option(help="Only repeat this finished run (or LOG.jsonl:LINE) and compare; exit code 1 if different."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

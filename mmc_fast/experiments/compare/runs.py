@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.schema import from_mapping
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
-from ..jobs import Job, Values, Workspace, perform, read
+from ..data.inner import inner_split
+from ..jobs import Job, Result, Values, Workspace, perform, read
 from ..methods import BATCH_ROWS, Task, get
 from ..training import TrainConfig, load_run, train
 from ..training.evaluate import hidden_column, masks_at
 from ..training.metrics import scores
 from .configs import DataConfig, fingerprint_of, load_data
 
-__all__ = ["check", "mean_missing", "score", "settings_of", "train_and_keep"]
+__all__ = ["check", "mean_missing", "read_line", "score", "settings_of", "train_and_keep"]
 
 Settings = Mapping[str, Any]
 
@@ -39,7 +42,7 @@ def score(settings: Settings, workspace: Workspace) -> tuple[Values, dict[str, n
     method. Test runs keep "labels", "index" and class probabilities by condition ("complete", "missing_0.3", …).
     """
     dataset = _data(settings)
-    method, config = get(settings["method"]), TrainConfig.from_dict(settings["config"])
+    method, config = get(settings["method"]), from_mapping(TrainConfig(), _stored(settings["config"]), "config")
     seed, part_name = settings["seed"], settings["part"]
     fitted = method.fitter(Task(dataset, config, settings["options"], seed, workspace.progress))
     part = dataset.part(part_name)
@@ -84,7 +87,7 @@ def train_and_keep(settings: Settings, workspace: Workspace) -> tuple[Values, di
 
 def check(path: Path) -> list[str]:
     """Repeat a finished :func:`score` from its stored settings; names of what is different (empty: the same numbers)."""
-    stored = read(path)
+    stored = _line(path) if ".jsonl:" in path.name else read(path)
     if "method" not in stored.settings:
         raise InputError(f"result {path} is of no run of a comparison; give a file of OUT/runs or OUT/search")
     threads = torch.get_num_threads()
@@ -94,6 +97,9 @@ def check(path: Path) -> list[str]:
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
+    if ".jsonl:" in path.name:  # a log holds the main scores alone
+        found[1]["scores"] = {name: s["score"] for name, s in again.values.get("scores", {}).items()}
+        return [name for name in found[0] if found[0][name] != found[1][name]]
     different = [name for name in found[0] if found[0][name] != found[1][name]]
     names = sorted(stored.arrays.keys() | again.arrays.keys())
     return different + [n for n in names if not _same(stored.arrays.get(n), again.arrays.get(n))]
@@ -108,7 +114,37 @@ def mean_missing(found: Mapping[str, Mapping[str, float]], key: str = "score") -
 def _data(settings: Settings) -> MultimodalDataset:
     if fingerprint_of(settings["source"]) != settings["fingerprint"]:
         raise InputError(f"the data {settings['data']} have changed since this run was planned; start it anew")
-    return load_data(settings["source"])
+    dataset = load_data(settings["source"])
+    return inner_split(dataset, settings["inner"], settings["seed"]) if "inner" in settings else dataset
+
+
+def read_line(line: str) -> dict[str, Any]:
+    """A line of a log of explorations. Raises InputError where it is none."""
+    try:
+        values = json.loads(line)
+        return {name: values[name] for name in _LINE} | {"line": values}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"this is no line of a log of explorations ({error!r}); give one with {', '.join(_LINE)}"
+        ) from error
+
+
+_LINE = ("option", "arm", "data", "seed", "settings", "scores", "failed", "threads", "commit")
+
+
+def _line(path: Path) -> Result:
+    """The run in line N (from 1) of a log, for ``LOG.jsonl:N``."""
+    name, _, number = str(path).rpartition(":")
+    lines = Path(name).read_text(encoding="utf-8").splitlines() if Path(name).is_file() else []
+    if not number.isdigit() or not 1 <= int(number) <= len(lines):
+        raise InputError(f"{path}: the log has {len(lines)} line(s); give FILE.jsonl:N with N from 1 to that")
+    found = read_line(lines[int(number) - 1])
+    return Result(found["settings"], {"scores": found["scores"]}, {}, found["failed"], 0.0, found["threads"])
+
+
+def _stored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the name of the method that ``to_dict`` adds."""
+    return {name: value for name, value in config.items() if name != "method"}
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:

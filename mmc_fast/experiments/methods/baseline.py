@@ -106,7 +106,17 @@ def fit_baseline(kind: Callable[..., BaselineModel], **fixed: Any) -> Callable[[
     return lambda task: _Fit(build, task).run()
 
 
-_REFUSED = ("consistency", "noise_rate", "reweight", "accumulate", "clip_grad_norm", "nonfinite", "reversal_schedule")
+_REFUSED = (
+    "weight_average",
+    "encoder_dropout",
+    "consistency",
+    "noise_rate",
+    "reweight",
+    "accumulate",
+    "clip_grad_norm",
+    "nonfinite",
+    "reversal_schedule",
+)
 _REFUSED_HEADS = ("schedule", "patience", "alignment", "cross_recovery")
 
 
@@ -205,7 +215,9 @@ class _Fit:
 
     def _epoch(self, optimizer: torch.optim.Optimizer, streams: dict[str, torch.Generator]) -> float:
         order = epoch_order(len(self.train), streams["order"])
-        masks = training_masks(self.train.present, self.config.modality_dropout, streams["masks"])
+        masks = training_masks(
+            self.train.present, self.config.modality_dropout, streams["masks"], self.config.mask_sizes
+        )
         batches = Batches(self.train, order, self.config.batch_size)
         self.model.train()
         total = 0.0

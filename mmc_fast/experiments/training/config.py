@@ -81,6 +81,11 @@ class TrainConfig:
             what the fusion receives of it, in training and inference; "loss" adds β times the cross-entropy of a linear
             classifier on its encoder, over the rows that have it, divided by all rows of the step.
         ebr, kd: settings of the parts, None where the method has none.
+        mask_sizes: "binomial": every modality is hidden with probability ``modality_dropout``. "uniform": this share of the
+            rows is masked, and a masked row keeps k of its n modalities, k uniform on 1 .. n and then every subset of k alike.
+        encoder_norm, encoder_dropout: layer normalisation and dropout behind each layer of the MLP encoders.
+        weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
+            and the finished model use; 0 for none.
     """
 
     epochs: Count = 40
@@ -99,7 +104,7 @@ class TrainConfig:
     fusion_dim: Count = 64
     fusion_heads: Count = 4
     fusion_depth: Count = 2
-    modality_dropout: Share = 0.0
+    modality_dropout: Annotated[float, Range(0, 1, high_closed=True)] = 0.0
     substitute_in_training: bool = False
     consistency: NonNegative = 0.0
     noise_modality: str | None = None
@@ -123,6 +128,10 @@ class TrainConfig:
     reweight_modality: str | None = None
     reweight: NonNegative = 0.0
     reweight_form: Literal["features", "loss"] = "features"
+    mask_sizes: Literal["binomial", "uniform"] = "binomial"
+    encoder_norm: bool = False
+    encoder_dropout: Share = 0.0
+    weight_average: Share = 0.0
 
     def __post_init__(self) -> None:
         check("config", self)
@@ -136,6 +145,14 @@ class TrainConfig:
             (
                 self.selection == "masked" and not self.rates,
                 "selection is 'masked' but rates is empty; give missing rates to select by",
+            ),
+            (
+                self.modality_dropout == 1 and self.mask_sizes == "binomial",
+                "modality_dropout is 1.0 and hides everything; give less, or mask_sizes 'uniform'",
+            ),
+            (
+                self.mask_sizes == "uniform" and not self.modality_dropout,
+                "mask_sizes is 'uniform' but modality_dropout is 0; give the share of the rows that are masked",
             ),
             (
                 self.momentum > 0 and self.optimizer != "sgd",

@@ -33,7 +33,7 @@ def build_encoder(dim: int, config: TrainConfig) -> IdentityEncoder | MLPEncoder
     """The encoder of one modality of width ``dim``."""
     if config.encoder == "identity":
         return IdentityEncoder(dim)
-    return MLPEncoder(dim, config.encoder_width, config.encoder_dim)
+    return MLPEncoder(dim, config.encoder_width, config.encoder_dim, config.encoder_norm, config.encoder_dropout)
 
 
 def _build_fusion(dims: Sequence[int], num_classes: int, config: TrainConfig) -> nn.Module:

@@ -102,6 +102,11 @@ class Stepper:
                 "ebr.alignment 'contrastive' compares all rows of a batch with each other, so a step cannot be split; "
                 "use one process and accumulate=1, or alignment 'none'"
             )
+        if self.split and config.encoder_dropout > 0:
+            raise InputError(
+                "encoder_dropout draws for all rows of a step at once, so a step cannot be split; use one process and "
+                "accumulate=1, or encoder_dropout 0"
+            )
         self.groups = model.groups()
         self.reversal = torch.zeros((), device=model.class_prior.device)
         self.random = torch.Generator(device=self.reversal.device)  # of the sources of cross-modal reconstruction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.seeds import generator
+from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset
 from .adversarial import probe
+from .average import WeightAverage
 from .checkpoint import (
     Checkpoint,
     fits_checkpoint,
@@ -67,6 +69,7 @@ class Trainer:
         self.model, self.dataset, self.config, self.seed = model, dataset, config, seed
         self.stage, self.reference = stage or Stage(), reference
         self.guard = self.stage.guard
+        model.eval()  # dropout acts in steps alone, not in rankings, probes and distillation
         self.device = model.class_prior.device
         self.train_part = to_device(dataset.part("train"), self.device)
         self.validation = dataset.part("validation")
@@ -77,6 +80,7 @@ class Trainer:
         ]
         self.optimizer = build_optimizer(model.groups(), config)
         self.stepper = Stepper(model, self.optimizer, config, self.processes)
+        self.average = WeightAverage(model, config.weight_average) if config.weight_average else None
         self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
         # "foreign": whose latent each modality is rebuilt from
         self.stepper.random = self.generators["foreign"]
@@ -128,7 +132,9 @@ class Trainer:
         rate = set_learning_rate(self.optimizer, config, self.epoch)
         if self.order is None or self.masks is None:
             self.order = epoch_order(len(part), self.generators["order"])
-            self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
+            self.masks = training_masks(
+                part.present.cpu(), config.modality_dropout, self.generators["masks"], config.mask_sizes
+            )
             self.sums.zero_()
             if self.ranked and (config.substitute_in_training or config.consistency > 0):
                 self._refresh()
@@ -157,6 +163,7 @@ class Trainer:
             self.ranking_current = False
             self.step += 1
             self.autosave.after_step()
+        self.model.eval()
 
     def _take_step(
         self, phase: Phase, batches: Batches, present: Tensor | None, source: Tensor | None, natural: Tensor | None
@@ -172,7 +179,10 @@ class Trainer:
                 features[self.noisy] = self._with_noise(features[self.noisy], noise[rows])
             return features
 
-        total, parts, stop = self.stepper.backward(phase, labels, load, present, source, natural, self.guard.requested)
+        with self._dropout():
+            total, parts, stop = self.stepper.backward(
+                phase, labels, load, present, source, natural, self.guard.requested
+            )
         if self.processes.size > 1:
             self.guard.agreed = stop
         # On a device a look at the loss costs a synchronisation.
@@ -183,6 +193,8 @@ class Trainer:
         if refused or self.stepper.update(phase):
             self._skip(len(labels))
         else:
+            if self.average is not None:
+                self.average.update()
             self.sums += parts.double() * len(labels)
 
     def _skip(self, rows: int) -> None:
@@ -190,6 +202,12 @@ class Trainer:
         if self.config.nonfinite == "stop":
             self._diverged(f"the gradient became infinite or NaN in epoch {self.epoch + 1}, step {self.step + 1}")
         self.skipped, self.skipped_rows = self.skipped + 1, self.skipped_rows + rows
+
+    def _dropout(self) -> AbstractContextManager[None]:
+        """Dropout reads the global generator: seeded by the step, so that a resumed run draws the same."""
+        if not self.config.encoder_dropout:
+            return nullcontext()
+        return seeded_init(self.seed, "dropout", self.epoch, self.step)
 
     def _draw_noise(self, rows: int) -> Tensor:
         """U on [-1, 1], for all rows of a batch."""
@@ -226,13 +244,10 @@ class Trainer:
             record |= probe(self.model, self.probe_part, reversal, self.processes)
             if self.first_active is None and record["grad_norm_encoders"] > 0:
                 self.first_active = self.epoch
-        record |= self._validate()
-        selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
-        if record[selected] > self.best_score:
-            self.best_score, self.best_epoch = record[selected], self.epoch
-            if self.ranked:
-                self._refresh()
-            self.best_weights = _copy(self.model.state_dict())
+        with nullcontext() if self.average is None else self.average.applied():
+            self.ranking_current = self.ranking_current and self.average is None
+            self._select(record)
+        self.ranking_current = self.ranking_current and self.average is None
         if phase != "adversarial" and config.ebr is not None:
             watched = record["val_score"] if config.adversarial_stop == "score" else record["loss_sem"]
             self.stop.watch(self.epoch, watched)
@@ -247,6 +262,16 @@ class Trainer:
         if self.processes.size > 1:
             self.guard.agreed = self.processes.any(self.guard.requested)
         self.autosave.after_epoch()
+
+    def _select(self, record: dict[str, Any]) -> None:
+        """Score the epoch on the validation part, and keep its weights where they are the best so far."""
+        record |= self._validate()
+        selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[self.config.selection]
+        if record[selected] > self.best_score:
+            self.best_score, self.best_epoch = record[selected], self.epoch
+            if self.ranked:
+                self._refresh()
+            self.best_weights = _copy(self.model.state_dict())
 
     def _seconds(self) -> float:
         """Seconds of the epoch that runs."""
@@ -313,6 +338,8 @@ class Trainer:
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         tensors |= {"sums": self.sums, "reversal": self.stepper.reversal}
+        if self.average is not None:
+            tensors |= prefixed("average", self.average.tensors())
         if self.order is not None and self.masks is not None:
             tensors |= {"order": self.order, "masks": self.masks}
         meta = {name: getattr(self, name) for name in _PLAIN} | {
@@ -334,6 +361,8 @@ class Trainer:
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator.{name}"])
         self.best_weights = {k: v.to(self.device) for k, v in stripped("best", tensors).items()}
+        if self.average is not None:
+            self.average.restore(stripped("average", tensors))
         self.sums = tensors["sums"].to(self.device)
         self.stepper.reversal.copy_(tensors["reversal"])  # after the last step of an epoch nobody sets it again
         self.order, self.masks = tensors.get("order"), tensors.get("masks")

@@ -78,6 +78,7 @@ def unimodal_key(dataset: MultimodalDataset, config: TrainConfig, seed: int, fin
     """What unimodal models depend on."""
     names: tuple[str, ...] = ("batch_size", "optimizer", "lr", "weight_decay", "momentum", "lr_decay", "lr_decay_every")
     names += ("encoder", "encoder_width", "encoder_dim", "fusion_hidden", "unimodal_epochs")
+    names += ("encoder_norm", "encoder_dropout")
     settings = {name: getattr(config, name) for name in names}
     settings["fusion_hidden"] = list(config.fusion_hidden)
     return {"data": dataset.name, "fingerprint": fingerprint, "seed": seed, "settings": settings}
@@ -121,7 +122,7 @@ class _SideBySide:
     """The stage and everything that its checkpoint holds."""
 
     def __init__(self, dataset: MultimodalDataset, config: TrainConfig, seed: int, device: str | torch.device) -> None:
-        self.dataset, self.config = dataset, config
+        self.dataset, self.config, self.seed = dataset, config, seed
         with seeded_init(seed, "unimodal", "init"):
             models = nn.ModuleList(UnimodalModel(d, dataset.num_classes, config) for d in dataset.dims.values())
         self.models = models.to(device)
@@ -182,25 +183,30 @@ class _SideBySide:
 
     def _train_epoch(self, order: Tensor, autosave: Autosave) -> None:
         batches = Batches(self.train, order, self.config.batch_size)
+        self.models.train()
         while self.step < len(batches):
-            rows, features, labels = batches[self.step]
-            losses = []
-            for i, model in enumerate(self.models):
-                x, y = features[i], labels
-                if not self.complete:
-                    here = self.train.present[rows][:, i]
-                    x, y = x[here], y[here]
-                if len(y):
-                    loss = F.cross_entropy(model(x), y)
-                    if self._usable(loss, i):
-                        losses.append(loss)
-            self.optimizer.zero_grad(set_to_none=True)
-            if losses:
-                torch.stack(losses).sum().backward()
-                self.optimizer.step()
+            with seeded_init(self.seed, "unimodal", "dropout", self.epoch, self.step):
+                self._take_step(*batches[self.step])
             self.step += 1
             if self.step < len(batches):
                 autosave.after_step()
+        self.models.eval()
+
+    def _take_step(self, rows: Tensor, features: list[Tensor], labels: Tensor) -> None:
+        losses = []
+        for i, model in enumerate(self.models):
+            x, y = features[i], labels
+            if not self.complete:
+                here = self.train.present[rows][:, i]
+                x, y = x[here], y[here]
+            if len(y):
+                loss = F.cross_entropy(model(x), y)
+                if self._usable(loss, i):
+                    losses.append(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        if losses:
+            torch.stack(losses).sum().backward()
+            self.optimizer.step()
 
     def _usable(self, loss: Tensor, i: int) -> bool:
         if loss.device.type != "cpu" or bool(torch.isfinite(loss)):  # elsewhere looking costs a synchronisation

@@ -1,0 +1,101 @@
+"""The search for the recommended learner: arms x options x data x seeds on train and validation rows, kept in a log.
+
+``python -m mmc_fast.experiments.compare.exploration docs/results/exploration.jsonl`` runs what is missing of
+``configs/exploration.toml`` and appends one line a run; ``mmc-fast compare --check LOG.jsonl:LINE`` repeats a line.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmc_fast._util.schema import from_mapping, to_plain
+from mmc_fast._util.toml import read_toml
+from mmc_fast.nn import EBRConfig
+
+from ..jobs import Job, perform
+from ..methods.base import merged
+from ..training import TrainConfig
+from .configs import configs_folder, load_data_configs
+from .runs import read_line, score, settings_of
+
+__all__ = ["Planned", "compact", "explore", "plan"]
+
+
+class Planned(NamedTuple):
+    """One run: its names and the settings of the job."""
+
+    option: str
+    arm: str
+    data: str
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Names of the run and everything that it depends on, as text."""
+        return json.dumps([*self[:4], self.settings], sort_keys=True)
+
+
+def compact(config: TrainConfig) -> dict[str, Any]:
+    """What differs from the defaults: ``from_mapping(TrainConfig(), compact(c), "config") == c``."""
+    plain, usual = to_plain(config), to_plain(TrainConfig())
+    found = {name: value for name, value in plain.items() if value != usual[name]}
+    if config.ebr is not None:
+        heads = to_plain(EBRConfig())
+        found["ebr"] = {name: value for name, value in plain["ebr"].items() if value != heads[name]}
+    return found
+
+
+def plan(protocol: Mapping[str, Any]) -> Iterator[Planned]:
+    """Every run of a protocol, option by option: the cheap sets first."""
+    for option, on_top in protocol["options"].items():
+        settings = {key: value for key, value in on_top.items() if key not in ("arms", "method", "data")}
+        for data in on_top.get("data", protocol["data"]):
+            (found,) = load_data_configs([data])
+            for seed in protocol["seeds"]:
+                for arm in on_top.get("arms", protocol["arms"]):
+                    values = merged(to_plain(found.budget_with({})), protocol["arms"][arm], settings)
+                    options = values.pop("options", {})
+                    config = from_mapping(TrainConfig(), values, "config")
+                    everything = settings_of(
+                        found, seed, config, method=on_top.get("method", "vanilla"), options=options, part="test"
+                    )
+                    rows = protocol["data"][data]["rows"]
+                    everything |= {"config": compact(config), "inner": rows}
+                    yield Planned(option, arm, data, seed, everything)
+
+
+def explore(protocol: Mapping[str, Any], log: Path, only: Sequence[str] = ()) -> None:
+    """Run what the log does not hold yet, and append a line for each run as it ends."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    known = {Planned(*(read_line(line)[name] for name in Planned._fields)).key for line in lines}
+    for planned in plan(protocol):
+        if planned.key in known or (only and planned.option not in only):
+            continue
+        result = perform(Job("/".join(map(str, planned[:4])), score, planned.settings), log.parent)
+        scores = {name: found["score"] for name, found in result.values.get("scores", {}).items()}
+        line = {**planned._asdict(), "scores": scores, "failed": result.failed, "commit": _commit()}
+        line |= {"seconds": round(result.seconds, 1), "threads": result.threads, "torch": torch.__version__}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        mean = sum(list(scores.values())[1:]) / max(1, len(scores) - 1)
+        print(*planned[:4], f"{scores.get('complete', 0):.4f} {mean:.4f} {result.seconds:.0f} s", flush=True)
+
+
+def _commit() -> str | None:
+    """Commit of the code, with a + where it was changed since; None outside of a repository."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    explore(read_toml(configs_folder() / "exploration.toml"), Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,60 @@
+"""The exploration never meets a test row, its settings survive the log, and a line of the log can be repeated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from training_data import tiny
+
+from mmc_fast._util.schema import from_mapping
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.compare import exploration
+from mmc_fast.experiments.compare.runs import check
+from mmc_fast.experiments.data.inner import inner_split
+from mmc_fast.experiments.training import TrainConfig
+
+PROTOCOL = {
+    "seeds": [3],
+    "data": {"mfeat": {"rows": [60, 40, 50]}},
+    "arms": {"plain": {"modality_dropout": 0.5, "epochs": 1, "encoder_width": 8, "encoder_dim": 4}},
+    "options": {"base": {}, "balanced": {"mask_sizes": "uniform"}},
+}
+
+
+def test_the_inner_split_holds_no_test_row_and_every_class(seed):
+    dataset = tiny(seed, sizes=(90, 30, 60))
+    for x in dataset.features.values():
+        x[dataset.split == 2] = 1e30
+    inner = inner_split(dataset, [40, 20, 30], seed)
+    assert max(float(x.max()) for x in inner.features.values()) < 1e30
+    sizes = [len(inner.part(name)) for name in ("train", "validation", "test")]
+    assert sizes[2] == 30
+    assert sizes[:2] == pytest.approx([40, 20], abs=2)
+    rows = torch.cat(list(inner.features.values()), 1)
+    assert len(rows.unique(dim=0)) == len(rows), "a row twice"
+    other = inner_split(dataset, [40, 20, 30], seed + 1)
+    assert not torch.equal(other.labels, inner.labels) or not torch.equal(other.features["a"], inner.features["a"])
+    with pytest.raises(InputError, match="at most 120 rows"):
+        inner_split(dataset, [100, 20, 30], seed)
+
+
+def test_settings_survive_the_compact_form():
+    config = TrainConfig.preset("robust", lr=0.01, modality_dropout=0.2)
+    assert from_mapping(TrainConfig(), json.loads(json.dumps(exploration.compact(config))), "config") == config
+
+
+def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    exploration.explore(PROTOCOL, log, ["base"])
+    exploration.explore(PROTOCOL, log)
+    exploration.explore(PROTOCOL, log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["option"] for line in lines] == ["base", "balanced"]
+    assert check(tmp_path / "log.jsonl:2") == []
+    lines[1]["scores"]["complete"] += 1e-9
+    log.write_text("\n".join(map(json.dumps, lines)))
+    assert check(tmp_path / "log.jsonl:2") == ["scores"]
+    with pytest.raises(InputError, match="has 2 line"):
+        check(tmp_path / "log.jsonl:3")

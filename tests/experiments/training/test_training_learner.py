@@ -1,0 +1,97 @@
+"""Masks by subset size, the encoder with normalisation and dropout, and the average of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from training_data import small, tiny
+
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.training import TrainConfig, train
+from mmc_fast.experiments.training.average import WeightAverage
+from mmc_fast.experiments.training.masks import training_masks
+from mmc_fast.experiments.training.model import MultimodalModel
+from mmc_fast.experiments.training.optim import build_optimizer
+from mmc_fast.experiments.training.steps import Stepper
+from mmc_fast.nn.encoders import MLPEncoder
+
+
+def test_uniform_masks_keep_every_size_and_every_subset_of_a_size_alike(seed):
+    """P(subset S of n) = (1 - r) [S = all] + r / (n C(n, |S|))."""
+    g = torch.Generator().manual_seed(seed)
+    present = torch.tensor([True, False, True, True]).expand(40_000, 4)
+    kept = training_masks(present, 0.8, g, "uniform")
+    assert not bool(kept[:, 1].any())
+    expected, observed = [], []
+    for subset in product([False, True], repeat=3):
+        if (k := sum(subset)) > 0:
+            expected.append(0.8 / 3 / {1: 3, 2: 3, 3: 1}[k] + 0.2 * (k == 3))
+            observed.append(int((kept[:, [0, 2, 3]] == torch.tensor(subset)).all(1).sum()))
+    assert sum(observed) == 40_000
+    assert chisquare(observed, [40_000 * p for p in expected]).pvalue > 1e-6
+
+
+def test_uniform_masks_leave_rows_with_one_or_nothing_as_they_are(seed):
+    present = torch.eye(3, dtype=torch.bool)[torch.arange(30) % 3]
+    present[0] = False
+    assert torch.equal(training_masks(present, 1.0, torch.Generator().manual_seed(seed), "uniform"), present)
+
+
+def test_the_normalised_encoder_is_its_formula(seed):
+    torch.manual_seed(seed)
+    encoder = MLPEncoder(5, 7, 4, norm=True, dropout=0.4).double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+
+    def normalised(v):
+        centred = v - v.mean(1, keepdim=True)
+        return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+
+    first, second = (layer for layer in encoder.layers if isinstance(layer, torch.nn.Linear))
+    hidden = normalised(x @ first.weight.t() + first.bias).clamp(min=0)
+    torch.testing.assert_close(encoder.eval()(x), normalised(hidden @ second.weight.t() + second.bias))
+    dropped = encoder.train()(x.repeat(4000, 1))
+    assert float((dropped == 0).double().mean()) == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_average_of_weights_step_by_step(seed):
+    model = torch.nn.Linear(3, 2)
+    average, expected = WeightAverage(model, 0.9), model.weight.detach().clone()
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update()
+        expected = 0.9 * expected + 0.1 * model.weight.detach()
+    own = model.weight.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert torch.equal(model.weight.detach(), own)
+
+
+def test_the_finished_model_has_averaged_weights(seed):
+    """A decay near 1 leaves the model at its start, whatever the steps did."""
+    dataset = tiny(seed)
+    result = train(dataset, small("vanilla", weight_average=0.999999, selection="last"), seed=seed, evaluate_on=())
+    start = train(dataset, small("vanilla", lr=1e-12, selection="last"), seed=seed, evaluate_on=())
+    for a, b in zip(result.model.parameters(), start.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_step_with_dropout_is_not_split(seed):
+    config, dataset = small("vanilla", encoder_dropout=0.1, accumulate=2), tiny(seed)
+    model = MultimodalModel(dataset.dims, dataset.num_classes, config)
+    with pytest.raises(InputError, match="a step cannot be split"):
+        Stepper(model, build_optimizer(model.groups(), config), config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"mask_sizes": "uniform"}, "give the share"), ({"modality_dropout": 1.0}, "hides everything"),
+     ({"weight_average": 1.0}, "below 1")],
+)  # fmt: skip
+def test_settings_that_cannot_be(values, message):
+    with pytest.raises(InputError, match=message):
+        replace(TrainConfig(), **values)
