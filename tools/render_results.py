@@ -3,9 +3,9 @@
     python tools/render_results.py --demo runs/demo --comparison runs/compare --experiments runs/reproduce
 
 Demo and comparison: copies results.csv to docs/results/ and pictures to docs/img/, and replaces what stands between the markers of
-README.md (demo) and docs/results.md (comparison) by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
+README.md (demo) and docs/experiments/comparison.md (comparison) by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
 docs/results/comparison.md. Experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts in
-docs/results.md.
+docs/experiments/comparison.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS, RECORDS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+README, RESULTS, RECORDS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "experiments" / "comparison.md",
+    ROOT / "docs" / "results",
+)
 IMAGES = ROOT / "docs" / "img"
 # The methods of the short table: those of the default grid.
 METHODS = [
@@ -67,7 +71,7 @@ def _comparison(folder: Path) -> None:
     pictures = sorted((folder / "figures").glob("*.png"))
     for picture in pictures:
         shutil.copyfile(picture, IMAGES / f"comparison-{picture.name}")
-    shown = [f"![{p.stem.replace('-', ' ')}](img/comparison-{p.name})" for p in pictures]
+    shown = [f"![{p.stem.replace('-', ' ')}](../img/comparison-{p.name})" for p in pictures]
     _put(RESULTS, "comparison", "\n".join([render_comparison(read("comparison")), "", *shown]))
 
 
@@ -80,7 +84,7 @@ def _experiments(folder: Path) -> None:
         verdicts = [d["verdict"] for d in found["directions"]]
         counts = [str(verdicts.count(v)) for v in ("agrees", "disagrees", "undecided")]
         lines.append(
-            f"| [{name}](results/{name}.md): {found['title']} | {', '.join(found['data'])} | {len(found['seeds'])} | "
+            f"| [{name}](../results/{name}.md): {found['title']} | {', '.join(found['data'])} | {len(found['seeds'])} | "
             + " | ".join(counts)
             + " |"
         )

@@ -1,6 +1,6 @@
 """Forward kernels of the EBR step: grouped products, normalisation of the latents, end of the discriminator with both losses.
 
-Formulas: docs/ebr.md; the order of launches: launch.py. A launch of products holds groups: group n < M is modality n's
+Formulas: docs/guides/ebr.md; the order of launches: launch.py. A launch of products holds groups: group n < M is modality n's
 head, group M the discriminator over the ``[M * B]`` rows of all modalities. Buffers between launches are ``[M, B, width]``,
 contiguous, in the dtype of the features; weights are as ``nn.Linear`` holds them. Products accumulate in float32. Every
 element has one owner: nothing depends on the order of programs. Rows that are absent are not read; a tile without present

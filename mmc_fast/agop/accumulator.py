@@ -78,7 +78,7 @@ def agop(
     Time for one hidden ReLU layer: ``N h d`` multiply-adds and ``N h² / 2`` bit operations; memory ``O(h² + d²)`` and
     a chunk.
     Source: lemma 2, theorems 2 and 3 of *A Closer Look at Multimodal Representation Collapse* (ICML 2025);
-    Radhakrishnan et al., Science 2024. The mathematics: ``docs/agop.md``.
+    Radhakrishnan et al., Science 2024. The mathematics: ``docs/guides/agop.md``.
     """
     accumulator = AGOPAccumulator(
         head, layer=layer, output=output, center=center, reduction=reduction, probes=probes, precision=precision,

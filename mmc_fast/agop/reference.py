@@ -36,7 +36,7 @@ def agop(
     center: bool = False,
     reduction: str = "sum",
 ) -> Tensor:
-    """Average gradient outer product ``G = Σ_n J[n]ᵀ J[n]``, ``[d, d]`` (lemma 2 of the paper that ``docs/agop.md`` names).
+    """Average gradient outer product ``G = Σ_n J[n]ᵀ J[n]``, ``[d, d]`` (lemma 2 of the paper that ``docs/guides/agop.md`` names).
 
     ``center=True`` takes the mean Jacobian over all samples from every ``J[n]`` first; ``reduction="mean"`` divides
     by N. Memory and time are those of ``[N, C, d]``.

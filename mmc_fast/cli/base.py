@@ -28,7 +28,7 @@ _DATA_OPTIONS: dict[str, Any] = {
     ],
     "split_seed": Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")],
     "columns": Annotated[
-        str | None, typer.Option(help="TOML file that says what the columns of tables are for (docs/data.md).")
+        str | None, typer.Option(help="TOML file that says what the columns of tables are for (docs/guides/data.md).")
     ],
     "memory_budget": Annotated[
         str | None,

@@ -47,7 +47,9 @@ def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, fo
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(help="Which experiment, such as table5; `docs/reproduce.md` lists them.")],
+    name: Annotated[
+        str, typer.Argument(help="Which experiment, such as table5; `docs/experiments/paper.md` lists them.")
+    ],
     seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, ...")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Budget of every training. (default: that of the data)")] = None,
     data: Annotated[

@@ -45,7 +45,7 @@ class DiagnosisData:
 
     Attributes:
         modalities: name -> width of its features. n_samples: N. metric: of the scores ("accuracy", "auroc", or None).
-        measures: name -> :class:`Measure`; ``docs/diagnose.md`` lists the names.
+        measures: name -> :class:`Measure`; ``docs/guides/diagnose.md`` lists the names.
         arrays: what is no single number: block energies, spectra, neuron shares, scores of coalitions.
         verdicts: one per modality. notes: what could not be measured, and why.
         settings: groups, resamples, level, seed, tolerances and how the AGOP was summed.

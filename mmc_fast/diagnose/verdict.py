@@ -16,7 +16,7 @@ KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where verdicts change. ``docs/diagnose.md`` states how they were set and how often they are wrong.
+    """Where verdicts change. ``docs/guides/diagnose.md`` states how they were set and how often they are wrong.
 
     signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
     standard error.

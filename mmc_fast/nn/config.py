@@ -56,7 +56,7 @@ class EBRConfig:
 
     @classmethod
     def robust(cls, **changes: Any) -> EBRConfig:
-        """The form that worked best in this library's study (docs/study.md); not the authors'.
+        """The form that worked best in this library's study (docs/experiments/study.md); not the authors'.
 
         Residual heads, normalised latents, a small λ, cross-modal recovery, mean of present latents. Meant for the
         loop of ``TrainConfig.preset("robust")``: random masks filled as at inference, and consistency.

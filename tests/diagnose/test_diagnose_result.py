@@ -184,7 +184,7 @@ def test_summary_and_plots(found: Diagnosis) -> None:
     assert heights == pytest.approx([found.value("use_share.a"), found.value("use_share.b")])
 
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "diagnose.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("example", range(3), ids=["digits", "clinical", "transformers"])
@@ -195,7 +195,7 @@ def test_the_examples_of_the_document(example: int, tmp_path, monkeypatch) -> No
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     assert len(blocks) == 3
     space: dict = {}
-    exec(compile(blocks[example], "docs/diagnose.md", "exec"), space)
+    exec(compile(blocks[example], "docs/guides/diagnose.md", "exec"), space)
     if example == 0:  # what was planted is found, and nothing else is accused
         assert {name for name, kind in space["kinds"].items() if kind == "collapsed"} == {"fou"}
         assert "misleading" not in space["kinds"].values()

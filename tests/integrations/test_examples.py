@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and do what they say; so do the code blocks of docs/integrations.md."""
+"""The scripts of examples/ run, and do what they say; so do the code blocks of docs/guides/integrations.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8"), re.S)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "integrations.md").read_text(encoding="utf-8"), re.S
+)
 
 
 def example(name: str):
@@ -81,6 +83,6 @@ def test_documented_example(number, tmp_path, monkeypatch, capsys):
         pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(BLOCKS[number], f"docs/integrations.md, example {number + 1}", "exec"), {})
+    exec(compile(BLOCKS[number], f"docs/guides/integrations.md, example {number + 1}", "exec"), {})
     for promised in re.findall(r"print\(.*\)  # (.*)", BLOCKS[number]):
         assert promised in capsys.readouterr().out

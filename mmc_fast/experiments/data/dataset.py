@@ -129,7 +129,7 @@ class MultimodalDataset:
             split: a column with "train", "validation" and "test", or the seed with which 60/10/30 are drawn.
             roles: ``modalities`` (name -> columns, for one table), ``group``, ``categorical``, ``kind``, ``nan_policy``.
 
-        Text columns become one 0/1 column for each category of the training rows (docs/data.md has the rule). Raises
+        Text columns become one 0/1 column for each category of the training rows (docs/guides/data.md has the rule). Raises
         InputError that names table, column and repair.
         """
         raw = _frames().raw_from_frames(frames, {"label": label, "id": id, **roles}, split, name)

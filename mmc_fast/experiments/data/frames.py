@@ -108,7 +108,9 @@ def read_tables(
     if isinstance(given, str | Path):
         where, given = str(given), read_toml(Path(given))
     if given is None and preprocessing is None:
-        raise InputError(f"{path}: which columns are features and which is the label? Write {beside} (docs/data.md).")
+        raise InputError(
+            f"{path}: which columns are features and which is the label? Write {beside} (docs/guides/data.md)."
+        )
     stored = {} if preprocessing is None else preprocessing.source
     roles = ColumnMap.parse({k: v for k, v in stored.items() if k != "kind"} | dict(given or {}), where)
     if split_seed is not None:

@@ -1,4 +1,4 @@
-"""A user's own data in one npz file; the layout is documented in docs/data.md."""
+"""A user's own data in one npz file; the layout is documented in docs/guides/data.md."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def load(
 
     Args:
         name_or_path: a name of :func:`available`, or a path (a ``Path``, or text that ends in ``.npz`` or has a
-            folder in it) to an npz file in the layout of docs/data.md, a table (csv, tsv, parquet, feather), or a
+            folder in it) to an npz file in the layout of docs/guides/data.md, a table (csv, tsv, parquet, feather), or a
             folder with one table for each modality. With ``preprocessing`` also a pandas table, or a mapping from
             modality to table or array.
         task: which labels; None = the first of the registry, or ``y`` of the file.
@@ -174,7 +174,7 @@ def why_missing(name_or_path: str) -> str | None:
     """Why a registered set cannot be loaded here, and how to get it; None where it can, and for files."""
     if _is_path(name_or_path) or find(name_or_path) is not None:
         return None
-    return f"{how_to_get(name_or_path)} Origin: {_ENTRIES[name_or_path][0].source} (docs/data.md)."
+    return f"{how_to_get(name_or_path)} Origin: {_ENTRIES[name_or_path][0].source} (docs/guides/data.md)."
 
 
 def _is_path(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The systems of the comparison as plug-ins of the standard loop, the re-implemented ones one file each; docs/methods.md describes them."""
+"""The systems of the comparison as plug-ins of the standard loop, the re-implemented ones one file each; docs/experiments/methods.md describes them."""
 
 from __future__ import annotations
 

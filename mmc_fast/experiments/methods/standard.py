@@ -102,7 +102,7 @@ STANDARD = (
     _method(
         "consistency",
         "modality dropout + consistency",
-        "masked predictions are held to complete ones (docs/study.md)",
+        "masked predictions are held to complete ones (docs/experiments/study.md)",
         [{"modality_dropout": p, "consistency": c} for c in (1.0, 3.0) for p in (0.5, 0.3)],
     ),
     _method("late", "late fusion", "decision averaging", LEARNING_RATES, {"fusion": "late"}),
@@ -142,7 +142,7 @@ STANDARD = (
     _method(
         "ebr-robust",
         "EBR robust",
-        f"{_PAPER}, in the form of docs/study.md",
+        f"{_PAPER}, in the form of docs/experiments/study.md",
         [{}, {"ebr": {"cross_recovery": 0.0}}, {"consistency": 3.0}, {"fusion": "transformer"}],
         {"ebr": robust_heads(), "modality_dropout": 0.5, "substitute_in_training": True, "consistency": 1.0},
     ),

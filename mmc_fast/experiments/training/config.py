@@ -210,8 +210,8 @@ class TrainConfig:
         """The small-scale settings of ``method`` (one of :data:`PRESETS`), with ``changes`` on top.
 
         EBR heads have hidden width 128 and latent width 64, normalised latents and a reversal of 0.01, as chosen on the
-        validation part of mfeat (docs/training.md); all else is equal between the methods. "robust" is EBR in the
-        form of docs/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency.
+        validation part of mfeat (docs/experiments/training.md); all else is equal between the methods. "robust" is EBR in the
+        form of docs/experiments/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency.
         """
         if method == "vanilla":
             base = cls()

@@ -88,7 +88,7 @@ def results_of(
     ran_before: dict[str, int],
     timing: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of results.json; docs/training.md describes every key."""
+    """The content of results.json; docs/experiments/training.md describes every key."""
     config, dataset = run.config, run.dataset
     sizes = {name: int((dataset.split == code).sum()) for code, name in enumerate(PARTS)}
     about = {"sizes": sizes, "modalities": dataset.modalities, "info": _jsonable(dataset.info)}

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md run, and its table of sets says what the registry says."""
+"""The examples of docs/guides/data.md run, and its table of sets says what the registry says."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 
 from mmc_fast.experiments import data
 
-TEXT = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_example(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"docs/data.md, example {number + 1}", "exec"), {})
+    exec(compile(BLOCKS[number], f"docs/guides/data.md, example {number + 1}", "exec"), {})
 
 
 def test_first_example_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

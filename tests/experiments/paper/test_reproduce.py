@@ -314,7 +314,7 @@ def test_a_foreign_folder_is_refused(tmp_path):
 
 
 def test_every_experiment_says_what_it_is():
-    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "experiments" / "paper.md").read_text(encoding="utf-8")
     for name, experiment in EXPERIMENTS.items():
         assert experiment.name == name
         assert experiment.paper.endswith(".")

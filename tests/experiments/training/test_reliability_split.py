@@ -17,7 +17,7 @@ from mmc_fast.experiments.training.processes import Processes
 from mmc_fast.experiments.training.steps import Stepper, pieces
 
 TOLERANCE = 2e-5
-"""Relative, of weights after two epochs of SGD (docs/reliability.md); measured below 1e-6."""
+"""Relative, of weights after two epochs of SGD (docs/experiments/reliability.md); measured below 1e-6."""
 
 
 @pytest.fixture(autouse=True)

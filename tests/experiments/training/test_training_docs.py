@@ -1,4 +1,4 @@
-"""docs/training.md says what the code does: its example runs, its tables name every option and every key."""
+"""docs/experiments/training.md says what the code does: its example runs, its tables name every option and every key."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from training_data import small, tiny
 
 from mmc_fast.experiments.training import KDConfig, TrainConfig, train
 
-TEXT = (Path(__file__).resolve().parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "experiments" / "training.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`\"?([a-z_0-9]+)\"?", TEXT))
 
 
 def test_the_example_runs(capsys):
     block = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0]
-    exec(compile(block, "docs/training.md", "exec"), {})
+    exec(compile(block, "docs/experiments/training.md", "exec"), {})
     assert "balanced_accuracy" in capsys.readouterr().out
 
 

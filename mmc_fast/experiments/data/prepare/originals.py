@@ -46,7 +46,7 @@ class Originals:
         name: str,
         folders: Sequence[str | Path],
         *,
-        where: str = "see docs/data.md",
+        where: str = "see docs/guides/data.md",
         verify: bool = True,
         progress: Progress | None = None,
         scratch: str | Path | None = None,
