@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,18 +102,39 @@ def _members(coalition: int, m: int) -> tuple[bool, ...]:
 
 
 class Remover:
-    """Outputs of a model under conditions. ``donors``: kept rows of features side by side ``[R, D]``; ``mean [D]``."""
+    """Outputs of a model under conditions.
 
-    def __init__(self, adapter: Adapter, widths: Mapping[str, int], donors: Tensor, mean: Tensor) -> None:
-        self.fuse: Any = adapter.fuse
-        sizes = list(widths.values())
-        self.donors = dict(zip(widths, donors.split(sizes, 1), strict=True))
-        self.mean = dict(zip(widths, mean.split(sizes), strict=True))
-        self.count = len(donors)
+    ``kept``: a sample of rows, in random order: "x", their features side by side ``[R, D]``, "row", their number ``[R]``, and
+    "place", the group ``[R]`` that they are scored in.
+    """
 
-    def drawn(self, rows: int, random: torch.Generator) -> Tensor:
-        """Which kept sample stands in for each of ``rows``: one for all modalities that are removed together."""
-        return torch.randint(self.count, (rows,), generator=random)
+    def __init__(
+        self, fuse: Callable[..., Tensor], widths: Mapping[str, int], kept: Mapping[str, Tensor], groups: int
+    ) -> None:
+        self.fuse, sizes, x = fuse, list(widths.values()), kept["x"]
+        self.donors = dict(zip(widths, x.split(sizes, 1), strict=True))
+        self.mean = dict(zip(widths, x.mean(0).split(sizes), strict=True))
+        self.rows, self.order = kept["row"], kept["place"].argsort(stable=True)
+        self.counts = torch.bincount(kept["place"], minlength=groups)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def drawn(self, rows: Tensor, places: Tensor, random: torch.Generator) -> Tensor:
+        """Which kept sample stands in for each of ``rows`` in the groups ``places``: one for all modalities that are removed together.
+
+        It is another sample of the same group, so that groups stay independent of each other and the spread of their scores holds
+        that of the draws; a group that has no other takes one of any group.
+        """
+        count, start = self.counts[places], self.starts[places]
+        step = (torch.rand(len(rows), generator=random) * count).long()
+        anyone = torch.randint(len(self.rows), (len(rows),), generator=random)
+
+        def member(step: Tensor) -> Tensor:
+            return self.order[(start + step % count.clamp(min=1)).clamp(max=len(self.order) - 1)]
+
+        chosen = member(step)
+        chosen = torch.where(self.rows[chosen] == rows, member(step + 1), chosen)
+        anyone = torch.where(self.rows[anyone] == rows, (anyone + 1) % len(self.rows), anyone)
+        return torch.where((count == 0) | (self.rows[chosen] == rows), anyone, chosen)
 
     def outputs(self, features: Mapping[str, Tensor], condition: Condition, drawn: Tensor) -> Tensor:
         """Outputs ``[B, C]`` with the modalities outside of ``condition.members`` removed."""

@@ -14,7 +14,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
 from .adapter import Adapter, beyond_features, chain_of, flat, prove
-from .groups import GroupMoments, stream
+from .groups import GroupMoments, dealt, stream
 from .layers import ChainSums, JacobianSums
 from .tasks import Metric, Task
 
@@ -155,7 +155,8 @@ class Collector:
                 f"diagnose: batch {self.batches} and the ones before differ in having labels; give all or none"
             )
         self.labelled = self.labelled and labels is not None
-        sample = {"x": x.float()} | ({} if labels is None else {"labels": labels})
+        row, place = torch.arange(self.samples, self.samples + len(x)), self.places(self.batches, len(x))
+        sample = {"x": x.float(), "row": row, "place": place} | ({} if labels is None else {"labels": labels})
         latents = getattr(self.adapter, "latents", None)
         if latents is not None:
             sample |= {f"latent.{name}": z.detach().float() for name, z in latents(batch).items()}
@@ -163,7 +164,7 @@ class Collector:
         if not self.sums:
             pass
         elif self.jacobians is not None:
-            places = self._places(len(x))
+            places = dealt(self.groups, len(x), self.seed, "groups", self.flushes)
             self.jacobians.add(self.adapter.fuse, features, places)
             self._add_rows(torch.cat([x, self._represent(features)], 1), places, None)
             self.flushes += 1
@@ -198,7 +199,7 @@ class Collector:
         inputs = self.chain.inputs(x)
         if not all(bool(torch.isfinite(u).all()) for u in inputs):
             raise InputError("diagnose: a layer of the head gave NaN or infinite values for finite features; check it")
-        self._add_rows(torch.cat(inputs, 1), self._places(len(x)), inputs)
+        self._add_rows(torch.cat(inputs, 1), dealt(self.groups, len(x), self.seed, "groups", self.flushes), inputs)
         self.flushes += 1
 
     @property
@@ -220,11 +221,9 @@ class Collector:
                     self.chain.add(group, [u[part].contiguous() for u in sorted_inputs])
             start += count
 
-    def _places(self, count: int) -> Tensor:
-        """The group of each of ``count`` rows: sizes differ by one at most, who goes where is drawn."""
-        random = stream(self.seed, "groups", self.flushes)
-        shift = int(torch.randint(self.groups, (1,), generator=random))
-        return ((torch.arange(count) + shift) % self.groups)[torch.randperm(count, generator=random)]
+    def places(self, index: int, count: int) -> Tensor:
+        """The group of each of the ``count`` rows of batch ``index`` where it is scored."""
+        return dealt(self.groups, count, self.seed, "scores", index)
 
     @torch.no_grad()
     def _represent(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -102,13 +102,17 @@ def remaining_measures(
 ) -> None:
     """Effective rank and η² of the fused representation without each modality (features of other samples), on the first rows."""
     represent = _representation(adapter, collector)
-    names, donors = list(collector.widths), collector.reservoir.columns["x"]
-    remover = Remover(_Represents(represent), collector.widths, donors, donors.mean(0))  # type: ignore[arg-type]
+    names = list(collector.widths)
+    remover = Remover(represent, collector.widths, collector.reservoir.columns, collector.groups)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("", *names)}
     labels: list[Tensor] = []
+    seen = 0
     for index, batch in batches:
         features = checked_features(adapter, batch, collector.widths, index)
-        drawn = remover.drawn(len(next(iter(features.values()))), stream(seed, "remaining", index))
+        count = len(next(iter(features.values())))
+        numbers = torch.arange(seen, seen + count)
+        drawn = remover.drawn(numbers, collector.places(index, count), stream(seed, "remaining", index))
+        seen += count
         for name in rows:
             condition = Condition(tuple(other != name for other in names), "resample")
             rows[name].append(remover.outputs(features, condition, drawn).flatten(1).cpu())
@@ -129,25 +133,20 @@ def unlabelled_pass(
     adapter: Adapter, batches: Iterable[tuple[int, Any]], collector: Collector, absence: str, size: int, seed: int
 ) -> SubsetRows:
     """Answers of all coalitions where there are no labels to score, on the first ``size`` rows."""
-    names, donors = list(collector.widths), collector.reservoir.columns["x"]
-    remover = Remover(adapter, collector.widths, donors, donors.mean(0))
+    names = list(collector.widths)
+    remover = Remover(adapter.fuse, collector.widths, collector.reservoir.columns, collector.groups)
     rows = SubsetRows(None, names, size, seed)
     conditions = {k: v[0] for k, v in conditions_of(len(names), absence, 1).items() if k.startswith("coalition.")}
     for index, batch in batches:
         features = checked_features(adapter, batch, collector.widths, index)
-        drawn = remover.drawn(len(next(iter(features.values()))), stream(seed, "donors", index))
+        count = len(next(iter(features.values())))
+        numbers = torch.arange(rows.rows, rows.rows + count)
+        drawn = remover.drawn(numbers, collector.places(index, count), stream(seed, "donors", index))
         outputs = {int(k.split(".")[1]): remover.outputs(features, c, drawn) for k, c in conditions.items()}
         rows.add(index, outputs, None)
         if rows.rows >= size:
             break
     return rows
-
-
-class _Represents:
-    """The fused representation in place of the outputs."""
-
-    def __init__(self, represent: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
-        self.fuse = represent
 
 
 def _representation(adapter: Adapter, collector: Collector) -> Callable[[Mapping[str, Tensor]], Tensor]:

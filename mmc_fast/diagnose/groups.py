@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmc_fast.agop.state import MomentState
 
-__all__ = ["GroupMoments", "Moments", "draw_weights", "stream"]
+__all__ = ["GroupMoments", "Moments", "dealt", "draw_weights", "stream"]
 
 STILL = 1e-12
 """Variance over squared mean below which a column of float32 numbers is constant: the rest is rounding."""
@@ -27,6 +27,13 @@ def stream(seed: int, *names: object) -> torch.Generator:
     from mmc_fast._util.seeds import generator
 
     return generator(seed, "diagnose", *names)
+
+
+def dealt(groups: int, count: int, seed: int, *names: object) -> Tensor:
+    """The group of each of ``count`` rows: sizes differ by one at most, who goes where is drawn from the stream ``names``."""
+    random = stream(seed, *names)
+    shift = int(torch.randint(groups, (1,), generator=random))
+    return ((torch.arange(count) + shift) % groups)[torch.randperm(count, generator=random)]
 
 
 def draw_weights(groups: int, resamples: int, seed: int) -> np.ndarray:

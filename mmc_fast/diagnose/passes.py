@@ -27,7 +27,7 @@ __all__ = [
     "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
 ]  # fmt: skip
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -136,8 +136,7 @@ def second_pass(
     unimodal = getattr(adapter, "unimodal", None)
     counts = {name: len(found) for name, found in conditions.items()}
     counts |= {f"alone.{name}": 1 for name in collector.widths if unimodal is not None}
-    donors = collector.reservoir.columns["x"]
-    remover = Remover(adapter, collector.widths, donors, donors.mean(0))
+    remover = Remover(adapter.fuse, collector.widths, collector.reservoir.columns, collector.groups)
     scores, done = ConditionScores(collector.task, counts, collector.groups, o.sample_rows, o.seed), 0
     answers = SubsetRows(collector.task, list(collector.widths), o.sample_rows, o.seed)
     found = stored.found.get("scores")
@@ -155,9 +154,10 @@ def second_pass(
             raise InputError(
                 f"diagnose: batch {index} had labels in the first pass and has none now; use a fixed order"
             )
-        rows = len(labels)
+        first = int(scores.rows.sum())
+        rows, places = torch.arange(first, first + len(labels)), collector.places(index, len(labels))
         random = stream(collector.seed, "donors", index)
-        drawn = [remover.drawn(rows, random) for _ in range(draws)]
+        drawn = [remover.drawn(rows, places, random) for _ in range(draws)]
         known: dict[Condition, Tensor] = {}
         outputs = {}
         for name, wanted in conditions.items():
@@ -167,7 +167,6 @@ def second_pass(
                 outputs[name, draw] = known[condition]
         if unimodal is not None:
             outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}
-        places = torch.randint(collector.groups, (rows,), generator=stream(collector.seed, "scores", index))
         scores.add(index, outputs, labels, places)
         if o.agop and len(collector.widths) <= MAX_MODALITIES:
             answers.add(

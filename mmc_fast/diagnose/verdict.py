@@ -6,6 +6,7 @@ This is the only rule: ``diagnose``, ``evaluate`` and every report that judges a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,8 +19,10 @@ KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", 
 class Thresholds:
     """Where verdicts change. ``docs/guides/diagnose.md`` states how they were set and how often they are wrong.
 
-    signal: a modality carries something where its ability is above this share of what the model reaches, and above twice its
-    standard error.
+    signal: a modality carries something where its ability is above this share of what the model reaches, and above ``errors``
+    standard errors: a diagnosis makes some ten such tests, and two standard errors would find something in noise once in four
+    diagnoses. Beside others it carries something where as much is lost when it is resampled. A model that is no more above
+    chance is not judged.
     loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
     under: it is under-used where its use over its ability is below this, with the whole interval.
     fair: nothing is said where the interval of the index holds both ``index`` and this.
@@ -34,6 +37,7 @@ class Thresholds:
     fair: float = 1.0
     effect: float = 0.1
     entropy: float = 0.15
+    errors: float = 3.0
 
 
 THRESHOLDS = Thresholds()
@@ -51,7 +55,7 @@ class ModalityVerdict:
     "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, where use is
     "resampled_shapley" (other samples in place of what is absent: what a model answers to a single modality by its own mask may be right
     by accident), with "index_low" and
-    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "agreement" = share of resamples with the same verdict; what was not measured is
+    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "lost_error" (of all − shuffled), "agreement" = share of resamples with the same verdict; what was not measured is
     left out.
     """
 
@@ -99,12 +103,14 @@ def judge(
         same = [r[position] for r in resampled if all(map(math.isfinite, r[position].evidence.values()))]
         if len(same) < 10:
             continue
+        lost = [r.evidence["all"] - r.evidence["shuffled"] for r in same]
+        verdict.evidence["lost_error"] = statistics.stdev(lost)
         verdict.evidence["agreement"] = sum(r.kind == verdict.kind for r in same) / len(same)
         indices = sorted(r.evidence["index"] for r in same if "index" in r.evidence)
         if indices and "index" in verdict.evidence:
             verdict.evidence["index_low"] = indices[round(0.025 * (len(indices) - 1))]
             verdict.evidence["index_high"] = indices[round(0.975 * (len(indices) - 1))]
-            found[position] = replace(verdict, kind=kind_of(verdict.evidence, thresholds))
+        found[position] = replace(verdict, kind=kind_of(verdict.evidence, thresholds))
     return found
 
 
@@ -131,16 +137,16 @@ def _judged(
 def carries(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> bool:
     """Whether a modality says something by itself, by its evidence."""
     error = max(e.get("alone_error", 0.0), e.get("chance_error", 0.0))
-    return e["ability"] > max(t.signal * (e["all"] - e["chance"]), 2 * error)
+    return e["ability"] > max(t.signal * (e["all"] - e["chance"]), t.errors * error)
 
 
 def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
     """The kind that the evidence of a verdict gives."""
     span, chance_error = e["all"] - e["chance"], e.get("chance_error", 0.0)
-    if span <= 2 * chance_error:
+    if span <= t.errors * chance_error:
         return "undecided"
     if not carries(e, t):
-        if e["all"] - e["shuffled"] > max(t.signal * span, 2 * chance_error):
+        if e["all"] - e["shuffled"] > max(t.signal * span, t.errors * e.get("lost_error", chance_error)):
             return "relied on"  # it helps only beside others
         error = max(e.get("alone_error", 0.0), chance_error)
         return "misleading" if e["total_effect"] > t.effect and e["ability"] <= error else "uninformative"

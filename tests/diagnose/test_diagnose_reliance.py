@@ -79,11 +79,20 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     """Each absent modality comes from one other sample, the same for all that are absent together."""
     features = {"a": torch.arange(50.0)[:, None, None].expand(50, 2, 1), "b": torch.arange(50.0)[:, None] + 100}
     donors = torch.cat([x.flatten(1) for x in features.values()], 1)
-    adapter = Toy(torch.nn.Identity())
-    adapter.fuse = lambda f: torch.cat([x.flatten(1) for x in f.values()], 1)  # type: ignore[method-assign]
-    remover = Remover(adapter, {"a": 2, "b": 1}, donors, donors.mean(0))
-    drawn = remover.drawn(50, generator)
+    places = torch.arange(50) % 3
+    places[7] = 3  # a group of its own
+    kept = {"x": donors, "row": torch.arange(50), "place": places}
+    remover = Remover(lambda f: torch.cat([x.flatten(1) for x in f.values()], 1), {"a": 2, "b": 1}, kept, 5)
+    drawn = remover.drawn(torch.arange(50), places, generator)
     assert len(drawn.unique()) > 20
+    assert not bool((drawn == torch.arange(50)).any()), "another sample"
+    same = places[drawn] == places
+    assert same.sum() == 49, "of the same group"
+    assert not same[7]
+    assert (drawn[:3] != torch.arange(3)).all()
+    rows = torch.zeros(4000, dtype=torch.int64)
+    often = remover.drawn(rows, rows, generator)
+    assert set(often.unique().tolist()) == set(range(3, 50, 3)), "each of the group may be drawn"
     none = remover.outputs(features, Condition((False, False), "resample"), drawn)
     torch.testing.assert_close(none, donors[drawn])
     one = remover.outputs(features, Condition((True, False), "resample"), drawn)

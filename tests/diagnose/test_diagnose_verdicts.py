@@ -53,6 +53,8 @@ def entry(
         ("misleading", entry(0.5, 0.5, 0.9, 0.0, 0.101)),
         ("misleading", entry(0.55, 0.5, 0.9, 0.0, 0.101, error=0.051)),
         ("uninformative", entry(0.6, 0.5, 0.9, 0.0, 0.101, error=0.051)),  # ability between one and two errors
+        ("uninformative", entry(0.649, 0.5, 0.9, 0.0, 0.2, error=0.05)),  # within three errors of nothing
+        ("collapsed", entry(0.651, 0.5, 0.9, 0.0, 0.2, error=0.05)),
         ("relied on", entry(0.52, 0.5, 0.85, 0.1, 0.5)),  # of use beside the other alone
     ],
 )  # fmt: skip
@@ -72,7 +74,7 @@ def test_both_sides_of_every_threshold(kind: str, scores: dict[str, float]) -> N
 
 def test_a_model_near_chance_is_not_judged() -> None:
     scores = {"audio": OTHER, "image": OTHER}
-    for error, kind in ((0.199, "relied on"), (0.201, "undecided")):
+    for error, kind in ((0.132, "relied on"), (0.134, "undecided")):
         found = judge(scores, {"all": 0.9, "chance": 0.5, "chance_error": error}, thresholds=LIMITS)
         assert {v.kind for v in found} == {kind}
     assert "Undecided: audio and image." in overall(found, 0.3, {"entropy": 0.2})
@@ -92,6 +94,11 @@ def test_resamples_give_the_interval_and_the_agreement() -> None:
     for wrong, kind in ((2, "under-used"), (4, "relied on")):
         draws = [({"audio": more if r < wrong else little, "image": OTHER}, whole) for r in range(100)]
         assert judge({"audio": little, "image": OTHER}, whole, draws, LIMITS)[0].kind == kind, "the whole interval"
+    weak = entry(0.51, 0.5, 0.85, 0.02, 0.2)
+    for spread, kind in ((0.016, "relied on"), (0.018, "uninformative")):  # 0.05 is lost
+        draws = [({"audio": weak | {"shuffled": 0.85 + spread * (-1) ** r}, "image": OTHER}, whole) for r in range(100)]
+        verdict = judge({"audio": weak, "image": OTHER}, whole, draws, LIMITS)[0]
+        assert (verdict.kind, verdict.evidence["lost_error"]) == (kind, pytest.approx(spread, rel=0.01))
     bad = entry(0.9, 0.5, math.nan, 0.0, 0.2)
     none = judge({"audio": lost, "image": OTHER}, whole, [({"audio": bad, "image": OTHER}, whole)] * 20, LIMITS)[0]
     assert "agreement" not in none.evidence
