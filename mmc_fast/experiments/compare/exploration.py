@@ -28,6 +28,9 @@ from .runs import read_line, score, settings_of
 __all__ = ["Planned", "compact", "explore", "plan"]
 
 
+_PLANNING = ("arms", "data", "seeds", "method")  # keys of an option that are no settings of the training
+
+
 class Planned(NamedTuple):
     """One run: its names and the settings of the job."""
 
@@ -56,10 +59,10 @@ def compact(config: TrainConfig) -> dict[str, Any]:
 def plan(protocol: Mapping[str, Any]) -> Iterator[Planned]:
     """Every run of a protocol, option by option: the cheap sets first."""
     for option, on_top in protocol["options"].items():
-        settings = {key: value for key, value in on_top.items() if key not in ("arms", "method", "data")}
+        settings = {key: value for key, value in on_top.items() if key not in _PLANNING}
         for data in on_top.get("data", protocol["data"]):
             (found,) = load_data_configs([data])
-            for seed in protocol["seeds"]:
+            for seed in on_top.get("seeds", protocol["seeds"]):
                 for arm in on_top.get("arms", protocol["arms"]):
                     values = merged(to_plain(found.budget_with({})), protocol["arms"][arm], settings)
                     options = values.pop("options", {})

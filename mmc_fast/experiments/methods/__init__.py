@@ -6,12 +6,14 @@ from mmc_fast._util.names import unknown
 
 from .base import BATCH_ROWS, CANDIDATES, Fitted, Method, Task
 from .cm_ae import CM_AE
+from .ensembles import ENSEMBLES, ORACLES
 from .graph import GRAPE, MUSE
 from .imputation import MEAN, ZEROS
 from .m3care import M3CARE
 from .mt import MT
+from .product import PRODUCT
 from .shaspec import SHASPEC
-from .sklearn_baselines import BOOSTING, LOGISTIC
+from .sklearn_baselines import BOOSTING, BOOSTING_MASKED, LOGISTIC
 from .smil import SMIL
 from .standard import KD, STANDARD, distilled, robust_heads
 
@@ -31,7 +33,19 @@ def _extended(method: Method) -> tuple[Method, Method]:
     )
 
 
-_SIMPLE = (*STANDARD[:2], ZEROS, MEAN, *STANDARD[2:6], LOGISTIC, BOOSTING, *STANDARD[6:])
+_SIMPLE = (
+    *STANDARD[:2],
+    ZEROS,
+    MEAN,
+    *STANDARD[2:6],
+    LOGISTIC,
+    BOOSTING,
+    BOOSTING_MASKED,
+    PRODUCT,
+    *STANDARD[6:],
+    *ENSEMBLES,
+    *ORACLES,
+)
 _ALL = (*_SIMPLE, *_BASELINES, *(extended for method in _EXTENDED for extended in _extended(method)))
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

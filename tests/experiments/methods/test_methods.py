@@ -19,7 +19,16 @@ BUDGET = TrainConfig(
 )  # fmt: skip
 HEADS = {"ebr": {"hidden_dim": 8, "latent_dim": 4, "psi_dims": [6]}}
 ALL = sorted(METHODS)
-SIMILAR = ("kd-random", "kd-strongest", "kd-strongest-first", "kd-simultaneous", "mean")  # tested with their like
+SIMILAR = (
+    "transformer-x5",
+    "ebr-robust-x5",
+    "subset-oracle-x5",
+    "kd-random",
+    "kd-strongest",
+    "kd-strongest-first",
+    "kd-simultaneous",
+    "mean",
+)  # tested with their like
 FEW = [pytest.param(n, marks=pytest.mark.slow) if "+" in n or n in SIMILAR else n for n in ALL]
 
 
@@ -106,7 +115,7 @@ def test_overfits_64_samples(name):
         "consistency": 0.0,
         "unimodal_share": 1.0,
     }
-    if name == "boosting":
+    if name.startswith("boosting"):
         changes["options"] = {"learning_rate": 0.1, "max_leaf_nodes": 31, "min_samples_leaf": 1}
     fitted = get(name).fit(dataset, settings(name, **changes), 0, budget=budget)
     part = dataset.part("train")
