@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.manifest import MANIFEST, Manifest
 from mmc_fast.experiments.training import TrainConfig
+from mmc_fast.experiments.training.checkpoint import CheckpointStore
 from mmc_fast.nn import EBRConfig
 
 SIZES = (60, 30, 30)
@@ -74,6 +76,15 @@ def same_numbers(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_numbers, a, b))
     return a == b
+
+
+def store_at(folder: Path, keep: int, run: str = "") -> CheckpointStore:
+    """Checkpoints of a stage in ``folder``; the manifest, which a run has above its stages, stands beside them."""
+    root = folder.parent
+    if (root / MANIFEST).exists():
+        return CheckpointStore(folder, keep, Manifest.read(root, advice="x"))
+    root.mkdir(parents=True, exist_ok=True)
+    return CheckpointStore(folder, keep, Manifest.begin(root, "run", {"run": run}, advice="x"))
 
 
 def check_one_line(error: Exception) -> None:

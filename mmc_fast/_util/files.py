@@ -1,12 +1,64 @@
-"""Files that a reader sees old or new, never in between."""
+"""Files: only regular ones are opened, and what is written a reader sees old or new, never in between."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["replace_file"]
+from mmc_fast.errors import InputError
+
+__all__ = ["check_regular", "check_tree", "open_regular", "replace_file", "user_path"]
+
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that somebody gave, with ``~`` resolved. Raises InputError where it names no place at all."""
+    text = os.fspath(path)
+    if "\0" in text:
+        raise InputError(f"path {text!r} holds a NUL character; give the path of a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"path {text!r}: there is no such user; write ./{text} for a folder of that name") from None
+
+
+def check_regular(path: str | os.PathLike[str], *, follow: bool = True) -> None:
+    """Raise InputError for what is there and no regular file; ``follow``: a symbolic link counts as what it leads to.
+
+    Nothing is opened, so a FIFO does not block. Raises OSError where nothing is there.
+    """
+    mode = (os.stat if follow else os.lstat)(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        raise InputError(f"{os.fspath(path)} is {kind}; a regular file is needed there")
+
+
+def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> BinaryIO:
+    """Open for reading; refuses as :func:`check_regular` does, also where the file is exchanged in the meantime."""
+    check_regular(path, follow=follow)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise InputError(f"{os.fspath(path)} was exchanged while it was opened; a regular file is needed there")
+    return os.fdopen(handle, "rb")
+
+
+def check_tree(folder: Path) -> None:
+    """Raise InputError where something below ``folder`` is neither a folder nor a regular file."""
+    for place, folders, files in os.walk(folder):
+        for path in (os.path.join(place, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):  # another process may tidy up
+                if os.path.islink(path) or not os.path.isdir(path):
+                    check_regular(path, follow=False)
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes | str) -> Path:
@@ -14,13 +66,13 @@ def replace_file(path: str | os.PathLike[str], content: bytes | str) -> Path:
 
     Raises OSError where the folder cannot be written; the old file then stays as it was.
     """
-    target = Path(path)
+    target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

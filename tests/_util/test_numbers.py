@@ -50,7 +50,7 @@ def test_a_run_is_that_of_the_plain_numbers(kind, tmp_path):
     ):
         found.append(train(dataset, config, seed=seed, run_dir=tmp_path / str(len(found))))
     assert same_numbers(found[0].results, found[1].results)
-    stored = [json.loads((tmp_path / str(i) / "run.json").read_text())["identity"] for i in range(2)]
+    stored = [json.loads((tmp_path / str(i) / "manifest.json").read_text())["identity"] for i in range(2)]
     assert stored[0] == stored[1]
     model = found[0].model
     assert evaluate(model, dataset, seed=kind(1), rates=(np.float64(0.3),)) == evaluate(

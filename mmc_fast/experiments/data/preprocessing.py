@@ -7,14 +7,42 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from mmc_fast._util.documents import Count0, Finite
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.scaler import ViewScaler
 
-__all__ = ["Preprocessing", "ViewColumns", "shift"]
+__all__ = ["Preprocessing", "PreprocessingDocument", "ViewColumns", "shift"]
 
 FAR = 0.25  # standardised mean difference that counts as a shift, beyond three standard errors
 OUTSIDE = 0.05  # share of values outside of the training range that counts as a shift
+
+
+class _Scaler(TypedDict):
+    mean: list[Finite]
+    std: list[Finite]
+    low: list[Finite]
+    high: list[Finite]
+    count: list[Count0]
+    rows: Count0
+    indicated: list[Count0]
+    standardise: bool
+
+
+class _View(TypedDict):
+    columns: list[str]
+    categories: dict[str, list[str]]
+    scaler: _Scaler
+
+
+class PreprocessingDocument(TypedDict):
+    """The form of :meth:`Preprocessing.to_dict`."""
+
+    views: dict[str, _View]
+    policy: str
+    classes: list[str]
+    source: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from mmc_fast._util.documents import Count0, Finite
 from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
 from .checkpoint import (
     Checkpoint,
+    check_like,
+    check_rows,
     fits_checkpoint,
+    moments_like,
     optimizer_tensors,
     prefixed,
     restore_optimizer,
@@ -29,7 +34,28 @@ from .parts import to_device
 from .progress import TrainingDiverged
 from .unimodal import UnimodalModels
 
-__all__ = ["distil", "info_nce", "teaching_plan"]
+__all__ = ["DistillationMeta", "distil", "info_nce", "teaching_plan"]
+
+
+class _Done(TypedDict):
+    teacher: str
+    student: str
+    loss: list[Finite]
+
+
+class _PairMeta(TypedDict):
+    epoch: Count0
+    step: Count0
+    losses: list[Finite]
+    total: Finite
+    counted: Count0
+
+
+class DistillationMeta(TypedDict):
+    """Plain values of a checkpoint."""
+
+    done: list[_Done]
+    pair: _PairMeta | None
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
@@ -120,6 +146,9 @@ class _Distillation:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         with fits_checkpoint("distillation"):
+            check_like(checkpoint.weights, self.model.state_dict())
+            if len(checkpoint.meta["done"]) + (checkpoint.meta["pair"] is not None) > len(self.rounds):
+                raise ValueError(f"it has done {len(checkpoint.meta['done'])} rounds of {len(self.rounds)}")
             self.model.load_state_dict(checkpoint.weights)
             self.done = checkpoint.meta["done"]
             if checkpoint.meta["pair"] is not None:
@@ -209,6 +238,14 @@ class _Pair:
         return tensors, meta | {"total": self.total, "counted": self.counted}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        expected = prefixed("optimizer", moments_like(self.optimizer, stripped("optimizer", tensors)))
+        expected |= prefixed("projections", self.projections.state_dict()) | {"generator": self.order_of.get_state()}
+        expected["order"] = torch.zeros(self.count, dtype=torch.int64)
+        check_like(tensors, expected, optional=("order",))
+        check_rows(tensors.get("order"), self.count)
+        steps = -(-self.count // self.work.kd.batch_size) if "order" in tensors else 0
+        if meta["step"] > steps or not len(meta["losses"]) == meta["epoch"] <= self.work.kd.epochs:
+            raise ValueError(f"it stands at step {meta['step']} after epoch {meta['epoch']}")
         restore_optimizer(self.optimizer, stripped("optimizer", tensors))
         self.projections.load_state_dict(stripped("projections", tensors))
         self.order_of.set_state(tensors["generator"])

@@ -21,7 +21,7 @@ from ..data import MultimodalDataset
 from ..data.dataset import PARTS
 from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
-from .distillation import distil
+from .distillation import DistillationMeta, distil
 from .evaluate import Predictions, measure
 from .interrupt import InterruptGuard, Stage
 from .model import MultimodalModel, select_modalities
@@ -30,8 +30,9 @@ from .processes import Processes, join
 from .progress import ProcessesDiffer, Progress, Silent
 from .record import SCHEMA_VERSION, adversarial_figures, results_of
 from .runfolder import RunFolder, load_run
-from .trainer import Trainer
-from .unimodal import UnimodalModels, train_unimodal, unimodal_key
+from .size import check_size
+from .trainer import Trainer, TrainerMeta
+from .unimodal import UnimodalMeta, UnimodalModels, train_unimodal, unimodal_key
 
 __all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
@@ -112,6 +113,7 @@ class _Run:
         self.heads = 0
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
+        check_size(config, dataset.dims, dataset.num_classes)
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
         self.progress, self.evaluate_on = progress if processes.first else Silent(), evaluate_on
         self.processes, self.device = processes, processes.device
@@ -192,10 +194,11 @@ class _Run:
         self.processes.check_same(
             "unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none"
         )
-        main = self._checkpoint("train")
-        control = self._checkpoint("control")
-        alone = self._checkpoint("unimodal") if self.unimodal is None else None
-        taught = {stage: self._checkpoint(f"{stage}-distillation") for stage in ("train", "control")}
+        main = self._checkpoint("train", TrainerMeta)
+        control = self._checkpoint("control", TrainerMeta)
+        alone = self._checkpoint("unimodal", UnimodalMeta) if self.unimodal is None else None
+        stages = ("train", "control")
+        taught = {stage: self._checkpoint(f"{stage}-distillation", DistillationMeta) for stage in stages}
         self.progress.on_start(self._epochs_left(alone, main, control, taught), self.config.method)
         if self.unimodal is None and self.config.unimodal_epochs:
             self.unimodal = self.processes.broadcast(self._timed("unimodal", lambda: self._train_unimodal(alone)))
@@ -252,9 +255,9 @@ class _Run:
     def _store(self, stage: str) -> CheckpointStore | None:
         return None if self.folder is None else self.folder.checkpoints(stage, self.config.keep_checkpoints)
 
-    def _checkpoint(self, stage: str) -> Checkpoint | None:
+    def _checkpoint(self, stage: str, schema: Any) -> Checkpoint | None:
         store = self._store(stage)
-        return self.processes.agree(lambda: None if store is None else store.latest())
+        return self.processes.agree(lambda: None if store is None else store.latest(schema))
 
     def _stage(self, name: str, on_epoch: Callable[[dict[str, Any]], None], checkpoint: Checkpoint | None) -> Stage:
         return Stage(name, on_epoch, self._store(name), self.guard, self.config.checkpoint_seconds, checkpoint)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import sklearn
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mmc_fast import __version__
+from mmc_fast._util.documents import Count0, Finite
 from mmc_fast.ops.dispatch import ran
 
 from ..data.dataset import PARTS
@@ -23,9 +25,56 @@ from .substitution import describe
 from .trainer import Trainer
 from .unimodal import UnimodalModels
 
-__all__ = ["SCHEMA_VERSION", "adversarial_figures", "environment", "results_of"]
+__all__ = ["SCHEMA_VERSION", "RunResults", "adversarial_figures", "environment", "results_of"]
 
 SCHEMA_VERSION = 2
+
+
+class _DataResults(TypedDict):
+    name: str
+    fingerprint: str
+    dims: dict[str, int]
+    num_classes: int
+    metric: str
+    sizes: dict[str, int]
+    modalities: list[str]
+    info: dict[str, Any]
+
+
+class _Missing(TypedDict):
+    rate: Finite
+    realised: list[Finite]
+    score: Finite | None
+
+
+class _Scores(TypedDict):
+    part: str
+    metric: str
+    rows: Count0
+    complete: Finite | None
+    missing: list[_Missing]
+    mean_missing: Finite | None
+
+
+class RunResults(TypedDict):
+    """The form of results.json, as far as something here reads it."""
+
+    schema_version: Literal[2]
+    mmc_fast_version: str
+    method: str
+    label: str
+    data: _DataResults
+    config: dict[str, Any]
+    seed: Count0
+    environment: dict[str, Any]
+    history: list[dict[str, Any]]
+    selected_epoch: Count0
+    selected_val_score: Finite
+    adversarial: dict[str, Any] | None
+    unimodal: dict[str, Finite] | None
+    scores: _Scores | None
+    other_scores: dict[str, _Scores]
+    timing: dict[str, Finite]
 
 
 def adversarial_figures(run: Trainer, control: Trainer | None, trivial: bool) -> dict[str, Any] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,50 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from mmc_fast import __version__
 from mmc_fast._util.atomic import read_tensors, save_errors, write_json, write_npz, write_tensors
+from mmc_fast._util.documents import Finite, parse_json, validated
+from mmc_fast._util.files import user_path
+from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.errors import InputError
 
 from ..data.archive import Archive
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, PreprocessingDocument
+from ..manifest import MANIFEST, Manifest
 from .adapter import RunAdapter
 from .checkpoint import CheckpointStore, prefixed, stripped
 from .config import TrainConfig
 from .evaluate import Predictions
-from .lock import LOCK_NAME, FolderLock
 from .model import MultimodalModel
+from .record import RunResults
 from .rows import RowPredictions, predict_rows
+from .size import check_size
 from .unimodal import UnimodalModel, UnimodalModels
 
 __all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
-_RUN, _RESULTS, _PREDICTIONS = "run.json", "results.json", "predictions.npz"
+_RESULTS, _PREDICTIONS, _PREPROCESSING = "results.json", "predictions.npz", "preprocessing.json"
 _MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"
-_PREPROCESSING = "preprocessing.json"
+_ADVICE = "restore it, or train again in another folder"
+
+
+class _Data(TypedDict):
+    name: str
+    fingerprint: str
+    dims: dict[str, int]
+    num_classes: int
+    metric: str
+
+
+class Identity(TypedDict):
+    """What makes two runs the same run."""
+
+    config: dict[str, Any]
+    seed: int
+    data: _Data
+    evaluate_on: list[str]
+    device: str
 
 
 def _differences(old: Any, new: Any, where: str) -> list[str]:
@@ -44,20 +67,16 @@ def _differences(old: Any, new: Any, where: str) -> list[str]:
     return [] if old == new else [f"{where} was {old!r} and is now {new!r}"]
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        return read_tensors(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it or train again in another folder") from error
-
-
 class RunFolder:
-    """Files of one run below ``path``; every write is atomic, and results.json comes last."""
+    """Files of one run below ``path``; every write is atomic, the manifest comes first and results.json last.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.run = ""  # identifies the run in its checkpoints
-        self._lock = FolderLock(path / LOCK_NAME, f"run_dir {path}")
+    What identifies the run stands in the manifest, and a file counts only where the manifest lists it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = user_path(path)
+        self.manifest = Manifest(self.path, "run", {}, advice=_ADVICE)
+        self._lock = FolderLock(self.path / LOCK_NAME, f"run_dir {self.path}")
 
     @classmethod
     def open(cls, path: str | Path, identity: dict[str, Any], resume: bool | str) -> RunFolder:
@@ -65,11 +84,11 @@ class RunFolder:
 
         Raises:
             InputError: without ``resume`` a folder that is not empty; with it a folder without a run, or one whose
-                configuration, seed, data or evaluated parts differ; a folder in which another run works.
+                configuration, seed, data or evaluated parts differ; a folder in which another run works, or that holds
+                links, FIFOs or devices.
         """
-        folder = cls(Path(path))
-        resume = (folder.path / _RUN).is_file() if resume == "auto" else bool(resume)
-        folder.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        folder = cls(path)
+        resume = folder.begun if resume == "auto" else bool(resume)
         try:
             folder._check(identity, resume)
             if not (resume and folder.finished):  # a finished run is only read
@@ -89,16 +108,28 @@ class RunFolder:
         """Let others write into the folder."""
         self._lock.release()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run."""
+        return os.path.lexists(self.path / MANIFEST)
+
+    def read(self) -> None:
+        """Take up the manifest. Raises InputError where it cannot be trusted."""
+        self.manifest.refuse_special_files()
+        self.manifest = Manifest.read(self.path, "run", advice=_ADVICE)
+        validated(self.manifest.identity, Identity, str(self.path / MANIFEST), _ADVICE)
+
     def _check(self, identity: dict[str, Any], resume: bool) -> None:
-        path, record = self.path, self.path / _RUN
+        path = self.path
         if path.exists() and not path.is_dir():
             raise InputError(f"run_dir {path} is a file; name a folder")
         if not resume:
             self._check_empty()
             return
-        if not record.is_file():
+        if not self.begun:
             raise InputError(f"nothing to resume: {path} holds no run; start it without resume")
-        found = _differences(self.record()["identity"], identity, "")
+        self.read()
+        found = _differences(self.manifest.identity, json.loads(json.dumps(identity)), "")
         if found:
             raise InputError(f"{path} holds another run: {'; '.join(found[:3])}; choose another run_dir")
 
@@ -106,106 +137,103 @@ class RunFolder:
         if not self.path.is_dir():
             return
         # A kill during the very first write leaves its temporary file, and a killed run its lock.
-        mine = (LOCK_NAME, f".{_RUN}.")
+        mine = (LOCK_NAME, f".{MANIFEST}.")
         if any(not p.name.startswith(mine) for p in self.path.iterdir()):
-            what = "a run already; resume it or choose" if (self.path / _RUN).is_file() else "other files; choose"
+            what = "a run already; resume it or choose" if self.begun else "other files; choose"
             raise InputError(f"run_dir {self.path} holds {what} another folder")
 
     def _begin(self, identity: dict[str, Any]) -> None:
         self._check_empty()  # again, now that nobody else can write
-        self.write(_RUN, {"mmc_fast_version": __version__, "identity": identity})
+        self.manifest = Manifest.begin(self.path, "run", identity, advice=_ADVICE)
 
-    def record(self) -> dict[str, Any]:
-        """run.json."""
-        run = self.read(_RUN)
-        if not isinstance(run.get("identity"), dict):
-            raise InputError(f"{self.path / _RUN} cannot be read (it names no run); restore it or train again")
-        return run
-
-    def read(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError(f"it holds a {type(value).__name__}")
-            return value
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.path / name} cannot be read ({error}); is this the folder of a run?") from error
-
-    def write(self, name: str, value: Any) -> None:
-        with self._saving(name):
-            write_json(self.path / name, value)
-
-    def _saving(self, name: str) -> AbstractContextManager[None]:
-        return save_errors(self.path / name, lambda: "the checkpoints are still there")
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file and list it."""
+        path = self.path / name
+        with save_errors(path, lambda: "the checkpoints are still there"):
+            self.manifest.alive()
+            write(path)
+        self.manifest.add([path])
 
     @property
     def finished(self) -> bool:
-        return (self.path / _RESULTS).is_file()
+        return _RESULTS in self.manifest
 
     def results(self) -> dict[str, Any]:
-        return self.read(_RESULTS)
+        path = self.path / _RESULTS
+        found: dict[str, Any] = parse_json(self.manifest.content(path), RunResults, str(path), _ADVICE)
+        return found
 
     def checkpoints(self, stage: str, keep: int) -> CheckpointStore:
-        return CheckpointStore(self.path / "checkpoints" / stage, keep, self.run)
+        return CheckpointStore(self.path / "checkpoints" / stage, keep, self.manifest)
 
     def save_unimodal(self, unimodal: UnimodalModels) -> None:
         tensors: dict[str, Tensor] = {}
         for name, model in unimodal.models.items():
             tensors |= prefixed(name, model.state_dict())
         about = {"scores": json.dumps(unimodal.scores), "key": json.dumps(unimodal.key)}
-        with self._saving(_UNIMODAL):
-            write_tensors(self.path / _UNIMODAL, tensors, about)
+        self._write(_UNIMODAL, lambda path: write_tensors(path, tensors, about))
 
     def load_unimodal(self, config: TrainConfig, dims: dict[str, int], num_classes: int) -> UnimodalModels | None:
         path = self.path / _UNIMODAL
-        if not path.is_file():
+        if _UNIMODAL not in self.manifest:
             return None
-        tensors, about = _tensors(path)
+        tensors, about = self._tensors(path)
+        scores = parse_json(about.get("scores", ""), dict[str, Finite], str(path), _ADVICE)
+        key = parse_json(about.get("key", ""), dict[str, Any], str(path), _ADVICE)
         models = {}
         try:
             for name, dim in dims.items():
                 model = UnimodalModel(dim, num_classes, config)
                 model.load_state_dict(stripped(name, tensors))
                 models[name] = model.eval().requires_grad_(False)
-            return UnimodalModels(models, json.loads(about["scores"]), json.loads(about["key"]))
-        except (RuntimeError, KeyError, ValueError) as error:
+            if scores.keys() != dims.keys():
+                raise KeyError(f"scores of {list(scores)}")
+        except (RuntimeError, KeyError) as error:
             raise _foreign(path, error) from error
+        return UnimodalModels(models, scores, key)
 
     def save_model(self, model: MultimodalModel) -> None:
-        with self._saving(_MODEL):
-            write_tensors(self.path / _MODEL, model.state_dict())
+        self._write(_MODEL, lambda path: write_tensors(path, model.state_dict()))
 
     def load_model(self, model: MultimodalModel) -> None:
+        path = self.path / _MODEL
         try:
-            model.load_state_dict(_tensors(self.path / _MODEL)[0])
+            model.load_state_dict(self._tensors(path)[0])
         except RuntimeError as error:
-            raise _foreign(self.path / _MODEL, error) from error
+            raise _foreign(path, error) from error
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise InputError(f"{path} holds weights that are not finite; {_ADVICE}")
         model.eval()
+
+    def _tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            return read_tensors(self.manifest.content(path))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}); {_ADVICE}") from error
 
     def save_preprocessing(self, preprocessing: Preprocessing | None) -> None:
         if preprocessing is not None:
-            self.write(_PREPROCESSING, preprocessing.to_dict())
+            self._write(_PREPROCESSING, lambda path: write_json(path, preprocessing.to_dict()))
 
     def load_preprocessing(self) -> Preprocessing | None:
         """None for a run on a data set that was made directly from tensors."""
-        if not (self.path / _PREPROCESSING).is_file():
+        if _PREPROCESSING not in self.manifest:
             return None
-        try:
-            return Preprocessing.from_dict(self.read(_PREPROCESSING))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _foreign(self.path / _PREPROCESSING, error) from error
+        path = self.path / _PREPROCESSING
+        return Preprocessing.from_dict(parse_json(self.manifest.content(path), PreprocessingDocument, str(path), _ADVICE))
 
     def save_predictions(self, found: list[Predictions]) -> None:
-        with self._saving(_PREDICTIONS):
-            write_npz(self.path / _PREDICTIONS, prediction_arrays(found))
+        self._write(_PREDICTIONS, lambda path: write_npz(path, prediction_arrays(found)))
 
     def save_results(self, results: dict[str, Any]) -> None:
-        self.write(_RESULTS, results)
+        self._write(_RESULTS, lambda path: write_json(path, results))
 
 
 def _foreign(path: Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"{path} does not fit its run ({reason}); restore it or train again in another folder")
+    return InputError(f"{path} does not fit its run ({reason}); {_ADVICE}")
 
 
 def prediction_arrays(found: list[Predictions]) -> dict[str, np.ndarray]:
@@ -224,20 +252,21 @@ def load_predictions(run_dir: str | Path) -> dict[str, Predictions]:
     Raises:
         InputError: no readable predictions there.
     """
-    path = Path(run_dir) / _PREDICTIONS
+    folder = _finished(run_dir)
+    path = folder.manifest.check(folder.path / _PREDICTIONS)
     found: dict[str, Predictions] = {}
-    try:
-        arrays = Archive(path)
-        for key in arrays:
-            part, name = key.split("/", 1)
-            entry = found.setdefault(part, Predictions(part, torch.empty(0), torch.empty(0)))
-            value = torch.from_numpy(arrays.read(key))
-            if name in ("labels", "index"):
-                setattr(entry, name, value)
-            else:
-                entry.probabilities[name] = value
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); is this the folder of a finished run?") from error
+    arrays = Archive(path)
+    for key in arrays:
+        part, _, name = key.partition("/")
+        entry = found.setdefault(part, Predictions(part, torch.empty(0), torch.empty(0)))
+        value = torch.from_numpy(arrays.read(key))
+        if name in ("labels", "index"):
+            setattr(entry, name, value)
+        else:
+            entry.probabilities[name] = value
+    for part, entry in found.items():
+        if any(len(value) != len(entry.index) for value in (entry.labels, *entry.probabilities.values())):
+            raise InputError(f"{path} holds arrays of {part} with different numbers of rows; {_ADVICE}")
     return found
 
 
@@ -266,25 +295,41 @@ class LoadedRun:
 
 
 def load_run(run_dir: str | Path) -> LoadedRun:
-    """Open a finished run for evaluation or further use.
+    """Open a finished run for evaluation or further use; every file in it is checked against its manifest.
 
     Raises:
-        InputError: no run there, a run that is not finished, or files that cannot be read.
+        InputError: no run there, a run that is not finished, or files that are missing, changed, exchanged or cannot be
+            read.
     """
-    folder = RunFolder(Path(run_dir))
-    if not (folder.path / _RUN).is_file():
-        raise InputError(f"{run_dir} holds no run; give the folder that train wrote")
-    if not folder.finished:
-        raise InputError(f"the run in {run_dir} is not finished; resume it first")
-    identity = folder.record()["identity"]
+    folder = _finished(run_dir)
+    identity = folder.manifest.identity
+    for name in folder.manifest.files:
+        if "/" not in name:  # checkpoints are not read any more
+            folder.manifest.check(folder.path / name)
     try:
         config = TrainConfig.from_dict(identity["config"])
         data = identity["data"]
+        check_size(config, data["dims"], data["num_classes"])
         with torch.random.fork_rng(devices=[]):
             model = MultimodalModel(data["dims"], data["num_classes"], config)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise _foreign(folder.path / _RUN, error) from error
+        raise _foreign(folder.path / MANIFEST, error) from error
+    results = folder.results()
+    differing = [k for k in ("config", "seed") if results[k] != identity[k]]
+    if differing or any(results["data"].get(k) != v for k, v in data.items()):
+        raise InputError(f"{folder.path / _RESULTS} is of another run than {MANIFEST} says; {_ADVICE}")
     with torch.random.fork_rng(devices=[]):
         folder.load_model(model)
         unimodal = folder.load_unimodal(config, data["dims"], data["num_classes"])
-    return LoadedRun(model, config, folder.results(), unimodal, folder.load_preprocessing())
+    return LoadedRun(model, config, results, unimodal, folder.load_preprocessing())
+
+
+def _finished(run_dir: str | Path) -> RunFolder:
+    """The folder of a finished run, with its manifest."""
+    folder = RunFolder(run_dir)
+    if not folder.begun:
+        raise InputError(f"{run_dir} holds no run; give the folder that train wrote")
+    folder.read()
+    if not folder.finished:
+        raise InputError(f"the run in {run_dir} is not finished; resume it first")
+    return folder

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from mmc_fast._util.documents import Count0, Finite
 from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import generator, seeded_init
 
@@ -19,7 +21,10 @@ from .adversarial import probe
 from .average import WeightAverage
 from .checkpoint import (
     Checkpoint,
+    check_like,
+    check_rows,
     fits_checkpoint,
+    moments_like,
     optimizer_tensors,
     prefixed,
     restore_optimizer,
@@ -39,11 +44,43 @@ from .schedules import AdversarialStop, reversal_at
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
 
-__all__ = ["Trainer"]
+__all__ = ["TrainerMeta", "Trainer"]
 
 _PROBE_ROWS = 512
 # Plain values of a checkpoint that are attributes as they are.
 _PLAIN = ("epoch", "step", "skipped", "skipped_rows", "history", "best_epoch", "first_active", "about")
+
+
+class _Record(TypedDict):
+    stage: str
+    epoch: Count0
+    val_score: Finite
+    seconds: Finite
+
+
+class _Stop(TypedDict):
+    patience: int | None
+    larger_is_better: bool
+    best: Finite | None
+    bad: Count0
+    stopped_after: int | None
+
+
+class TrainerMeta(TypedDict):
+    """Plain values of a checkpoint."""
+
+    epoch: Count0
+    step: Count0
+    skipped: Count0
+    skipped_rows: Count0
+    clipped: Count0
+    best_epoch: Count0
+    history: list[_Record]
+    first_active: int | None
+    about: dict[str, Any]
+    spent: Finite
+    best_score: Finite | None
+    stop: _Stop
 
 
 class Trainer:
@@ -356,6 +393,7 @@ class Trainer:
             self._restore(checkpoint.weights, checkpoint.tensors, checkpoint.meta)
 
     def _restore(self, weights: dict[str, Tensor], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self._check_state(weights, tensors, meta)
         self.model.load_state_dict(weights)
         restore_optimizer(self.optimizer, stripped("optimizer", tensors))
         for name, g in self.generators.items():
@@ -371,6 +409,27 @@ class Trainer:
         self.spent, self.stepper.clipped = meta["spent"], meta["clipped"]
         self.best_score = -math.inf if meta["best_score"] is None else meta["best_score"]
         self.stop = AdversarialStop(**meta["stop"])
+
+    def _check_state(self, weights: dict[str, Tensor], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Raise ValueError for a state that no run of this configuration on these data can have."""
+        model, rows = self.model.state_dict(), len(self.train_part)
+        check_like(weights, model)
+        expected = prefixed("best", model) if meta["best_epoch"] else {}
+        moments = stripped("optimizer", tensors)
+        expected |= prefixed("optimizer", moments_like(self.optimizer, moments))
+        expected |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
+        expected |= {"sums": self.sums, "reversal": self.stepper.reversal, "masks": self.train_part.present}
+        expected["order"] = torch.zeros(rows, dtype=torch.int64)
+        check_like(tensors, expected, optional=("order", "masks"))
+        check_rows(tensors.get("order"), rows)
+        steps, begun = -(-rows // self.config.batch_size), "order" in tensors
+        if begun != ("masks" in tensors) or meta["step"] > (steps if begun else 0) or meta["skipped_rows"] > rows:
+            raise ValueError(f"it stands at step {meta['step']} of {steps}")
+        if not meta["best_epoch"] <= meta["epoch"] == len(meta["history"]) <= self.config.epochs:
+            raise ValueError(f"it stands after epoch {meta['epoch']} of {self.config.epochs}")
+        stop = AdversarialStop(**meta["stop"])
+        if (stop.patience, stop.larger_is_better) != (self.stop.patience, self.stop.larger_is_better):
+            raise ValueError("its adversarial stop is another one")
 
 
 def _noisy_column(dataset: MultimodalDataset, config: TrainConfig) -> int | None:

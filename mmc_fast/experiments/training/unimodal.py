@@ -8,13 +8,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from mmc_fast._util.documents import Count0, Finite
 from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset, Part
 from .checkpoint import (
     Checkpoint,
+    check_like,
+    check_rows,
     fits_checkpoint,
+    moments_like,
     optimizer_tensors,
     prefixed,
     restore_optimizer,
@@ -29,7 +34,15 @@ from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, row_pieces, to_device
 from .progress import TrainingDiverged
 
-__all__ = ["UnimodalModel", "UnimodalModels", "train_unimodal"]
+__all__ = ["UnimodalMeta", "UnimodalModel", "UnimodalModels", "train_unimodal"]
+
+
+class UnimodalMeta(TypedDict):
+    """Plain values of a checkpoint."""
+
+    epoch: Count0
+    step: Count0
+    best_score: list[Finite]
 
 
 class UnimodalModel(nn.Module):
@@ -147,6 +160,7 @@ class _SideBySide:
     def restore(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors
         with fits_checkpoint("unimodal"):
+            self._check_state(checkpoint)
             self.models.load_state_dict(checkpoint.weights)
             restore_optimizer(self.optimizer, stripped("optimizer", tensors))
             self.order_of.set_state(tensors["generator"])
@@ -156,6 +170,20 @@ class _SideBySide:
             self.order = tensors.get("order")
             meta = checkpoint.meta
             self.epoch, self.step, self.best_score = meta["epoch"], meta["step"], meta["best_score"]
+
+    def _check_state(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError for a state that this stage cannot have."""
+        tensors, meta, rows = checkpoint.tensors, checkpoint.meta, len(self.train)
+        check_like(checkpoint.weights, self.models.state_dict())
+        expected = prefixed("optimizer", moments_like(self.optimizer, stripped("optimizer", tensors)))
+        for i, model in enumerate(self.models):
+            expected |= prefixed(f"best{i}", model.state_dict())
+        expected |= {"generator": self.order_of.get_state(), "order": torch.zeros(rows, dtype=torch.int64)}
+        check_like(tensors, expected, optional=("order",))
+        check_rows(tensors.get("order"), rows)
+        steps = -(-rows // self.config.batch_size) if "order" in tensors else 0
+        if meta["step"] > steps or meta["epoch"] > self.config.unimodal_epochs or len(meta["best_score"]) != len(self.models):
+            raise ValueError(f"it stands at step {meta['step']} after epoch {meta['epoch']}")
 
     def fit(self, autosave: Autosave) -> None:
         names = self.dataset.modalities

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_data import check_one_line, same_numbers, small, tiny
+from training_data import check_one_line, same_numbers, small, store_at, tiny
 
 from mmc_fast._util import atomic as atomic_module
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
-from mmc_fast.experiments.training.checkpoint import Checkpoint, CheckpointStore
-from mmc_fast.experiments.training.lock import LOCK_NAME, FolderLock
+from mmc_fast.experiments.training.checkpoint import Checkpoint
+from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.experiments.training.progress import Silent
 
 
@@ -97,7 +97,7 @@ def test_an_interrupted_and_a_failed_run_give_the_folder_back(seed, tmp_path):
 def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
     path = tmp_path / ".lock"
     script = (
-        "import sys, time; from pathlib import Path; from mmc_fast.experiments.training.lock import FolderLock\n"
+        "import sys, time; from pathlib import Path; from mmc_fast._util.lock import FolderLock\n"
         "lock = FolderLock(Path(sys.argv[1]), 'x'); lock.acquire(); print('held', flush=True); time.sleep(60)\n"
     )
     root = str(Path(__file__).resolve().parents[3])
@@ -117,7 +117,7 @@ def test_what_a_kill_leaves_of_a_new_folder_does_not_stop_a_new_start(seed, tmp_
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").write_text("process 1 on nowhere")
-    (folder / ".run.json.abcd.tmp").write_text("{")
+    (folder / ".manifest.json.abcd.tmp").write_text("{")
     train(tiny(seed), small("vanilla", epochs=1), seed=seed, run_dir=folder, resume="auto")
     with pytest.raises(InputError, match="resume is 'perhaps'"):
         train(tiny(seed), small("vanilla"), seed=seed, run_dir=folder, resume="perhaps")
@@ -127,13 +127,13 @@ def test_what_a_kill_leaves_of_a_new_folder_does_not_stop_a_new_start(seed, tmp_
 
 
 def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path, monkeypatch):
-    """Saves the same place twice; stops before the n-th rename or synchronisation, for every n."""
+    """Saves two steps; stops before the n-th rename or synchronisation, for every n."""
     operations = ["os.replace", "os.fsync"]
     real = {name: eval(f"atomic_module.{name}", {"atomic_module": atomic_module}) for name in operations}
 
     def run(limit: int | None) -> int:
-        folder = tmp_path / f"store-{limit}"
-        store = CheckpointStore(folder, keep=1)
+        folder = tmp_path / f"run-{limit}" / "train"
+        store = store_at(folder, keep=1)
         store.save(state(1), 1, 0)
         count = 0
 
@@ -151,15 +151,15 @@ def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path
             for name in operations:
                 m.setattr(f"mmc_fast._util.atomic.{name}", counting(name))
             with contextlib.suppress(Killed):
-                store.save(state(2), 1, 0)
-        found = CheckpointStore(folder, keep=1).latest()
+                store.save(state(2), 1, 1)
+        found = store_at(folder, keep=1).latest()
         assert found is not None, f"nothing is left after operation {limit}"
         assert found.meta["value"] in (1, 2)
         assert float(found.weights["w"][0]) == found.meta["value"]
         return count
 
     total = run(None)
-    assert total == 3  # file, rename, folder
+    assert total == 6  # file, rename and folder of the checkpoint, then of the manifest
     for limit in range(total):
         run(limit)
 
@@ -244,22 +244,25 @@ def test_random_damage_of_a_finished_run_is_found(seed, tmp_path):
 
 
 def test_nothing_intact_and_strangers_are_one_line_and_stay(seed, tmp_path):
-    store = CheckpointStore(tmp_path / "a", keep=2, run="mine")
+    store = store_at(tmp_path / "run" / "a", keep=2, run="mine")
     for n in (1, 2):
         store.save(state(n), n, 0).write_bytes(b"\xff")
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(InputError, match="none of the 2 checkpoint"):
         store.latest()
-    assert len(list((tmp_path / "a").iterdir())) == 2
-    other = CheckpointStore(tmp_path / "b", keep=2, run="theirs")
-    other.save(state(1), 1, 0)
-    with pytest.raises(InputError, match="belongs to another run"):
-        CheckpointStore(tmp_path / "b", keep=2, run="mine").latest()
+    assert len(list((tmp_path / "run" / "a").iterdir())) == 2
+    other = store_at(tmp_path / "other" / "a", keep=2, run="theirs").save(state(1), 2, 0)
+    shutil.copy(other, tmp_path / "run" / "a")
+    with pytest.warns(UserWarning, match="changed or exchanged"), pytest.raises(InputError, match="none of the 2 checkp"):
+        store.latest()
+    store.manifest.add([tmp_path / "run" / "a" / other.name])  # even where the hash is right
+    with pytest.warns(UserWarning, match="another run, stage or step"), pytest.raises(InputError, match="none of the 2"):
+        store.latest()
 
 
 def test_after_a_fall_back_the_damaged_future_is_dropped_not_the_new_state(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1)
+    store = store_at(tmp_path / "train", keep=2)
     store.save(state(1), 1, 0)
-    (tmp_path / "epoch-000005-step-000000.safetensors").write_bytes(b"")
+    store.save(state(9), 5, 0).write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
         assert store.latest().meta["value"] == 1
     store.save(state(2), 2, 0)

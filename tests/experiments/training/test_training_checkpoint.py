@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_data import small, tiny
+from training_data import small, store_at, tiny
 
 from mmc_fast._util import atomic
 from mmc_fast._util.atomic import write_json, write_npz, write_tensors
-from mmc_fast.experiments.training.checkpoint import Checkpoint, CheckpointStore, optimizer_tensors, restore_optimizer
+from mmc_fast.experiments.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from mmc_fast.experiments.training.loop import train
 
 
@@ -79,7 +79,7 @@ def test_json_refuses_nan(tmp_path):
 
 
 def test_newest_ones_are_kept_and_read(tmp_path):
-    store = CheckpointStore(tmp_path / "c", keep=2)
+    store = store_at(tmp_path / "c", keep=2)
     assert store.latest() is None
     for epoch, step in ((1, 0), (2, 5), (2, 11), (10, 0)):
         store.save(state(epoch + step), epoch, step)
@@ -95,7 +95,7 @@ def test_newest_ones_are_kept_and_read(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "counter", "empty"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
+    store = store_at(tmp_path / "c", keep=2)
     store.save(state(1), 1, 0)
     path = store.save(state(2), 2, 0)
     content = path.read_bytes()
@@ -112,12 +112,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, tmp_path):
     assert found.meta["value"] == 1
 
 
-def test_writing_the_same_state_again_replaces_it(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
+def test_a_place_that_is_saved_is_not_written_again_unless_it_is_damaged(tmp_path):
+    store = store_at(tmp_path / "c", keep=2)
+    path = store.save(state(1), 1, 0)
+    before = path.stat().st_mtime_ns, path.read_bytes()
     store.save(state(1), 1, 0)
-    store.save(state(7), 1, 0)
-    assert store.latest().meta["value"] == 7
-    assert len(list(tmp_path.iterdir())) == 1
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+    path.write_bytes(b"x")
+    store.save(state(1), 1, 0)
+    assert store.latest().meta["value"] == 1
+    assert path.read_bytes() == before[1]
+    assert len(list((tmp_path / "c").iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -166,7 +171,7 @@ def test_killed_process_leaves_a_run_that_resumes_bitwise(seed, tmp_path):
     """SIGKILL after the second epoch, in a process of its own; the resumed run equals one that never stopped."""
     script = (
         "import os, signal, sys; import torch; torch.set_num_threads(1)\n"
-        "from training_data import small, tiny\n"
+        "from training_data import small, store_at, tiny\n"
         "from mmc_fast.experiments.training import train\n"
         "from mmc_fast.experiments.training.progress import Silent\n"
         "class Kill(Silent):\n"

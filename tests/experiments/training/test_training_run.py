@@ -343,16 +343,16 @@ def test_folders_that_hold_something_else_are_refused(seed, tmp_path):
 def test_damaged_files_and_folders_are_one_clear_line(seed, tmp_path):
     folder = tmp_path / "run"
     train(tiny(seed), small("vanilla", epochs=1), seed=0, run_dir=folder)
-    for name in ("model.safetensors", "unimodal.safetensors", "results.json", "run.json", "predictions.npz"):
+    for name in ("model.safetensors", "unimodal.safetensors", "results.json", "manifest.json", "predictions.npz"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(InputError, match="cannot be read") as error:
+        with pytest.raises(InputError, match=r"cannot be used|changed or exchanged") as error:
             load_predictions(folder) if name == "predictions.npz" else load_run(folder)
         assert "\n" not in str(error.value)
         (folder / name).write_bytes(content)
     load_run(folder)
     with pytest.raises(InputError, match="cannot be used"):
-        train(tiny(seed), small("vanilla"), seed=0, run_dir=folder / "run.json" / "below")
+        train(tiny(seed), small("vanilla"), seed=0, run_dir=folder / "results.json" / "below")
 
 
 def test_unfinished_run_does_not_load(seed, tmp_path):

@@ -1,0 +1,261 @@
+"""What a folder holds is what was written into it: exchanged, changed, missing and special files are named in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from training_data import check_one_line, same_numbers, small, tiny
+
+from mmc_fast._util.lock import LOCK_NAME
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.manifest import MANIFEST, Manifest
+from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
+from mmc_fast.experiments.training.progress import Silent
+
+FILES = ("results.json", "model.safetensors", "unimodal.safetensors", "predictions.npz")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs that differ in their seed alone."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        train(tiny(3), small("vanilla", epochs=1), seed=seed, run_dir=root / str(seed))
+    return root
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    return shutil.copytree(runs / "0", tmp_path / "run")
+
+
+def refused(folder: Path, name: str) -> str:
+    """What every reader says of a folder; it names the file and what to do."""
+    with pytest.raises(InputError) as error:
+        load_run(folder)
+        load_predictions(folder)
+    check_one_line(error.value)
+    assert name in str(error.value)
+    assert "restore it, or train again" in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_another_seeds_file_a_missing_one_and_a_changed_bit_are_named(name, run, runs):
+    shutil.copy(runs / "1" / name, run / name)
+    assert "changed or exchanged" in refused(run, name)
+    shutil.copy(runs / "0" / name, run / name)
+    load_run(run)
+    content = bytearray((run / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / name).write_bytes(content)
+    assert "changed or exchanged" in refused(run, name)
+    (run / name).unlink()
+    assert "is missing" in refused(run, name)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "symbolic link", "folder"])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST, "checkpoints/train/x", LOCK_NAME])
+def test_special_files_are_refused_and_nothing_waits_or_is_written_through(kind, name, run, runs, tmp_path):
+    path = run / name
+    if path.exists():
+        path.unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        if name == "checkpoints/train/x":
+            return  # nobody reads it
+        path.mkdir()
+    else:
+        path.symlink_to(elsewhere)
+    with pytest.raises(InputError) as error:
+        load_run(run)
+    check_one_line(error.value)
+    assert kind in str(error.value)
+    assert elsewhere.read_text() == "mine"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lock_that_is_a_link_is_not_written_through(shared, tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / (".manifest.lock" if shared else LOCK_NAME)).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a symbolic link; a regular file is needed"):
+        if shared:
+            Manifest.begin(tmp_path / "run", "comparison", {}, advice="x", shared=True).add([])
+        else:
+            train(tiny(3), small("vanilla", epochs=1), seed=0, run_dir=tmp_path / "run")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def rewrite(folder: Path, change) -> None:
+    """A forger who knows the format: ``change(manifest document)``, and every hash is right afterwards."""
+    from mmc_fast.experiments.manifest import _digest_of, _hash
+
+    document = json.loads((folder / MANIFEST).read_text())
+    change(document)
+    for name, entry in document["files"].items():
+        entry["sha256"], entry["size"] = _hash(folder / name)
+    del document["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(document | {"sha256": _digest_of(document)}))
+
+
+RESULTS = [
+    lambda r: r.clear(), lambda r: r.update(seed="0"), lambda r: r.update(seed=1), lambda r: r.update(config={}),
+    lambda r: r.update(scores=[]), lambda r: r["scores"].update(complete="high"), lambda r: r.update(history={}),
+    lambda r: r["data"].update(dims=[]), lambda r: r.update(schema_version=1), lambda r: r.pop("label"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RESULTS)
+def test_a_right_hash_does_not_make_a_content(change, run):
+    results = json.loads((run / "results.json").read_text())
+    change(results)
+    (run / "results.json").write_text(json.dumps(results))
+    rewrite(run, lambda document: None)
+    refused(run, "results.json")
+
+
+IDENTITY = [
+    lambda d: d.update(identity={}), lambda d: d["identity"].update(seed=None), lambda d: d.update(files=[]),
+    lambda d: d["identity"]["config"].update(epochs=10**30), lambda d: d["identity"]["data"].update(dims={"a": -1}),
+    lambda d: d["identity"]["data"].update(num_classes=10**15), lambda d: d.update(kind="comparison"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", IDENTITY)
+def test_a_forged_manifest_is_one_line(change, run):
+    try:
+        rewrite(run, change)
+    except AttributeError:  # no files to hash any more
+        document = json.loads((run / MANIFEST).read_text())
+        change(document)
+        (run / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(InputError) as error:
+        load_run(run)
+    check_one_line(error.value)
+
+
+def test_a_flipped_digit_of_the_manifest_is_noticed(run):
+    text = (run / MANIFEST).read_text()
+    (run / MANIFEST).write_text(text.replace('"epochs": 1', '"epochs": 2'))
+    with pytest.raises(InputError, match=r"manifest.json was changed after it was written"):
+        load_run(run)
+
+
+def test_what_made_a_file_stands_beside_it(run):
+    found = json.loads((run / MANIFEST).read_text())
+    assert found["kind"] == "run"
+    assert found["identity"]["seed"] == 0
+    for name in FILES:
+        entry = found["files"][name]
+        assert entry["size"] == (run / name).stat().st_size
+        assert entry["by"]["mmc_fast"] and entry["by"]["command"]
+
+
+class At(Silent):
+    """Calls something after an epoch of the run."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def on_epoch(self, record):
+        if (record["stage"], record["epoch"]) == ("train", 2):
+            self.call()
+
+
+def test_a_folder_that_is_removed_or_exchanged_ends_the_run_loudly(tmp_path):
+    folder = tmp_path / "run"
+
+    def exchange():
+        folder.rename(tmp_path / "other")
+        folder.mkdir()
+
+    for call in (lambda: shutil.rmtree(folder), exchange):
+        with pytest.raises(SaveFailed, match="was removed or exchanged") as error:
+            train(tiny(3), small("vanilla"), seed=0, run_dir=folder, progress=At(call))
+        check_one_line(error.value)
+        assert not folder.exists() or not list(folder.iterdir())
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_kill_between_any_two_renames_of_a_run_resumes_bitwise(tmp_path, monkeypatch):
+    """From the first rename (the manifest of an empty folder) to the last (that lists results.json)."""
+    dataset, config = tiny(3), small("vanilla", epochs=1, keep_checkpoints=1)
+    whole = train(dataset, config, seed=0, run_dir=tmp_path / "whole")
+    real, count = os.replace, 0
+
+    def run(limit: int, after: bool) -> bool:
+        """Whether the run was killed."""
+        nonlocal count
+        count = 0
+
+        def replace(*args):
+            nonlocal count
+            count += 1
+            if count == limit and not after:
+                raise Killed
+            real(*args)
+            if count == limit:
+                raise Killed
+
+        folder = tmp_path / f"{limit}-{after}"
+        with monkeypatch.context() as m:
+            m.setattr("mmc_fast._util.atomic.os.replace", replace)
+            try:
+                train(dataset, config, seed=0, run_dir=folder)
+                return False
+            except Killed:
+                pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = train(dataset, config, seed=0, run_dir=folder, resume="auto")
+        assert same_numbers(again.results, whole.results)
+        assert same_numbers(load_run(folder).results, whole.results)
+        assert all(bool((v == again.model.state_dict()[k]).all()) for k, v in whole.model.state_dict().items())
+        return True
+
+    limit = 1
+    while run(limit, True) | run(limit, False):
+        limit += 1
+    assert limit > 10
+
+
+def test_checkpoints_of_one_stage_are_not_taken_by_another(tmp_path):
+    """Exchanged files, and exchanged files whose hash was made to fit."""
+    dataset, config, folder = tiny(3), small("ebr", epochs=2), tmp_path / "run"
+
+    class InControl(Silent):
+        def on_epoch(self, record):
+            if (record["stage"], record["epoch"]) == ("control", 1):
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(dataset, config, seed=0, run_dir=folder, progress=InControl())
+    (control,) = (folder / "checkpoints" / "control").iterdir()
+    for theirs in (folder / "checkpoints" / "train").iterdir():
+        shutil.copy(theirs, control)
+    for prepare in (lambda: None, lambda: rewrite(folder, lambda document: None)):
+        prepare()
+        with pytest.warns(UserWarning, match="is damaged"), pytest.raises(InputError, match="none of the 1 checkpoint"):
+            train(dataset, config, seed=0, run_dir=folder, resume=True)
+
+
+def test_a_shared_manifest_keeps_what_other_writers_listed(tmp_path):
+    first = Manifest.begin(tmp_path, "comparison", {}, advice="x", shared=True)
+    second = Manifest.read(tmp_path, advice="x", shared=True)
+    for manifest, name in ((first, "a"), (second, "b"), (first, "c")):
+        (tmp_path / name).write_text(name)
+        manifest.add([tmp_path / name])
+    assert sorted(Manifest.read(tmp_path, advice="x").files) == ["a", "b", "c"]
