@@ -10,7 +10,18 @@ import subprocess
 import sys
 
 # what the extras bring, less what torch itself depends on (jinja2, filelock)
-EXTRAS = ("typer", "rich", "sklearn", "scipy", "matplotlib", "safetensors", "lightning", "lightning_fabric", "pandas", "pydantic")
+EXTRAS = (
+    "typer",
+    "rich",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "safetensors",
+    "lightning",
+    "lightning_fabric",
+    "pandas",
+    "pydantic",
+)
 
 
 def check_layer(torch) -> None:

@@ -36,9 +36,13 @@ def run(runs, tmp_path):
 
 def refused(folder: Path, name: str) -> str:
     """What every reader says of a folder; it names the file and what to do."""
-    with pytest.raises(InputError) as error:
+
+    def read() -> None:
         load_run(folder)
         load_predictions(folder)
+
+    with pytest.raises(InputError) as error:
+        read()
     check_one_line(error.value)
     assert name in str(error.value)
     assert "restore it, or train again" in str(error.value)
@@ -87,11 +91,15 @@ def test_a_lock_that_is_a_link_is_not_written_through(shared, tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / (".manifest.lock" if shared else LOCK_NAME)).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is a symbolic link; a regular file is needed"):
+
+    def write() -> None:
         if shared:
             Manifest.begin(tmp_path / "run", "comparison", {}, advice="x", shared=True).add([])
         else:
             train(tiny(3), small("vanilla", epochs=1), seed=0, run_dir=tmp_path / "run")
+
+    with pytest.raises(InputError, match="is a symbolic link; a regular file is needed"):
+        write()
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
@@ -157,7 +165,8 @@ def test_what_made_a_file_stands_beside_it(run):
     for name in FILES:
         entry = found["files"][name]
         assert entry["size"] == (run / name).stat().st_size
-        assert entry["by"]["mmc_fast"] and entry["by"]["command"]
+        assert entry["by"]["mmc_fast"]
+        assert entry["by"]["command"]
 
 
 class At(Silent):

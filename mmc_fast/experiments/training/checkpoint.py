@@ -65,7 +65,11 @@ class CheckpointStore:
         if self._intact(target):
             return target
         tensors = prefixed("model", checkpoint.weights) | prefixed("state", checkpoint.tensors)
-        about = {"run": self.manifest.id, "place": self._place(target), "meta": json.dumps(checkpoint.meta, allow_nan=False)}
+        about = {
+            "run": self.manifest.id,
+            "place": self._place(target),
+            "meta": json.dumps(checkpoint.meta, allow_nan=False),
+        }
         with save_errors(target, lambda: f"last good checkpoint: {self.newest() or 'none was written'}"):
             self.manifest.alive()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -222,7 +222,9 @@ class RunFolder:
         if _PREPROCESSING not in self.manifest:
             return None
         path = self.path / _PREPROCESSING
-        return Preprocessing.from_dict(parse_json(self.manifest.content(path), PreprocessingDocument, str(path), _ADVICE))
+        return Preprocessing.from_dict(
+            parse_json(self.manifest.content(path), PreprocessingDocument, str(path), _ADVICE)
+        )
 
     def save_predictions(self, found: list[Predictions]) -> None:
         self._write(_PREDICTIONS, lambda path: write_npz(path, prediction_arrays(found)))

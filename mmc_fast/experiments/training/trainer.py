@@ -44,7 +44,7 @@ from .schedules import AdversarialStop, reversal_at
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
 
-__all__ = ["TrainerMeta", "Trainer"]
+__all__ = ["Trainer", "TrainerMeta"]
 
 _PROBE_ROWS = 512
 # Plain values of a checkpoint that are attributes as they are.

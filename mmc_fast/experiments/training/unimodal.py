@@ -182,7 +182,11 @@ class _SideBySide:
         check_like(tensors, expected, optional=("order",))
         check_rows(tensors.get("order"), rows)
         steps = -(-rows // self.config.batch_size) if "order" in tensors else 0
-        if meta["step"] > steps or meta["epoch"] > self.config.unimodal_epochs or len(meta["best_score"]) != len(self.models):
+        if (
+            meta["step"] > steps
+            or meta["epoch"] > self.config.unimodal_epochs
+            or len(meta["best_score"]) != len(self.models)
+        ):
             raise ValueError(f"it stands at step {meta['step']} after epoch {meta['epoch']}")
 
     def fit(self, autosave: Autosave) -> None:

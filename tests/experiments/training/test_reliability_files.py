@@ -19,10 +19,10 @@ import torch
 from training_data import check_one_line, same_numbers, small, store_at, tiny
 
 from mmc_fast._util import atomic as atomic_module
+from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
 from mmc_fast.experiments.training.checkpoint import Checkpoint
-from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.experiments.training.progress import Silent
 
 
@@ -252,10 +252,16 @@ def test_nothing_intact_and_strangers_are_one_line_and_stay(seed, tmp_path):
     assert len(list((tmp_path / "run" / "a").iterdir())) == 2
     other = store_at(tmp_path / "other" / "a", keep=2, run="theirs").save(state(1), 2, 0)
     shutil.copy(other, tmp_path / "run" / "a")
-    with pytest.warns(UserWarning, match="changed or exchanged"), pytest.raises(InputError, match="none of the 2 checkp"):
+    with (
+        pytest.warns(UserWarning, match="changed or exchanged"),
+        pytest.raises(InputError, match="none of the 2 checkp"),
+    ):
         store.latest()
     store.manifest.add([tmp_path / "run" / "a" / other.name])  # even where the hash is right
-    with pytest.warns(UserWarning, match="another run, stage or step"), pytest.raises(InputError, match="none of the 2"):
+    with (
+        pytest.warns(UserWarning, match="another run, stage or step"),
+        pytest.raises(InputError, match="none of the 2"),
+    ):
         store.latest()
 
 
