@@ -57,21 +57,20 @@ def compact(config: TrainConfig) -> dict[str, Any]:
 
 
 def plan(protocol: Mapping[str, Any]) -> Iterator[Planned]:
-    """Every run of a protocol, option by option: the cheap sets first."""
-    for option, on_top in protocol["options"].items():
-        settings = {key: value for key, value in on_top.items() if key not in _PLANNING}
-        for data in on_top.get("data", protocol["data"]):
-            (found,) = load_data_configs([data])
+    """Every run of a protocol: set by set, and there option by option."""
+    for data, part in protocol["data"].items():
+        (found,) = load_data_configs([data])
+        for option, on_top in protocol["options"].items():
+            if data not in on_top.get("data", [data]):
+                continue
+            method, settings = on_top.get("method", "vanilla"), {k: v for k, v in on_top.items() if k not in _PLANNING}
             for seed in on_top.get("seeds", protocol["seeds"]):
-                for arm in on_top.get("arms", protocol["arms"]):
+                for arm in on_top.get("arms", protocol["usual"]):
                     values = merged(to_plain(found.budget_with({})), protocol["arms"][arm], settings)
                     options = values.pop("options", {})
                     config = from_mapping(TrainConfig(), values, "config")
-                    everything = settings_of(
-                        found, seed, config, method=on_top.get("method", "vanilla"), options=options, part="test"
-                    )
-                    rows = protocol["data"][data]["rows"]
-                    everything |= {"config": compact(config), "inner": rows}
+                    everything = settings_of(found, seed, config, method=method, options=options, part="test")
+                    everything |= {"config": compact(config), "inner": part["rows"]}
                     yield Planned(option, arm, data, seed, everything)
 
 

@@ -17,6 +17,7 @@ from mmc_fast.experiments.training import TrainConfig
 
 PROTOCOL = {
     "seeds": [3],
+    "usual": ["plain"],
     "data": {"mfeat": {"rows": [60, 40, 50]}},
     "arms": {"plain": {"modality_dropout": 0.5, "epochs": 1, "encoder_width": 8, "encoder_dim": 4}},
     "options": {"base": {}, "balanced": {"mask_sizes": "uniform"}},
