@@ -25,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -37,6 +37,7 @@ help:
 	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
 	@echo "make lint       ruff check and format check; make format rewrites"
 	@echo "make typecheck  mypy"
+	@echo "make docs       the site in build/site; every warning is an error; make docs-serve shows it on port 8000"
 	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
 	@echo "make gpu-report  the same, and rewrites the record and docs/gpu.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
@@ -100,6 +101,15 @@ format: setup
 typecheck: setup
 	@$(PY) -m mypy
 
+# Nothing is fetched: no fonts, no scripts. The variable silences advertising of the theme.
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs
+
+docs: setup
+	@$(MKDOCS) build --quiet --strict
+
+docs-serve: setup
+	@$(MKDOCS) serve
+
 # Searches, trains, tests, resumes and writes everything; the folder is made anew.
 SMOKE := build/compare-smoke
 compare-smoke: setup
@@ -160,7 +170,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-spec
 
 $(STAMPS)/package: $(STAMPS)/torch $(BUILD_INPUTS)
 	@echo "installing mmc-fast and its development tools"
-	@$(PIP) install -qq --constraint $(STAMPS)/constraints.txt --editable '.[test,lint]'
+	@$(PIP) install -qq --constraint $(STAMPS)/constraints.txt --editable '.[test,lint,docs]'
 	@if [ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ] && ! $(PY) -c 'import triton' 2>/dev/null; then \
 	  $(PIP) install -qq triton==$(PINNED_TRITON); \
 	fi

@@ -45,12 +45,11 @@ def ebr_step(
 ) -> EBROutput:
     r"""Encode, reconstruct and discriminate all modalities: one step of explicit basis reallocation.
 
-    .. math::
-        g_i = h_i(z_i), \quad r_i = h_i^{-1}\Big(\sum_j s_{ij}\, g_j\Big), \quad
-        L_{md} = \frac{1}{\max(1, \#present)} \sum_{present\ (b,i)} CE(\psi(g_i[b]), i), \quad
-        L_{rec} = \frac{1}{\max(1, \#rows)} \sum_{rows} \tfrac{1}{d_i} \lVert h_i^{-1}(\cdot) - sg(z_i[b]) \rVert^2
+        g_i = encoder_i(z_i),   r_i = decoder_i(Σ_j s_ij g_j)
+        L_md  = Σ_{present (b,i)} CE(ψ(g_i[b]), i) / max(1, #present)
+        L_rec = Σ_rows ‖r_i[b] - stopgrad(z_i[b])‖² / d_i / max(1, #rows)
 
-    The gradient of :math:`L_{md}` reaches the latents multiplied by ``-reversal``; the discriminator's own
+    The gradient of ``L_md`` reaches the latents multiplied by ``-reversal``; the discriminator's own
     gradient keeps its sign. An absent row is never read: its latent is zero, it takes no gradient and counts nowhere.
 
     Args:
@@ -86,6 +85,14 @@ def ebr_step(
 
     Cost: ``2 B (sum_i 2 h (d_i + k) ... + m * psi)`` multiply-adds forward, about twice that backward.
     Source: Chaudhuri et al., ICML 2025, section 3.3 and appendix; L_rec from the authors' slides.
+
+    Examples:
+        >>> head = mmc_fast.nn.EBRHead([6, 4], latent_dim=8, hidden_dim=16, psi_dims=(8,))
+        >>> heads = [[p for layer in part for p in layer.parameters()] for part in (*head.encoders, *head.decoders)]
+        >>> psi = list(head.discriminator.parameters())
+        >>> out = mmc_fast.functional.ebr_step([torch.randn(5, 6), torch.randn(5, 4)], heads[:2], heads[2:], psi)
+        >>> [list(r.shape) for r in out.recovered], list(out.latents.shape)
+        ([[5, 6], [5, 4]], [2, 5, 8])
     """
     filled, present = _fill_absent(features, present, encoders)
     params = [t for head in (*encoders, *decoders) for t in head] + list(discriminator)

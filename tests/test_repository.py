@@ -220,38 +220,6 @@ def test_links_between_documents_resolve(path: Path):
             assert anchor in headings(linked), f"{path.name}: {target}"
 
 
-def test_the_readme_examples_run_and_train_every_part(tmp_path, monkeypatch):
-    """With a model, batches and features as a reader would have them."""
-    import torch
-    from torch import nn
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.image_encoder, self.audio_encoder = nn.Linear(20, 64), nn.Linear(12, 48)
-            self.classifier = nn.Linear(112, 10)
-
-        def forward(self, image, audio):
-            return self.classifier(torch.cat([self.image_encoder(image), self.audio_encoder(audio)], 1))
-
-    monkeypatch.chdir(tmp_path)
-    model = Model().eval()
-    labels = torch.randint(10, (256,))
-    batches = [(torch.randn(256, 20), torch.randn(256, 12), labels)]
-    image, audio = torch.randn(256, 64), torch.randn(256, 48)
-    names: dict = {"torch": torch, "model": model, "batches": batches, "image": image, "audio": audio, "labels": labels}
-    names["classifier"], names["head"] = nn.Linear(112, 10), None
-    blocks = re.findall(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "diagnosis.html").stat().st_size > 1000
-    parameters = [*names["head"].parameters(), *names["classifier"].parameters()]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-    assert names["logits"].shape == (256, 10)
-    assert names["gop"].shape == (112, 112)
-
-
 def test_the_readme_stays_short():
     text = text_of(ROOT / "README.md")
     assert text.count("\n") <= 140

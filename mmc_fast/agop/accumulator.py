@@ -79,6 +79,11 @@ def agop(
     a chunk.
     Source: lemma 2, theorems 2 and 3 of *A Closer Look at Multimodal Representation Collapse* (ICML 2025);
     Radhakrishnan et al., Science 2024. The mathematics: ``docs/guides/agop.md``.
+
+    Examples:
+        >>> head = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> list(mmc_fast.agop(head, torch.randn(1000, 6), center=True).shape)
+        [6, 6]
     """
     accumulator = AGOPAccumulator(
         head, layer=layer, output=output, center=center, reduction=reduction, probes=probes, precision=precision,
@@ -96,6 +101,17 @@ class AGOPAccumulator:
     Args:
         blocks: widths of the modality blocks of the layer's input, in order: a sequence, or a mapping name -> width.
         input_cov: also accumulate mean and covariance of the layer's inputs (float64, one more pass).
+
+    Raises:
+        InputError: as :func:`mmc_fast.agop`; blocks that do not partition the layer's input, a batch of other width.
+
+    Examples:
+        >>> head = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> accumulator = mmc_fast.AGOPAccumulator(head, blocks={"image": 4, "audio": 2})
+        >>> for batch in torch.randn(1000, 6).split(250):
+        ...     accumulator = accumulator.update(batch)
+        >>> accumulator.n, list(accumulator.compute().block_traces().shape)
+        (1000, [2])
     """
 
     def __init__(

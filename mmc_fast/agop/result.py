@@ -37,6 +37,13 @@ class AGOPResult:
         method: how it was summed ("co-activation counts", "derivative Gram", "row chain", …).
         backend: the backend that ran, None before any sample.
         input_cov, input_mean: covariance (divided by n) and mean of the layer's inputs, float64, or None.
+
+    Examples:
+        >>> head = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> result = mmc_fast.AGOPAccumulator(head).update(torch.randn(1000, 6)).compute()
+        >>> values, vectors = result.eigh(2)
+        >>> result.method, list(result.matrix.shape), list(vectors.shape)
+        ('co-activation counts', [6, 6], [6, 2])
     """
 
     n: int

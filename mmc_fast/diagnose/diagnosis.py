@@ -17,6 +17,13 @@ class Diagnosis(DiagnosisData):
     """What :func:`mmc_fast.diagnose` found: the numbers and verdicts of :class:`DiagnosisData`, and how to look at them.
 
     Plots and the page need matplotlib (``pip install 'mmc-fast[diagnose]'``).
+
+    Examples:
+        >>> from mmc_fast.experiments.data import load
+        >>> run = mmc_fast.experiments.training.load_run("runs/mfeat-dropout-0")  # doctest: +SKIP
+        >>> diagnosis = mmc_fast.diagnose(run, load("mfeat"))  # doctest: +SKIP
+        >>> print(diagnosis.summary(), diagnosis["use_share.pix"])  # doctest: +SKIP
+        >>> diagnosis.save_html("diagnosis.html")  # doctest: +SKIP
     """
 
     def plot(self, kind: str, ax: Any = None) -> Any:

@@ -74,6 +74,20 @@ def diagnose(
 
     Time for a head ``D → h → C`` on N samples: about ``N (2 D h + (D + h)² / 2)`` multiply-adds and ``N h² / 2`` bit operations,
     and (2^m + m) · draws forwards of the fusion; memory ``O(groups · (D + h)²)``.
+
+    Examples:
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b, self.classifier = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(16, 2)
+        ...
+        ...     def forward(self, a, b):
+        ...         return self.classifier(torch.cat([self.a(a), self.b(b)], 1))
+        >>> adapter = mmc_fast.ModelAdapter(Model().eval(), {"a": "a", "b": "b"}, head="classifier")
+        >>> batches = [(torch.randn(200, 6), torch.randn(200, 4), torch.randint(2, (200,))) for _ in range(2)]
+        >>> diagnosis = mmc_fast.diagnose(adapter, batches, probes=False)
+        >>> diagnosis.n_samples, [verdict.modality for verdict in diagnosis.verdicts]
+        (400, ['a', 'b'])
     """
     o = (options or DiagnoseOptions()).override(overrides)
     adapter = adapter_of(model)

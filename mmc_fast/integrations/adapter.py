@@ -50,6 +50,19 @@ class ModelAdapter:
     Raises:
         InputError: names that the model does not have (with the nearest ones), modules that did not run once, outputs that
             are no features. TypeError: a model that is no ``nn.Module``.
+
+    Examples:
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b, self.classifier = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(16, 2)
+        ...
+        ...     def forward(self, a, b):
+        ...         return self.classifier(torch.cat([self.a(a), self.b(b)], 1))
+        >>> adapter = mmc_fast.ModelAdapter(Model().eval(), {"a": "a", "b": "b"}, head="classifier")
+        >>> features = adapter.encode((torch.randn(5, 6), torch.randn(5, 4), torch.zeros(5)))
+        >>> {name: list(x.shape) for name, x in features.items()}, list(adapter.fuse(features).shape)
+        ({'a': [5, 8], 'b': [5, 8]}, [5, 2])
     """
 
     def __init__(

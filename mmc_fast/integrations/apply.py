@@ -52,8 +52,8 @@ def apply_ebr(
 ) -> EBRHandle:
     r"""Put one :class:`mmc_fast.nn.EBRHead` over the outputs of named submodules; the model then sees what it recovers.
 
-    In every forward, the output :math:`z_i` of the i-th named submodule is replaced by
-    :math:`r_i = h_i^{-1}(h_i(z_i))`; :math:`L_{md}` over all latents is ready after the forward::
+    In every forward, the output ``z_i`` of the i-th named submodule is replaced by
+    ``r_i = decoder_i(encoder_i(z_i))``; ``L_md`` over all latents is ready after the forward::
 
         handle = apply_ebr(model, at={"image": "encoders.image", "text": "encoders.text"}, example=batch)
         loss = criterion(model(*batch), y) + handle.losses().discrimination
@@ -89,6 +89,12 @@ def apply_ebr(
         TypeError: ``model`` is no module, or wrapped already.
 
     Source: Chaudhuri et al., ICML 2025, section 3.3.
+
+    Examples:
+        >>> model = nn.ModuleDict({"image": nn.Linear(20, 16), "text": nn.Linear(12, 16)})
+        >>> handle = mmc_fast.apply_ebr(model, {"image": "image", "text": "text"}, latent_dim=8, hidden_dim=16, psi_dims=(8,))
+        >>> list(handle.head.dims), sorted(handle.sites)
+        ([16, 16], ['image', 'text'])
     """
     _check_model(model)
     sites = find_sites(model, at)
@@ -154,6 +160,14 @@ def load_ebr(
 
     Raises:
         InputError: no heads there, or heads whose sites, order, widths or options do not fit ``model``.
+
+    Examples:
+        >>> sizes = {"latent_dim": 8, "hidden_dim": 16, "psi_dims": (8,)}
+        >>> handle = mmc_fast.apply_ebr(nn.ModuleDict({"image": nn.Linear(20, 16)}), {"image": "image"}, **sizes)
+        >>> handle.save("heads.safetensors")
+        >>> again = mmc_fast.load_ebr(nn.ModuleDict({"image": nn.Linear(20, 16)}), "heads.safetensors")
+        >>> torch.equal(again.head.encoders["image"][0].weight, handle.head.encoders["image"][0].weight)
+        True
     """
     state = path if isinstance(path, Mapping) else store.read(Path(path))
     where = "the state dict" if isinstance(path, Mapping) else str(path)

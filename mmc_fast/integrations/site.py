@@ -31,6 +31,10 @@ class Site:
         batch_dim: dimension of the samples; ``1`` for sequence-first ``[T, B, d]``.
         call: which call of the submodule in a forward, from 0, where one submodule serves several modalities. None: its
             only one.
+
+    Examples:
+        >>> mmc_fast.integrations.Site("backbone", feature_dim=1).module  # maps [B, C, H, W]
+        'backbone'
     """
 
     module: str

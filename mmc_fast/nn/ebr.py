@@ -64,6 +64,13 @@ class EBRHead(nn.Module):
             fit, features that are no tensors.
 
     Source: Chaudhuri et al., ICML 2025, section 3.3; sizes from its appendix (h 1024, k 512, ψ 512-256).
+
+    Examples:
+        >>> head = mmc_fast.nn.EBRHead({"image": 64, "audio": 48}, latent_dim=32, hidden_dim=64, psi_dims=(16,))
+        >>> out = head({"image": torch.randn(8, 64), "audio": torch.randn(8, 48)}, reversal=0.1)
+        >>> {name: list(r.shape) for name, r in out.recovered.items()}
+        {'image': [8, 64], 'audio': [8, 48]}
+        >>> (out.discrimination_loss + 0.1 * out.reconstruction_loss).backward()
     """
 
     def __init__(

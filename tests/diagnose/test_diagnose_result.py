@@ -187,29 +187,6 @@ def test_summary_and_plots(found: Diagnosis) -> None:
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "diagnose.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("example", range(3), ids=["digits", "clinical", "transformers"])
-def test_the_examples_of_the_document(example: int, tmp_path, monkeypatch) -> None:
-    if example == 2:
-        pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mmc-fast[examples]'")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
-    assert len(blocks) == 3
-    space: dict = {}
-    exec(compile(blocks[example], "docs/guides/diagnose.md", "exec"), space)
-    if example == 0:  # what was planted is found, and nothing else is accused
-        assert {name for name, kind in space["kinds"].items() if kind == "collapsed"} == {"fou"}
-        assert "misleading" not in space["kinds"].values()
-        assert Diagnosis.from_json(tmp_path / "digits.json") == space["diagnosis"]
-        assert (tmp_path / "digits.html").is_file()
-        assert space["diagnosis"].settings["adapter"].startswith("fuse(encode(batch)) is the model's output")
-    elif example == 1:
-        assert space["found"].settings["absence"] == "model"
-        assert space["found"].value("score.all") > 0.7
-    else:
-        assert space["random"].settings["agop"] == "vector-Jacobian products"
-        assert {v.kind for v in space["random"].verdicts} == {"undecided"}
-
-
 def test_the_document_names_every_measure(found: Diagnosis) -> None:
     named = set(re.findall(r"^\| (`.*?) \|", DOCUMENT, re.MULTILINE))
     listed = {part.strip("`., …") for row in named for part in re.findall(r"`[^`]+`", row)}

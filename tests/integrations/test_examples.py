@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and do what they say; so do the code blocks of docs/guides/integrations.md."""
+"""The scripts of examples/ run, and do what they say."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "integrations.md").read_text(encoding="utf-8"), re.S
-)
 
 
 def example(name: str):
@@ -75,14 +71,3 @@ def test_diagnose_your_model():
     assert found.value("use_share.language") + found.value("use_share.vision") == pytest.approx(1)
     assert found.value("use_share.language") > 0.5
     assert len(found.arrays["neuron_shares"]) == 16
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_documented_example(number, tmp_path, monkeypatch, capsys):
-    if "lightning" in BLOCKS[number]:
-        pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'")
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(BLOCKS[number], f"docs/guides/integrations.md, example {number + 1}", "exec"), {})
-    for promised in re.findall(r"print\(.*\)  # (.*)", BLOCKS[number]):
-        assert promised in capsys.readouterr().out

@@ -47,6 +47,12 @@ def mcar(present: Tensor, rate: float | Sequence[float], generator: torch.Genera
         TypeError: ``generator`` is not a ``torch.Generator``.
 
     Source: the protocol behind table 1 of Chaudhuri et al. (ICML 2025), made exact.
+
+    Examples:
+        >>> present = torch.ones(10_000, 2, dtype=torch.bool)
+        >>> missing = mmc_fast.experiments.data.mcar(present, rate=0.7, generator=torch.Generator().manual_seed(0))
+        >>> bool(missing.present.any(1).all()), [round(float(rate), 1) for rate in missing.realised]
+        (True, [0.4, 0.4])
     """
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")

@@ -74,6 +74,10 @@ def load(
 
     Raises:
         InputError: an unknown name, task or variant, a missing file, or data that cannot be used; one line.
+
+    Examples:
+        >>> mmc_fast.experiments.data.load("mfeat", modalities=["pix", "fou"]).dims
+        {'fou': 76, 'pix': 240}
     """
     purpose = purpose or ("training" if preprocessing is None else "scoring")
     if not isinstance(name_or_path, str | Path) and preprocessing is not None:

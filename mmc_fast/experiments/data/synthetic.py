@@ -82,6 +82,10 @@ def synthetic(
 
     Returns:
         The data set; ``info["predictive"]`` lists the predictive columns of each modality.
+
+    Examples:
+        >>> mmc_fast.experiments.data.synthetic(600, modalities=2, seed=0).modalities
+        ['a', 'b']
     """
     if planted_collapse:
         modalities = PLANTED_COLLAPSE
@@ -129,7 +133,8 @@ def planted_collapse(
     """A training set on which plain fusion collapses: modalities "easy" and "hard" of :data:`PLANTED_COLLAPSE`.
 
     Either alone suffices for about the same accuracy, so a model that ignores "hard" has lost it, not judged it.
-    ``synthetic(num_samples, num_classes=num_classes, planted_collapse=True, missing_rate=missing_rate, seed=seed)``.
+
+    Args: those of :func:`synthetic`, with ``planted_collapse=True``.
     """
     return synthetic(num_samples, num_classes=num_classes, planted_collapse=True, missing_rate=missing_rate, seed=seed)
 

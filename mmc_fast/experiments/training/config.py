@@ -86,6 +86,12 @@ class TrainConfig:
         encoder_norm, encoder_dropout: layer normalisation and dropout behind each layer of the MLP encoders.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
             and the finished model use; 0 for none.
+
+    Examples:
+        >>> TrainConfig = mmc_fast.experiments.training.TrainConfig
+        >>> config = TrainConfig.preset("dropout", epochs=5)
+        >>> config.modality_dropout, TrainConfig.from_dict(config.to_dict()) == config
+        (0.5, True)
     """
 
     epochs: Count = 40

@@ -122,13 +122,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score ``model`` on one part of ``dataset``.
 
+    Args:
+        part: "train", "validation" or "test".
+        rates: missing rates, each in [0, 1).
+        seed: of the masks, which depend on ``seed``, part and rate only: methods with the same seed meet the same masks.
+        unimodal: the unimodal models of the run, for the column "unimodal".
+        reliance: measure the reliance on each modality.
+        on_empty: what a row with nothing present gets: "error", or "prior" (the class shares of the train part).
+        rates_modality: the one modality that the rates hide; None: each, independently.
+
     Returns a dict: "complete" (the score with natural presence only), "missing" (for each rate "rate", "realised" per
     modality and "score"), "mean_missing" (their mean), "reliance" (for each modality "unimodal": its unimodal model on the
     rows that have it, None without ``unimodal``; and what :func:`mmc_fast.diagnose` says of it on this part: scores "leave_one_out",
     "single_modality", with it "shuffled", its "shapley" value, the "verdict" and its "evidence"); under auroc also "complete_auprc" and
-    an "auprc" for each rate, under accuracy "macro_f1" and "macro_auroc" (one class against the others) in the same way. Masks depend on ``seed``,
-    part and rate only, so methods with the same seed meet the same masks. ``rates_modality``: the one modality that they
-    hide; None: each, independently.
+    an "auprc" for each rate, under accuracy "macro_f1" and "macro_auroc" (one class against the others) in the same way.
 
     Raises:
         InputError: unknown part, a rate outside [0, 1), a data set of other modalities than the model's.

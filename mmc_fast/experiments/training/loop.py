@@ -88,6 +88,13 @@ def train(
         TrainingDiverged: a loss became NaN or infinite.
         SaveFailed: a full disk or a folder that cannot be written; the last good checkpoint is kept.
         ProcessLost: another process of a distributed run died.
+
+    Examples:
+        >>> from mmc_fast.experiments.training import TrainConfig, train
+        >>> dataset = mmc_fast.experiments.data.synthetic(300, modalities=2, seed=0)
+        >>> result = train(dataset, TrainConfig.preset("vanilla", epochs=2), seed=0)
+        >>> sorted(result.results["scores"]["reliance"])
+        ['a', 'b']
     """
     run = _Run(dataset, config, seed, progress or Silent(), tuple(evaluate_on), join(device, distributed))
     return run.execute(run_dir, resume, unimodal)

@@ -74,7 +74,14 @@ def grad_reverse(x: Tensor, reversal: float | Tensor = 1.0) -> Tensor:
 
     Raises:
         InputError: λ is negative, not finite, a parameter, or a tensor with more than one element.
+
     Source: Ganin & Lempitsky 2015; used between latents and discriminator in EBR (paper, section 3.3).
+
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> mmc_fast.functional.grad_reverse(x, reversal=0.5).sum().backward()
+        >>> x.grad.tolist()
+        [-0.5, -0.5]
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _GradReverse.apply(x, lambda_tensor(reversal, x.device, dtype, "grad_reverse"))

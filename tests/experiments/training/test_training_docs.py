@@ -1,4 +1,4 @@
-"""docs/experiments/training.md says what the code does: its example runs, its tables name every option and every key."""
+"""docs/experiments/training.md says what the code does: its tables name every option and every key."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from mmc_fast.experiments.training import KDConfig, TrainConfig, train
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "experiments" / "training.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`\"?([a-z_0-9]+)\"?", TEXT))
-
-
-def test_the_example_runs(capsys):
-    block = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0]
-    exec(compile(block, "docs/experiments/training.md", "exec"), {})
-    assert "balanced_accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, KDConfig])
