@@ -62,9 +62,9 @@ def chain(generator: torch.Generator, classes: int = 3) -> nn.Sequential:
 
 
 @functools.cache
-def example() -> Diagnosis:
+def example(**options: Any) -> Diagnosis:
     """Half of the neurons shared, every measure that needs no second model."""
     planted = planted_head(4, sharing=0.5, jitter=0.1)
     random = torch.Generator().manual_seed(4)
     unimodal = {name: torch.randn(20, 8, generator=random) for name in "ab"}
-    return diagnose(planted, planted.batches(), control=True, unimodal_weights=unimodal)
+    return diagnose(planted, planted.batches(), **{"control": True, "unimodal_weights": unimodal} | options)

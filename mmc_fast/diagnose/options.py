@@ -39,6 +39,7 @@ class DiagnoseOptions:
         control: also train networks on the features without each modality.
         utilisation: refit a linear head on the frozen features with and without each modality.
         remaining: rank and class variance of the fused representation without each modality, on 2048 rows.
+        samples: keep the table of the sampled rows, ``Diagnosis.samples()``.
         emap: score the outputs without interactions of modalities on the first batch (256 forwards for each modality).
         alone: modality -> score, in the same metric, of a model of your own that knows this modality only. Better than the
             probe: a small network on few samples misses signal that is hard to learn, and a lost modality then looks weak. An
@@ -65,6 +66,7 @@ class DiagnoseOptions:
     utilisation: bool = False
     remaining: bool = False
     emap: bool = False
+    samples: bool = False
     alone: Mapping[str, float] | None = None
     unimodal_weights: Mapping[str, Tensor] | None = None
     initial_weight: Tensor | None = None

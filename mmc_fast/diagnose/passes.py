@@ -42,7 +42,7 @@ class Batches:
     """The loader as something that can be read twice."""
 
     def __init__(self, loader: Iterable[Any] | HasBatches) -> None:
-        if isinstance(loader, HasBatches):
+        if isinstance(loader, HasBatches) and callable(loader.batches):
             loader = loader.batches()
         if isinstance(loader, Iterator):
             raise InputError(

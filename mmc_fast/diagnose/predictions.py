@@ -11,27 +11,23 @@ import torch
 from torch import Tensor
 
 from .collect import Reservoir
+from .ranking import RankedPairs
 from .tasks import Task
 
 __all__ = ["ConditionScores"]
 
 _SUMS = ("rows", "hits", "classes", "moved", "total", "squared", "truth", "constant")
-_LISTS = ("margins", "labels", "places")
 _SHUFFLES = 20
 
 
 class ConditionScores:
-    """Scores from sums per group; AUROC from one number per sample, condition and draw; a function from a sample of rows.
-
-    AUROC of a weighting of groups follows exactly from ``U[k, l]`` = pairs of a positive of group k ranked above a
-    negative of group l (half for a tie): ``Σ w_k w_l U[k, l] / (Σ w_k P_k)(Σ w_l N_l)``.
-    """
+    """Scores from sums per group; AUROC from ranked pairs of groups; a function from a sample of rows."""
 
     def __init__(self, task: Task, conditions: Mapping[str, int], groups: int, rows: int, seed: int) -> None:
         """``conditions``: name -> number of draws, over which its score is the mean."""
         self.task, self.conditions, self.groups = task, dict(conditions), groups
         self.index = {name: k for k, name in enumerate(conditions)}
-        self.slots = [(name, draw) for name, count in self.conditions.items() for draw in range(count)]
+        self.drawn = [(name, draw) for name, count in self.conditions.items() for draw in range(count)]
         k, c = len(self.index), max(2, task.outputs)
         self.rows = np.zeros(groups)
         self.hits = np.zeros((k, groups, {"f1": 2, "r2": task.outputs}.get(task.metric, 1)))
@@ -40,11 +36,9 @@ class ConditionScores:
         self.moved = np.zeros((k, groups))
         self.total, self.squared = np.zeros((groups, c)), np.zeros((groups, c))
         self.constant = np.zeros(0)
-        self.margins: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.places: list[Tensor] = []
+        self.ranked = RankedPairs(len(self.drawn), groups)
         self.kept = Reservoir(rows, seed)
-        self._counted: dict[str, np.ndarray] | None = None
+        self._pairs: dict[str, np.ndarray] | None = None
 
     def add(self, index: int, found: Mapping[tuple[str, int], Tensor], labels: Tensor, places: Tensor) -> None:
         """Outputs ``[B, C]`` of batch ``index`` by condition and draw, its labels and the group of each row.
@@ -53,7 +47,7 @@ class ConditionScores:
         """
         if not len(labels):
             return
-        place, self._counted = places.numpy(), None
+        place, self._pairs = places.numpy(), None
         self.rows += np.bincount(place, minlength=self.groups)
         whole = self.task.answers(found[self._full, 0])
         c = whole.shape[1]
@@ -66,7 +60,7 @@ class ConditionScores:
             self._sum(self.truth[:, : truth.shape[1], 0], place, truth)
             self._sum(self.truth[:, : truth.shape[1], 1], place, truth**2)
         margins = []
-        for name, draw in self.slots:
+        for name, draw in self.drawn:
             y, k = found[name, draw], self.index[name]
             if name == "coalition.0":
                 y = self._steady(y)
@@ -79,11 +73,9 @@ class ConditionScores:
             elif self.task.score is None:
                 self._sum(self.hits[k], place, share * self._hits(y, labels))
         if self.task.metric == "auroc":
-            self.margins.append(torch.stack(margins))
-            self.labels.append(labels)
-            self.places.append(places)
+            self.ranked.add(torch.stack(margins), labels, places)
         elif self.task.score is not None:
-            columns = {f"{name}/{draw}": found[name, draw] for name, draw in self.slots}
+            columns = {f"{name}/{draw}": found[name, draw] for name, draw in self.drawn}
             self.kept.add(index, columns | {"labels": labels, "places": places})
 
     @property
@@ -196,21 +188,12 @@ class ConditionScores:
         return found
 
     def _wins(self) -> dict[str, np.ndarray]:
-        if self._counted is not None:
-            return self._counted
-        margins = torch.cat(self.margins, 1).numpy()
-        labels, places = torch.cat(self.labels).numpy(), torch.cat(self.places).numpy()
-        wins = {name: np.zeros((self.groups, self.groups)) for name in self.conditions}
-        positive = labels == 1
-        for slot, (name, _) in enumerate(self.slots):
-            high, where = margins[slot, positive], places[positive]
-            for group in range(self.groups):
-                low = np.sort(margins[slot, ~positive & (places == group)])
-                below = (np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")) / 2
-                found = np.bincount(where, weights=below, minlength=self.groups)
-                wins[name][:, group] += found / self.conditions[name]
-        self._counted = wins
-        return wins
+        """Condition -> pairs of groups ranked rightly, the mean over its draws."""
+        if self._pairs is None:
+            self._pairs = {name: np.zeros((self.groups, self.groups)) for name in self.conditions}
+            for (name, _), pairs in zip(self.drawn, self.ranked.pairs(), strict=True):
+                self._pairs[name] += pairs / self.conditions[name]
+        return self._pairs
 
     def _by_function(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         score, columns = self.task.score, self.kept.columns
@@ -219,7 +202,7 @@ class ConditionScores:
         found = {name: np.zeros(len(weights)) for name in self.conditions}
         for r, row in enumerate(weights):
             chosen = torch.from_numpy(np.repeat(np.arange(len(places)), row[places].astype(int)))
-            for name, draw in self.slots:
+            for name, draw in self.drawn:
                 value = float(score(columns[f"{name}/{draw}"][chosen], columns["labels"][chosen]))
                 found[name][r] += value / self.conditions[name]
         return found
@@ -235,11 +218,10 @@ class ConditionScores:
     def to_state(self) -> dict[str, Any]:
         """What :meth:`load_state` goes on from: tensors and lists of such."""
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _SUMS}
-        return arrays | {name: list(getattr(self, name)) for name in _LISTS} | {"kept": self.kept.to_state()}
+        return arrays | {"ranked": self.ranked.to_state(), "kept": self.kept.to_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name in _SUMS:
             setattr(self, name, state[name].numpy().copy())
-        for name in _LISTS:
-            setattr(self, name, list(state[name]))
+        self.ranked.load_state(state["ranked"])
         self.kept.load_state(state["kept"])

@@ -89,14 +89,14 @@ class DiagnosisData:
         return pandas.DataFrame(rows, index=index, columns=columns, dtype=float)
 
     def samples(self) -> Any:
-        """The sampled rows as a pandas DataFrame, the silent failures first.
+        """The sampled rows as a pandas DataFrame, the silent failures first; of ``diagnose(..., samples=True)``.
 
         Columns: row (position in the data), label, predicted, confidence (with all modalities), and for each modality M
         predicted_without.M, confidence_without.M, silent_failure.M (right with all, and wrong with 90 % confidence once M is
         gone). Raises InputError where no classes were scored, MissingExtra without pandas.
         """
         if "samples" not in self.arrays:
-            raise InputError("samples: this diagnosis has none; diagnose labelled classes, with reliance=True")
+            raise InputError("samples: this diagnosis has none; diagnose labelled classes with samples=True")
         frame = _pandas().DataFrame(self.arrays["samples"])
         silent = frame[[f"silent_failure.{name}" for name in self.modalities]].any(axis=1)
         return (

@@ -123,7 +123,7 @@ def diagnose(
         if bound.warning:
             notes.append(f"Collision bound: {bound.warning}.")
     if answers is not None and o.agop:
-        more, tables = answers.measures(o.resamples, o.level)
+        more, tables = answers.measures(o.resamples, o.level, o.samples)
         measures |= more
         arrays |= tables
     emap_rows = _further(adapter, batches, collector, scores, o, measures, arrays, notes)
@@ -135,6 +135,7 @@ def diagnose(
         "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
         "agop": collector.layers.method() if o.agop else None, "classes": collector.outputs, "adapter": collector.proof, "emap_rows": emap_rows,
+        "auroc_error": None if scores is None or scores.task.metric != "auroc" else float(scores.ranked.errors().max()),
         "task": None if collector.task is None else collector.task.kind, "thresholds": asdict(o.thresholds),
     }  # fmt: skip
     stored.remove()

@@ -74,8 +74,8 @@ class SubsetRows:
         p = self.task.answers(y)
         return torch.cat([1 - p, p], 1) if self._classes and p.shape[1] == 1 else p
 
-    def measures(self, resamples: int, level: float) -> tuple[dict[str, Measure], dict[str, Any]]:
-        """Shares of outputs and silent failures of each modality with intervals; tables of sets and of samples."""
+    def measures(self, resamples: int, level: float, each: bool) -> tuple[dict[str, Measure], dict[str, Any]]:
+        """Shares of outputs and silent failures of each modality with intervals; a table of sets, and of samples for ``each``."""
         columns, full = self.kept.columns, self.size - 1
         if not columns:
             return {}, {}
@@ -103,7 +103,8 @@ class SubsetRows:
             }
         table = [self._subset(c, right, columns) for c in range(1, self.size)]
         measures["ece.all"], measures["brier.all"] = Measure(table[-1]["ece"]), Measure(table[-1]["brier"])
-        return measures, {"samples": samples, "subsets": sorted(table, key=lambda row: row["accuracy"])}
+        tables: dict[str, Any] = {"samples": samples} if each else {}
+        return measures, tables | {"subsets": sorted(table, key=lambda row: row["accuracy"])}
 
     def _subset(self, c: int, right: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Any]:
         return {

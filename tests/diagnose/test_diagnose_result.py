@@ -61,8 +61,9 @@ def test_agreement_of_resamples_is_in_the_verdict(found: Diagnosis) -> None:
 
 
 def test_frame_and_samples(found: Diagnosis, monkeypatch) -> None:
+    with_samples = example(samples=True, control=False, resamples=0, probes=False)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    for ask in (found.to_frame, found.samples):
+    for ask in (found.to_frame, with_samples.samples):
         with pytest.raises(ImportError, match=r"^pandas is not installed; run: pip install pandas$"):
             ask()
     monkeypatch.undo()
@@ -72,6 +73,9 @@ def test_frame_and_samples(found: Diagnosis, monkeypatch) -> None:
     for name, m in found.measures.items():
         row = frame.loc[name]
         assert [None if v != v else v for v in row] == [m.value, m.error, m.low, m.high]
+    with pytest.raises(InputError, match="samples=True"):
+        found.samples()
+    found = with_samples
     samples = found.samples()
     assert len(samples) == found.settings["sample_rows"]
     assert (samples.label == samples.predicted).mean() == pytest.approx(found.value("score.all"))
