@@ -84,6 +84,9 @@ class TrainConfig:
         mask_sizes: "binomial": every modality is hidden with probability ``modality_dropout``. "uniform": this share of the
             rows is masked, and a masked row keeps k of its n modalities, k uniform on 1 .. n and then every subset of k alike.
         encoder_norm, encoder_dropout: layer normalisation and dropout behind each layer of the MLP encoders.
+        members: number k of members of an implicit ensemble (TabM-mini; Gorishniy et al., ICLR 2025): each scales the inputs by
+            learned factors of its own and has its own output layer, shares all else, and is trained with masks of its own; class
+            probabilities are averaged.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
             and the finished model use; 0 for none.
 
@@ -138,6 +141,7 @@ class TrainConfig:
     encoder_norm: bool = False
     encoder_dropout: Share = 0.0
     weight_average: Share = 0.0
+    members: Count = 1
 
     def __post_init__(self) -> None:
         check("config", self)
@@ -159,6 +163,12 @@ class TrainConfig:
             (
                 self.mask_sizes == "uniform" and not self.modality_dropout,
                 "mask_sizes is 'uniform' but modality_dropout is 0; give the share of the rows that are masked",
+            ),
+            (
+                self.members > 1
+                and self.ebr is not None
+                and (self.ebr.substitute, self.ebr.alignment) != ("mean", "none"),
+                "members above 1 need ebr.substitute 'mean' and no alignment",
             ),
             (
                 self.momentum > 0 and self.optimizer != "sgd",

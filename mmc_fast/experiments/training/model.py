@@ -15,6 +15,7 @@ from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
 
 from .config import TrainConfig
+from .members import Members
 
 __all__ = ["ModelOutput", "MultimodalModel", "build_encoder", "select_modalities"]
 
@@ -99,7 +100,10 @@ class MultimodalModel(nn.Module):
                 normalize=e.normalize,
                 backend=e.backend,
             )
-        self.fusion = _build_fusion(widths, num_classes, config)
+        self.members: Members | None = None
+        if config.members > 1:
+            self.members = Members(self.input_widths, config.encoder_dim, num_classes, config.members)
+        self.fusion = _build_fusion(widths, num_classes if self.members is None else config.encoder_dim, config)
         self.reweighted: int | None = None
         if config.reweight_modality is not None:
             if config.reweight_modality not in self.modalities:
@@ -118,7 +122,12 @@ class MultimodalModel(nn.Module):
         return self.head is not None and len(self.columns) == len(self.modalities)
 
     def encode(self, features: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
-        """Features ``z_i`` ``[B, width_i]``; rows of an absent modality are never read and come out as zeros."""
+        """Features ``z_i`` ``[B, width_i]``; rows of an absent modality are never read and come out as zeros.
+
+        With members, rows are those of all members, one member after another.
+        """
+        if self.members is not None:
+            features = self.members.scaled(features)
         if present is None:
             return [encoder(x) for encoder, x in zip(self.encoders, features, strict=True)]
         encoded = []
@@ -148,8 +157,11 @@ class MultimodalModel(nn.Module):
         return self.head(inputs, present=available, source=source, reversal=reversal, normalizer=normalizer)
 
     def latents(self, features: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
-        """Latents ``g`` ``[h, B, k]`` of the modalities with a head; zeros where absent."""
-        return self.apply_head(self.encode(features, present), present).latents
+        """Latents ``g`` ``[h, B, k]`` of the modalities with a head, the mean over members; zeros where absent."""
+        if self.members is not None:
+            features, present, _ = self.members.repeated(features, present)
+        found = self.apply_head(self.encode(features, present), present).latents
+        return found if self.members is None else found.unflatten(1, (self.members.count, -1)).mean(1)
 
     def forward(
         self,
@@ -163,16 +175,35 @@ class MultimodalModel(nn.Module):
 
         ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills absent modalities; a filled one is not masked in the
         fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
-        denominators of its losses.
+        denominators of its losses. With members, rows are those of all members in training, and in evaluation the answer
+        is the logarithm of their mean probabilities.
         """
+        if self.members is not None and not self.training:
+            rows = self.members.repeated(features, present, source)
+            out = self._answer(*rows, reversal, normalizer)
+            return ModelOutput(self.members.mean(out.logits), out.ebr, out.own)
+        return self._answer(features, present, source, reversal, normalizer)
+
+    def _answer(
+        self,
+        features: Sequence[Tensor],
+        present: Tensor | None,
+        source: Tensor | None,
+        reversal: float | Tensor,
+        normalizer: Tensor | None,
+    ) -> ModelOutput:
         encoded = self.encode(features, present)
         own = None if self.own is None or self.reweighted is None else self.own(encoded[self.reweighted])
         if self.head is None:
-            return ModelOutput(self.fusion(self.weighted(encoded), present), None, own)
+            return ModelOutput(self._logits(encoded, present), None, own)
         out = self.apply_head(encoded, present, source, reversal, normalizer)
         for h, i in enumerate(self.columns):
             encoded[i] = out.recovered[h]
-        return ModelOutput(self.fusion(self.weighted(encoded), self._visible(present, source)), out, own)
+        return ModelOutput(self._logits(encoded, self._visible(present, source)), out, own)
+
+    def _logits(self, received: Sequence[Tensor], visible: Tensor | None) -> Tensor:
+        fused = self.fusion(self.weighted(received), visible)
+        return fused if self.members is None else self.members.logits(fused)
 
     def weighted(self, received: Sequence[Tensor]) -> list[Tensor]:
         """What the fusion receives, with that of the re-weighted modality scaled by 1 + β where the form is "features"."""
@@ -200,6 +231,9 @@ class MultimodalModel(nn.Module):
         """Parameter groups: "encoders" (f and h), "task" (decoders and fusion), "discriminator" (psi)."""
         encoders = list(self.encoders.parameters())
         task = list(self.fusion.parameters())
+        if self.members is not None:
+            encoders += self.members.scales
+            task += [self.members.weight, self.members.bias]
         discriminator: list[nn.Parameter] = []
         if self.own is not None:
             task += self.own.parameters()

@@ -102,11 +102,12 @@ class Stepper:
                 "ebr.alignment 'contrastive' compares all rows of a batch with each other, so a step cannot be split; "
                 "use one process and accumulate=1, or alignment 'none'"
             )
-        if self.split and config.encoder_dropout > 0:
-            raise InputError(
-                "encoder_dropout draws for all rows of a step at once, so a step cannot be split; use one process and "
-                "accumulate=1, or encoder_dropout 0"
-            )
+        for name, there in (("encoder_dropout", config.encoder_dropout > 0), ("members", config.members > 1)):
+            if self.split and there:
+                raise InputError(
+                    f"{name} takes all rows of a step at once, so a step cannot be split; use one process and "
+                    f"accumulate=1, or leave {name} out"
+                )
         self.groups = model.groups()
         self.reversal = torch.zeros((), device=model.class_prior.device)
         self.random = torch.Generator(device=self.reversal.device)  # of the sources of cross-modal reconstruction
