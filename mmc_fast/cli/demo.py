@@ -27,8 +27,9 @@ SMOKE = "This was a smoke run of a few epochs and one seed. Its numbers mean not
 def write_demo(plan: DemoPlan, out: Path, *, workers: int, fresh: bool = False) -> list[DemoFindings]:
     """Finish the demo in ``out`` and write its files; what is there already is taken over unless ``fresh``."""
     check_workers(workers)
-    own_folder(out, "demo")
+    manifest = own_folder(out, "demo")
     if fresh:
+        manifest.add([], drop=manifest.below("runs"))
         shutil.rmtree(out / "runs", ignore_errors=True)
     started = time.monotonic()
     with JobsDisplay(error_console()) as display:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-import zipfile
-import zlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from mmc_fast import __version__
-from mmc_fast._util.atomic import save_errors, write_json, write_npz
+from mmc_fast._util.atomic import save_errors, write_npz
+from mmc_fast._util.documents import Count0, Finite, parse_json
+from mmc_fast._util.files import check_tree
+from mmc_fast._util.lock import FolderLock
 from mmc_fast.errors import InputError
 
+from .data.archive import Archive
+from .manifest import MANIFEST, Manifest
 from .pool import Emit, run_pool
 from .training import Progress, TrainingDiverged
 
@@ -33,10 +38,20 @@ __all__ = ["Event", "Job", "Result", "Values", "Workspace", "claimed", "finish",
 SCHEMA_VERSION = 2
 _WAIT = 1.0  # seconds between looks at jobs that another process holds
 
+ADVICE = "remove it and repeat the command"
 Values = dict[str, Any]
 Event = Callable[[tuple[str, "Job", Any]], None]
 """Gets ("plan", job, n) with the number of jobs that are left of a stage, ("start", job, epochs), ("epoch", job, record)
 and ("done", job, None)."""
+
+
+class _Stored(TypedDict):
+    schema_version: Literal[2]
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    failed: str | None
+    seconds: Finite
+    threads: Count0
 
 
 @dataclass(frozen=True)
@@ -105,36 +120,58 @@ def perform(job: Job, folder: Path, progress: Progress | None = None) -> Result:
     return Result(job.settings, values, arrays, failed, time.perf_counter() - started, torch.get_num_threads())
 
 
-def read(path: Path) -> Result:
-    """The result in a file. Raises InputError where it is no whole result."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        meta = json.loads(str(arrays.pop("meta")))
-        version, names = meta["schema_version"], ("settings", "values", "failed", "seconds", "threads")
-        settings, values, failed, seconds, threads = (meta[name] for name in names)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a whole result"
-        raise InputError(f"result {path} cannot be read ({reason}); remove it and repeat the command") from error
-    if version != SCHEMA_VERSION:
-        raise InputError(f"result {path} has schema {version}, not {SCHEMA_VERSION}; remove it and repeat the command")
-    return Result(settings, values, arrays, failed, seconds, threads)
+def read(path: Path, settings: Mapping[str, Any] | None = None) -> Result:
+    """The result in a file, checked against the manifest above it. ``settings``: of the job whose result it must be.
+
+    Raises InputError where it is no whole result, or that of another job.
+    """
+    if not os.path.lexists(path):
+        raise InputError(f"result {path} cannot be read (there is no such file); give a file that a command wrote")
+    manifest = Manifest.above(path, advice=ADVICE)
+    if manifest is None:
+        raise InputError(f"result {path} has no {MANIFEST} above it; give a file in the folder that a command wrote")
+    return _read(path, manifest, settings)
+
+
+def _read(path: Path, manifest: Manifest, settings: Mapping[str, Any] | None) -> Result:
+    archive = Archive(manifest.check(path))
+    if "meta" not in archive or archive.header("meta").dtype.kind != "U" or archive.header("meta").shape:
+        raise InputError(f"{path} is not a whole result; {ADVICE}")
+    found: _Stored = parse_json(str(archive.read("meta")), _Stored, str(path), ADVICE)
+    if settings is not None and found["settings"] != json.loads(json.dumps(dict(settings))):
+        raise InputError(f"{path} is the result of another job (its settings are others); {ADVICE}")
+    arrays = {name: archive.read(name) for name in archive if name != "meta"}
+    return Result(found["settings"], found["values"], arrays, found["failed"], found["seconds"], found["threads"])
 
 
 def finish(jobs: Sequence[Job], folder: Path, *, workers: int, on_event: Event) -> list[Result]:
-    """Work until every job's file is there; the results in the order of ``jobs``.
+    """Work until every job's file is there; the results in the order of ``jobs``. A listed file that is gone is made again.
 
     Raises Interrupted after Ctrl-C; jobs in progress are continued or repeated by the next call.
     """
-    left = [job for path, job in {job.path: job for job in jobs}.items() if not (folder / path).is_file()]
+    manifest = own_folder(folder, "jobs") if not (folder / MANIFEST).exists() else _manifest(folder)
+    for path in {job.path for job in jobs}:
+        if path in manifest and not os.path.lexists(folder / path):
+            warnings.warn(f"{folder / path} is missing; it is computed again", stacklevel=2)
+    left = [job for path, job in {job.path: job for job in jobs}.items() if not _done(manifest, path)]
     if jobs:
         on_event(("plan", jobs[0], len(left)))
     while left:
         run_pool([(job, folder) for job in left], _work, workers=workers, on_event=on_event)
-        left = [job for job in left if not (folder / job.path).is_file()]
+        left = [job for job in left if not _done(_manifest(folder), job.path)]
         while left and not any(_free(folder, job) for job in left):
             time.sleep(_WAIT)
-    return [read(folder / job.path) for job in jobs]
+    manifest = _manifest(folder)
+    return [_read(folder / job.path, manifest, job.settings) for job in jobs]
+
+
+def _manifest(folder: Path) -> Manifest:
+    return Manifest.read(folder, advice=ADVICE, shared=True)
+
+
+def _done(manifest: Manifest, path: str) -> bool:
+    """Whether a result is there; one that is not listed was being written when its process was killed."""
+    return path in manifest and os.path.lexists(manifest.folder / path)
 
 
 @contextmanager
@@ -142,10 +179,8 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
     """Whether this process may run the job now; the claim ends with the block, or with the process."""
     path = folder / f"{job.own}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = FolderLock(path, job.name)
+    if not lock.try_acquire():
         yield False
         return
     try:
@@ -154,43 +189,48 @@ def claimed(folder: Path, job: Job) -> Iterator[bool]:
         lock.release()
 
 
-def own_folder(out: Path, kind: str) -> None:
-    """Make the folder, or take over one that an earlier call marked as a ``kind``.
+def own_folder(out: Path, kind: str) -> Manifest:
+    """Make the folder of a ``kind``, or take over one that an earlier call has made; returns its manifest.
 
-    Raises InputError where ``out`` is a file or holds something else.
+    Raises InputError where ``out`` is a file, holds something else, or holds links, FIFOs or devices.
     """
-    mark = out / f"{kind}.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not mark.is_file():
+    begun = os.path.lexists(out / MANIFEST)
+    if begun:
+        check_tree(out)
+        return Manifest.read(out, kind, advice=ADVICE, shared=True)
+    # A kill during the very first write leaves its temporary file.
+    if out.is_dir() and any(not p.name.startswith(f".{MANIFEST}.") for p in out.iterdir()):
         raise InputError(f"{out} exists and holds no {kind}; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    if not mark.is_file():
-        write_json(mark, {"kind": kind, "schema_version": SCHEMA_VERSION})
+    return Manifest.begin(out, kind, {"schema_version": SCHEMA_VERSION}, advice=ADVICE, shared=True)
 
 
 def _work(item: tuple[Job, Path], emit: Emit) -> None:
     """Run one job, unless its file is there or somebody else is at it."""
     job, folder = item
-    path = folder / job.path
-    if not path.is_file():
+    path, manifest = folder / job.path, _manifest(folder)
+    if not _done(manifest, job.path):
         with claimed(folder, job) as mine:
-            if mine and not path.is_file():
-                _write(path, perform(job, folder, _Progress(job, emit)), folder)
-    if path.is_file():
+            if mine and not _done(_manifest(folder), job.path):
+                _write(path, perform(job, folder, _Progress(job, emit)), manifest)
+    if _done(_manifest(folder), job.path):
         emit(("done", job, None))
 
 
-def _write(path: Path, result: Result, folder: Path) -> None:
+def _write(path: Path, result: Result, manifest: Manifest) -> None:
     meta = {name: value for name, value in vars(result).items() if name != "arrays"}
     meta |= {"schema_version": SCHEMA_VERSION, "mmc_fast_version": __version__, "torch": torch.__version__}
-    with save_errors(path, lambda: f"finished results are in {folder}"):
+    with save_errors(path, lambda: f"finished results are in {manifest.folder}"):
+        manifest.alive()
         write_npz(path, {**result.arrays, "meta": np.array(json.dumps(meta, allow_nan=False))})
+    manifest.add([path])
 
 
 def _free(folder: Path, job: Job) -> bool:
     """Whether there is something to do about a job: it is finished by now, or nobody holds it."""
-    if (folder / job.path).is_file():
+    if _done(_manifest(folder), job.path):
         return True
     with claimed(folder, job) as mine:
         return mine

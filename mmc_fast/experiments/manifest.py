@@ -92,6 +92,14 @@ class Manifest:
         made._stay()
         return made
 
+    @classmethod
+    def above(cls, path: Path, *, advice: str) -> Manifest | None:
+        """The manifest of the nearest folder above a file or folder (or of that folder itself); None where there is none."""
+        for folder in (path, *path.parents):
+            if os.path.lexists(folder / MANIFEST):
+                return cls.read(folder, advice=advice, shared=True)
+        return None
+
     def __contains__(self, path: str | Path) -> bool:
         return self._name(path) in self.files
 
@@ -131,8 +139,8 @@ class Manifest:
             raise InputError(f"{path} cannot be read ({error.strerror or error}); {self.advice}") from None
         if found != (entry["sha256"], entry["size"]):
             raise InputError(
-                f"{path} is not the file that this {self.kind} wrote: it was changed or exchanged (its SHA-256 is not that "
-                f"in {MANIFEST}); {self.advice}"
+                f"{path} was changed or exchanged after it was written (its SHA-256 is not that in {MANIFEST}); "
+                f"{self.advice}"
             )
         return path
 

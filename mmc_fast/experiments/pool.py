@@ -19,10 +19,14 @@ from mmc_fast.errors import InputError
 
 from .training import Interrupted
 
-__all__ = ["Emit", "check_workers", "run_pool"]
+__all__ = ["Emit", "WorkerLost", "check_workers", "run_pool"]
 
 Work = TypeVar("Work")
 Emit = Callable[[Any], None]
+
+
+class WorkerLost(RuntimeError):
+    """A worker process died, by a signal or by the system."""
 
 
 def run_pool(
@@ -48,7 +52,10 @@ def run_pool(
     try:
         _follow(futures, events, stop, on_event)
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died; there may be too little memory for so many workers") from error
+        raise WorkerLost(
+            "a worker process died; there may be too little memory for so many workers: give fewer and repeat the command, "
+            "which takes over what is finished"
+        ) from error
     except BaseException:
         if stop.is_set():
             for process in multiprocessing.active_children():

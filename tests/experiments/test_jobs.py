@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.jobs import Job, finish
-from mmc_fast.experiments.pool import run_pool
+from mmc_fast.experiments.manifest import Manifest
+from mmc_fast.experiments.pool import WorkerLost, run_pool
 from mmc_fast.experiments.training import TrainingDiverged
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,3 +166,56 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "zombie" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc").exists() else True
+
+
+def test_exchanged_changed_and_missing_results_are_named_or_made_again(tmp_path):
+    jobs = [Job(f"some/{n}", halve, {"n": n}) for n in (2, 4)]
+    finish(jobs, tmp_path, workers=1, on_event=lambda event: None)
+    two, four = (tmp_path / job.path for job in jobs)
+    mine = two.read_bytes()
+
+    def again():
+        return finish(jobs, tmp_path, workers=1, on_event=lambda event: None)
+
+    shutil.copy(four, two)
+    with pytest.raises(InputError, match=f"{two.name} was changed or exchanged .*; remove it and repeat the command"):
+        again()
+    Manifest.above(two, advice="x").add([two])
+    with pytest.raises(InputError, match=f"{two.name} is the result of another job"):
+        again()
+    two.unlink()
+    with pytest.warns(UserWarning, match=f"{two.name} is missing; it is computed again"):
+        assert [r.values for r in again()] == [{"half": 1}, {"half": 2}]
+    two.write_bytes(mine)  # of the same job: only the seconds differ
+    with pytest.raises(InputError, match="changed or exchanged"):
+        again()
+
+
+def test_a_result_that_a_kill_left_unlisted_is_made_again(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(self, paths, *, drop=()):
+        raise Killed
+
+    job = Job("some/two", halve, {"n": 2})
+    with monkeypatch.context() as m:
+        m.setattr(Manifest, "add", kill)
+        with pytest.raises(Killed):
+            finish([job], tmp_path, workers=1, on_event=lambda event: None)
+    assert (tmp_path / job.path).is_file()
+    events = []
+    (result,) = finish([job], tmp_path, workers=1, on_event=lambda event: events.append(event[0]))
+    assert result.values == {"half": 1}
+    assert events == ["plan", "done"]
+
+
+def die(job: int, emit) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    with pytest.raises(WorkerLost, match="a worker process died") as error:
+        run_pool([1, 2], die, workers=2, on_event=lambda event: None)
+    assert "\n" not in str(error.value)
+    assert type(error.value).__module__.startswith("mmc_fast")  # which the command line shows as a line

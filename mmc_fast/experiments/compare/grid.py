@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from mmc_fast._util.atomic import write_json
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
 
-from ..jobs import Event, Job, Result, finish
+from ..jobs import ADVICE, Event, Job, Result, finish
+from ..manifest import Manifest
 from .configs import DataConfig, MethodConfig
-from .runs import mean_missing, score, settings_of
+from .runs import check_cell, mean_missing, score, settings_of
 
 __all__ = ["SEARCH_SEED", "Finished", "Grid", "Run", "Tune", "check_once", "run_grid"]
 
@@ -92,6 +92,8 @@ def run_grid(grid: Grid, folder: Path, *, workers: int, on_event: Event) -> Fini
     }
     candidates = [job for jobs in tried.values() for job in jobs]
     searched = finish(candidates, folder, workers=workers, on_event=on_event)
+    for job, result in zip(candidates, searched, strict=True):
+        check_cell(folder / job.path, result)
     found = {job.path: result for job, result in zip(candidates, searched, strict=True)}
     selected = {}
     for data in grid.data:
@@ -108,6 +110,8 @@ def run_grid(grid: Grid, folder: Path, *, workers: int, on_event: Event) -> Fini
         for method in grid.methods
     ]
     results = finish([job for *_, job in named], folder, workers=workers, on_event=on_event)
+    for (*_, job), result in zip(named, results, strict=True):
+        check_cell(folder / job.path, result)
     return Finished(selected, [Run(*name, result) for name, result in zip(named, results, strict=True)])
 
 
@@ -131,8 +135,8 @@ def _select(
     ]
     path = folder / "selected" / f"{data.name}-{method.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
-        write_json(path, record)
+    write_json(path, record)
+    Manifest.read(folder, advice=ADVICE, shared=True).add([path])
     return selected
 
 

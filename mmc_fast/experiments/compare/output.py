@@ -25,11 +25,13 @@ from mmc_fast.diagnose.document import (
 )
 from mmc_fast.diagnose.figures import Drawing
 
+from ..jobs import ADVICE
+from ..manifest import Manifest
 from ..report.comparison import Score
 from ..report.drawings import draw_rates, metric_name
 from .findings import UNDER_PERFORMING, Findings
 
-__all__ = ["READING", "csv_text", "footnotes", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
+__all__ = ["READING", "csv_text", "footnotes", "list_files", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
            "write_outputs", "write_text"]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -76,6 +78,15 @@ def write_outputs(
         page.add_section(Section(f.data, [*first, *_blocks(f, shown), *(blocks or {}).get(f.data, ())]))
     page.add_section(Section("How to read this", [Text(READING), Facts(facts)]))
     page.save(folder / "report.html")
+    list_files(folder)
+
+
+def list_files(folder: Path) -> None:
+    """List what a command has just written into ``folder`` in the manifest of it, or of the folder above."""
+    manifest = Manifest.above(folder, advice=ADVICE)
+    if manifest is not None:
+        written = [p for pattern in ("result*.*", "report.html", "figures/*.png") for p in folder.glob(pattern)]
+        manifest.add(sorted(written))
 
 
 def _lead(findings: Sequence[Findings]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +10,43 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from mmc_fast._util.documents import Count0, Finite, parse_json, validated
 from mmc_fast._util.schema import from_mapping
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
 from ..data.inner import inner_split
-from ..jobs import Job, Result, Values, Workspace, perform, read
+from ..jobs import ADVICE, Job, Result, Values, Workspace, perform, read
 from ..methods import BATCH_ROWS, Task, get
 from ..training import TrainConfig, load_run, train
 from ..training.evaluate import hidden_column, masks_at
 from ..training.metrics import scores
 from .configs import DataConfig, fingerprint_of, load_data
 
-__all__ = ["check", "mean_missing", "read_line", "score", "settings_of", "train_and_keep"]
+__all__ = ["check", "check_cell", "mean_missing", "read_line", "score", "settings_of", "train_and_keep"]
 
 Settings = Mapping[str, Any]
+
+
+class _Line(TypedDict):
+    option: str
+    arm: str
+    data: str
+    seed: Count0
+    settings: dict[str, Any]
+    scores: dict[str, Finite | None] | None
+    failed: str | None
+    threads: Count0
+    commit: str | None
+
+
+class _Values(TypedDict):
+    metric: str
+    batch_rows: int | None
+    scores: dict[str, dict[str, Finite | None]]
+    realised: dict[str, list[Finite]]
 
 
 def settings_of(data: DataConfig, seed: int, config: TrainConfig, **more: Any) -> dict[str, Any]:
@@ -87,9 +107,12 @@ def train_and_keep(settings: Settings, workspace: Workspace) -> tuple[Values, di
 
 def check(path: Path) -> list[str]:
     """Repeat a finished :func:`score` from its stored settings; names of what is different (empty: the same numbers)."""
-    stored = _line(path) if ".jsonl:" in path.name else read(path)
+    log = ".jsonl:" in path.name
+    stored = _line(path) if log else read(path)
     if "method" not in stored.settings:
         raise InputError(f"result {path} is of no run of a comparison; give a file of OUT/runs or OUT/search")
+    if not log:
+        check_cell(path, stored)
     threads = torch.get_num_threads()
     torch.set_num_threads(stored.threads)
     try:
@@ -97,12 +120,37 @@ def check(path: Path) -> list[str]:
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
-    if ".jsonl:" in path.name:  # a log holds the main scores alone
+    if log:  # that holds the main scores alone
         found[1]["scores"] = {name: s["score"] for name, s in again.values.get("scores", {}).items()}
         return [name for name in found[0] if found[0][name] != found[1][name]]
     different = [name for name in found[0] if found[0][name] != found[1][name]]
     names = sorted(stored.arrays.keys() | again.arrays.keys())
     return different + [n for n in names if not _same(stored.arrays.get(n), again.arrays.get(n))]
+
+
+def check_cell(path: Path, result: Result) -> None:
+    """Raise InputError where a stored result of :func:`score` has not the form of one; a diverged one has none."""
+    if result.failed is not None:
+        return
+    found: _Values = validated(result.values, _Values, str(path), ADVICE)
+    reason = None
+    rows = len(result.arrays.get("labels", ()))
+    if result.settings.get("part") == "test" and not {"labels", "index", *found["scores"]} <= result.arrays.keys():
+        reason = "predictions are missing"
+    for name, array in result.arrays.items():
+        if array.dtype.kind not in "iufb" or not array.shape or len(array) != rows:
+            reason = f"{name} is {array.dtype} {list(array.shape)} beside {rows} labels"
+        elif not np.isfinite(array).all():
+            reason = f"{name} holds NaN or infinity"
+        elif name not in ("labels", "index") and found["metric"] in ("accuracy", "auroc") and not _shares(array):
+            reason = f"{name} holds no class probabilities"
+    if reason is not None:
+        raise InputError(f"{path} cannot be used ({reason}); {ADVICE}")
+
+
+def _shares(array: np.ndarray) -> bool:
+    """Whether the rows are probabilities of classes."""
+    return array.ndim == 2 and array.min(initial=0) >= 0 and np.allclose(array.sum(1), 1, atol=1e-3)
 
 
 def mean_missing(found: Mapping[str, Mapping[str, float]], key: str = "score") -> float | None:
@@ -120,16 +168,9 @@ def _data(settings: Settings) -> MultimodalDataset:
 
 def read_line(line: str) -> dict[str, Any]:
     """A line of a log of explorations. Raises InputError where it is none."""
-    try:
-        values = json.loads(line)
-        return {name: values[name] for name in _LINE} | {"line": values}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"this is no line of a log of explorations ({error!r}); give one with {', '.join(_LINE)}"
-        ) from error
-
-
-_LINE = ("option", "arm", "data", "seed", "settings", "scores", "failed", "threads", "commit")
+    advice = f"give a line of a log of explorations, with {', '.join(_Line.__annotations__)}"
+    values = parse_json(line, _Line, "the line", advice)
+    return {name: values[name] for name in _Line.__annotations__} | {"line": values}
 
 
 def _line(path: Path) -> Result:

@@ -11,7 +11,7 @@ from mmc_fast import __version__
 from mmc_fast._util.atomic import write_json
 from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text, signed
 
-from ..compare.output import csv_text, markdown_table, write_text
+from ..compare.output import csv_text, list_files, markdown_table, write_text
 from .base import Direction, Experiment, Outcome, ResultTable, Value
 
 __all__ = ["DIRECTION_COLUMNS", "direction_rows", "markdown", "table_columns", "table_rows", "to_dict", "write_outcome"]
@@ -132,6 +132,7 @@ def write_outcome(experiment: Experiment, outcome: Outcome, folder: Path, about:
     for name, drawing in outcome.drawings.items():
         drawing.save_png(folder / "figures" / f"{name}.png")
     page(experiment, outcome).save(folder / "report.html")
+    list_files(folder)
 
 
 def _has_paper(table: ResultTable, column: int) -> bool:

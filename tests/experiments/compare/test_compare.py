@@ -36,6 +36,7 @@ from mmc_fast.experiments.compare.grid import SEARCH_SEED, Grid, run_grid
 from mmc_fast.experiments.compare.output import markdown, score_rows
 from mmc_fast.experiments.compare.runs import check
 from mmc_fast.experiments.jobs import claimed, read
+from mmc_fast.experiments.manifest import Manifest
 from mmc_fast.experiments.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,8 +171,11 @@ def test_a_run_gives_the_same_numbers_again_and_a_changed_one_does_not(tmp_path,
     assert check(path) == []
     with np.load(path) as file:
         arrays = {k: file[k] for k in file.files}
-    arrays["missing_0.5"][0] += 0.01
+    arrays["missing_0.5"] = arrays["missing_0.5"][::-1]
     np.savez(path, **arrays)
+    with pytest.raises(InputError, match="changed or exchanged"):
+        check(path)
+    Manifest.above(path, advice="x").add([path])  # as if it had been written so
     assert check(path) == ["missing_0.5"]
     done = command("--check", path)
     assert done.exit_code == 1
