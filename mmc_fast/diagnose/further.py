@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of
@@ -84,21 +86,33 @@ def emap_measures(
     collector: Collector,
     task: Task,
     seed: int,
+    level: float,
 ) -> int:
-    """Scores with and without interactions of modalities on the first batch; returns its number of rows."""
+    """Scores with and without interactions of modalities on the first batch, and what they differ; returns its number of rows."""
     batch = next(iter(batches))[1]
     features = checked_features(adapter, batch, collector.widths, 0)
     labels = collector.labels(batch)
     assert labels is not None
     additive = emap_outputs(adapter.fuse, features, PARTNERS, stream(seed, "emap")).cpu()
-    for name, outputs in (("emap.all", adapter.fuse(features).double().cpu()), ("emap.score", additive)):
-        measures[name] = Measure(_score(task, outputs, labels))
+    whole, places = adapter.fuse(features).double().cpu(), collector.places(0, len(labels))
+
+    def gain(rows: Tensor) -> float:
+        return _score(task, whole[rows], labels[rows]) - _score(task, additive[rows], labels[rows])
+
+    measures["emap.all"] = _jackknife(lambda rows: _score(task, whole[rows], labels[rows]), places, level)
+    measures["emap.score"] = _jackknife(lambda rows: _score(task, additive[rows], labels[rows]), places, level)
+    measures["emap.interaction"] = _jackknife(gain, places, level)
     return len(labels)
 
 
 @torch.no_grad()
 def remaining_measures(
-    measures: dict[str, Measure], adapter: Adapter, batches: Iterable[tuple[int, Any]], collector: Collector, seed: int
+    measures: dict[str, Measure],
+    adapter: Adapter,
+    batches: Iterable[tuple[int, Any]],
+    collector: Collector,
+    seed: int,
+    level: float,
 ) -> None:
     """Effective rank and η² of the fused representation without each modality (features of other samples), on the first rows."""
     represent = _representation(adapter, collector)
@@ -106,12 +120,14 @@ def remaining_measures(
     remover = Remover(represent, collector.widths, collector.reservoir.columns, collector.groups)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("", *names)}
     labels: list[Tensor] = []
+    places: list[Tensor] = []
     seen = 0
     for index, batch in batches:
         features = checked_features(adapter, batch, collector.widths, index)
         count = len(next(iter(features.values())))
         numbers = torch.arange(seen, seen + count)
-        drawn = remover.drawn(numbers, collector.places(index, count), stream(seed, "remaining", index))
+        places.append(collector.places(index, count))
+        drawn = remover.drawn(numbers, places[-1], stream(seed, "remaining", index))
         seen += count
         for name in rows:
             condition = Condition(tuple(other != name for other in names), "resample")
@@ -120,12 +136,32 @@ def remaining_measures(
         labels += [] if found is None else [found]
         if sum(map(len, rows[""])) >= REPRESENTED_ROWS:
             break
+    groups, classes = torch.cat(places), collector.task is not None and collector.task.kind == "classes"
+    y = torch.cat(labels) if labels and classes else None
     for name, parts in rows.items():
         x, shown = torch.cat(parts), name or "all"
-        measures[f"remaining.rank.{shown}"] = Measure(effective_rank(spectrum(covariance_of(x)).sqrt()))
-        if labels and collector.task is not None and collector.task.kind == "classes":
-            share = class_variance_share(x, torch.cat(labels))
-            measures[f"remaining.eta2.{shown}"] = Measure(share if np.isfinite(share) else None)
+        measures[f"remaining.rank.{shown}"] = _jackknife(partial(_rank, x), groups, level)
+        if y is not None:
+            measures[f"remaining.eta2.{shown}"] = _jackknife(partial(_class_share, x, y), groups, level)
+
+
+def _rank(x: Tensor, rows: Tensor) -> float:
+    return effective_rank(spectrum(covariance_of(x[rows])).sqrt())
+
+
+def _class_share(x: Tensor, labels: Tensor, rows: Tensor) -> float:
+    return class_variance_share(x[rows], labels[rows])
+
+
+def _jackknife(number: Callable[[Tensor], float], places: Tensor, level: float) -> Measure:
+    """``number`` of all rows (it gets a mask) with the error ``√((K − 1) / K Σ_k (θ_k − θ̄)²)``, θ_k without group k, and its interval."""
+    value = number(torch.ones_like(places, dtype=torch.bool))
+    without = np.array([number(places != group) for group in places.unique()])
+    if not np.isfinite(value) or len(without) < 3 or not np.isfinite(without).all():
+        return Measure(value if np.isfinite(value) else None)
+    error = float(np.sqrt((len(without) - 1) * without.var()))
+    half = float(require("scipy.stats", extra="diagnose").t.ppf((1 + level) / 2, len(without) - 1)) * error
+    return Measure(value, error, value - half, value + half)
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ def _more(d: DiagnosisData) -> list[Block]:
         blocks.append(
             Text(
                 f"Without interactions between modalities the model would score {d['emap.score']}, and it scores "
-                f"{d['emap.all']} on these {d.settings.get('emap_rows')} samples (EMAP). Equal scores mean that fusion uses none."
+                f"{d['emap.all']} on these {d.settings.get('emap_rows')} samples (EMAP): interactions add {d['emap.interaction']}."
             )
         )
     return blocks

@@ -156,9 +156,9 @@ def _further(
     if o.utilisation and classes:
         utilisation_measures(measures, notes, collector, o.seed)
     if o.remaining:
-        remaining_measures(measures, adapter, batches, collector, o.seed)
+        remaining_measures(measures, adapter, batches, collector, o.seed, o.level)
     if o.emap and scores is not None and len(collector.widths) > 1:
-        return emap_measures(measures, adapter, batches, collector, scores.task, o.seed)
+        return emap_measures(measures, adapter, batches, collector, scores.task, o.seed, o.level)
     return None
 
 

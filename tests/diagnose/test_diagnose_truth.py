@@ -121,6 +121,20 @@ def test_intervals_of_what_is_resampled_hold_the_noise_of_the_draws(rows: int, k
     assert min(hits.values()) >= 90, hits
 
 
+def test_intervals_of_emap_and_of_what_remains() -> None:
+    big = planted_head(3, sharing=0.4, jitter=0.2, num_samples=40 * 200)
+    options = {"probes": False, "agop": False, "resamples": 0, "emap": True, "remaining": True}
+    truth = diagnose(big, big.batches(4000), **options)
+    names = ("emap.all", "emap.score", "emap.interaction", "remaining.eta2.all", "remaining.eta2.a", "remaining.rank.b")
+    hits = dict.fromkeys(names, 0)
+    for part in range(40):
+        d = diagnose(big, [torch.arange(part * 200, (part + 1) * 200)], seed=part, **options)
+        assert d.value("emap.interaction") == pytest.approx(d.value("emap.all") - d.value("emap.score"))
+        for name in names:
+            hits[name] += d[name].low <= truth.value(name) <= d[name].high
+    assert min(hits.values()) >= 35, hits
+
+
 @pytest.mark.slow
 def test_intervals_cover_the_value_of_all_data() -> None:
     """95 % intervals from 600 samples hold the value of 60,000 about as often as they say."""
