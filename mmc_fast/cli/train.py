@@ -49,7 +49,9 @@ def train_command(
     ],
     method: Annotated[
         str | None,
-        typer.Option(help="vanilla, dropout, kd, ebr or robust. (default: what the configuration says, else ebr)"),
+        typer.Option(
+            help="vanilla, dropout, kd, ebr, robust, recommended or ebr-best. (default: what the configuration says, else ebr)"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Everything random is derived from it.")] = 0,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,

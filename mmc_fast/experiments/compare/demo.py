@@ -28,7 +28,7 @@ from ..report.trained import (
     verdicts,
     without_effect,
 )
-from ..training import PRESETS, TrainConfig, load_predictions, load_run
+from ..training import TrainConfig, load_predictions, load_run
 from ..training.metrics import scores
 from .configs import MethodConfig, load_data_configs
 from .findings import Findings, find
@@ -57,7 +57,7 @@ class DemoPlan:
     """
 
     data: tuple[str, ...] = DEMO_DATA
-    methods: tuple[str, ...] = PRESETS
+    methods: tuple[str, ...] = tuple(_METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 40
     quick: bool = False
@@ -73,7 +73,7 @@ class DemoPlan:
         if not self.data or not self.seeds or _FIRST not in self.methods:
             raise InputError(f"demo: give at least one data set, one seed, and {_FIRST} among the methods")
         for method in self.methods:
-            choose("demo method", method, PRESETS)
+            choose("demo method", method, tuple(_METHODS))
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"demo: seeds are {list(self.seeds)}; name each once")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training import predict, train
+from ..training import TrainConfig, predict, train
 from ..training.interrupt import Stage
 from ..training.parts import fingerprint
 from ..training.progress import Silent
@@ -83,6 +83,11 @@ def robust_heads() -> dict[str, Any]:
 _PLAIN = SMALL_HEADS | {"residual": False, "normalize": False, "substitute": "ranked", "ranking": "reference"}
 KD = _distillation("kd", "KD (InfoNCE)", loss="info_nce", teachers="stronger", order="weakest_first")
 
+_LEARNER: dict[str, Any] = {
+    name: getattr(TrainConfig.preset("recommended"), name)
+    for name in ("encoder_norm", "encoder_dropout", "optimizer", "weight_decay", "weight_average")
+}
+
 STANDARD = (
     _method("vanilla", "vanilla", "the standard loop without additions", LEARNING_RATES),
     Method(
@@ -145,5 +150,32 @@ STANDARD = (
         f"{_PAPER}, in the form of docs/experiments/study.md",
         [{}, {"ebr": {"cross_recovery": 0.0}}, {"consistency": 3.0}, {"fusion": "transformer"}],
         {"ebr": robust_heads(), "modality_dropout": 0.5, "substitute_in_training": True, "consistency": 1.0},
+    ),
+    _method(
+        "recommended",
+        "recommended learner",
+        "modality dropout and consistency with the learner of docs/experiments/learner.md",
+        [{"modality_dropout": p, "consistency": c} for c in (1.0, 3.0) for p in (0.5, 0.3)],
+        _LEARNER,
+    ),
+    _method(
+        "transformer-learner",
+        "masked transformer + consistency, recommended learner",
+        "late-fusion transformer as in Rheude et al. 2025, with the learner of docs/experiments/learner.md",
+        [{"consistency": c, "modality_dropout": p} for c in (1.0, 0.0) for p in (0.5, 0.3)],
+        _LEARNER | {"fusion": "transformer"},
+    ),
+    _method(
+        "ebr-best",
+        "EBR, recommended learner",
+        f"{_PAPER}, with the learner of docs/experiments/learner.md",
+        [{}, {"ebr": {"reversal": 0.0}}, {"consistency": 3.0}, {"modality_dropout": 0.3}],
+        _LEARNER
+        | {
+            "ebr": robust_heads() | {"cross_recovery": 0.0},
+            "modality_dropout": 0.5,
+            "substitute_in_training": True,
+            "consistency": 1.0,
+        },
     ),
 )

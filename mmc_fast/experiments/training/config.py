@@ -14,7 +14,14 @@ from mmc_fast.nn import EBRConfig
 __all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
 
 METHODS = ("vanilla", "dropout", "kd", "ebr")
-PRESETS = (*METHODS, "robust")  # robust is the study's form of the method ebr
+PRESETS = (*METHODS, "robust", "recommended", "ebr-best")
+"""The methods; "robust", the study's form of ebr; and what docs/experiments/learner.md found: the best learner, and the best one on
+EBR's shared latent."""
+
+
+_LEARNER: dict[str, Any] = {
+    "encoder_norm": True, "encoder_dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.01, "weight_average": 0.99
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,9 @@ class TrainConfig:
 
         EBR heads have hidden width 128 and latent width 64, normalised latents and a reversal of 0.01, as chosen on the
         validation part of mfeat (docs/experiments/training.md); all else is equal between the methods. "robust" is EBR in the
-        form of docs/experiments/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency.
+        form of docs/experiments/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency. "recommended": modality
+        dropout and consistency with normalised encoders, dropout, weight decay and averaged weights; "ebr-best": the same with
+        EBR heads (docs/experiments/learner.md says when to use which).
         """
         if method == "vanilla":
             base = cls()
@@ -241,6 +250,11 @@ class TrainConfig:
         elif method == "robust":
             heads = EBRConfig.robust(hidden_dim=128, latent_dim=64, psi_dims=(64, 32))
             base = cls(ebr=heads, modality_dropout=0.5, substitute_in_training=True, consistency=1.0)
+        elif method == "recommended":
+            base = cls(modality_dropout=0.5, consistency=1.0, **_LEARNER)
+        elif method == "ebr-best":
+            heads = EBRConfig.robust(hidden_dim=128, latent_dim=64, psi_dims=(64, 32), cross_recovery=0.0)
+            base = cls(ebr=heads, modality_dropout=0.5, substitute_in_training=True, consistency=1.0, **_LEARNER)
         else:
             raise unknown("method", method, PRESETS)
         return replace(base, **changes)
@@ -260,7 +274,7 @@ class TrainConfig:
             implied = "dropout"
         method = values.pop("method", implied)
         config = from_mapping(cls.preset(method), values, "config")
-        if config.method != ("ebr" if method == "robust" else method):
+        if config.method != cls.preset(method).method:
             raise InputError(
                 f"config: method is {method!r} but the other settings describe {config.method!r}; change one of them"
             )

@@ -9,6 +9,7 @@ import pytest
 from training_data import small, tiny
 
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.methods import get
 from mmc_fast.experiments.training import METHODS, KDConfig, TrainConfig, train
 from mmc_fast.nn import EBRConfig
 
@@ -43,6 +44,16 @@ def test_methods_differ_by_configuration_only():
         "kd": {"method", "kd"},
         "ebr": {"method", "ebr"},
     }
+
+
+def test_the_two_recommended_presets_differ_by_the_heads_alone_and_are_those_of_the_comparison():
+    both = [TrainConfig.preset(m).to_dict() for m in ("recommended", "ebr-best")]
+    assert {k for k in both[0] if both[0][k] != both[1][k]} == {"method", "ebr", "substitute_in_training"}
+    for name, preset in zip(("recommended", "ebr-best"), both, strict=True):
+        compared = get(name).resolve()[0].to_dict()
+        assert {k: compared[k] for k in preset if k != "ebr"} == {k: preset[k] for k in preset if k != "ebr"}
+        assert TrainConfig.from_dict({"method": name}).to_dict() == preset
+    assert compared["ebr"] == both[1]["ebr"]
 
 
 BAD = [
