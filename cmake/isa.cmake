@@ -2,7 +2,7 @@
 function(mmc_isa_unit target isa lanes rows flags sources)
   add_library(mmc_isa_${isa} OBJECT ${sources})
   target_compile_definitions(mmc_isa_${isa} PRIVATE MMC_ISA=${isa} MMC_LANES=${lanes} MMC_ROWS=${rows})
-  # traps and errno would keep the compiler from vectorising comparisons; contraction off in base keeps `fused` exact;
+  # traps and errno would keep the compiler from vectorising comparisons;
   # GCC takes the undefined operands in its own intrinsics for a mistake
   target_compile_options(mmc_isa_${isa} PRIVATE -Wall -Wextra -O3 -fno-math-errno -fno-trapping-math
                          "$<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>" ${flags})
@@ -11,7 +11,7 @@ endfunction()
 
 function(mmc_add_instruction_sets target)
   set(dir csrc/core/isa)
-  mmc_isa_unit(${target} base 8 4 "-ffp-contract=off" "${dir}/base.cpp;${dir}/elementwise.cpp;${dir}/sgemm.cpp;${dir}/lowp.cpp")
+  mmc_isa_unit(${target} base 8 4 "" "${dir}/base.cpp;${dir}/elementwise.cpp;${dir}/sgemm.cpp;${dir}/lowp.cpp")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
     set(avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
     mmc_isa_unit(${target} avx2 16 6 "-mavx2;-mfma;-mf16c" "${dir}/avx2.cpp;${dir}/elementwise.cpp;${dir}/sgemm.cpp;${dir}/lowp.cpp")

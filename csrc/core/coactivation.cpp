@@ -1,9 +1,10 @@
-// Exact co-activation counts: pre-activations by register tiles, signs packed 64 samples to a word as they leave the
-// registers, then and + popcount over the upper triangle. No float mask and no pre-activation is ever stored.
+// Exact co-activation counts: pre-activations by register tiles, signs that are certain packed 64 samples to a word as they leave the
+// registers, the few others decided one by one, then and + popcount over the upper triangle. No float mask and no pre-activation is
+// ever stored.
 #include <algorithm>
 #include <cstring>
 
-#include "internal.h"
+#include "certificate.h"
 
 namespace mmc {
 namespace {
@@ -92,9 +93,7 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   Buffer<float> packed(weights.size());
   pack_panels(table, weights, packed.get(), pool);
   const int64_t tiles = weights.panels();
-  Buffer<float> padded_bias(tiles * table.rows);
-  std::fill_n(padded_bias.get(), tiles * table.rows, 0.0f);
-  if (bias) std::copy_n(bias, units, padded_bias.get());
+  const Certificate certificate(table, weight, bias, tiles * table.rows, pool);
 
   // panels of one unit more than the last row tile may write
   const int64_t unit_slots = round_up(tiles * table.rows, kPanel);
@@ -102,7 +101,8 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   std::memset(words.get(), 0, unit_slots * (chunk / kWordBits) * sizeof(uint64_t));
 
   const int64_t block = std::min(chunk, std::max(kWordBits, kBlockFloats / std::max<int64_t>(1, depth) / kWordBits * kWordBits));
-  Scratch<float> scratch(pool.threads + 1, block * depth);
+  const int64_t scratch_size = (block + 1) * (depth + 1);  // panels, norms of their columns, one row
+  Scratch<float> scratch(pool.threads + 1, scratch_size);
   std::atomic<bool> bad{false};
 
   for (int64_t start = 0; start < samples; start += chunk) {
@@ -113,7 +113,8 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
     parallel_for(pool, per_unit, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> own;
       float* panels = scratch.take();
-      if (!panels) own = Buffer<float>(block * depth), panels = own.get();
+      if (!panels) own = Buffer<float>(scratch_size), panels = own.get();
+      float *norms = panels + block * depth, *row = norms + block;
       bool any = false;
       const int64_t last = std::min(size, end * kWordBits);
       for (int64_t first = begin * kWordBits; first < last; first += block) {
@@ -123,16 +124,28 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
         // whole words: lanes beyond the last sample are zero vectors, and their bits are cleared below
         const int64_t filled = rows.panels(), needed = round_up(count, kWordBits) / table.lanes;
         std::memset(panels + filled * depth * table.lanes, 0, (needed - filled) * depth * table.lanes * sizeof(float));
+        for (int64_t p = 0; p < needed; ++p) certificate.norms(panels + p * depth * table.lanes, norms + p * table.lanes);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t unit = tile * table.rows;
           // a row tile never straddles two panels of words: kPanel is a multiple of every table's rows
           uint64_t* out = words.get() + panel_offset(unit, per_unit);
           for (int64_t p = 0; p < needed; ++p) {
-            const int64_t sample = first + p * table.lanes;
-            any |= table.sign_tile(depth, panels + p * depth * table.lanes, packed.get() + unit * depth,
-                                   padded_bias.get() + unit,
-                                   reinterpret_cast<unsigned char*>(out + (sample / kWordBits) * kPanel) +
-                                       (sample % kWordBits) / 8);
+            const int64_t lane0 = p * table.lanes, sample = first + lane0;
+            uint32_t unsure[kMaxRows];
+            const SignTile tile{depth, panels + lane0 * depth, packed.get() + unit * depth, norms + lane0,
+                                certificate.bias() + unit, certificate.scale() + unit, certificate.offset() + unit,
+                                reinterpret_cast<unsigned char*>(out + (sample / kWordBits) * kPanel) + (sample % kWordBits) / 8,
+                                unsure};
+            if (!table.sign_tile(tile)) continue;
+            const int64_t lanes = std::min(table.lanes, count - lane0), rows_left = std::min(table.rows, units - unit);
+            for (int64_t r = 0; r < rows_left; ++r)
+              for (int64_t l = 0; l < lanes && unsure[r] >> l; ++l) {
+                if (!(unsure[r] >> l & 1)) continue;
+                const int sign = certificate.sign(x.data + (start + sample + l) * x.row_stride, x.col_stride, unit + r,
+                                                  tile.norm[l], row);
+                any |= sign == kNotFinite;
+                out[sample / kWordBits * kPanel + r] |= uint64_t{sign == 1} << ((sample + l) % kWordBits);
+              }
           }
           if (count % kWordBits)
             for (int64_t r = 0; r < table.rows; ++r)

@@ -43,8 +43,9 @@ struct Count {
 MMC_API std::vector<Count> dispatch_counts();
 MMC_API void reset_dispatch_counts();
 
-// counts[i * ld + j] += #{n : z_ni > 0 and z_nj > 0} for j >= i, z = x weight^T + bias; entries below the diagonal are left
-// alone. Returns whether a pre-activation was not finite. chunk = 0: chosen here; rounded up to a multiple of 64 otherwise.
+// counts[i * ld + j] += #{n : z_ni > 0 and z_nj > 0} for j >= i, z = x weight^T + bias as exact real numbers; entries below the
+// diagonal are left alone. Returns whether a pre-activation was not finite: it depends on a NaN or infinity, or rounds to
+// infinity. chunk = 0: chosen here; rounded up to a multiple of 64 otherwise.
 MMC_API bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float* bias, int64_t* counts, int64_t ld,
                                       int64_t chunk, const Pool& pool);
 

@@ -25,8 +25,21 @@ enum class Activation : int {
 };
 constexpr int kActivations = 10;
 
+// Pre-activations z[r][l] = bias[r] + sum_k rows[k][r] * lanes[k][l] of one tile, of which only the certain signs are kept. A bound
+// of the error of z, norm[l] * scale[r] + offset[r], says which these are (see certificate.h).
+struct SignTile {
+  int64_t depth;
+  const float* lanes;
+  const float* rows;
+  const float* norm;  // [lanes]
+  const float* bias;  // [rows], as the next two
+  const float* scale;
+  const float* offset;
+  unsigned char* out;  // bit l of the lanes bits at out + 8 r: z > bound
+  uint32_t* unsure;    // [rows], bit l: not |z| > bound
+};
+
 // Register tiles multiply a "lanes" panel [depth][lanes] by a "rows" panel [depth][rows] into c[rows][lanes].
-// Every element is one chain of fused multiply-adds in the order of depth, so its bits depend on nothing else.
 struct KernelTable {
   const char* name;
   int64_t lanes;
@@ -35,8 +48,7 @@ struct KernelTable {
   void (*gemm_tile)(int64_t depth, const float* lanes, const float* rows, float* c, int64_t ldc);
   // the same into float64: float32 chains of bounded length, added to c in float64
   void (*gram_tile)(int64_t depth, const float* lanes, const float* rows, double* c, int64_t ldc);
-  // bit l of the lanes bits at out + 8 r is (bias[r] + sum_k rows[k][r] * lanes[k][l] > 0); true if a value is not finite
-  bool (*sign_tile)(int64_t depth, const float* lanes, const float* rows, const float* bias, unsigned char* out);
+  bool (*sign_tile)(const SignTile& tile);  // whether any sign is unsure
   // c[r][l] += sum_w popcount(i[w * kPanel + r] & j[w * kPanel + l]), r < kCountRows, l < kPanel
   void (*count_tile)(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc);
   // dst[k * width + l] = src[k * stride_k + l * stride_l] for l < count, 0 for count <= l < width
@@ -46,6 +58,10 @@ struct KernelTable {
   bool (*derivative)(Activation activation, float alpha, float beta, float* z, int64_t size);
   // total[l] += sum_k panel[k * lanes + l] for l < lanes
   void (*column_sums)(const float* panel, int64_t depth, double* total);
+  // squares[l] = sum_k panel[k * lanes + l]^2 for l < lanes
+  void (*column_squares)(const float* panel, int64_t depth, float* squares);
+  // sum of the products x[k] w[k], which are exact in float64, and of their magnitudes
+  void (*dot)(const float* x, const float* w, int64_t depth, double* sum, double* size);
 };
 
 namespace base {
@@ -53,6 +69,8 @@ extern const KernelTable table;
 void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 bool derivative(Activation, float, float, float*, int64_t);
 void column_sums(const float*, int64_t, double*);
+void column_squares(const float*, int64_t, float*);
+void dot(const float*, const float*, int64_t, double*, double*);
 }  // namespace base
 
 namespace avx2 {
@@ -60,16 +78,20 @@ extern const KernelTable table;
 void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 bool derivative(Activation, float, float, float*, int64_t);
 void column_sums(const float*, int64_t, double*);
+void column_squares(const float*, int64_t, float*);
+void dot(const float*, const float*, int64_t, double*, double*);
 }  // namespace avx2
 
 namespace avx512 {
 extern const KernelTable table;
 void gemm_tile(int64_t, const float*, const float*, float*, int64_t);
 void gram_tile(int64_t, const float*, const float*, double*, int64_t);
-bool sign_tile(int64_t, const float*, const float*, const float*, unsigned char*);
+bool sign_tile(const SignTile&);
 void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 bool derivative(Activation, float, float, float*, int64_t);
 void column_sums(const float*, int64_t, double*);
+void column_squares(const float*, int64_t, float*);
+void dot(const float*, const float*, int64_t, double*, double*);
 }  // namespace avx512
 
 namespace avx512_vpopcntdq {

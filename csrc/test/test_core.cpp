@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "core.h"
+#include "exact.h"
 
 namespace {
 
@@ -56,7 +56,7 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
       z[s * h + i] = sum;
     }
 
-  // counts: the same bits on every instruction set and for every chunk; equal to the truth up to samples at a kink
+  // counts: those of exact signs, on every instruction set and for every chunk
   std::vector<int64_t> counts(h * h, 0), chunked(h * h, 0);
   const bool bad = mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), counts.data(), h, 0, pool);
   mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), chunked.data(), h, 64, pool);
@@ -68,16 +68,21 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
   if (reference.empty()) reference = counts;
   expect(counts == reference, "counts do not depend on the instruction set", seed, n, d, h);
   bool right = true;
+  std::vector<char> active(n * h);
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0; i < h; ++i) {
+      const int sign = mmc::exact_sign(p.x.data() + s * d, 1, p.w.data() + i * d, 1, d, p.b[i]);
+      active[s * h + i] = sign > 0;
+      right &= std::fabs(z[s * h + i]) < 1e-9 || (sign > 0) == (z[s * h + i] > 0);
+    }
+  expect(right, "exact signs against float64", seed, n, d, h);
   for (int64_t i = 0; i < h; ++i)
     for (int64_t j = 0; j < h; ++j) {
-      int64_t sure = 0, possible = 0;
-      for (int64_t s = 0; s < n && j >= i; ++s) {
-        const double least = std::min(z[s * h + i], z[s * h + j]);
-        sure += least > 1e-4, possible += least > -1e-4;
-      }
-      right &= sure <= counts[i * h + j] && counts[i * h + j] <= possible;
+      int64_t both = 0;
+      for (int64_t s = 0; s < n && j >= i; ++s) both += active[s * h + i] && active[s * h + j];
+      right &= both == counts[i * h + j];
     }
-  expect(right, "counts against float64", seed, n, d, h);
+  expect(right, "counts of exact signs", seed, n, d, h);
 
   std::vector<float> zf(z.begin(), z.end());
 
@@ -153,6 +158,19 @@ int main() {
       std::vector<int64_t> counts(30 * 30, 0);
       expect(mmc::relu_coactivation_update(p.inputs(), p.weights(), p.b.data(), counts.data(), 30, 0, mmc::serial_pool()),
              "a non-finite pre-activation is reported", first, 130, 5, 30);
+    }
+  }
+  for (const auto& isa : mmc::supported_isas()) {  // every sign unsure: orthogonal rows, then numbers whose squares overflow
+    mmc::select_isa(isa.c_str());
+    for (const float scale : {1.0f, 0x1p100f}) {
+      Problem p(70, 6, 13, first);
+      for (auto& value : p.w) value = 1.0f;
+      for (auto& value : p.b) value = 0.0f;
+      for (size_t k = 0; k < p.x.size(); ++k) p.x[k] = k % 2 ? -p.x[k - 1] : p.x[k] * scale;
+      std::vector<int64_t> counts(13 * 13, 0);
+      expect(!mmc::relu_coactivation_update(p.inputs(), p.weights(), nullptr, counts.data(), 13, 0, mmc::serial_pool()) &&
+                 counts == std::vector<int64_t>(13 * 13, 0),
+             "zeros are off", first, 70, 6, 13);
     }
   }
   std::printf(failures ? "%d checks failed\n" : "all checks passed (%d failures)\n", failures);

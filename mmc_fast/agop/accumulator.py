@@ -68,7 +68,9 @@ def agop(
         seed: of the probes.
 
     Returns ``[d, d]``, exactly symmetric, in the head's dtype. All NaN if any pre-activation is NaN or infinite.
-    s'(0) = 0 for ReLU.
+    s'(0) = 0 for ReLU. Counts take the sign of the exact real number ``w·x + b`` of the floats that enter the Linear layer
+    before the activation: equal on every processor where that is the head's first layer; the outputs of layers before
+    it are rounded as the processor rounds them.
 
     Raises:
         InputError: options, shapes or heads without a meaning here, among them heads in training mode with dropout

@@ -255,7 +255,11 @@ def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + b`` whose rows do not depend on how the samples are cut into calls (see ``row_stable_linear``)."""
+    """``x Wᵀ + b`` whose rows do not depend on how the samples are cut into calls.
+
+    BLAS libraries use other kernels for the last rows of an odd height, and so round them otherwise. A height that is a
+    multiple of 64 has no such rows, so a ragged end is computed with zero rows below it.
+    """
     rows = x.shape[0]
     ragged = rows % 64
     if not ragged:

@@ -60,22 +60,27 @@ void gram_tile(int64_t depth, const float* lanes, const float* rows, double* c, 
   }
 }
 
-bool sign_tile(int64_t depth, const float* lanes, const float* rows, const float* bias, unsigned char* out) {
+bool sign_tile(const SignTile& t) {
   __m256 acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_set1_ps(bias[r]);
-  multiply(depth, lanes, rows, acc);
-  const __m256 zero = _mm256_setzero_ps();
-  __m256 finite = _mm256_cmp_ps(zero, zero, _CMP_EQ_OQ);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm256_set1_ps(t.bias[r]);
+  multiply(t.depth, t.lanes, t.rows, acc);
+  const __m256 norm[kVectors] = {_mm256_loadu_ps(t.norm), _mm256_loadu_ps(t.norm + 8)};
+  unsigned any = 0;
   for (int r = 0; r < kRows; ++r) {
-    const unsigned low = _mm256_movemask_ps(_mm256_cmp_ps(acc[r][0], zero, _CMP_GT_OQ));
-    const unsigned high = _mm256_movemask_ps(_mm256_cmp_ps(acc[r][1], zero, _CMP_GT_OQ));
-    const unsigned bits = low | (high << 8);
-    __builtin_memcpy(out + 8 * r, &bits, 2);
-    for (int v = 0; v < kVectors; ++v)  // z - z is 0 for a finite z and NaN otherwise
-      finite = _mm256_and_ps(finite, _mm256_cmp_ps(_mm256_sub_ps(acc[r][v], acc[r][v]), zero, _CMP_EQ_OQ));
+    const __m256 scale = _mm256_set1_ps(t.scale[r]), offset = _mm256_set1_ps(t.offset[r]);
+    unsigned positive = 0, negative = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256 above = _mm256_cmp_ps(acc[r][v], _mm256_fmadd_ps(norm[v], scale, offset), _CMP_GT_OQ);
+      const __m256 below = _mm256_cmp_ps(acc[r][v], _mm256_fnmsub_ps(norm[v], scale, offset), _CMP_LT_OQ);
+      positive |= static_cast<unsigned>(_mm256_movemask_ps(above)) << 8 * v;
+      negative |= static_cast<unsigned>(_mm256_movemask_ps(below)) << 8 * v;
+    }
+    __builtin_memcpy(t.out + 8 * r, &positive, 2);
+    t.unsure[r] = ~(positive | negative) & 0xffffu;
+    any |= t.unsure[r];
   }
-  return _mm256_movemask_ps(finite) != 0xff;
+  return any != 0;
 }
 
 void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc) {
@@ -115,7 +120,7 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 }  // namespace
 
 const KernelTable table = {"avx2",    kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums};
+                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace avx2
 }  // namespace mmc

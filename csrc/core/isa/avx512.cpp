@@ -96,26 +96,31 @@ void gram_tile(int64_t depth, const float* lanes, const float* rows, double* c, 
   }
 }
 
-bool sign_tile(int64_t depth, const float* lanes, const float* rows, const float* bias, unsigned char* out) {
-  constexpr int kNotFinite = 0x99;  // quiet NaN, +inf, -inf, signalling NaN
+bool sign_tile(const SignTile& t) {
   __m512 acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_set1_ps(bias[r]);
-  multiply(depth, lanes, rows, acc);
-  unsigned bad = 0;
-  const __m512 zero = _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_set1_ps(t.bias[r]);
+  multiply(t.depth, t.lanes, t.rows, acc);
+  const __m512 norm[kVectors] = {_mm512_loadu_ps(t.norm), _mm512_loadu_ps(t.norm + 16)};
+  unsigned any = 0;
   for (int r = 0; r < kRows; ++r) {
-    const unsigned low = _mm512_cmp_ps_mask(acc[r][0], zero, _CMP_GT_OQ);
-    const unsigned high = _mm512_cmp_ps_mask(acc[r][1], zero, _CMP_GT_OQ);
-    const unsigned bits = low | (high << 16);
-    __builtin_memcpy(out + 8 * r, &bits, 4);
-    bad |= _mm512_fpclass_ps_mask(acc[r][0], kNotFinite) | _mm512_fpclass_ps_mask(acc[r][1], kNotFinite);
+    const __m512 scale = _mm512_set1_ps(t.scale[r]), offset = _mm512_set1_ps(t.offset[r]);
+    unsigned positive = 0, negative = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const __mmask16 above = _mm512_cmp_ps_mask(acc[r][v], _mm512_fmadd_ps(norm[v], scale, offset), _CMP_GT_OQ);
+      const __mmask16 below = _mm512_cmp_ps_mask(acc[r][v], _mm512_fnmsub_ps(norm[v], scale, offset), _CMP_LT_OQ);
+      positive |= static_cast<unsigned>(above) << 16 * v;
+      negative |= static_cast<unsigned>(below) << 16 * v;
+    }
+    __builtin_memcpy(t.out + 8 * r, &positive, 4);
+    t.unsure[r] = ~(positive | negative);
+    any |= t.unsure[r];
   }
-  return bad != 0;
+  return any != 0;
 }
 
 const KernelTable table = {"avx512", kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums};
+                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace avx512
 }  // namespace mmc

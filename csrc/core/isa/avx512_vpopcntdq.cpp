@@ -49,7 +49,9 @@ const KernelTable table = {"avx512_vpopcntdq",
                            count_tile,
                            avx512::pack,
                            avx512::derivative,
-                           avx512::column_sums};
+                           avx512::column_sums,
+                           avx512::column_squares,
+                           avx512::dot};
 
 }  // namespace avx512_vpopcntdq
 }  // namespace mmc

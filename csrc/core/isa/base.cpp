@@ -9,23 +9,6 @@ constexpr int kRows = 4;
 constexpr int kLanes = 8;
 constexpr int64_t kChain = 512;  // longest float32 chain of a Gram element
 
-// a * b + c rounded once, as the hardware's fused multiply-add does: the product is exact in float64, and the float64 sum
-// rounded to odd keeps what the final rounding needs. Signs of pre-activations are then the same bits on every machine.
-float fused(float a, float b, float c) {
-  const double product = static_cast<double>(a) * b;
-  const double addend = c;
-  double sum = product + addend;
-  const double back = sum - product;
-  const double lost = (product - (sum - back)) + (addend - back);
-  int64_t bits;
-  __builtin_memcpy(&bits, &sum, 8);
-  if (lost != 0 && (bits & 1) == 0) {
-    bits += (lost > 0) == (sum > 0) ? 1 : -1;
-    __builtin_memcpy(&sum, &bits, 8);
-  }
-  return static_cast<float>(sum);
-}
-
 int64_t popcount(uint64_t word) {
   word -= (word >> 1) & 0x5555555555555555u;
   word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
@@ -53,21 +36,24 @@ void gram_tile(int64_t depth, const float* lanes, const float* rows, double* c, 
   }
 }
 
-bool sign_tile(int64_t depth, const float* lanes, const float* rows, const float* bias, unsigned char* out) {
-  bool bad = false;
+bool sign_tile(const SignTile& t) {
+  unsigned any = 0;
   for (int r = 0; r < kRows; ++r) {
     float acc[kLanes];
-    for (int l = 0; l < kLanes; ++l) acc[l] = bias[r];
-    for (int64_t k = 0; k < depth; ++k)
-      for (int l = 0; l < kLanes; ++l) acc[l] = fused(rows[k * kRows + r], lanes[k * kLanes + l], acc[l]);
-    unsigned bits = 0;
+    for (int l = 0; l < kLanes; ++l) acc[l] = t.bias[r];
+    for (int64_t k = 0; k < t.depth; ++k)
+      for (int l = 0; l < kLanes; ++l) acc[l] += t.rows[k * kRows + r] * t.lanes[k * kLanes + l];
+    unsigned positive = 0, negative = 0;
     for (int l = 0; l < kLanes; ++l) {
-      bits |= (acc[l] > 0 ? 1u : 0u) << l;
-      bad |= !(acc[l] - acc[l] == 0);
+      const float bound = t.norm[l] * t.scale[r] + t.offset[r];
+      positive |= (acc[l] > bound ? 1u : 0u) << l;
+      negative |= (acc[l] < -bound ? 1u : 0u) << l;
     }
-    out[8 * r] = static_cast<unsigned char>(bits);
+    t.out[8 * r] = static_cast<unsigned char>(positive);
+    t.unsure[r] = ~(positive | negative) & ((1u << kLanes) - 1);
+    any |= t.unsure[r];
   }
-  return bad;
+  return any != 0;
 }
 
 void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc) {
@@ -82,7 +68,7 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 }  // namespace
 
 const KernelTable table = {"base",    kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums};
+                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace base
 }  // namespace mmc

@@ -228,5 +228,31 @@ void column_sums(const float* panel, int64_t depth, double* total) {
   }
 }
 
+void column_squares(const float* panel, int64_t depth, float* squares) {
+  float sum[kLanes] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t l = 0; l < kLanes; ++l) sum[l] += panel[k * kLanes + l] * panel[k * kLanes + l];
+  for (int64_t l = 0; l < kLanes; ++l) squares[l] = sum[l];
+}
+
+void dot(const float* x, const float* w, int64_t depth, double* sum, double* size) {
+  constexpr int kParts = 16;
+  double sums[kParts] = {}, sizes[kParts] = {};
+  int64_t k = 0;
+  for (; k + kParts <= depth; k += kParts)
+    for (int p = 0; p < kParts; ++p) {
+      const double product = static_cast<double>(x[k + p]) * w[k + p];
+      sums[p] += product;
+      sizes[p] += __builtin_fabs(product);
+    }
+  for (int p = 0; k < depth; ++k, ++p) {
+    const double product = static_cast<double>(x[k]) * w[k];
+    sums[p] += product;
+    sizes[p] += __builtin_fabs(product);
+  }
+  *sum = *size = 0;
+  for (int p = 0; p < kParts; ++p) *sum += sums[p], *size += sizes[p];
+}
+
 }  // namespace MMC_ISA
 }  // namespace mmc

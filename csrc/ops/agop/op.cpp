@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "core.h"
+#include "exact.h"
 
 namespace {
 
@@ -98,6 +98,40 @@ Tensor agop_finalise(const Tensor weight, const std::optional<Tensor> outer, con
   return out;
 }
 
+template <class T>
+void exact_signs_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& rows, const Tensor& units, Tensor& out) {
+  const T *samples = x.const_data_ptr<T>(), *layer = weight.const_data_ptr<T>(), *offsets = bias.const_data_ptr<T>();
+  const int64_t *n = rows.const_data_ptr<int64_t>(), *j = units.const_data_ptr<int64_t>();
+  int8_t* signs = out.mutable_data_ptr<int8_t>();
+  const auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      signs[k] = static_cast<int8_t>(mmc::exact_sign(samples + n[k] * x.stride(0), x.stride(1), layer + j[k] * weight.stride(0),
+                                                     weight.stride(1), x.size(1), offsets[j[k] * bias.stride(0)]));
+  };
+  torch::stable::parallel_for(0, rows.size(0), 64, each);
+}
+
+Tensor exact_signs(const Tensor x, const Tensor weight, const Tensor bias, const Tensor rows, const Tensor units) {
+  const ScalarType type = x.scalar_type();
+  check(x, "x", 2, type), check(weight, "weight", 2, type), check(bias, "bias", 1, type);
+  check(rows, "rows", 1, ScalarType::Long), check(units, "units", 1, ScalarType::Long);
+  STD_TORCH_CHECK(x.size(1) == weight.size(1) && weight.size(0) == bias.size(0) && rows.size(0) == units.size(0) &&
+                      rows.is_contiguous() && units.is_contiguous(),
+                  "exact_signs: shapes do not fit");
+  for (int64_t k = 0; k < rows.size(0); ++k) {
+    const int64_t n = rows.const_data_ptr<int64_t>()[k], j = units.const_data_ptr<int64_t>()[k];
+    STD_TORCH_CHECK(0 <= n && n < x.size(0) && 0 <= j && j < weight.size(0), "exact_signs: an index is out of range");
+  }
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "exact_signs: pass float32 or float64");
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0)}, ScalarType::Char);
+  if (type == ScalarType::Float) {
+    exact_signs_of<float>(x, weight, bias, rows, units, out);
+  } else {
+    exact_signs_of<double>(x, weight, bias, rows, units, out);
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmc_fast, CPU, m) {
@@ -105,4 +139,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmc_fast, CPU, m) {
   m.impl("derivative_gram_update", TORCH_BOX(&derivative_gram_update));
   m.impl("syrk_update", TORCH_BOX(&syrk_update));
   m.impl("agop_finalise", TORCH_BOX(&agop_finalise));
+  m.impl("exact_signs", TORCH_BOX(&exact_signs));
 }

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import signs
+
 __all__ = ["relu_coactivation_update", "unusable_reason"]
 
 _LIBRARY = Path(__file__).resolve().parents[2] / "libmmc_cuda.so"
@@ -60,20 +62,21 @@ def unusable_reason(tensors: Sequence[Tensor]) -> str | None:
 def relu_coactivation_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0, plain: bool = False
 ) -> None:  # fmt: skip
-    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``, without a host sync.
+    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``.
 
-    A chunk is one product by cuBLAS and two launches: signs to bits, bits to counts. ``plain`` takes popcounts in place
+    A chunk is a float64 product by cuBLAS, a look at the signs that it leaves open (which waits for the device), and two
+    launches: signs to bits, bits to counts. ``plain`` takes popcounts in place
     of the int8 matrix units. Raises ``RuntimeError`` with CUDA's text where a launch fails.
     """
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
     units = weight.shape[0]
-    rows = min(chunk_rows or max(1024, _CHUNK_BYTES // max(1, x.element_size() * units)), _MOST_ROWS)
+    rows = min(chunk_rows or max(1024, _CHUNK_BYTES // max(1, 8 * units)), _MOST_ROWS)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         for part in x.split(rows):
-            z = torch.nn.functional.linear(part, weight, bias)  # [n, h]
+            z = signs.active(part, weight, bias, nonfinite).to(torch.float16)  # [n, h]
             pitch = 4 * -(-part.shape[0] // 128)
             words = torch.empty(units, pitch, dtype=torch.int32, device=x.device)
             _check(

@@ -47,6 +47,9 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"mmc_fast::{_name}", _schema)
+torch.library.define(
+    "mmc_fast::exact_signs", "(Tensor x, Tensor weight, Tensor bias, Tensor rows, Tensor units) -> Tensor"
+)
 
 
 @torch.library.register_fake("mmc_fast::relu_coactivation_update")
@@ -59,6 +62,11 @@ def _update_fake(*args: Any) -> None:
 @torch.library.register_fake("mmc_fast::agop_finalise")
 def _finalise_fake(weight: Tensor, outer: Tensor | None, inner: Tensor) -> Tensor:
     return weight.new_empty(weight.shape[1], weight.shape[1])
+
+
+@torch.library.register_fake("mmc_fast::exact_signs")
+def _signs_fake(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, units: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), dtype=torch.int8)
 
 
 def _cpp_check(*tensors: Tensor | None) -> str | None:
@@ -97,7 +105,7 @@ for _name in (*_SCHEMAS, "chain_gram_update"):
         register(_name, "cpp", _cpp_check)
     if _name in _TRITON:
         register(_name, "triton", _triton_check, note="not measured on this device")
-    if _name == "relu_coactivation_update":  # after Triton: the signs of cuBLAS may depend on the height of a chunk
+    if _name == "relu_coactivation_update":  # after Triton: its product is float64
         register(_name, "cuda", _cuda_check)
     register(_name, "eager", _always)
 
@@ -135,11 +143,15 @@ def relu_coactivation_update(
 ) -> str:
     """Add ``#{n : z_ni > 0 and z_nj > 0}``, ``z = x Wᵀ + b``, to the upper triangle of ``counts``, in place.
 
+    The sign is that of the exact real number of the given floats, and 0 is not above 0: every backend, processor, chunk and
+    order of summation gives the same counts.
+
     Args:
         x: ``[N, d]``, any strides. weight: ``[h, d]``. bias: ``[h]`` or None. One floating dtype.
         counts: int64 ``[h, h]``, contiguous; entries below the diagonal are left as they are.
-        nonfinite: int64 ``[1]``; raised where a pre-activation is NaN or infinite.
-        chunk_rows: samples per step; 0 chooses. The counts do not depend on it, nor on threads or instruction set.
+        nonfinite: int64 ``[1]``; raised where a pre-activation depends on a NaN or infinity or rounds to infinity in the
+            dtype (float32 for 16-bit numbers).
+        chunk_rows: samples per step; 0 chooses.
 
     Returns the backend that ran. Raises :class:`InputError` for shapes or dtypes that do not fit and ``RuntimeError``
     for an explicit backend that cannot run. Cost: one forward product plus ``N h² / 2`` bit operations; memory

@@ -6,8 +6,8 @@ With ``z = x Wᵀ + b`` an update adds to the upper triangle of an accumulator a
 - Gram matrices of activation derivatives, ``Σ_n a[n, i] a[n, j]`` with ``a = s'(z)``, in float64: products in the dtype of
   the inputs, chunk by chunk, their sums in float32 at least.
 
-A NaN or infinite pre-activation raises ``nonfinite[0]`` above zero (how high is unspecified), and the signs of a row do
-not depend on the rows beside it, see :func:`row_stable_linear`.
+A NaN or infinite pre-activation raises ``nonfinite[0]`` above zero (how high is unspecified). Signs are those of exact
+arithmetic, see ``signs.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from . import signs
 
 __all__ = [
     "activation_derivative",
@@ -24,7 +26,6 @@ __all__ = [
     "flag_nonfinite",
     "mirror",
     "relu_coactivation_update",
-    "row_stable_linear",
     "syrk_update",
 ]
 
@@ -33,21 +34,6 @@ _ROWS = 1024
 _SQRT_HALF = 0.7071067811865476
 _SQRT_2_OVER_PI = 0.7978845608028654
 _INV_SQRT_2PI = 0.3989422804014327
-
-
-def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + b`` whose rows are bitwise the same however the samples are cut into calls: ``[n, d] -> [n, h]``.
-
-    BLAS libraries use other kernels for the last rows of an odd height, and so round them otherwise. A height that is a
-    multiple of 64 has no such rows, so a ragged end is computed with zero rows below it.
-    """
-    rows = x.shape[0]
-    ragged = rows % 64
-    if not ragged:
-        return linear(x, weight, bias)
-    padded = x.new_zeros(rows + 64 - ragged, x.shape[1])
-    padded[:rows] = x
-    return linear(padded, weight, bias)[:rows]
 
 
 def flag_nonfinite(z: Tensor, nonfinite: Tensor) -> None:
@@ -68,9 +54,7 @@ def relu_coactivation_update(
     units = weight.shape[0]
     panel = max(64, -(-units // 4))
     for part in x.split(chunk_rows or _CHUNK_ROWS):
-        z = row_stable_linear(part, weight, bias)
-        flag_nonfinite(z, nonfinite)
-        active = (z > 0).to(torch.float32)
+        active = signs.active(part, weight, bias, nonfinite).to(torch.float32)
         for start in range(0, units, panel):
             stop = min(start + panel, units)
             block = (active[:, start:stop].t() @ active[:, start:]).to(torch.int64)
