@@ -137,17 +137,18 @@ class Remover:
         return torch.where((count == 0) | (self.rows[chosen] == rows), anyone, chosen)
 
     def outputs(self, features: Mapping[str, Tensor], condition: Condition, drawn: Tensor) -> Tensor:
-        """Outputs ``[B, C]`` with the modalities outside of ``condition.members`` removed."""
+        """Outputs ``[B, C]`` with the modalities outside of ``condition.members`` removed; ``drawn``: ``[B]``, or of each one ``[B, m]``."""
         inside = dict(zip(features, condition.members, strict=True))
         if condition.absence == "model" and not all(inside.values()):
             first = next(iter(features.values()))
             present = torch.tensor(condition.members, device=first.device).expand(len(first), -1)
             return self.fuse(dict(features), present)
         chosen = dict(features)
-        for name, x in features.items():
+        for i, (name, x) in enumerate(features.items()):
             if not inside[name]:
-                rows = (
-                    self.donors[name][drawn] if condition.absence == "resample" else self.mean[name].expand(len(x), -1)
-                )
+                if condition.absence == "resample":
+                    rows = self.donors[name][drawn if drawn.dim() == 1 else drawn[:, i]]
+                else:
+                    rows = self.mean[name].expand(len(x), -1)
                 chosen[name] = rows.to(x).reshape(x.shape)
         return self.fuse(chosen)

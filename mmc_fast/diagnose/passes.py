@@ -158,6 +158,9 @@ def second_pass(
         rows, places = torch.arange(first, first + len(labels)), collector.places(index, len(labels))
         random = stream(collector.seed, "donors", index)
         drawn = [remover.drawn(rows, places, random) for _ in range(draws)]
+        if collector.task.kind == "pairs":  # two towers of one other sample would match again
+            others = [remover.drawn(rows, places, random) for _ in range(draws * (len(collector.widths) - 1))]
+            drawn = [torch.stack([one, *others[k::draws]], 1) for k, one in enumerate(drawn)]
         known: dict[Condition, Tensor] = {}
         outputs = {}
         for name, wanted in conditions.items():

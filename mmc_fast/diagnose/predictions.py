@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .collect import Reservoir
+from .measures.retrieval import recalled
 from .ranking import RankedPairs
 from .tasks import Task
 
@@ -199,6 +200,8 @@ class ConditionScores:
         score, columns = self.task.score, self.kept.columns
         assert score is not None
         places = columns["places"].numpy()
+        if self.task.kind == "pairs":  # a pair that is drawn twice is no second candidate
+            return self._by_pair(weights[:, places])
         found = {name: np.zeros(len(weights)) for name in self.conditions}
         for r, row in enumerate(weights):
             chosen = torch.from_numpy(np.repeat(np.arange(len(places)), row[places].astype(int)))
@@ -207,12 +210,23 @@ class ConditionScores:
                 found[name][r] += value / self.conditions[name]
         return found
 
+    def _by_pair(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Recall among all kept pairs, for weights of pairs ``[R, N]``."""
+        found, k = {name: np.zeros(len(weights)) for name in self.conditions}, int(self.task.metric.split("@")[1])
+        for name, draw in self.drawn:
+            hits = recalled(self.kept.columns[f"{name}/{draw}"], k).numpy()
+            found[name] += weights @ hits / weights.sum(1) / self.conditions[name]
+        return found
+
     def _shuffled(self) -> list[float]:
         score, columns = self.task.score, self.kept.columns
         assert score is not None
         outputs, labels = columns[f"{self._full}/0"], columns["labels"]
         random = torch.Generator().manual_seed(0)
         orders = [torch.randperm(len(labels), generator=random) for _ in range(_SHUFFLES)]
+        if self.task.kind == "pairs":
+            queries, candidates = outputs.chunk(2, 1)
+            return [float(score(torch.cat([queries, candidates[order]], 1), labels)) for order in orders]
         return [float(score(outputs[order], labels)) for order in orders]
 
     def to_state(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .predictions import ConditionScores
 from .result import Measure, plain
 from .sampled import latent_measures, neuron_measures, probe_measures
 from .subsets import SubsetRows
-from .tasks import metric_name
+from .tasks import BOUNDED, metric_name
 from .verdict import ModalityVerdict, judge
 
 __all__ = ["diagnose"]
@@ -109,7 +109,7 @@ def diagnose(
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:
         _of_layers(adapter, batches, collector, o, measures, arrays, notes)
-    if scores is not None and (o.probes or o.alone):
+    if scores is not None and scores.task.kind != "pairs" and (o.probes or o.alone):
         given = _given(o.alone, collector, o.probes)
         known = [name for name in collector.widths if name in given or f"alone.{name}" in measures]
         rows = None
@@ -245,7 +245,7 @@ def _measures(
             spread |= numbers(draws)
         plain = numbers(np.ones((1, len(used))))
         for name, value in plain.items():
-            low_high = (-math.inf, math.inf) if scores.task.metric not in ("accuracy", "auroc", "f1") else _limits(name)
+            low_high = (-math.inf, math.inf) if scores.task.metric not in BOUNDED else _limits(name)
             measures[name] = interval(float(value[0]), spread.get(name), groups, o.level, low_high)
         measures["score.chance"] = Measure(float(plain["score.chance"][0]))
         found = scores.scores(np.ones((1, len(used))))

@@ -19,6 +19,7 @@ from .measures.polysemanticity import NeuronResponse, neuron_response
 from .measures.probes import modality_probe
 from .measures.reliance import train_afresh
 from .result import Measure
+from .tasks import BOUNDED
 
 __all__ = ["latent_measures", "neuron_measures", "probe_measures"]
 
@@ -76,7 +77,7 @@ def probe_measures(
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return
-    lowest, highest = (0.0, 1.0) if collector.task.metric in ("accuracy", "auroc", "f1") else (-math.inf, math.inf)
+    lowest, highest = (0.0, 1.0) if collector.task.metric in BOUNDED else (-math.inf, math.inf)
     for name, subset in wanted.items():
         s = found[subset]
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error

@@ -14,11 +14,16 @@ from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
 from .adapter import Adapter
+from .measures.retrieval import recalled
 
-__all__ = ["METRICS", "Metric", "Task", "metric_name"]
+__all__ = ["BOUNDED", "METRICS", "Metric", "Task", "metric_name"]
 
-METRICS = {"accuracy": "classes", "auroc": "classes", "f1": "labels", "r2": "numbers"}
+METRICS = {"accuracy": "classes", "auroc": "classes", "f1": "labels", "r2": "numbers"} | dict.fromkeys(
+    ("recall@1", "recall@5", "recall@10"), "pairs"
+)
 """Score -> the kind of task that has it."""
+BOUNDED = tuple(name for name in METRICS if name != "r2")
+"""Scores between 0 and 1."""
 
 Metric = str | Callable[[Tensor, Tensor], float]
 
@@ -32,10 +37,11 @@ def metric_name(metric: Metric | None) -> str | None:
 class Task:
     """Labels of one kind and the score of outputs ``[N, C]`` against them; larger scores are better.
 
-    kind: "classes" (int64 ``[N]``), "labels" (several 0/1 labels ``[N, C]``), "numbers" (float ``[N, C]``, a regression).
+    kind: "classes" (int64 ``[N]``), "labels" (several 0/1 labels ``[N, C]``), "numbers" (float ``[N, C]``, a regression),
+    "pairs" (two towers whose embeddings are the outputs side by side; of labels only their number counts).
     metric: "accuracy"; "auroc" (two classes; also a pair's similarity ``[N, 1]`` of two towers, label 1 where it matches);
-    "f1" (micro-averaged over labels, positive above 0); "r2" (mean over outputs of ``1 − Σ(y − ŷ)² / Σ(y − ȳ)²``); or the name of
-    ``score``, a function ``(outputs, labels) -> float``.
+    "f1" (micro-averaged over labels, positive above 0); "r2" (mean over outputs of ``1 − Σ(y − ŷ)² / Σ(y − ȳ)²``); "recall@1", "recall@5", "recall@10"
+    (of the other tower's sample, :func:`~mmc_fast.diagnose.measures.retrieval.recalled`); or the name of ``score``, a function ``(outputs, labels) -> float``.
     """
 
     kind: str
@@ -49,6 +55,8 @@ class Task:
         found = _given(adapter, batch)
         if found is None:
             return None
+        if isinstance(metric, str) and METRICS[metric] == "pairs":
+            return cls("pairs", metric, outputs, lambda y, _: float(recalled(y, int(metric.split("@")[1])).mean()))
         labels = _tensor(found, adapter)
         kind = METRICS[metric] if isinstance(metric, str) else _kind(labels, outputs)
         if kind == "classes" and metric == "auroc" and outputs > 2:
@@ -64,6 +72,8 @@ class Task:
         found = _given(adapter, batch)
         if found is None:
             return None
+        if self.kind == "pairs":
+            return torch.zeros(len(found), 1)
         y = _tensor(found, adapter)
         if self.kind == "numbers":
             y = y.float().reshape(len(y), -1)
@@ -100,9 +110,9 @@ class Task:
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Outputs on a scale of answers, ``[N, C]``: probabilities, or the numbers themselves (float64)."""
-        y = outputs.double() if self.kind == "numbers" else outputs.float()
-        if self.kind == "numbers":
-            return y
+        if self.kind in ("numbers", "pairs"):
+            return outputs.double()
+        y = outputs.float()
         return y.softmax(-1) if self.kind == "classes" and y.shape[-1] > 1 else y.sigmoid()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmc_fast.diagnose import diagnose
 from mmc_fast.diagnose.measures.calibration import brier_score, expected_calibration_error, silent_failures
 from mmc_fast.diagnose.measures.information import (
     components,
@@ -19,6 +20,7 @@ from mmc_fast.diagnose.measures.information import (
 )  # fmt: skip
 from mmc_fast.diagnose.measures.outputs import emap_outputs, output_shapley
 from mmc_fast.diagnose.measures.refitted import class_variance_share, conditional_utilisation
+from mmc_fast.diagnose.measures.retrieval import recalled
 from mmc_fast.errors import InputError
 
 
@@ -173,3 +175,41 @@ def test_class_variance_share(generator: torch.Generator) -> None:
     total = float((x - x.mean(0)).square().sum())
     assert class_variance_share(x, y) == pytest.approx(1 - within / total)
     assert math.isnan(class_variance_share(torch.ones(5, 2), torch.arange(5)))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_recall_of_a_sorted_list(k: int, generator: torch.Generator) -> None:
+    queries, candidates = torch.randn(2, 60, 3, generator=generator, dtype=torch.float64)
+    candidates[:30] += 2 * queries[:30]
+    found = recalled(torch.cat([queries, candidates], 1), k)
+    for row in range(60):
+        cosine = torch.cosine_similarity(queries[row].expand(60, -1), candidates)
+        assert found[row] == float(row in cosine.argsort(descending=True)[:k])
+    assert recalled(torch.ones(60, 6), k).mean() == pytest.approx(k / 60), "all alike: any order"
+    scaled = torch.cat([queries, 100 * candidates], 1)
+    torch.testing.assert_close(recalled(scaled, k), found)
+    with pytest.raises(InputError, match="side by side"):
+        recalled(torch.ones(60, 5), k)
+
+
+def test_two_towers_by_retrieval(generator: torch.Generator) -> None:
+    """Both towers are needed: without one, its partner is found by chance; a third modality moves nothing."""
+    shared = torch.randn(400, 4, generator=generator)
+    image, text = (shared + 0.3 * torch.randn(400, 4, generator=generator) for _ in range(2))
+
+    class Towers:
+        def encode(self, batch):
+            return {"image": batch[0], "text": batch[1], "place": batch[2]}
+
+        def fuse(self, features):
+            return torch.cat([features["image"], features["text"] + 0 * features["place"][:, :4]], 1)
+
+    place = torch.randn(400, 5, generator=generator)
+    loader = list(zip(image.split(64), text.split(64), place.split(64), torch.arange(400).split(64), strict=True))
+    d = diagnose(Towers(), loader, metric="recall@5")
+    assert (d.metric, d.settings["task"]) == ("recall@5", "pairs")
+    assert d.value("score.all") == pytest.approx(float(recalled(torch.cat([image, text], 1), 5).mean()))
+    assert d.value("score.chance") == pytest.approx(5 / 400, abs=0.01)
+    assert d.value("shuffled.text") == pytest.approx(5 / 400, abs=0.02)
+    assert d["score.all"].low < d.value("score.all") < d["score.all"].high
+    assert [v.kind for v in d.verdicts] == ["relied on", "relied on", "uninformative"]
