@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_regular", "check_tree", "open_regular", "replace_file", "user_path"]
+__all__ = ["check_regular", "check_tree", "command_line", "open_regular", "replace_file", "user_path"]
 
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
@@ -28,6 +30,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise InputError(f"path {text!r}: there is no such user; write ./{text} for a folder of that name") from None
+
+
+def command_line() -> str:
+    """The command line of this process, readable whatever its bytes are."""
+    return shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode()
 
 
 def check_regular(path: str | os.PathLike[str], *, follow: bool = True) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
+import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -11,7 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mmc_fast._util.files import replace_file
+from mmc_fast import __version__
+from mmc_fast._util.atomic import SaveFailed, save_errors
+from mmc_fast._util.files import command_line, open_regular, replace_file, user_path
 from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of, draws_for
@@ -63,40 +70,78 @@ def training_batches(loader: Any) -> Iterable[Any] | None:
     return bring() if callable(bring) else None
 
 
+_BLAMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError)
+_BLAMED += (pickle.UnpicklingError,)  # type: ignore[assignment]
+
+
 class Stored:
     """Unfinished sums on disk, if asked for: one file, replaced as a whole."""
 
     def __init__(self, path: str | Path | None, every: float, meaning: list[Any]) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else user_path(path)
         self.every, self.meaning, self.last = every, meaning, time.monotonic()
         self.found: dict[str, Any] = {}
-        if self.path is not None and self.path.is_file():
+        if self.path is not None and os.path.lexists(self.path):
             self.found = self._read(self.path)
-            if self.found.get("version") != STATE_VERSION or self.found.get("meaning") != meaning:
-                raise InputError(
-                    f"{self.path} is the state of a diagnosis with other groups, seed, samples or metric, or of another "
-                    "version; use the same settings or delete it"
-                )
+        self.beside = self.path is not None and self.path.parent.is_dir()
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, Any]:
+        from mmc_fast._util.documents import parse_json
+
+        from .schema import StateHeader
+
+        advice = "delete it to start over"
         try:
-            return dict(torch.load(path, weights_only=True))
-        except Exception as error:  # whatever damage of a file makes the reader raise
+            with open_regular(path, follow=False) as file:
+                head, content = file.readline(), file.read()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+        header = parse_json(head, StateHeader, f"the state {path} of an unfinished diagnosis", advice)
+        if (header["version"], header["meaning"]) != (STATE_VERSION, json.loads(json.dumps(self.meaning))):
+            raise InputError(
+                f"{path} is the state of a diagnosis with other groups, seed, samples or metric, or of another "
+                "version; use the same settings or delete it"
+            )
+        if (header["sha256"], header["size"]) != (hashlib.sha256(content).hexdigest(), len(content)):
+            raise InputError(f"{path} was changed after it was written (its checksum does not match); {advice}")
+        self.found = {"header": header}
+        with self.blamed():
+            return dict(torch.load(io.BytesIO(content), weights_only=True))
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Where a diagnosis fails after it took up a state, say so: that state may not be one."""
+        try:
+            yield
+        except (InputError, SaveFailed):
+            raise
+        except _BLAMED as error:
+            if not self.found:
+                raise
             first = (str(error).strip().splitlines() or [""])[0]
             raise InputError(
-                f"{path} cannot be read as the state of a diagnosis ({type(error).__name__}: {first}); delete it to start over"
+                f"{self.path} cannot be taken up as the state of this diagnosis ({type(error).__name__}: {first}); delete "
+                "it to start over"
             ) from error
 
     def due(self) -> bool:
         return self.path is not None and time.monotonic() - self.last >= self.every
 
     def write(self, parts: dict[str, Any]) -> None:
-        if self.path is not None:
-            content = io.BytesIO()
-            torch.save({"version": STATE_VERSION, "meaning": self.meaning} | parts, content)
-            replace_file(self.path, content.getvalue())
-            self.last = time.monotonic()
+        if self.path is None:
+            return
+        if self.beside and not self.path.parent.is_dir():
+            raise SaveFailed(
+                f"the folder {self.path.parent} was removed while a diagnosis kept its state there; start again"
+            )
+        buffer = io.BytesIO()
+        torch.save(parts, buffer)
+        content = buffer.getvalue()
+        header = {"kind": "diagnosis state", "version": STATE_VERSION, "meaning": self.meaning, "mmc_fast": __version__}
+        header |= {"command": command_line(), "sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        with save_errors(self.path, lambda: "the model and the data are as they were"):
+            replace_file(self.path, json.dumps(header).encode() + b"\n" + content)
+        self.last = time.monotonic()
 
     def remove(self) -> None:
         if self.path is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmc_fast import __version__
 from mmc_fast._util.extras import MissingExtra
-from mmc_fast._util.files import replace_file
+from mmc_fast._util.files import replace_file, user_path
 from mmc_fast.errors import InputError
 
 from .verdict import ModalityVerdict, overall
@@ -104,9 +105,9 @@ class DiagnosisData:
         )
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON text with a schema version; also written to ``path`` in one step where one is given."""
-        values = {"schema_version": SCHEMA_VERSION, "kind": "diagnosis"} | asdict(self)
-        text = json.dumps(plain(values), indent=1, allow_nan=False)
+        """JSON text with a schema version and a checksum; also written to ``path`` in one step where one is given."""
+        values = plain({"schema_version": SCHEMA_VERSION, "kind": "diagnosis"} | asdict(self))
+        text = json.dumps(values | {"sha256": _digest(values)}, indent=1, allow_nan=False)
         if path is not None:
             replace_file(path, text + "\n")
         return text
@@ -115,33 +116,27 @@ class DiagnosisData:
     def from_json(cls, source: str | Path) -> Self:
         """The inverse of :meth:`to_json`: JSON text, or the path of a file with it.
 
-        Raises InputError for anything else and for another schema version.
+        Raises InputError for anything else, for another schema version and for numbers that were changed.
         """
-        try:
-            text = (
-                source
-                if isinstance(source, str) and source.lstrip().startswith("{")
-                else Path(source).read_text("utf-8")
-            )
-            values = json.loads(text)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"{str(source)[:80]!r} cannot be read as a diagnosis: {reason}") from None
-        if not isinstance(values, dict) or values.get("kind") != "diagnosis":
-            raise InputError(f"{str(source)[:80]!r} is no diagnosis; give what Diagnosis.to_json() wrote")
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(
-                f"the diagnosis has schema version {values.get('schema_version')}; this release reads {SCHEMA_VERSION}"
-            )
-        values = {key: value for key, value in values.items() if key not in ("schema_version", "kind")}
-        try:
-            measures = {name: Measure(**m) for name, m in values["measures"].items()}
-            verdicts = [ModalityVerdict(**v) for v in values["verdicts"]]
-            return cls(**(values | {"measures": measures, "verdicts": verdicts}))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{str(source)[:80]!r} is no whole diagnosis ({type(error).__name__}: {error}); write it anew by to_json()"
-            ) from None
+        from mmc_fast._util.documents import parse_json, read_json
+
+        from .schema import DiagnosisDocument
+
+        given = isinstance(source, str) and source.lstrip().startswith("{")
+        advice = "give what Diagnosis.to_json() of this release wrote, or write it anew"
+        where = "the diagnosis" if given else f"the diagnosis {str(source)!a}"
+        if given:
+            values = parse_json(str(source), DiagnosisDocument, where, advice)
+        else:
+            values = read_json(user_path(source), DiagnosisDocument, advice)
+        known = {f.name for f in fields(DiagnosisData)}
+        if values.pop("sha256") != _digest(values) or values.keys() - known != {"schema_version", "kind"}:
+            raise InputError(f"{where} was changed after it was written (its checksum does not match); {advice}")
+        if [v["modality"] for v in values["verdicts"]] != list(values["modalities"]):
+            raise InputError(f"{where} has verdicts on other modalities than its own; {advice}")
+        measures = {name: Measure(**m) for name, m in values["measures"].items()}
+        verdicts = [ModalityVerdict(**v) for v in values["verdicts"]]
+        return cls(**{k: values[k] for k in known} | {"measures": measures, "verdicts": verdicts})
 
     def compare(self, other: DiagnosisData) -> DiagnosisComparison:
         """This diagnosis minus ``other``, measure by measure (other model or other data, same modality names).
@@ -196,6 +191,10 @@ class DiagnosisComparison:
             lines.append(f"{name:<{width}}  {a.value:>9.4g}  {b.value:>9.4g}  {d}{star}")
         lines += [f"verdict on {name}: {a} (first), {b} (second)" for name, (a, b) in self.changed_verdicts.items()]
         return "\n".join([*lines, "* the interval of the difference excludes 0"])
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _pandas() -> Any:

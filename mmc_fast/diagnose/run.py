@@ -102,9 +102,10 @@ def diagnose(
     meaning = [o.groups, o.seed, o.sample_rows, metric_name(o.metric), absence, o.draws, o.agop]
     stored = Stored(state, save_every, meaning)
     report = progress or (lambda phase, done, total: None)
-    collector = first_pass(adapter, batches, o, stored, report)
-    notes = list(collector.notes)
-    scores, answers = _scores(adapter, batches, collector, absence, o, notes, stored, report)
+    with stored.blamed():
+        collector = first_pass(adapter, batches, o, stored, report)
+        notes = list(collector.notes)
+        scores, answers = _scores(adapter, batches, collector, absence, o, notes, stored, report)
     report("numbers", 0, None)
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:

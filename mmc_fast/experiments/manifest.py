@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +20,7 @@ from typing_extensions import TypedDict
 from mmc_fast import __version__
 from mmc_fast._util.atomic import SaveFailed, save_errors, write_json
 from mmc_fast._util.documents import read_json
-from mmc_fast._util.files import check_regular, check_tree, open_regular
+from mmc_fast._util.files import check_regular, check_tree, command_line, open_regular
 from mmc_fast._util.lock import FolderLock
 from mmc_fast.errors import InputError
 
@@ -109,7 +107,7 @@ class Manifest:
 
     def add(self, paths: Iterable[Path], *, drop: Iterable[Path] = ()) -> None:
         """List files that have been written, and forget others, which may be removed afterwards."""
-        origin: Origin = {"mmc_fast": __version__, "command": _command()}
+        origin: Origin = {"mmc_fast": __version__, "command": command_line()}
         entries: dict[str, Entry] = {}
         for path in paths:
             digest, size = _hash(path)
@@ -204,8 +202,3 @@ def _hash(path: Path) -> tuple[str, int]:
             digest.update(piece)
             size += len(piece)
     return digest.hexdigest(), size
-
-
-def _command() -> str:
-    """The command line of this process, readable whatever its bytes are."""
-    return shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode()

@@ -169,7 +169,7 @@ def test_weights_behind_an_adapter(own_model: Path, own_file: Path) -> None:
         (["--adapter", "my_adapter:Adapter", "--weights", "my_adapter.py", "--data", "x"], "as safetensors"),
         (["--adapter", "my_adapter:Adapter", "--weights", "wrong.safetensors", "--data", "x"], "failed on wrong"),
         (["--adapter", "my_adapter:Adapter", "--weights", "model.safetensors", "--data", "x"], "x"),
-        (["--compare", "my_adapter.py"], "cannot be read as a diagnosis"),
+        (["--compare", "my_adapter.py"], "my_adapter.py cannot be used"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], hint: str, own_model: Path) -> None:

@@ -129,14 +129,16 @@ def test_json_round_trip(found: Diagnosis, tmp_path) -> None:
     assert values["schema_version"] == 3
     assert values["settings"]["thresholds"]["signal"] > 0
     for bad, message in (
-        ('{"kind": "demo"}', "is no diagnosis"),
-        ("{", "cannot be read"),
-        (text.replace('"schema_version": 3', '"schema_version": 99'), "reads 3"),
+        ('{"kind": "demo"}', "schema_version: Field required"),
+        ("{", "cannot be used"),
+        ("{}", "Field required"),
+        (text.replace('"schema_version": 3', '"schema_version": 99'), "Input should be 3, got 99"),
         (tmp_path / "absent.json", "cannot be read"),
-        ('{"kind": "diagnosis"}', "schema version None"),
-        ('{"kind": "diagnosis", "schema_version": 3}', "no whole diagnosis"),
-        ('{"kind": "diagnosis", "schema_version": 3, "measures": 3, "verdicts": []}', "no whole diagnosis"),
-        (text.replace('"modalities"', '"modality"'), "no whole diagnosis"),
+        (text.replace('"modalities"', '"modality"'), "modalities: Field required"),
+        (text.replace(f'"n_samples": {found.n_samples}', '"n_samples": 7'), "was changed after it was written"),
+        (text.replace('"verdicts": [', '"verdicts": [7, '), "verdicts.0: Input should be a valid dictionary"),
+        (text.replace('"error": null', '"error": NaN'), "holds NaN"),
+        (text.replace('"version"', '"versions": 1, "version"'), "was changed after it was written"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             Diagnosis.from_json(bad)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
 from typing import Any
 
 import pytest
@@ -9,6 +15,7 @@ import torch
 from diagnose_models import Toy, batches, chain
 from torch import Tensor, nn
 
+from mmc_fast._util.atomic import SaveFailed
 from mmc_fast.diagnose import diagnose
 from mmc_fast.errors import InputError
 
@@ -71,6 +78,50 @@ def test_a_state_of_something_else_is_refused(generator: torch.Generator, tmp_pa
     ):
         with pytest.raises(InputError, match=message):
             call()
-    state.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="delete it to start over"):
+    good = state.read_bytes()
+    head_line, content = good.split(b"\n", 1)
+    forged = torch.load(io.BytesIO(content), weights_only=True)
+
+    def with_hash(value) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        found = buffer.getvalue()
+        right = {"sha256": hashlib.sha256(found).hexdigest(), "size": len(found)}
+        return json.dumps(json.loads(head_line) | right).encode() + b"\n" + found
+
+    at = random.Random(3).randrange(len(head_line) + 1, len(good))
+    sums = forged["collector"]
+    for bad in (
+        b"nonsense",
+        b"{}\n" + content,
+        good[:-1],
+        good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :],
+        with_hash({}) + b"more",
+        with_hash([1, 2]),
+        with_hash({"collector": {}}),
+        with_hash(forged | {"scores": {}}),
+        with_hash(forged | {"collector": sums | {"moments": []}}),
+        with_hash(forged | {"collector": sums | {"reservoir": {"keys": torch.zeros(3), "columns": {}}}}),
+    ):
+        state.write_bytes(bad)
+        with pytest.raises(InputError, match="delete it to start over") as error:
+            diagnose(Toy(head, head), loader, state=state, probes=False)
+        assert "\n" not in str(error.value)
+        assert state.name in str(error.value)
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(InputError, match="is a FIFO; a regular file is needed"):
         diagnose(Toy(head, head), loader, state=state)
+
+
+def test_a_folder_that_is_removed_ends_the_diagnosis_loudly(generator: torch.Generator, tmp_path) -> None:
+    head = chain(generator)
+    state = tmp_path / "run" / "s.state"
+    state.parent.mkdir()
+
+    def remove(phase: str, done: int, total: int | None) -> None:
+        shutil.rmtree(state.parent, ignore_errors=True)
+
+    with pytest.raises(SaveFailed, match="was removed while a diagnosis kept its state there"):
+        diagnose(Toy(head, head), batches(generator), state=state, save_every=0, progress=remove)
+    assert not state.parent.exists()
