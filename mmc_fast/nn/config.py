@@ -23,7 +23,8 @@ class EBRConfig:
         alignment, alignment_weight: "contrastive" pulls the normalised latents of a sample together against the batch,
             beside the adversarial loss or instead of it (λ = 0).
         cross_recovery: weight of the reconstruction loss of each modality from another one's latent, drawn afresh.
-        ranking, substitute: how a missing modality finds its proxy ("ranked", or the "mean" of the present latents).
+        ranking, substitute: how a missing modality finds its proxy ("ranked", the "mean" of the present latents,
+            or "each": one of them drawn in training, predictions averaged over all of them and their mean).
         modalities: names that get a head (None: all).
         backend: what computes the EBR step; "reference" gives the same numbers with and without the native library.
     """
@@ -42,7 +43,7 @@ class EBRConfig:
     alignment_weight: NonNegative = 0.1
     cross_recovery: NonNegative = 0.0
     ranking: Literal["reference", "pairwise"] = "reference"
-    substitute: Literal["ranked", "mean"] = "ranked"
+    substitute: Literal["ranked", "mean", "each"] = "ranked"
     modalities: tuple[str, ...] | None = None
     backend: Literal["auto", "cpp", "triton", "cuda", "eager", "reference"] = "auto"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class WeightAverage:
     """``θ̄ ← a θ̄ + (1 - a) θ``, a = ``decay``, from the initial weights on."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
         self.live = dict(model.named_parameters())
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
         self._average = get_ema_multi_avg_fn(decay)
@@ -24,6 +26,15 @@ class WeightAverage:
     def update(self) -> None:
         """After a step."""
         self._average(list(self.mean.values()), [p.detach() for p in self.live.values()], 0)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        """The model's answer with the averaged weights, without dropout."""
+        training = self.model.training
+        self.model.eval()
+        found = torch.func.functional_call(self.model, self.mean, args)
+        self.model.train(training)
+        return found
 
     @contextmanager
     def applied(self) -> Iterator[None]:

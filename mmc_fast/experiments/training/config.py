@@ -94,6 +94,8 @@ class TrainConfig:
         members: number k of members of an implicit ensemble (TabM-mini; Gorishniy et al., ICLR 2025): each scales the inputs by
             learned factors of its own and has its own output layer, shares all else, and is trained with masks of its own; class
             probabilities are averaged.
+        teacher: what consistency holds masked predictions to: those of the "model" itself or of the "average" of weights, on
+            complete data.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
             and the finished model use; 0 for none.
 
@@ -149,6 +151,7 @@ class TrainConfig:
     encoder_dropout: Share = 0.0
     weight_average: Share = 0.0
     members: Count = 1
+    teacher: Literal["model", "average"] = "model"
 
     def __post_init__(self) -> None:
         check("config", self)
@@ -170,6 +173,10 @@ class TrainConfig:
             (
                 self.mask_sizes == "uniform" and not self.modality_dropout,
                 "mask_sizes is 'uniform' but modality_dropout is 0; give the share of the rows that are masked",
+            ),
+            (
+                self.teacher == "average" and (not self.consistency or not self.weight_average or self.members > 1),
+                "teacher 'average' needs consistency and weight_average above 0, and one member",
             ),
             (
                 self.members > 1

@@ -22,7 +22,7 @@ from .adapter import RunAdapter
 from .metrics import scores
 from .model import MultimodalModel
 from .parts import row_pieces
-from .substitution import source_for
+from .substitution import fills
 from .unimodal import UnimodalModels
 
 __all__ = ["RATES", "Predictions", "check_fits", "evaluate", "hidden_column", "masks_at", "measure", "predict"]
@@ -65,13 +65,16 @@ def predict(
     for start in range(0, len(present), size):
         rows = slice(start, start + size)
         here: Tensor | None = present[rows].to(device)
-        source = None
-        if here is not None and bool(here.all()):
-            here = None
-        elif here is not None:
-            source = source_for(model, here)
-        logits = model([x[rows].to(device) for x in features], here, source).logits
-        out.append(torch.softmax(logits, -1).cpu())
+        some = [x[rows].to(device) for x in features]
+        if here is None or bool(here.all()):
+            out.append(torch.softmax(model(some).logits, -1).cpu())
+            continue
+        total, count = torch.zeros((), device=device), torch.zeros((), device=device)
+        for source, chosen in fills(model, here):
+            weight = chosen[:, None].float()
+            total = total + weight * torch.softmax(model(some, here, source).logits, -1)
+            count = count + weight
+        out.append((total / count).cpu())
     model.train(was_training)
     probabilities = torch.cat(out) if out else torch.zeros(0, model.num_classes)
     return torch.where(empty[:, None], model.class_prior.cpu(), probabilities)

@@ -21,6 +21,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.nn.alignment import contrastive_alignment
 from mmc_fast.nn.substitution import foreign_source
 
+from .average import WeightAverage
 from .config import TrainConfig
 from .model import MultimodalModel
 from .processes import Processes
@@ -109,6 +110,7 @@ class Stepper:
                     f"accumulate=1, or leave {name} out"
                 )
         self.groups = model.groups()
+        self.teacher: WeightAverage | None = None  # what consistency holds to, in place of the model
         self.reversal = torch.zeros((), device=model.class_prior.device)
         self.random = torch.Generator(device=self.reversal.device)  # of the sources of cross-modal reconstruction
         self.clipped = 0  # gradients that clip_grad_norm has scaled down
@@ -197,7 +199,8 @@ class Stepper:
         natural = rows.natural
         source = None if natural is None or self.model.head is None else source_for(self.model, natural)
         complete = self.model(rows.features, natural, source).logits
-        target = complete.detach().log_softmax(-1)
+        held = complete.detach() if self.teacher is None else self.teacher(rows.features, natural, source).logits
+        target = held.log_softmax(-1)
         divergence = F.kl_div(masked.log_softmax(-1), target, reduction="sum", log_target=True) / counts.rows
         return _cross_entropy(complete, rows.labels, counts), self.config.consistency * divergence
 

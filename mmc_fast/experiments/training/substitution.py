@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mmc_fast.nn.substitution import (
     cosine_sums,
+    foreign_source,
     mean_source,
     pairwise_source,
     rank_modalities,
@@ -21,7 +22,7 @@ from .model import MultimodalModel
 from .parts import stream_rows
 from .processes import Processes
 
-__all__ = ["describe", "ranking_parts", "refresh", "source_for"]
+__all__ = ["describe", "fills", "ranking_parts", "refresh", "source_for"]
 
 _RANKING_PARTS = ("train", "validation")
 
@@ -79,8 +80,10 @@ def _pieces(parts: Sequence[Part], processes: Processes) -> list[list[tuple[Part
     ]
 
 
-def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:
+def source_for(model: MultimodalModel, present: Tensor, random: torch.Generator | None = None) -> Tensor | None:
     """Source of every target modality for presence bool ``[B, m]``; None where the model has no heads.
+
+    ``random``: in training, where "each" draws the present latent that fills.
 
     Raises:
         RuntimeError: a ranked rule whose ranking was never computed.
@@ -88,13 +91,31 @@ def source_for(model: MultimodalModel, present: Tensor) -> Tensor | None:
     if model.head is None or model.config.ebr is None:
         return None
     available = model.head_present(present)
-    if model.config.ebr.substitute == "mean":
+    if model.config.ebr.substitute == "each" and random is not None:
+        foreign = foreign_source(available, len(available), available.shape[1], random)
+        return torch.where(available, torch.arange(available.shape[1], device=available.device), foreign)
+    if model.config.ebr.substitute in ("mean", "each"):
         return mean_source(available)
     if int(model.order[0]) < 0:
         raise RuntimeError("the ranking of modalities was never computed; call substitution.refresh first")
     if model.config.ebr.ranking == "pairwise":
         return pairwise_source(available, model.similarity)
     return ranked_source(available, model.order.tolist())
+
+
+def fills(model: MultimodalModel, present: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """The sources of one or several fills of a batch, and which rows ``[B]`` each is for; predictions are averaged over them.
+
+    "each": the mean of the present latents, and every present latent in turn.
+    """
+    every = torch.ones(len(present), dtype=torch.bool, device=present.device)
+    yield source_for(model, present), every
+    if model.head is not None and model.config.ebr is not None and model.config.ebr.substitute == "each":
+        available = model.head_present(present)
+        own = torch.arange(available.shape[1], device=present.device)
+        for j in own.tolist():
+            here = available[:, j]
+            yield torch.where(available, own, torch.where(here, j, -1)[:, None]), here & ~available.all(1)
 
 
 def describe(model: MultimodalModel, reference: str | None) -> dict | None:

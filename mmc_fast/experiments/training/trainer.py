@@ -121,6 +121,7 @@ class Trainer:
         self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
         # "foreign": whose latent each modality is rebuilt from
         self.stepper.random = self.generators["foreign"]
+        self.stepper.teacher = self.average if config.teacher == "average" else None
         self.noisy = _noisy_column(dataset, config)
         if self.noisy is not None:
             self.noise_scale = self.train_part.features[self.noisy].std(0)
@@ -196,7 +197,9 @@ class Trainer:
             if config.ebr is not None:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if present is None else self._member_rows(present[n])
-            source = source_for(self.model, here) if config.substitute_in_training and here is not None else None
+            source = None
+            if config.substitute_in_training and here is not None:
+                source = source_for(self.model, here, self.generators["foreign"])
             everything = None if natural is None else natural[n].repeat(config.members, 1)
             self._take_step(phase, batches, here, source, everything)
             self.ranking_current = False

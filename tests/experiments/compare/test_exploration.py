@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import sem
 from training_data import tiny
 
 from mmc_fast._util.schema import from_mapping
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import exploration
+from mmc_fast.experiments.compare.gains import gains, table
 from mmc_fast.experiments.compare.runs import check
 from mmc_fast.experiments.data.inner import inner_split
 from mmc_fast.experiments.training import TrainConfig
@@ -59,3 +62,22 @@ def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):
     assert check(tmp_path / "log.jsonl:2") == ["scores"]
     with pytest.raises(InputError, match="has 2 line"):
         check(tmp_path / "log.jsonl:3")
+
+
+def test_gains_are_paired_by_seed(seed):
+    draw = np.random.default_rng(seed)
+    scores = {option: draw.random((4, 3)) for option in ("base", "recipe", "recipe-more")}
+    lines = [
+        {"option": option, "arm": "plain", "data": "d", "seed": n, "failed": None,
+         "scores": dict(zip(("complete", "missing_0.1", "missing_0.7"), row.tolist(), strict=True))}
+        for option, rows in scores.items() for n, row in enumerate(rows) if (option, n) != ("base", 2)
+    ]  # fmt: skip
+    found = {g.option: g for g in gains(lines)}
+    assert list(found) == ["recipe", "recipe-more"]
+    for option, against, keep in (("recipe", "base", [0, 1, 3]), ("recipe-more", "recipe", [0, 1, 2, 3])):
+        difference = (scores[option] - scores[against])[keep]
+        missing, complete = difference[:, 1:].mean(1), difference[:, 0]
+        assert found[option].against == against
+        assert found[option].missing == pytest.approx((missing.mean(), sem(missing)))
+        assert found[option].complete == pytest.approx((complete.mean(), sem(complete)))
+    assert f"{found['recipe'].complete[0]:+.4f} ± " in table(list(found.values()))

@@ -16,7 +16,7 @@ from mmc_fast.experiments.training.average import WeightAverage
 from mmc_fast.experiments.training.masks import training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
-from mmc_fast.experiments.training.steps import Stepper
+from mmc_fast.experiments.training.steps import Rows, Stepper
 from mmc_fast.experiments.training.trainer import Trainer
 from mmc_fast.nn.encoders import MLPEncoder
 from mmc_fast.nn.substitution import mean_source
@@ -142,3 +142,38 @@ def test_each_member_is_trained_with_masks_of_its_own(seed):
         assert torch.equal(rows.labels, rows.labels[:20].repeat(4))
         assert all(torch.equal(x, x[:20].repeat(4, 1)) for x in rows.features)
         assert torch.equal(rows.natural, rows.natural[:20].repeat(4, 1))
+
+
+def test_the_teacher_is_the_averaged_model_on_complete_data(seed):
+    config, part = small("dropout", consistency=2.0, weight_average=0.5, teacher="average"), tiny(seed).part("train")
+    dataset = tiny(seed)
+    trainer = Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed)
+    with torch.no_grad():
+        for mean in trainer.average.mean.values():
+            mean.normal_()
+    present = training_masks(part.present, 0.5, torch.Generator().manual_seed(seed))
+    total, parts = trainer.stepper.losses("semantic", Rows(part.features, part.labels, present))
+    masked = trainer.model(part.features, present).logits.log_softmax(-1)
+    with trainer.average.applied():
+        held = trainer.model(part.features).logits.softmax(-1)
+    divergence = (held * (held.log() - masked)).sum(1).mean()
+    assert float((total - parts[0]).detach()) == pytest.approx(2 * float(divergence.detach()), rel=1e-4)
+
+
+def test_several_fills_are_each_present_latent_and_their_mean(seed):
+    """Row by row: the mean over the decoded latents of every present modality and of their mean."""
+    dataset = tiny(seed)
+    model = MultimodalModel(dataset.dims, 3, small("ebr", ebr_substitute="each")).eval()
+    part, present = dataset.part("test"), torch.tensor([True, False, True]).expand(30, 3).clone()
+    present[::3] = torch.tensor([False, False, True])
+    present[1::3] = True
+    found = predict(model, part.features, present)
+    latents = model.latents(part.features, present)
+    for row in range(6):
+        here = present[row].nonzero().flatten().tolist()
+        g = latents[:, row]
+        expected = []
+        for fill in (g[here].mean(0), *(g[j] for j in here)):
+            received = [model.head.decoders[i](g[i] if i in here else fill) for i in range(3)]
+            expected.append(model.fusion([r[None] for r in received]).softmax(-1)[0])
+        torch.testing.assert_close(found[row], torch.stack(expected).mean(0).detach(), rtol=1e-4, atol=1e-6)
