@@ -16,6 +16,9 @@ _FOLDER = Path(os.environ.pop("MMC_DATA", "") or Path(__file__).resolve().parent
 
 torch.set_num_threads(1)
 
+# The bits of a test do not depend on a measurement; those of the choice (tests/ops/ebr/test_products.py) set what they need.
+os.environ["MMC_GEMM"] = "tiles"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="repeat the drawn tests with this seed")

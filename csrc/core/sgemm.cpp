@@ -20,14 +20,15 @@ struct Unit {
   void (*pack_rows)(const float*, int64_t, int64_t, int64_t, float*, float*);
   void (*thin)(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
   void (*finish)(int64_t, int64_t, const TileCall&);
+  void (*add_rows)(int64_t, int64_t, const float*, int64_t, float*);
 };
 
 Unit unit_of(const KernelTable& table) {
 #ifdef MMC_X86
-  if (table.lanes == 32) return {avx512::sgemm_tile, avx512::pack_rows, avx512::sgemm_thin, avx512::sgemm_finish};
-  if (table.lanes == 16) return {avx2::sgemm_tile, avx2::pack_rows, avx2::sgemm_thin, avx2::sgemm_finish};
+  if (table.lanes == 32) return {avx512::sgemm_tile, avx512::pack_rows, avx512::sgemm_thin, avx512::sgemm_finish, avx512::add_rows};
+  if (table.lanes == 16) return {avx2::sgemm_tile, avx2::pack_rows, avx2::sgemm_thin, avx2::sgemm_finish, avx2::add_rows};
 #endif
-  return {base::sgemm_tile, base::pack_rows, base::sgemm_thin, base::sgemm_finish};
+  return {base::sgemm_tile, base::pack_rows, base::sgemm_thin, base::sgemm_finish, base::add_rows};
 }
 
 // Buffers of this thread, kept between calls: an allocation per product would cost more than a small product.
@@ -146,6 +147,18 @@ void thin_product(int64_t m, int64_t n, int64_t k, const Strided& a, const Strid
 }
 
 }  // namespace
+
+void finish_product(int64_t rows, int64_t n, float* c, int64_t ldc, const Epilogue& epilogue) {
+  TileCall t{};
+  t.c = c, t.ldc = ldc;
+  t.bias = epilogue.bias, t.gate = epilogue.gate, t.gate_row = epilogue.gate_row;
+  t.scale = epilogue.scale, t.relu = epilogue.relu;
+  unit_of(current_kernels()).finish(rows, n, t);
+}
+
+void add_product_rows(int64_t rows, int64_t n, const float* a, int64_t row, float* sums) {
+  unit_of(current_kernels()).add_rows(rows, n, a, row, sums);
+}
 
 void count_ebr_step(bool backward) { kernels(backward ? kEbrStepBackward : kEbrStep); }
 

@@ -26,6 +26,11 @@ struct Epilogue {
 MMC_API void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,
                    const Epilogue& epilogue, float* row_sums, const Pool& pool);
 
+// The epilogue, but for `add`, on rows of a product that lie in c, and sums[l] += sum_r a[r * row + l]: for products of a BLAS.
+// The gate's first row belongs to c's.
+MMC_API void finish_product(int64_t rows, int64_t n, float* c, int64_t ldc, const Epilogue& epilogue);
+MMC_API void add_product_rows(int64_t rows, int64_t n, const float* a, int64_t row, float* sums);
+
 // Count a call of the EBR step for dispatch_counts().
 MMC_API void count_ebr_step(bool backward);
 

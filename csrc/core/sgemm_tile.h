@@ -26,18 +26,21 @@ void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
 void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
 void sgemm_finish(int64_t, int64_t, const TileCall&);
+void add_rows(int64_t, int64_t, const float*, int64_t, float*);
 }
 namespace avx2 {
 void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
 void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
 void sgemm_finish(int64_t, int64_t, const TileCall&);
+void add_rows(int64_t, int64_t, const float*, int64_t, float*);
 }
 namespace avx512 {
 void sgemm_tile(const TileCall&);
 void pack_rows(const float*, int64_t, int64_t, int64_t, float*, float*);
 void sgemm_thin(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t);
 void sgemm_finish(int64_t, int64_t, const TileCall&);
+void add_rows(int64_t, int64_t, const float*, int64_t, float*);
 }
 
 }  // namespace mmc

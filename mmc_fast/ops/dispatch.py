@@ -22,7 +22,7 @@ BACKENDS = ("auto", "cpp", "triton", "cuda", "eager", "reference")
 Check = Callable[..., "str | None"]
 
 _checks: dict[str, dict[str, Check]] = {}
-_notes: dict[tuple[str, str], str] = {}
+_notes: dict[tuple[str, str], str | Callable[..., str]] = {}
 _ran: Counter[str] = Counter()
 
 
@@ -34,10 +34,17 @@ class Backend(NamedTuple):
     reason: str
 
 
-def register(op_name: str, backend: str, check: Check, note: str = "") -> None:
-    """Add a backend to an op, after those that are there; ``note``: what :func:`explain` adds where it can run."""
+def register(op_name: str, backend: str, check: Check, note: str | Callable[..., str] = "") -> None:
+    """Add a backend to an op, after those that are there; ``note``: what :func:`explain` adds where it can run, or a
+    function of the call's arguments that says it."""
     _checks.setdefault(op_name, {})[backend] = check
-    _notes[op_name, backend] = f"usable; {note}" if note else "usable"
+    _notes[op_name, backend] = note
+
+
+def _usable(op_name: str, backend: str, args: tuple[Any, ...]) -> str:
+    note = _notes[op_name, backend]
+    said = note(*args) if callable(note) else note
+    return f"usable; {said}" if said else "usable"
 
 
 def _judge(op_name: str, args: tuple[Any, ...], backend: str = "auto") -> Iterator[tuple[str, str | None]]:
@@ -55,7 +62,7 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
     ``args`` are the op's tensors, if any: without them only what holds for every call is judged (installed, built,
     device there). The first usable row is what ``backend="auto"`` takes. Raises :class:`InputError` for an unknown op.
     """
-    return [Backend(name, why is None, why or _notes[op_name, name]) for name, why in _judge(op_name, args)]
+    return [Backend(name, why is None, why or _usable(op_name, name, args)) for name, why in _judge(op_name, args)]
 
 
 def choose(op_name: str, backend: str, *args: Any) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "current_isa",
     "describe",
     "forced_isa",
+    "forced_ways",
     "load",
     "load_ebr",
     "loaded_module",
@@ -37,7 +38,8 @@ _LIBRARY = _PACKAGE / "libmmc_ops.so"
 def load() -> tuple[ModuleType | None, str | None]:
     """Load the native library once; return (module ``_C``, None) or (None, one line that says why not).
 
-    Raises :class:`InputError` where ``MMC_CPU_ISA`` names an instruction set that this build or this processor has not.
+    Raises :class:`InputError` where ``MMC_CPU_ISA`` names an instruction set that this build or this processor has not, and
+    for an unknown ``MMC_GEMM``.
     """
     if importlib.util.find_spec("mmc_fast._C") is None or not _LIBRARY.exists():
         return None, (
@@ -64,6 +66,10 @@ def load() -> tuple[ModuleType | None, str | None]:
         module.select_isa(env("MMC_CPU_ISA") or "")
     except ValueError as error:
         raise InputError(f"MMC_CPU_ISA: {error}") from None
+    try:
+        module.pin_ways(env("MMC_GEMM"))
+    except ValueError as error:
+        raise InputError(f"MMC_GEMM: {error}") from None
     return module, None
 
 
@@ -130,10 +136,24 @@ def forced_isa(name: str) -> Iterator[None]:
         module.select_isa(name)
     except ValueError as error:
         raise InputError(str(error)) from None
+    module.forget_ways()  # rates belong to an instruction set
     try:
         yield
     finally:
         module.select_isa(before)
+        module.forget_ways()
+
+
+@contextmanager
+def forced_ways(name: str) -> Iterator[None]:
+    """Multiply by "tiles", by "blas" or as measured ("auto") inside the block (the whole process)."""
+    module = native()
+    before = module.pinned_ways()
+    module.pin_ways(name)
+    try:
+        yield
+    finally:
+        module.pin_ways(before)
 
 
 def describe() -> dict[str, object]:
@@ -146,6 +166,7 @@ def describe() -> dict[str, object]:
         "isa": module.current_isa(),
         "supported_isas": list(module.supported_isas()),
         "forced": env("MMC_CPU_ISA"),
+        "products": module.pinned_ways(),
         "build": dict(module.build_info()),
         "torch_threads": torch.get_num_threads(),
     }

@@ -182,5 +182,23 @@ void sgemm_finish(int64_t m, int64_t n, const TileCall& t) {
   }
 }
 
+// sums[l] += sum_r a[r * row + l], in registers over all rows of the call
+void add_rows(int64_t rows, int64_t n, const float* a, int64_t row, float* sums) {
+  constexpr int kStrip = 4;
+  int64_t l = 0;
+  for (; l + kStrip * kVector <= n; l += kStrip * kVector) {
+    Vector total[kStrip] = {};
+    for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kStrip; ++v) total[v] += load(a + r * row + l + v * kVector);
+    for (int v = 0; v < kStrip; ++v) store(sums + l + v * kVector, load(sums + l + v * kVector) + total[v]);
+  }
+  for (; l < n; ++l) {
+    float total = 0;
+    for (int64_t r = 0; r < rows; ++r) total += a[r * row + l];
+    sums[l] += total;
+  }
+}
+
 }  // namespace MMC_ISA
 }  // namespace mmc

@@ -12,7 +12,7 @@ namespace {
 constexpr float kLayerNormEps = 1e-5f;
 
 template <class T>
-void linear(const Layer<T>& layer, View<T> x, int64_t rows, bool relu, T* out, const Pool& pool) {
+void linear(const Layer<T>& layer, View<T> x, int64_t rows, bool relu, T* out, const Workers& pool) {
   Finish<T> finish;
   finish.bias = layer.bias, finish.relu = relu;
   product(rows, layer.out, layer.in, x, transposed<T>(layer.weight, layer.in), out, finish, static_cast<T*>(nullptr), pool);

@@ -1,7 +1,7 @@
 // mmc_fast::ebr_step and its backward as CPU operators: checks, data pointers, outputs. The arithmetic is in forward.cpp and
 // backward.cpp, the schema in mmc_fast/ops/ebr/op.py. Uses ATen's C++ interface, so this library belongs to one torch release.
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include "inputs.h"
@@ -10,22 +10,13 @@
 namespace mmc::ebr {
 namespace {
 
-void run_in_torch(int64_t begin, int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  struct Call {
-    void (*body)(void*, int64_t, int64_t);
-    void* context;
-  } call{body, context};
-  const auto forward = [](int64_t b, int64_t e, void* c) {
-    const Call* inner = static_cast<Call*>(c);
-    inner->body(inner->context, b, e);
-  };
-  TORCH_CHECK(torch_parallel_for(begin, end, grain, forward, &call) == 0, "ebr_step: torch's thread pool failed");
-}
-
-Pool torch_pool() {
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
-  return {run_in_torch, static_cast<int>(threads)};
+// The ways of a step in T: float32 serves every dtype, bfloat16 only its own.
+template <class T>
+Workers workers() {
+  const Pool pool = torch_pool();
+  const bool fixed = at::globalContext().deterministicAlgorithms();
+  const auto of = [&](Number number) { return ways(number, pool.threads, fixed); };
+  return {pool, {of(Number::float32), std::is_same_v<T, at::BFloat16> ? of(Number::bfloat16) : Ways{0}}};
 }
 
 Tensor empty(at::IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
@@ -103,7 +94,7 @@ struct Bound {
   Step<T> step;
 
   explicit Bound(const Inputs& in)
-      : plan(make_plan(in)), step{plan, in.params[2].size(0), in.residual, in.normalize, {}, {}, {}, {}, {}, {}, 1, 1, torch_pool()} {
+      : plan(make_plan(in)), step{plan, in.params[2].size(0), in.residual, in.normalize, {}, {}, {}, {}, {}, {}, 1, 1, workers<T>()} {
     TORCH_CHECK_VALUE(plan.error.empty(), plan.error);
     const auto m = static_cast<int64_t>(in.features.size());
     keep.reserve(in.params.size() + 1);

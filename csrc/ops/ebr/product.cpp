@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
@@ -19,17 +20,6 @@ const uint16_t* bits(const T* p) {
 template <class T>
 uint16_t* bits(T* p) {
   return reinterpret_cast<uint16_t*>(p);
-}
-
-// Below that the fixed cost of ATen's product is more than what bfloat16 arithmetic saves.
-constexpr double kAtenFlops = 4e6;
-
-bool multiplies_bfloat16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
 }
 
 template <class T>
@@ -87,35 +77,79 @@ void sum_rows(View<T> a, int64_t m, int64_t k, T* sums, Arena& arena) {
   narrow(low<T>, total, bits(sums), m);
 }
 
+template <class T>
+bool by_blas(Number number, int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, const Workers& workers) {
+  const Order order = a.col != 1 ? Order::weight_gradient : b.col != 1 ? Order::forward : Order::input_gradient;
+  return workers.ways[static_cast<int>(number)] >> product_class(order, m, n, k) & 1;
+}
+
+constexpr int64_t kFinishBytes = 2 << 20;  // of a result that is still in cache when its epilogue passes over it
+constexpr int64_t kFinishRows = 256;       // fewer rows, and the BLAS packs its other operand too often
+constexpr int64_t kSumRows = 256;          // longest float32 sum of a bias gradient
+
+void blas_product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
+                  float* row_sums, const Pool& pool) {
+  if (row_sums) {
+    parallel_for(pool, m, std::max<int64_t>(64, 32768 / std::max<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
+      std::fill(row_sums + begin, row_sums + end, 0.0f);
+      for (int64_t j = 0; j < k; j += kSumRows)
+        add_product_rows(std::min(kSumRows, k - j), end - begin, a.data + j * a.col + begin, a.col, row_sums + begin);
+    });
+  }
+  const bool pass = finish.bias || finish.gate || finish.relu;
+  const int64_t block = pass ? std::max(kFinishRows, kFinishBytes / (4 * n)) : m;
+  for (int64_t i = 0; i < m; i += block) {
+    const int64_t rows = std::min(block, m - i);
+    at::Tensor result = tensor<float>(dense<float>(c + i * n, n), rows, n);
+    const at::Tensor left = tensor<float>({a.data + i * a.row, a.row, a.col}, rows, k), right = tensor<float>(b, k, n);
+    if (finish.add || finish.scale != 1) {
+      at::cpu::addmm_out(result, result, left, right, finish.add ? 1 : 0, finish.scale);
+    } else {
+      at::cpu::mm_out(result, left, right);
+    }
+    if (!pass) continue;
+    parallel_for(pool, rows, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+      Epilogue epilogue;
+      epilogue.bias = finish.bias, epilogue.relu = finish.relu, epilogue.gate_row = n;
+      epilogue.gate = finish.gate ? finish.gate + (i + begin) * n : nullptr;
+      finish_product(end - begin, n, c + (i + begin) * n, n, epilogue);
+    });
+  }
+}
+
 }  // namespace
 
 void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
-             float* row_sums, const Pool& pool) {
+             float* row_sums, const Workers& workers) {
+  if (m > 0 && n > 0 && k > 0 && by_blas(Number::float32, m, n, k, a, b, workers)) {
+    blas_product(m, n, k, a, b, c, finish, row_sums, workers);
+    return;
+  }
   Epilogue epilogue;
   epilogue.bias = finish.bias, epilogue.gate = finish.gate, epilogue.gate_row = n;
   epilogue.scale = finish.scale, epilogue.relu = finish.relu, epilogue.add = finish.add;
-  sgemm(m, n, k, {a.data, a.row, a.col}, {b.data, b.row, b.col}, c, n, epilogue, row_sums, pool);
+  sgemm(m, n, k, {a.data, a.row, a.col}, {b.data, b.row, b.col}, c, n, epilogue, row_sums, workers);
 }
 
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, const Finish<T>& finish, T* row_sums,
-             const Pool& pool) {
+             const Workers& workers) {
   Arena arena;
   if (row_sums) sum_rows(a, m, k, row_sums, arena);
   if (m == 0 || n == 0) return;
-  if (std::is_same_v<T, c10::BFloat16> && 2.0 * m * n * k >= kAtenFlops && multiplies_bfloat16()) {
+  if (std::is_same_v<T, c10::BFloat16> && by_blas(Number::bfloat16, m, n, k, a, b, workers)) {
     const bool plain = !finish.bias && !finish.gate && !finish.relu && !finish.add && finish.scale == 1;
     T* direct = finish.add ? arena.take<T>(m * n) : c;
     at::Tensor result = tensor<T>(dense<T>(direct, n), m, n);
     at::cpu::mm_out(result, tensor(a, m, k), tensor(b, k, n));
-    if (!plain) finish_rows<T>(direct, nullptr, c, m, n, finish, arena, pool);
+    if (!plain) finish_rows<T>(direct, nullptr, c, m, n, finish, arena, workers);
     return;
   }
-  const View<float> wide_a = widen_view(a, m, k, arena.take<float>(m * k), pool);
-  const View<float> wide_b = widen_view(b, k, n, arena.take<float>(k * n), pool);
+  const View<float> wide_a = widen_view(a, m, k, arena.take<float>(m * k), workers);
+  const View<float> wide_b = widen_view(b, k, n, arena.take<float>(k * n), workers);
   float* wide_c = arena.take<float>(m * n);
-  sgemm(m, n, k, {wide_a.data, wide_a.row, wide_a.col}, {wide_b.data, wide_b.row, wide_b.col}, wide_c, n, {}, nullptr, pool);
-  finish_rows<T>(nullptr, wide_c, c, m, n, finish, arena, pool);
+  product(m, n, k, wide_a, wide_b, wide_c, {}, nullptr, workers);
+  finish_rows<T>(nullptr, wide_c, c, m, n, finish, arena, workers);
 }
 
 template <class T>
@@ -133,7 +167,7 @@ void narrow(const float* src, float* dst, int64_t count, const Pool&) {
 }
 
 #define MMC_PRODUCT(T)                                                                                             \
-  template void product(int64_t, int64_t, int64_t, View<T>, View<T>, T*, const Finish<T>&, T*, const Pool&);       \
+  template void product(int64_t, int64_t, int64_t, View<T>, View<T>, T*, const Finish<T>&, T*, const Workers&);    \
   template void widen(const T*, float*, int64_t, const Pool&);                                                     \
   template void narrow(const float*, T*, int64_t, const Pool&);
 MMC_PRODUCT(c10::BFloat16)

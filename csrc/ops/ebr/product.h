@@ -1,6 +1,6 @@
-// Matrix products of the EBR step per dtype. float32: the register tiles of csrc/core with their epilogue. bfloat16 where the
-// processor multiplies it: ATen, then one pass for the epilogue. Otherwise (float16, bfloat16 elsewhere, small products): widened
-// to float32, multiplied there, rounded once.
+// Matrix products of the EBR step per dtype, each by the way that csrc/core/ways.h names for its class. Tiles: the register tiles of
+// csrc/core with their epilogue; float16 and bfloat16 are widened to float32, multiplied there and rounded once. BLAS: ATen, then
+// one pass for the epilogue.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,6 +9,7 @@
 
 #include "internal.h"
 #include "sgemm.h"
+#include "ways.h"
 
 namespace mmc::ebr {
 
@@ -99,12 +100,18 @@ struct Finish {
   bool add = false;
 };
 
+// Threads and the ways to multiply on them.
+struct Workers : Pool {
+  Ways ways[kNumbers];
+};
+Pool torch_pool();
+
 // c [m, n], dense = finish(a [m, k] times b [k, n]); row_sums [m], if given, takes the sums of a's rows along k.
 void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
-             float* row_sums, const Pool& pool);
+             float* row_sums, const Workers& workers);
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, const Finish<T>& finish, T* row_sums,
-             const Pool& pool);
+             const Workers& workers);
 
 template <class T>
 void widen(const T* src, float* dst, int64_t count, const Pool& pool);

@@ -30,7 +30,7 @@ struct Step {
   std::vector<Given<T>> features;  // [B, d_i]
   std::vector<Layer<T>> encode1, encode2, decode1, decode2, psi;
   float discrimination_count, reconstruction_count;  // the denominators of the losses
-  Pool pool;
+  Workers pool;
 
   int64_t m() const { return plan.m; }
   int64_t batch() const { return plan.batch; }

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from mmc_fast import __version__
 from mmc_fast._util.documents import Count0, Finite
 from mmc_fast.ops.dispatch import ran
+from mmc_fast.ops.ebr import products
 
 from ..data.dataset import PARTS
 from .adversarial import fresh_discriminator, parameter_distance
@@ -107,7 +108,7 @@ def environment(model: MultimodalModel, before: Mapping[str, int]) -> dict[str, 
     """What a result depends on besides settings and data: versions, machine, threads, device, backends of the EBR step.
 
     ``before``: :func:`mmc_fast.ops.dispatch.ran` at the start of the run. "ebr_backend" says what did the work, such as
-    "cpp/avx512", not what was asked for; None where the step never ran.
+    "cpp/avx512", not what was asked for; None where the step never ran. "ebr_products": how the native step multiplies.
     """
     device, prefix = model.class_prior.device, "ebr_step/"
     used = [n.removeprefix(prefix) for n, k in ran().items() if n.startswith(prefix) and k > before.get(n, 0)]
@@ -123,6 +124,7 @@ def environment(model: MultimodalModel, before: Mapping[str, int]) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "ebr_backend": " and ".join(used) or None,
+        "ebr_products": products.stored(),
     }
 
 

@@ -19,6 +19,7 @@ from mmc_fast._util.documents import Finite, parse_json, validated
 from mmc_fast._util.files import user_path
 from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.errors import InputError
+from mmc_fast.ops.ebr import products
 
 from ..data.archive import Archive
 from ..data.preprocessing import Preprocessing, PreprocessingDocument
@@ -36,6 +37,7 @@ from .unimodal import UnimodalModel, UnimodalModels
 __all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
 
 _RESULTS, _PREDICTIONS, _PREPROCESSING = "results.json", "predictions.npz", "preprocessing.json"
+_PRODUCTS = "products.json"
 _MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"
 _ADVICE = "restore it, or train again in another folder"
 
@@ -96,6 +98,8 @@ class RunFolder:
                 folder._lock.acquire()
             if not resume:
                 folder._begin(identity)
+            elif not folder.finished:
+                folder._restore_products()
             return folder
         except OSError as error:
             folder.close()
@@ -145,6 +149,12 @@ class RunFolder:
     def _begin(self, identity: dict[str, Any]) -> None:
         self._check_empty()  # again, now that nobody else can write
         self.manifest = Manifest.begin(self.path, "run", identity, advice=_ADVICE)
+        # how the native kernels multiply here: a resumed run does the same, whatever its machine measures
+        self._write(_PRODUCTS, lambda path: write_json(path, products.stored()))
+
+    def _restore_products(self) -> None:
+        if _PRODUCTS in self.manifest:  # a kill may have come before it was written
+            products.restore(json.loads(self.manifest.content(self.path / _PRODUCTS)))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and list it."""

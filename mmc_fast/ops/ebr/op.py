@@ -21,7 +21,7 @@ from mmc_fast.errors import InputError
 
 from .. import native
 from ..dispatch import record, register
-from . import eager, reference, triton
+from . import eager, products, reference, triton
 from .reference import Call
 
 __all__ = ["SCHEMA_VERSION", "ebr_step"]
@@ -142,6 +142,8 @@ _native_reason, _wrong_setting = _load()
 if _native_reason is not None:
     torch.library.register_autograd(_STEP, _autograd, setup_context=_setup_context)
     torch.library.register_autograd(_BACKWARD, _refuse_double_backward)
+else:
+    products.serve()
 
 
 def _cpp_check(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
@@ -161,10 +163,14 @@ def _reference_check(features: Sequence[Tensor], params: Sequence[Tensor] | None
     return None
 
 
-def _judges(check: Callable[..., str | None]) -> Callable[..., str | None]:
+def _cpp_note(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
+    return products.describe("bfloat16" if any(t.dtype == torch.bfloat16 for t in features) else "float32")
+
+
+def _judges(check: Callable[..., Any]) -> Callable[..., Any]:
     """The check as the registry calls it: on the features and parameters of a call, two lists, or on tensors, or nothing."""
 
-    def judge(*args: Any) -> str | None:
+    def judge(*args: Any) -> Any:
         if args and type(args[0]) is list:
             return check(*args)
         return check([t for t in args if t is not None])
@@ -173,11 +179,12 @@ def _judges(check: Callable[..., str | None]) -> Callable[..., str | None]:
 
 
 _CHECKS = {"cpp": _cpp_check, "triton": triton.check, "eager": eager.check, "reference": _reference_check}
+_NOTES: dict[str, Any] = {"cpp": _judges(_cpp_note), "triton": "not measured on this device"}
 # The portable tiles are there to be right everywhere; torch's own products are faster than they are.
 _native_wins = _native_reason is None and (native.current_isa() != "base" or env("MMC_CPU_ISA") is not None)
 # A GPU kernel is taken by name only, until a measurement on that class of devices shows that it is faster than eager.
 for _name in ("cpp", "eager", "triton", "reference") if _native_wins else ("eager", "cpp", "triton", "reference"):
-    register("ebr_step", _name, _judges(_CHECKS[_name]), note="not measured on this device" * (_name == "triton"))
+    register("ebr_step", _name, _judges(_CHECKS[_name]), note=_NOTES.get(_name, ""))
 
 _op = torch.ops.mmc_fast.ebr_step.default
 

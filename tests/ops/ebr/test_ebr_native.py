@@ -85,10 +85,12 @@ def fuzz(seeds: range, dtype: torch.dtype) -> None:
     assert median <= 1.5, f"seeds {seeds}, {dtype}: the median error is {median:.2f} times that of plain torch"
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_fuzz_hundred(part):
+@pytest.mark.parametrize("ways", ["tiles", "blas"])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 50), (torch.bfloat16, 12), (torch.float16, 12)])
+def test_fuzz_every_dtype_and_way_to_multiply(dtype, count, ways):
     start = secrets.randbelow(2**31)
-    fuzz(range(start, start + 25), torch.float32)
+    with library.forced_ways(ways):
+        fuzz(range(start, start + count), dtype)
 
 
 @pytest.mark.slow
@@ -97,16 +99,18 @@ def test_fuzz_thousand(part):
     fuzz(range(100 * part, 100 * part + 100), torch.float32)
 
 
+@pytest.mark.parametrize("ways", ["tiles", "blas"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sizes_that_go_through_every_path(dtype):
-    """Products long enough for chunks along the sum, for threads and, in bfloat16, for the matrix library."""
+def test_sizes_that_go_through_every_path(dtype, ways):
+    """Products long enough for chunks along the sum, for threads and for blocks of the epilogue after the BLAS."""
     seed = secrets.randbits(31)
     case = draw_case(seed, dtype, m=2, widths=[257], hidden_dim=1100, latent_dim=130, psi_dims=(140, 70), batch=300)
     case.reversal, case.normalizer = 1.0, None
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            check_against_float64(case, f"seed {seed}, {threads} threads")
+            with library.forced_ways(ways):
+                check_against_float64(case, f"seed {seed}, {threads} threads, {ways}")
         finally:
             torch.set_num_threads(1)
 
