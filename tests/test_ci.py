@@ -32,7 +32,7 @@ def test_every_stage_runs_and_its_time_stands_beside_its_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     ran = re.findall(r"^ran (.+)$", done.stdout, re.MULTILINE)
     assert ran[:3] == ["setup", "lint", "typecheck"]
-    assert {"test", "test-bare", "test-core", "sanitize", "compare-smoke", "gpu-check", "docs"} <= set(ran)
+    assert {"test", "test-bare", "test-core", "sanitize", "compare-smoke", "gpu-check", "docs", "notebooks"} <= set(ran)
     table = re.findall(r"^make (.+?) +\d+:\d\d +(\S+) *$", done.stdout, re.MULTILINE)
     assert [name for name, _ in table] == ran
     assert sum(int(budget) for _, budget in table if budget != "-") <= 45
@@ -53,7 +53,14 @@ def test_a_stage_over_its_budget_is_told_and_fails_nothing(tmp_path):
 def test_a_failure_ends_the_run_and_is_named(tmp_path):
     done = ci(tmp_path, 'echo "ran $1"; [ "$1" != sanitize ]')
     assert done.returncode == 1
-    assert re.findall(r"^ran (.+)$", done.stdout, re.MULTILINE) == ["setup", "lint", "typecheck", "docs", "sanitize"]
+    assert re.findall(r"^ran (.+)$", done.stdout, re.MULTILINE) == [
+        "setup",
+        "lint",
+        "typecheck",
+        "docs",
+        "notebooks",
+        "sanitize",
+    ]
     assert re.search(r"^make sanitize +FAILED$", done.stdout, re.MULTILINE)
 
 

@@ -48,7 +48,9 @@ class EBRHead(nn.Module):
 
     Args:
         dims: widths ``d_i`` of the features, a sequence or an ordered mapping name -> width.
-        latent_dim: k. hidden_dim: h. psi_dims: hidden widths of the discriminator ψ.
+        latent_dim: width k of the latents.
+        hidden_dim: width h of the hidden layers of encoders and decoders.
+        psi_dims: hidden widths of the discriminator ψ.
         residual, normalize, backend, recompute: see :func:`mmc_fast.functional.ebr_step`.
 
     Parameters are plain layers, and the state dict is theirs: ``encoders[i]`` = Linear(d_i, h), ReLU, Linear(h, k);

@@ -34,14 +34,6 @@ def test_plain_loop(capsys):
     assert "EBR on Classifier: applied" in capsys.readouterr().out
 
 
-def test_lightning_module(capsys):
-    pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'mmc-fast[lightning]'")
-    result = example("lightning_module").train(epochs=2, seed=1)
-    assert result["auroc"] > 0.7
-    check_game(result, "ebr/")
-    assert "EBR on Mortality: applied" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("name", "way"), [("clip", "one call for all heads"), ("llava", r"rows differ: image \[16, 4\], text \[16, 6\]")]
 )
@@ -60,14 +52,3 @@ def test_image_and_table(capsys):
     assert result["difference_from_file"] == 0
     check_game(result)
     assert "one call for all heads" in capsys.readouterr().out
-
-
-def test_diagnose_your_model():
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-    found = example("diagnose_your_model").diagnose(steps=60, seed=1)
-    assert list(found.modalities) == ["language", "vision"]
-    assert found.settings["agop"] == "vector-Jacobian products"
-    assert found.value("score.all") > 0.8
-    assert found.value("use_share.language") + found.value("use_share.vision") == pytest.approx(1)
-    assert found.value("use_share.language") > 0.5
-    assert len(found.arrays["neuron_shares"]) == 16
