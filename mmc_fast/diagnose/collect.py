@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,53 +13,17 @@ from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
 from .adapter import Adapter, beyond_features, chain_of, flat, prove
-from .groups import GroupMoments, dealt, stream
+from .features import check_rows, checked_features, fingerprint_of
+from .groups import GroupMoments, dealt
 from .layers import ChainSums, JacobianSums
+from .reservoir import Reservoir
 from .tasks import Metric, Task
 
-__all__ = ["Collector", "Reservoir", "checked_features", "fingerprint_of"]
+__all__ = ["Collector"]
 
 FLUSH_ROWS = 4096
 MAX_WIDTH = 8192
 _KEPT = ("samples", "batches", "flushes", "labelled", "first", "widths")
-
-
-class Reservoir:
-    """A uniform sample of rows without replacement: those with the smallest random keys so far."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.keys = torch.empty(0, dtype=torch.float64)
-        self.columns: dict[str, Tensor] = {}
-
-    def _drawn(self, index: int, count: int) -> Tensor:
-        return torch.rand(count, generator=stream(self.seed, "reservoir", index), dtype=torch.float64)
-
-    def near(self, index: int, count: int) -> Tensor:
-        """Which of the ``count`` rows of batch ``index`` may be kept, bool: only they need be worked out."""
-        keys = self._drawn(index, count)
-        return keys < (self.keys.max() if len(self.keys) == self.size else 2.0)
-
-    def add(self, index: int, columns: Mapping[str, Tensor], near: Tensor | None = None) -> None:
-        """Rows of batch ``index``: tensors of one length; with ``near [B]`` (of :meth:`near`) those rows of it alone."""
-        count = len(next(iter(columns.values()))) if near is None else len(near)
-        keys = self._drawn(index, count)
-        if near is not None:
-            keys = keys[near]
-        elif len(self.keys) == self.size:
-            near = keys < self.keys.max()
-            keys, columns = keys[near], {name: x.cpu()[near] for name, x in columns.items()}
-        if self.columns:
-            columns = {name: torch.cat([self.columns[name], x.cpu()]) for name, x in columns.items()}
-        keys = torch.cat([self.keys, keys])
-        keep = keys.argsort()[: self.size]
-        self.keys, self.columns = keys[keep], {name: x.cpu()[keep] for name, x in columns.items()}
-
-    def to_state(self) -> dict[str, Any]:
-        return {"keys": self.keys, "columns": dict(self.columns)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.keys, self.columns = state["keys"], dict(state["columns"])
 
 
 class Collector:
@@ -264,62 +227,3 @@ class Collector:
     def active(self) -> np.ndarray:
         """1 for groups that have samples, 0 for others."""
         return np.array([float(s.n > 0) for s in self.moments.states])
-
-
-@torch.no_grad()
-def checked_features(adapter: Adapter, batch: Any, widths: Mapping[str, int], index: int) -> dict[str, Tensor]:
-    """The features of a batch; InputError where they are no fixed set of finite ``[B, ...]``."""
-    features = adapter.encode(batch)
-    if not isinstance(features, Mapping) or not features:
-        raise InputError(
-            f"diagnose: encode() returned {type(features).__name__}; it must return modality name -> features"
-        )
-    found = dict(features)
-    for name, x in found.items():
-        if not isinstance(x, Tensor) or x.dim() < 2 or not x.is_floating_point():
-            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"diagnose: features of {name!r} are {got}; they must be floating point [samples, ...]")
-        if not bool(torch.isfinite(x).all()):
-            row = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
-            raise InputError(
-                f"diagnose: features of {name!r} hold NaN or infinite values in row {row} of batch {index}; drop or repair "
-                "such samples"
-            )
-    if len({len(x) for x in found.values()}) > 1:
-        raise InputError(
-            f"diagnose: modalities have { ({n: len(x) for n, x in found.items()}) } rows; they must be paired"
-        )
-    now = {name: x.flatten(1).shape[1] for name, x in found.items()}
-    if widths and now != dict(widths):
-        raise InputError(
-            f"diagnose: batch {index} has features of widths {now} and the first one had {dict(widths)}; widths must not "
-            "change (pad or pool sequences)"
-        )
-    return found
-
-
-def check_rows(adapter: Adapter, features: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Change one row and see that the logits of the others stay."""
-    if len(logits) < 2:
-        return
-    changed = {name: x.clone() for name, x in features.items()}
-    for x in changed.values():
-        x[0] = 1.5 * x[0] + 1
-    with torch.no_grad():
-        before, after = adapter.fuse(features), adapter.fuse(changed)
-    # Another kernel may serve another batch, so a difference in the last digits is no dependence.
-    tolerance = 1e-4 * float(before.abs().max()) + 1e-12
-    if not bool((after[1:] - before[1:]).abs().max() <= tolerance):
-        raise InputError(
-            "diagnose: after only row 0 of a batch was changed, the logits of other rows moved (batch statistics, dropout, "
-            "attention across the batch), so there is no Jacobian per sample; call model.eval()"
-        )
-
-
-def fingerprint_of(features: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the features of a batch."""
-    digest = hashlib.sha256()
-    for name, x in features.items():
-        digest.update(f"{name} {list(x.shape)}".encode())
-        digest.update(x.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

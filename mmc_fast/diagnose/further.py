@@ -15,7 +15,8 @@ from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of
 from .adapter import Adapter, flat
-from .collect import Collector, checked_features
+from .collect import Collector
+from .features import checked_features
 from .groups import stream
 from .layers import ChainSums
 from .measures import information
@@ -25,7 +26,6 @@ from .measures.refitted import class_variance_share, conditional_utilisation
 from .measures.similarity import covariance_of
 from .result import Measure
 from .sampled import features_of
-from .statistics import weighted_scores
 from .subsets import SubsetRows
 from .tasks import Task
 
@@ -97,10 +97,10 @@ def emap_measures(
     whole, places = adapter.fuse(features).double().cpu(), collector.places(0, len(labels))
 
     def gain(rows: Tensor) -> float:
-        return _score(task, whole[rows], labels[rows]) - _score(task, additive[rows], labels[rows])
+        return task.evaluate(whole[rows], labels[rows]) - task.evaluate(additive[rows], labels[rows])
 
-    measures["emap.all"] = _jackknife(lambda rows: _score(task, whole[rows], labels[rows]), places, level)
-    measures["emap.score"] = _jackknife(lambda rows: _score(task, additive[rows], labels[rows]), places, level)
+    measures["emap.all"] = _jackknife(lambda rows: task.evaluate(whole[rows], labels[rows]), places, level)
+    measures["emap.score"] = _jackknife(lambda rows: task.evaluate(additive[rows], labels[rows]), places, level)
     measures["emap.interaction"] = _jackknife(gain, places, level)
     return len(labels)
 
@@ -190,22 +190,6 @@ def _representation(adapter: Adapter, collector: Collector) -> Callable[[Mapping
         chain = collector.chain
         return lambda features: chain.inputs(flat(features).float())[-1]
     return getattr(adapter, "represent", None) or adapter.fuse
-
-
-def _score(task: Task, outputs: Tensor, labels: Tensor) -> float:
-    if task.score is not None:
-        return float(task.score(outputs, labels))
-    y = labels.numpy()
-    if task.metric in ("accuracy", "auroc"):
-        if outputs.shape[1] == 1:
-            outputs = torch.cat([-outputs, outputs], 1)
-        shown = outputs if task.metric == "accuracy" else outputs[:, 1] - outputs[:, 0]
-        return float(weighted_scores(task.metric, y, shown.numpy(), np.ones((1, len(y))))[0])
-    if task.metric == "f1":
-        guess, truth = outputs > 0, labels.bool()
-        return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
-    residual, spread = (outputs - labels).square().sum(0), (labels - labels.mean(0)).square().sum(0)
-    return float((1 - residual / spread).mean())
 
 
 def _measure(found: information.Information) -> Measure:

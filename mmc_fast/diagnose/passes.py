@@ -23,11 +23,13 @@ from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of, draws_for
 from .adapter import Adapter, flat
-from .collect import Collector, Reservoir, checked_features
+from .collect import Collector
+from .features import checked_features
 from .groups import stream
 from .measures.reliance import MAX_MODALITIES
 from .options import DiagnoseOptions
 from .predictions import ConditionScores
+from .reservoir import Reservoir
 from .subsets import SubsetRows
 
 __all__ = [

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collect import Reservoir
 from .measures.retrieval import recalled
 from .ranking import RankedPairs
+from .reservoir import Reservoir
 from .tasks import Task
 
 __all__ = ["ConditionScores"]

@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmc_fast.errors import InputError
 
 from .absence import absence_of, draws_for, has_own_mask
 from .adapter import Adapter, HasAdapter, adapter_of, model_of
-from .collect import Collector, checked_features
+from .collect import Collector
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
+from .evidence import verdicts_of
 from .further import emap_measures, information_measures, remaining_measures, unlabelled_pass, utilisation_measures
 from .groups import draw_weights
-from .layers import ChainSums, jacobian_rows
+from .heads import head_measures
 from .measures import weights
-from .measures.polysemanticity import cross_modal_polysemanticity
 from .measures.reliance import MAX_MODALITIES
 from .options import DiagnoseOptions
 from .passes import Batches, HasBatches, Progress, Stored, first_pass, second_pass, training_batches, training_rows
@@ -32,7 +31,6 @@ from .result import Measure, plain
 from .sampled import latent_measures, neuron_measures, probe_measures
 from .subsets import SubsetRows
 from .tasks import BOUNDED, metric_name
-from .verdict import ModalityVerdict, judge
 
 __all__ = ["diagnose"]
 
@@ -109,7 +107,7 @@ def diagnose(
     report("numbers", 0, None)
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:
-        _of_layers(adapter, batches, collector, o, measures, arrays, notes)
+        head_measures(adapter, batches, collector, o, measures, arrays, notes)
     if scores is not None and scores.task.kind != "pairs" and (o.probes or o.alone):
         given = _given(o.alone, collector, o.probes)
         known = [name for name in collector.widths if name in given or f"alone.{name}" in measures]
@@ -128,7 +126,7 @@ def diagnose(
         measures |= more
         arrays |= tables
     emap_rows = _further(adapter, batches, collector, scores, o, measures, arrays, notes)
-    verdicts = _verdicts(collector, measures, draws, scores, absence, o)
+    verdicts = verdicts_of(collector, measures, draws, scores, absence, o)
     settings = {
         "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
         "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "absence": absence,
@@ -163,21 +161,6 @@ def _further(
     return None
 
 
-def _of_layers(
-    adapter: Adapter, batches: Batches, collector: Collector, o: DiagnoseOptions, measures: dict[str, Measure],
-    arrays: dict[str, Any], notes: list[str],
-) -> None:  # fmt: skip
-    """What only the weights tell."""
-    notes += [f"{name} is constant in these data, so its use cannot show." for name in _constant(collector)]
-    if isinstance(collector.layers, ChainSums):
-        if o.initial_weight is None:
-            notes.append("No initial weights were given: the neural feature matrix is WᵀW, not that of W − W₀.")
-        unimodal = o.unimodal_weights or getattr(adapter, "unimodal_weights", None)
-        _weight_classifier(measures, notes, collector.layers.weights[0], collector.widths, unimodal, o.seed)
-    else:
-        arrays |= _neurons_by_gradient(adapter, batches, collector)
-
-
 def _scores(
     adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, notes: list[str],
     stored: Stored, report: Progress,
@@ -197,13 +180,6 @@ def _scores(
             notes.append("The labels hold a single class, so nothing can be scored.")
             return None, None
     return scores, answers
-
-
-def _constant(collector: Collector) -> list[str]:
-    """Modalities without any variance."""
-    variances = collector.moments.combine(collector.active()).covariance.diagonal()
-    parts = variances[: sum(collector.widths.values())].split(list(collector.widths.values()))
-    return [name for name, part in zip(collector.widths, parts, strict=True) if not bool(part.any())]
 
 
 def _can_score(collector: Collector, notes: list[str]) -> bool:
@@ -276,42 +252,6 @@ def _limits(name: str) -> tuple[float, float]:
     return (1.0, math.inf) if name == "fused.vif" else (0.0, 1.0)
 
 
-def _weight_classifier(
-    measures: dict[str, Measure], notes: list[str], weight: Tensor, widths: dict[str, int], unimodal: Any, seed: int
-) -> None:
-    found = cross_modal_polysemanticity(weight, widths, unimodal, seed=seed)
-    if found.not_applicable:
-        notes.append(f"Cross-modal polysemanticity by the weight classifier is not applicable: {found.not_applicable}.")
-        return
-    measures["weight_classifier.cross_entropy"] = Measure(found.cross_entropy)
-    measures["weight_classifier.entropy"] = Measure(found.entropy)
-    measures["weight_classifier.accuracy"] = Measure(found.accuracy)
-
-
-def _neurons_by_gradient(adapter: Adapter, batches: Batches, collector: Collector) -> dict[str, Any]:
-    """Modality shares of up to 128 units of the fused representation: ``E[J_i Σ_ii J_iᵀ]`` on the first batch."""
-    represent = getattr(adapter, "represent", None)
-    if represent is None:
-        return {}
-    batch = next(iter(batches))[1]
-    features = checked_features(adapter, batch, collector.widths, 0)
-    count = collector.columns[1]
-    units = torch.linspace(0, count - 1, min(count, 128)).round().long().tolist()
-    width = collector.columns[0]
-    sigma = collector.moments.combine(collector.active()).covariance[:width, :width]
-    shares = []
-    for rows in jacobian_rows(lambda f: represent(f).flatten(1), features, units):
-        gram = rows.double().cpu()
-        parts, start = [], 0
-        for width in collector.widths.values():
-            block = gram[:, start : start + width]
-            parts.append(float(((block @ sigma[start : start + width, start : start + width]) * block).sum()))
-            start += width
-        total = sum(parts)
-        shares.append([max(p, 0.0) / total if total > 0 else 0.0 for p in parts])
-    return {"neuron_shares": shares}
-
-
 def _given(alone: Mapping[str, float] | None, collector: Collector, probes: bool) -> dict[str, float]:
     given = dict(alone or {})
     missing = [name for name in collector.widths if name not in given]
@@ -321,52 +261,3 @@ def _given(alone: Mapping[str, float] | None, collector: Collector, probes: bool
             "and all of them with probes=False"
         )
     return given
-
-
-_SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect")
-
-
-def _verdicts(
-    collector: Collector, measures: dict[str, Measure], draws: Mapping[str, np.ndarray], scores: ConditionScores | None,
-    absence: str, o: DiagnoseOptions,
-) -> list[ModalityVerdict]:  # fmt: skip
-    """The verdicts, and the measures that compare use with ability."""
-    names = list(collector.widths)
-    if scores is None:
-        return [ModalityVerdict(name, "undecided", _kept(measures, name, ("use_share",))) for name in names]
-    plain = {name: _kept(measures, name, _SCORED) for name in names}
-    for name in names:
-        error = measures[f"alone.{name}"].error if f"alone.{name}" in measures else None
-        plain[name] |= {} if error is None else {"alone_error": error}
-    whole = {key: float(measures[f"score.{key}"].value or 0.0) for key in ("all", "chance")}
-    whole["chance_error"] = scores.chance_error()
-    random, resamples = np.random.default_rng([o.seed, 11]), []
-    for r in range(len(draws.get("score.all", ()))):
-        row = {}
-        for name in names:
-            row[name] = {
-                k: float(draws[f"{k}.{name}"][r]) if f"{k}.{name}" in draws else v for k, v in plain[name].items()
-            }
-            if "alone" in row[name] and f"alone.{name}" not in draws:
-                row[name]["alone"] += plain[name].get("alone_error", 0.0) * random.standard_normal()
-        resamples.append((row, whole | {k: float(draws[f"score.{k}"][r]) for k in ("all", "chance")}))
-    verdicts = judge(plain, whole, resamples, o.thresholds)
-    for verdict in verdicts:
-        name, e = verdict.modality, verdict.evidence
-        e |= _kept(measures, name, ("use_share", "retrained_without")) | _kept(measures, "", ("retrained_all",))
-        if "index" in e:
-            measures[f"use_index.{name}"] = Measure(e["index"], None, e.get("index_low"), e.get("index_high"))
-        if absence == "model" and e["ability"] > 0:
-            measures[f"robustness.{name}"] = Measure((e["only"] - e["chance"]) / e["ability"])
-        if "retrained_without" in e:
-            pair = measures["retrained_all"], measures[f"retrained_without.{name}"]
-            gap, error = e["retrained_all"] - e["retrained_without"], math.hypot(*(m.error or 0.0 for m in pair))
-            measures[f"need.{name}"] = Measure(gap, error, gap - 1.96 * error, gap + 1.96 * error)
-    return verdicts
-
-
-def _kept(measures: Mapping[str, Measure], modality: str, kinds: tuple[str, ...]) -> dict[str, float]:
-    """The values of some measures of a modality that are defined."""
-    names = {kind: f"{kind}.{modality}" if modality else kind for kind in kinds}
-    found = {kind: measures[name].value for kind, name in names.items() if name in measures}
-    return {kind: value for kind, value in found.items() if value is not None}

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from mmc_fast._util.extras import MissingExtra
 from mmc_fast.errors import InputError
 
-from .collect import Collector, Reservoir
+from .collect import Collector
 from .layers import ChainSums, jacobian_rows
 from .measures import weights
 from .measures.polysemanticity import NeuronResponse, neuron_response
 from .measures.probes import modality_probe
 from .measures.reliance import train_afresh
+from .reservoir import Reservoir
 from .result import Measure
 from .tasks import BOUNDED
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collect import Reservoir
 from .measures.calibration import expected_calibration_error, silent_failures
 from .measures.outputs import output_shapley
+from .reservoir import Reservoir
 from .result import Measure
 from .tasks import Task
 

@@ -15,6 +15,7 @@ from mmc_fast.errors import InputError
 
 from .adapter import Adapter
 from .measures.retrieval import recalled
+from .statistics import weighted_scores
 
 __all__ = ["BOUNDED", "METRICS", "Metric", "Task", "metric_name"]
 
@@ -107,6 +108,21 @@ class Task:
                 "0, 1, 2, ..., one output each"
             )
         return y
+
+    def evaluate(self, outputs: Tensor, labels: Tensor) -> float:
+        """The score of outputs ``[N, C]``, every sample counted once."""
+        if self.score is not None:
+            return float(self.score(outputs, labels))
+        if self.metric in ("accuracy", "auroc"):
+            if outputs.shape[1] == 1:
+                outputs = torch.cat([-outputs, outputs], 1)
+            shown = outputs if self.metric == "accuracy" else outputs[:, 1] - outputs[:, 0]
+            return float(weighted_scores(self.metric, labels.numpy(), shown.numpy(), np.ones((1, len(labels))))[0])
+        if self.metric == "f1":
+            guess, truth = outputs > 0, labels.bool()
+            return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
+        y = labels.double()
+        return float((1 - (outputs.double() - y).square().sum(0) / (y - y.mean(0)).square().sum(0)).mean())
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Outputs on a scale of answers, ``[N, C]``: probabilities, or the numbers themselves (float64)."""

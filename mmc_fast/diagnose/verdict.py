@@ -172,7 +172,7 @@ def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, threshol
     if entropy is not None and len(verdicts) > 1:
         mixed = entropy > thresholds["entropy"]
         parts.append(
-            f"Fusion neurons {'mix' if mixed else 'keep apart'} the modalities (mean entropy {entropy:.2f} of 1; above "
+            f"Fusion neurons {'mix the modalities' if mixed else 'keep the modalities apart'} (mean entropy {entropy:.2f} of 1; above "
             f"{thresholds['entropy']:.2f} counts as mixing)."
         )
     return " ".join(parts)

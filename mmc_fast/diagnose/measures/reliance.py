@@ -117,20 +117,9 @@ def train_afresh(
         scored = resampled_scores(task.metric, y[test], [predicted], draws)
         return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
     answers, truth = torch.from_numpy(outputs).float(), torch.from_numpy(y[test])
-    plain = _score(task, answers, truth)
+    plain = task.evaluate(answers, truth)
     again = [np.repeat(np.arange(len(test)), counts.astype(int)) for counts in np.asarray(draws)]
-    return Afresh(plain, float(np.nanstd([_score(task, answers[i], truth[i]) for i in again], ddof=1)))
-
-
-def _score(task: Task, outputs: Tensor, labels: Tensor) -> float:
-    """The score of outputs ``[N, C]``, all samples counted once."""
-    if task.score is not None:
-        return float(task.score(outputs, labels))
-    if task.metric == "f1":
-        guess, truth = outputs > 0, labels.bool()
-        return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
-    residual = (outputs.double() - labels.double()).square().sum(0)
-    return float((1 - residual / (labels.double() - labels.double().mean(0)).square().sum(0)).mean())
+    return Afresh(plain, float(np.nanstd([task.evaluate(answers[i], truth[i]) for i in again], ddof=1)))
 
 
 def _fitted(
