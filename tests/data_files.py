@@ -17,6 +17,7 @@ def arrays(seed: int = 0, rows: int = 90) -> dict[str, Any]:
         "x_a": rng.normal(5.0, 3.0, (rows, 4)).astype(np.float32),
         "x_b": rng.normal(-1.0, 0.1, (rows, 3)),
         "y": (np.arange(rows) % 3).astype(np.int64),
+        "meta": '{"kind": "classification"}',
         "split": np.repeat([0, 1, 2], [rows * 6 // 10, rows // 10, rows - rows * 6 // 10 - rows // 10]).astype(
             np.uint8
         ),

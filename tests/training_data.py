@@ -112,7 +112,13 @@ def own_data(folder: Path, seed: int, num_classes: int = 2, spoil_test: bool = F
     if spoil_test:
         for x in arrays.values():
             x[dataset.split.numpy() == 2] = 7.0
-    np.savez(folder / "mine.npz", y=dataset.labels.numpy(), split=dataset.split.numpy(), **arrays)
+    np.savez(
+        folder / "mine.npz",
+        meta='{"kind": "classification"}',
+        y=dataset.labels.numpy(),
+        split=dataset.split.numpy(),
+        **arrays,
+    )
     budget = "\n".join(f"{k} = {json.dumps(v)}" for k, v in BUDGET.items())
     path = folder / "mine.toml"
     path.write_text(f'data = "mine.npz"\n[budget]\n{budget}\n')

@@ -26,6 +26,9 @@ _DATA_OPTIONS: dict[str, Any] = {
     "nan_policy": Annotated[
         str | None, typer.Option(help="What happens to NaN in the data: error, mean or indicator.")
     ],
+    "kind": Annotated[
+        str | None, typer.Option(help="What the labels of a file are: classification, multilabel or regression.")
+    ],
     "split_seed": Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")],
     "columns": Annotated[
         str | None, typer.Option(help="TOML file that says what the columns of tables are for (docs/guides/data.md).")

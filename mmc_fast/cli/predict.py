@@ -46,7 +46,7 @@ def predict_command(
             "out": None if out is None else str(out),
             "rows": len(table),
         }
-        about |= {"classes": found.classes, "differences": found.differences, "shift": found.shift}
+        about |= {"task": found.task.to_dict(), "differences": found.differences, "shift": found.shift}
         print_json(about | ({} if out is not None else {"predictions": table.to_dict("records")}))
         return
     for line in found.report():

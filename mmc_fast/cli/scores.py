@@ -14,6 +14,12 @@ from .terminal import print_table
 __all__ = ["parse_rates", "print_scores"]
 
 
+_TITLES = {
+    "auprc": "AUPRC", "macro_f1": "macro-F1", "macro_auroc": "macro-AUROC", "rmse": "RMSE", "mae": "MAE",
+    "macro_auprc": "macro-AUPRC", "micro_auprc": "micro-AUPRC", "f1": "F1", "brier": "Brier score",
+}  # fmt: skip
+
+
 def parse_rates(text: str | None) -> list[float] | None:
     """``"0.1,0.4"`` as numbers. Raises ``InputError`` for anything else, and for numbers that are no missing rate."""
     if text is None:
@@ -35,9 +41,8 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
         [f"{entry['rate']:g}", f"{entry['score']:.3f}", *(f"{share:.3f}" for share in entry["realised"])]
         for entry in scores["missing"]
     ]
-    extra = {"auprc": "AUPRC", "macro_f1": "macro-F1", "macro_auroc": "macro-AUROC"}
-    shown = [name for name in extra if f"complete_{name}" in scores]
-    columns[2:2] = [extra[name] for name in shown]
+    shown = [name.removeprefix("complete_") for name in scores if name.startswith("complete_")]
+    columns[2:2] = [_TITLES.get(name, name) for name in shown]
     for row, entry in zip(rows, [{n: scores[f"complete_{n}"] for n in shown}, *scores["missing"]], strict=True):
         row[2:2] = ["–" if entry.get(name) is None else f"{entry[name]:.3f}" for name in shown]
     print_table(console, f"{title}: {scores['metric']} on {scores['part']} data", columns, rows)

@@ -24,8 +24,9 @@ class DiagnoseOptions:
     """Settings of :func:`mmc_fast.diagnose`; InputError for a value that has no meaning.
 
     Attributes:
-        metric: "accuracy", "auroc" (two classes), "f1" (several labels a sample, micro-averaged), "r2" (regression),
-            "recall@1", "recall@5", "recall@10" (two towers, their embeddings the outputs side by side), or a function
+        metric: "accuracy", "auroc" (two classes), "f1" (several labels a sample, micro-averaged), "macro_auroc" (their mean),
+            "r2" (regression), "concordance" (survival: labels are time and event), "recall@1", "recall@5", "recall@10" (two towers,
+            their embeddings the outputs side by side), or a function
             ``score(outputs [N, C], labels) -> float``, larger is better, judged on ``sample_rows`` samples. None: by the labels.
         absence: how a modality is taken away: "model" (the model's own handling, ``fuse(features, present)``; default where
             there is one), "resample" (features of other samples, one for all that are taken away together; default elsewhere),

@@ -13,7 +13,8 @@ from torch import Tensor
 from .measures.retrieval import recalled
 from .ranking import RankedPairs
 from .reservoir import Reservoir
-from .tasks import Task
+from .statistics import comparable_pairs
+from .tasks import RANKED, Task
 
 __all__ = ["ConditionScores"]
 
@@ -22,7 +23,10 @@ _SHUFFLES = 20
 
 
 class ConditionScores:
-    """Scores from sums per group; AUROC from ranked pairs of groups; a function from a sample of rows."""
+    """Scores from sums per group; AUROC from ranked pairs of groups; concordance and a function from a sample of rows.
+
+    ``macro_auroc`` is the mean over labels of their AUROC.
+    """
 
     def __init__(self, task: Task, conditions: Mapping[str, int], groups: int, rows: int, seed: int) -> None:
         """``conditions``: name -> number of draws, over which its score is the mean."""
@@ -37,7 +41,8 @@ class ConditionScores:
         self.moved = np.zeros((k, groups))
         self.total, self.squared = np.zeros((groups, c)), np.zeros((groups, c))
         self.constant = np.zeros(0)
-        self.ranked = RankedPairs(len(self.drawn), groups)
+        labels = task.outputs if task.kind == "labels" else 1
+        self.ranked = [RankedPairs(len(self.drawn), groups) for _ in range(labels)]
         self.kept = Reservoir(rows, seed)
         self._pairs: dict[str, np.ndarray] | None = None
 
@@ -69,12 +74,16 @@ class ConditionScores:
             if name.startswith("shuffled"):
                 far = (self.task.answers(y) - whole).square().sum(1).numpy()
                 self.moved[k] += share * np.bincount(place, weights=far, minlength=self.groups)
-            if self.task.metric == "auroc":
-                margins.append((y[:, 1] - y[:, 0] if y.shape[1] == 2 else y[:, 0]).float())
+            if self.task.metric in RANKED:
+                margins.append(self.task.margins(y))
             elif self.task.score is None:
                 self._sum(self.hits[k], place, share * self._hits(y, labels))
-        if self.task.metric == "auroc":
-            self.ranked.add(torch.stack(margins), labels, places)
+        if self.task.metric == "concordance":
+            self.kept.add(index, {"margins": torch.stack(margins, 1), "labels": labels, "places": places})
+        elif self.task.metric in RANKED:
+            for label, ranked in enumerate(self.ranked):
+                one = labels if labels.dim() == 1 else labels[:, label]
+                ranked.add(torch.stack([m if m.dim() == 1 else m[:, label] for m in margins]), one, places)
         elif self.task.score is not None:
             columns = {f"{name}/{draw}": found[name, draw] for name, draw in self.drawn}
             self.kept.add(index, columns | {"labels": labels, "places": places})
@@ -122,7 +131,7 @@ class ConditionScores:
         metric = self.task.metric
         if self.task.score is not None:
             return np.full(len(weights), float(np.mean(self._shuffled())))
-        if metric == "auroc":
+        if metric in RANKED:
             return np.full(len(weights), 0.5)
         if metric == "r2":
             return np.zeros(len(weights))
@@ -143,9 +152,13 @@ class ConditionScores:
             return float(np.std(self._shuffled(), ddof=1))
         if self.task.metric == "r2":
             return 1 / n
-        if self.task.metric == "auroc":
-            counts = self.classes.sum(0)
-            return math.sqrt((n + 1) / (12 * counts[0] * counts[1]))
+        if self.task.metric == "concordance":  # Kendall's τ of the events, τ = 2 C − 1
+            events = max(2.0, float(self.truth[:, 1, 0].sum()))
+            return math.sqrt(2 * (2 * events + 5) / (9 * events * (events - 1))) / 2
+        if self.task.metric in RANKED:  # of several labels at most the mean
+            positive, negative = self._counts(np.ones((1, self.groups)))
+            with np.errstate(divide="ignore"):
+                return float(np.mean(np.sqrt((n + 1) / (12 * positive * negative))[positive * negative > 0]))
         return math.sqrt(chance * (1 - chance) / n)
 
     def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,10 +167,12 @@ class ConditionScores:
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.task.score is not None:
                 return self._by_function(weights)
-            if metric == "auroc":
-                wins = self._wins()
-                pairs = (weights @ self.classes[:, 1]) * (weights @ self.classes[:, 0])
-                return {n: np.einsum("rk,kl,rl->r", weights, w, weights) / pairs for n, w in wins.items()}
+            if metric in RANKED:
+                found = {n: np.einsum("rk,lkm,rm->lr", weights, w, weights) for n, w in self._wins().items()}
+                pairs = found.pop("", None)
+                if pairs is None:
+                    pairs = np.prod(self._counts(weights), 0)
+                return {n: _mean_known(w / pairs) for n, w in found.items()}
             sums = np.einsum("rg,kgh->krh", weights, self.hits)
             if metric == "accuracy":
                 found = sums[:, :, 0] / (weights @ self.rows)
@@ -188,13 +203,35 @@ class ConditionScores:
                 found[name] = np.where(variance > floor, moved / (2 * np.maximum(variance, 1e-300)), 0.0)
         return found
 
+    def _counts(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positives and negatives ``[L, R]`` of each label."""
+        if self.task.kind == "classes":
+            return (weights @ self.classes[:, 1])[None], (weights @ self.classes[:, 0])[None]
+        positive = (weights @ self.truth[:, : self.task.outputs, 0]).T
+        return positive, weights @ self.rows - positive
+
     def _wins(self) -> dict[str, np.ndarray]:
-        """Condition -> pairs of groups ranked rightly, the mean over its draws."""
+        """Condition -> pairs of groups ranked rightly ``[L, K, K]``, the mean over its draws; "": comparable pairs of survival times."""
         if self._pairs is None:
-            self._pairs = {name: np.zeros((self.groups, self.groups)) for name in self.conditions}
-            for (name, _), pairs in zip(self.drawn, self.ranked.pairs(), strict=True):
-                self._pairs[name] += pairs / self.conditions[name]
+            survival = self.task.metric == "concordance"
+            found = self._survival_pairs() if survival else np.stack([r.pairs() for r in self.ranked], 1)
+            names = ([("", 0)] if survival else []) + self.drawn
+            self._pairs = {name: np.zeros(found.shape[1:]) for name, _ in names}
+            for (name, _), pairs in zip(names, found, strict=True):
+                self._pairs[name] += pairs / self.conditions.get(name, 1)
         return self._pairs
+
+    def _survival_pairs(self) -> np.ndarray:
+        """``[1 + S, 1, K, K]``: pairs that are comparable, then those that each condition ranks rightly, of the kept rows."""
+        margins, labels, places = (self.kept.columns[name].numpy() for name in ("margins", "labels", "places"))
+        member = np.eye(self.groups, dtype=np.float32)[places]
+        found = np.zeros((1 + margins.shape[1], 1, self.groups, self.groups))
+        for slot in range(margins.shape[1]):
+            for rows, comparable, concordant in comparable_pairs(labels, margins[:, slot]):
+                found[1 + slot, 0] += member[rows].T @ (concordant @ member)
+                if slot == 0:
+                    found[0, 0] += member[rows].T @ (comparable @ member)
+        return found
 
     def _by_function(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         score, columns = self.task.score, self.kept.columns
@@ -232,10 +269,17 @@ class ConditionScores:
     def to_state(self) -> dict[str, Any]:
         """What :meth:`load_state` goes on from: tensors and lists of such."""
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _SUMS}
-        return arrays | {"ranked": self.ranked.to_state(), "kept": self.kept.to_state()}
+        return arrays | {"ranked": [ranked.to_state() for ranked in self.ranked], "kept": self.kept.to_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name in _SUMS:
             setattr(self, name, state[name].numpy().copy())
-        self.ranked.load_state(state["ranked"])
+        for ranked, stored in zip(self.ranked, state["ranked"], strict=True):
+            ranked.load_state(stored)
         self.kept.load_state(state["kept"])
+
+
+def _mean_known(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is no NaN; NaN where nothing is."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0).sum(0) / known.sum(0)

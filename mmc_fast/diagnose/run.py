@@ -134,7 +134,7 @@ def diagnose(
         "sample_rows": len(collector.reservoir.keys), "probe_data": training is not None,
         "dictionary": "principal directions of each modality with 90 % of its variance",
         "agop": collector.layers.method() if o.agop else None, "classes": collector.outputs, "adapter": collector.proof, "emap_rows": emap_rows,
-        "auroc_error": None if scores is None or scores.task.metric != "auroc" else float(scores.ranked.errors().max()),
+        "auroc_error": None if scores is None or "auroc" not in scores.task.metric else max(float(r.errors().max()) for r in scores.ranked),
         "task": None if collector.task is None else collector.task.kind, "thresholds": asdict(o.thresholds),
     }  # fmt: skip
     stored.remove()

@@ -8,7 +8,7 @@ calling a metric once per resample would be hundreds of times slower. The values
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "Interval",
     "ResampledScores",
     "average",
+    "comparable_pairs",
     "holm",
     "mean_sd",
     "resample_counts",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-METRICS = ("accuracy", "auroc", "auprc")
+METRICS = ("accuracy", "auroc", "auprc", "macro_auroc", "r2", "concordance")
 _BLOCK = 64  # resamples at a time, so that the work arrays of thousands of samples stay in cache
 
 
@@ -81,7 +82,8 @@ def resample_counts(n: int, resamples: int, generator: np.random.Generator) -> N
 def weighted_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, weights: ArrayLike) -> Floats:
     """Score of one set of predictions under many sample weightings.
 
-    ``labels`` [N]; ``predictions``: [N] scores of the positive class or [N, C] probabilities or logits (``accuracy``:
+    ``labels`` [N], or [N, L] under ``macro_auroc`` (0/1) and ``r2``, [N, 2] = time and event (0: censored) under ``concordance``;
+    ``predictions``: [N, L] under the first two, the risk [N] under the third, else [N] scores of the positive class or [N, C] probabilities or logits (``accuracy``:
     predicted classes [N] or scores [N, C]; ``auroc`` and ``auprc``: column 1 of [N, 2]); ``weights`` [R, N],
     non-negative. Returns [R]; NaN where a weighting leaves a class empty. Raises ``InputError`` for an unknown metric
     or sizes that differ.
@@ -91,11 +93,27 @@ def weighted_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, weig
     w = np.atleast_2d(np.asarray(weights, dtype=np.float64))
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
-    if y.ndim != 1 or scores.shape[:1] != y.shape or w.shape[1:] != y.shape:
+    if metric == "concordance":
+        scores = scores.reshape(len(scores))
+    if (
+        y.ndim != 1 + (metric in ("macro_auroc", "r2", "concordance"))
+        or scores.shape[:1] != y.shape[:1]
+        or w.shape[1:] != y.shape[:1]
+    ):
         raise InputError(
             f"weighted_scores: got labels {y.shape}, predictions {scores.shape}, weights {w.shape}; "
             "need [N], [N] or [N, C], and [R, N] with one N"
         )
+    if metric == "r2":
+        total = w.sum(1, keepdims=True)
+        centred = y - y.mean(0, dtype=np.float64)  # their squares would cancel far from 0
+        spread = w @ centred**2 - (w @ centred) ** 2 / total
+        return (1 - (w @ (y - scores) ** 2) / spread).mean(1)
+    if metric == "concordance":
+        return _concordance(y, scores, w)
+    if metric == "macro_auroc":
+        each = [weighted_scores("auroc", y[:, j], scores[:, j], w) for j in range(y.shape[1])]
+        return np.nanmean(np.stack(each), 0)
     if metric == "accuracy":
         predicted = scores.argmax(axis=1) if scores.ndim == 2 else scores
         return w @ (predicted == y).astype(np.float64) / w.sum(axis=1)
@@ -107,6 +125,33 @@ def weighted_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, weig
         raise InputError(f"{metric} needs labels 0 and 1, got {np.unique(y)[:5].tolist()}")
     blocks = (w[i : i + _BLOCK] for i in range(0, len(w), _BLOCK))
     return np.concatenate([_ranked_scores(metric, y, scores, block) for block in blocks])
+
+
+def comparable_pairs(labels: NDArray, risk: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
+    """Pairs of a sample with an event and one that outlived it, a block of the former at a time.
+
+    Yields rows ``[b]``, which pairs are comparable ``[b, N]`` and how they are ranked by ``risk`` ``[N]``: 1 in the right order,
+    1/2 for equal risk (Harrell et al. 1982; a sample that is censored at the time of an event outlived it).
+    """
+    time, event = labels[:, 0], labels[:, 1] == 1
+    rows = np.flatnonzero(event)
+    size = max(1, (1 << 22) // max(1, len(time)))
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        longer = (time[some, None] < time) | ((time[some, None] == time) & ~event)
+        ranked = (risk[some, None] > risk) + 0.5 * (risk[some, None] == risk)
+        yield some, longer.astype(np.float32), (ranked * longer).astype(np.float32)
+
+
+def _concordance(y: NDArray, risk: NDArray, w: Floats) -> Floats:
+    """Concordant over comparable pairs, a pair counting the product of its weights."""
+    weights = w.T.astype(np.float32)
+    right, pairs = np.zeros(len(w)), np.zeros(len(w))
+    for rows, comparable, concordant in comparable_pairs(y, risk):
+        right += (weights[rows] * (concordant @ weights)).sum(0, dtype=np.float64)
+        pairs += (weights[rows] * (comparable @ weights)).sum(0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return right / pairs
 
 
 def _ranked_scores(metric: str, y: NDArray, scores: NDArray, w: Floats) -> Floats:

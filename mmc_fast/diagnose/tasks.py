@@ -17,14 +17,16 @@ from .adapter import Adapter
 from .measures.retrieval import recalled
 from .statistics import weighted_scores
 
-__all__ = ["BOUNDED", "METRICS", "Metric", "Task", "metric_name"]
+__all__ = ["BOUNDED", "METRICS", "RANKED", "Metric", "Task", "metric_name"]
 
-METRICS = {"accuracy": "classes", "auroc": "classes", "f1": "labels", "r2": "numbers"} | dict.fromkeys(
-    ("recall@1", "recall@5", "recall@10"), "pairs"
-)
+METRICS = {
+    "accuracy": "classes", "auroc": "classes", "f1": "labels", "macro_auroc": "labels", "r2": "numbers", "concordance": "survival"
+} | dict.fromkeys(("recall@1", "recall@5", "recall@10"), "pairs")  # fmt: skip
 """Score -> the kind of task that has it."""
 BOUNDED = tuple(name for name in METRICS if name != "r2")
 """Scores between 0 and 1."""
+RANKED = ("auroc", "macro_auroc", "concordance")
+"""Scores of the order of outputs; one half without knowledge."""
 
 Metric = str | Callable[[Tensor, Tensor], float]
 
@@ -39,10 +41,12 @@ class Task:
     """Labels of one kind and the score of outputs ``[N, C]`` against them; larger scores are better.
 
     kind: "classes" (int64 ``[N]``), "labels" (several 0/1 labels ``[N, C]``), "numbers" (float ``[N, C]``, a regression),
+    "survival" (``[N, 2]``: time, and 1 for an event or 0 for the end of observation; outputs are a risk ``[N, 1]``),
     "pairs" (two towers whose embeddings are the outputs side by side; of labels only their number counts).
     metric: "accuracy"; "auroc" (two classes; also a pair's similarity ``[N, 1]`` of two towers, label 1 where it matches);
-    "f1" (micro-averaged over labels, positive above 0); "r2" (mean over outputs of ``1 − Σ(y − ŷ)² / Σ(y − ȳ)²``); "recall@1", "recall@5", "recall@10"
-    (of the other tower's sample, :func:`~mmc_fast.diagnose.measures.retrieval.recalled`); or the name of ``score``, a function ``(outputs, labels) -> float``.
+    "f1" (micro-averaged over labels, positive above 0); "macro_auroc" (mean over labels); "concordance" (Harrell's C); "r2" (mean
+    over outputs of ``1 − Σ(y − ŷ)² / Σ(y − ȳ)²``); "recall@1", "recall@5", "recall@10" (of the other tower's sample,
+    :func:`~mmc_fast.diagnose.measures.retrieval.recalled`); or the name of ``score``, a function ``(outputs, labels) -> float``.
     """
 
     kind: str
@@ -76,6 +80,13 @@ class Task:
         if self.kind == "pairs":
             return torch.zeros(len(found), 1)
         y = _tensor(found, adapter)
+        if self.kind == "survival":
+            if y.dim() != 2 or y.shape[1] != 2 or self.outputs != 1 or not bool(y.isfinite().all()):
+                raise InputError(
+                    f"diagnose: labels of survival are {list(y.shape)} for {self.outputs} outputs; give time and event "
+                    "[samples, 2], and one risk a sample as output"
+                )
+            return y.double()
         if self.kind == "numbers":
             y = y.float().reshape(len(y), -1)
             if y.shape[1] != self.outputs or not bool(y.isfinite().all()):
@@ -113,20 +124,24 @@ class Task:
         """The score of outputs ``[N, C]``, every sample counted once."""
         if self.score is not None:
             return float(self.score(outputs, labels))
-        if self.metric in ("accuracy", "auroc"):
-            if outputs.shape[1] == 1:
-                outputs = torch.cat([-outputs, outputs], 1)
-            shown = outputs if self.metric == "accuracy" else outputs[:, 1] - outputs[:, 0]
-            return float(weighted_scores(self.metric, labels.numpy(), shown.numpy(), np.ones((1, len(labels))))[0])
         if self.metric == "f1":
             guess, truth = outputs > 0, labels.bool()
             return float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()).clamp(min=1))
-        y = labels.double()
-        return float((1 - (outputs.double() - y).square().sum(0) / (y - y.mean(0)).square().sum(0)).mean())
+        if self.metric == "accuracy" and outputs.shape[1] == 1:
+            outputs = torch.cat([-outputs, outputs], 1)
+        shown = self.margins(outputs) if self.metric in ("auroc", "concordance") else outputs
+        y = labels.numpy().reshape(len(labels), -1) if self.kind in ("numbers", "labels") else labels.numpy()
+        return float(weighted_scores(self.metric, y, shown.double().numpy(), np.ones((1, len(y))))[0])
+
+    def margins(self, outputs: Tensor) -> Tensor:
+        """What a ranked score orders: ``[N]``, or ``[N, C]`` for several labels."""
+        if self.metric == "macro_auroc":
+            return outputs.float()
+        return (outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs[:, 0]).float()
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Outputs on a scale of answers, ``[N, C]``: probabilities, or the numbers themselves (float64)."""
-        if self.kind in ("numbers", "pairs"):
+        if self.kind in ("numbers", "survival", "pairs"):
             return outputs.double()
         y = outputs.float()
         return y.softmax(-1) if self.kind == "classes" and y.shape[-1] > 1 else y.sigmoid()

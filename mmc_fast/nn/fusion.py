@@ -27,8 +27,8 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
 def _check_sizes(name: str, dims: Sequence[int], num_classes: int, hidden: Sequence[int]) -> None:
     if not dims or min(dims) < 1:
         raise InputError(f"{name}: dims is {list(dims)}; give one width of 1 or more for each modality")
-    if num_classes < 2:
-        raise InputError(f"{name}: num_classes is {num_classes}; a classifier needs at least 2")
+    if num_classes < 1:
+        raise InputError(f"{name}: num_classes is {num_classes}; give the number of outputs, 1 or more")
     if hidden and min(hidden) < 1:
         raise InputError(f"{name}: hidden is {list(hidden)}; give widths of 1 or more")
 

@@ -47,6 +47,7 @@ def own_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "x_weak": np.c_[y + generator.normal(size=240), generator.normal(size=240)],
         "y": y,
         "split": np.arange(240) % 3,
+        "meta": '{"kind": "classification"}',
     }
     np.savez(path, **arrays)
     return path

@@ -45,7 +45,7 @@ def own_file(folder: Path) -> Path:
     path = folder / "own.npz"
     arrays = {f"x_{name}": x.numpy() for name, x in drawn.features.items()}
     arrays |= {f"present_{name}": drawn.present[:, i].numpy() for i, name in enumerate(drawn.modalities)}
-    np.savez(path, y=drawn.labels.numpy(), split=drawn.split.numpy(), **arrays)
+    np.savez(path, meta='{"kind": "classification"}', y=drawn.labels.numpy(), split=drawn.split.numpy(), **arrays)
     return path
 
 

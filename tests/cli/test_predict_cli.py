@@ -47,7 +47,7 @@ def test_predictions_in_a_file_are_those_of_python(folder: Path, ending: str):
     _, err = run("predict", "--run", folder / "run", "--data", folder / "new.npz", "--out", path)
     assert "modalities that no row has: b" in err
     found = pandas.read_csv(path) if ending == "csv" else pandas.read_parquet(path)
-    wanted = load_run(folder / "run").predict(folder / "new.npz").probabilities.numpy()
+    wanted = load_run(folder / "run").predict(folder / "new.npz").answers.numpy()
     np.testing.assert_allclose(found[["p_0", "p_1"]].to_numpy(), wanted, rtol=1e-6)
     assert found["prediction"].astype(str).tolist() == [str(i) for i in wanted.argmax(1)]
     assert found["modalities"].tolist() == ["a"] * 7

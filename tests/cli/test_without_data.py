@@ -162,7 +162,13 @@ def test_bad_options_are_found_before_data_are_looked_for(arguments, words, tmp_
 
 
 def test_a_file_without_a_split_is_told_what_the_command_has(tmp_path):
-    np.savez(tmp_path / "d.npz", x_a=np.zeros((9, 2)), x_b=np.zeros((9, 2)), y=np.arange(9) % 3)
+    np.savez(
+        tmp_path / "d.npz",
+        x_a=np.zeros((9, 2)),
+        x_b=np.zeros((9, 2)),
+        y=np.arange(9) % 3,
+        meta='{"kind": "classification"}',
+    )
     for command in ("compare", "reproduce table5"):
         _, err = run(*command.split(), "--data", tmp_path / "d.npz", "--out", tmp_path / "o", code=2)
         assert "a line `split_seed = 0` below" in err

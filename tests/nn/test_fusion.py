@@ -104,7 +104,7 @@ def test_transformer_with_nothing_present_is_finite(batch):
     [
         (lambda: ConcatFusion((), 3), "dims is"),
         (lambda: ConcatFusion((3, 0), 3), "dims is"),
-        (lambda: LateFusion((3,), 1), "num_classes is 1"),
+        (lambda: LateFusion((3,), 0), "num_classes is 0"),
         (lambda: ConcatFusion((3,), 3, (0,)), "hidden is"),
         (lambda: TransformerFusion((3,), 3, dim=6, heads=4), "multiple of heads"),
         (lambda: TransformerFusion((3,), 3, depth=0), "depth is 0"),

@@ -93,6 +93,8 @@ def train_afresh(
     rows = len(labels)
     task = task or Task("classes", "accuracy", int(labels.max()) + 1)
     y = labels.cpu().numpy()
+    if task.kind == "survival":
+        raise InputError("train_afresh: there is no network for survival times; give scores of models of your own")
     if task.kind == "classes" and len(np.unique(y)) < 2:
         raise InputError("train_afresh: the labels hold a single class; a network needs at least 2")
     if judged is None:

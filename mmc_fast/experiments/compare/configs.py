@@ -29,7 +29,7 @@ BUDGET = TrainConfig(epochs=30, batch_size=64, selection="masked", unimodal_shar
 """What every method gets where a data config says nothing else."""
 
 _METHOD_KEYS = ("method", "title", "settings", "selected")
-_DATA_KEYS = ("data", "task", "variant", "nan_policy", "split_seed", "modalities", "columns", "budget")
+_DATA_KEYS = ("data", "task", "variant", "nan_policy", "split_seed", "kind", "modalities", "columns", "budget")
 
 
 def configs_folder() -> Path:
@@ -164,11 +164,11 @@ def load_data(key: str) -> MultimodalDataset:
     try:
         return load(data, **options)
     except InputError as error:
-        asked = next((option for option in ("split_seed", "nan_policy") if option in str(error)), None)
+        values = {"split_seed": "0", "nan_policy": '"mean"', "kind": '"classification"'}
+        asked = next((option for option in values if f"{option} " in str(error) or f"{option}=" in str(error)), None)
         if asked is None:
             raise
-        value = {"split_seed": "0", "nan_policy": '"mean"'}[asked]
-        advice = f'Here that is a line `{asked} = {value}` below `data = "{data}"` in a TOML file for --data.'
+        advice = f'Here that is a line `{asked} = {values[asked]}` below `data = "{data}"` in a TOML file for --data.'
         raise InputError(f"{error} {advice}") from error
 
 

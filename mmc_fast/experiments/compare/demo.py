@@ -28,8 +28,8 @@ from ..report.trained import (
     verdicts,
     without_effect,
 )
+from ..tasks import task_from_dict
 from ..training import TrainConfig, load_predictions, load_run
-from ..training.metrics import scores
 from .configs import MethodConfig, load_data_configs
 from .findings import Findings, find
 from .grid import Finished, Run
@@ -146,13 +146,13 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
 def _scored(result: Result, stored: Results, own: Path) -> Result:
     """The result with what a comparison needs: test predictions, scores, realised missing rates."""
     test = load_predictions(own)["test"]
-    metric = stored["data"]["metric"]
+    task = task_from_dict(stored["data"]["task"])
     # Predictions of unimodal models are stored beside these and are NaN where their modality is absent.
-    found = {n: p for n, p in test.probabilities.items() if n == "complete" or n.startswith("missing_")}
+    found = {n: p for n, p in test.answers.items() if n == "complete" or n.startswith("missing_")}
     values = {
-        "metric": metric,
+        "metric": task.metric,
         "batch_rows": None,
-        "scores": {name: scores(p, test.labels, metric) for name, p in found.items()},
+        "scores": {name: task.scores(p, test.labels) for name, p in found.items()},
         "realised": {f"missing_{e['rate']:g}": e["realised"] for e in stored["scores"]["missing"]},
         "without_effect": without_effect(stored),
     }

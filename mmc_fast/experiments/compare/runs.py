@@ -22,7 +22,6 @@ from ..jobs import ADVICE, Job, Result, Values, Workspace, perform, read
 from ..methods import BATCH_ROWS, Task, get
 from ..training import TrainConfig, load_run, train
 from ..training.evaluate import hidden_column, masks_at
-from ..training.metrics import scores
 from .configs import DataConfig, fingerprint_of, load_data
 
 __all__ = ["check", "check_cell", "mean_missing", "read_line", "score", "settings_of", "train_and_keep"]
@@ -59,7 +58,7 @@ def score(settings: Settings, workspace: Workspace) -> tuple[Values, dict[str, n
     """Train a method and score it on complete data and at the missing rates.
 
     Of the settings "part" is "test", or "validation" for a candidate of a search; "method" and "options" belong to the
-    method. Test runs keep "labels", "index" and class probabilities by condition ("complete", "missing_0.3", …).
+    method. Test runs keep "labels", "index" and answers (class probabilities, ...) by condition ("complete", "missing_0.3", …).
     """
     dataset = _data(settings)
     method, config = get(settings["method"]), from_mapping(TrainConfig(), _stored(settings["config"]), "config")
@@ -75,13 +74,13 @@ def score(settings: Settings, workspace: Workspace) -> tuple[Values, dict[str, n
     values: Values = {
         "metric": dataset.metric,
         "batch_rows": BATCH_ROWS if method.batch_dependent else None,
-        "scores": {name: scores(p, part.labels, dataset.metric) for name, p in answers.items()},
+        "scores": {name: dataset.task.scores(p, part.labels) for name, p in answers.items()},
         "realised": realised,
         "training": fitted.record,
     }
     if part_name != "test":
         return values, {}
-    arrays = {name: p.numpy() for name, p in answers.items()}
+    arrays = {name: dataset.task.scored(p).numpy() for name, p in answers.items()}
     return values, arrays | {"labels": part.labels.numpy(), "index": part.index.numpy()}
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.preprocessing import Preprocessing
+from mmc_fast.experiments.tasks import Classification, Task
 
-__all__ = ["METRICS", "PARTS", "MultimodalDataset", "Part", "PartBatches"]
+__all__ = ["PARTS", "MultimodalDataset", "Part", "PartBatches"]
 
 PARTS = ("train", "validation", "test")
-METRICS = ("accuracy", "auroc")
 PURPOSES = ("training", "scoring", "prediction")
 _CHECKED = 1 << 22  # values that are checked at a time
 
@@ -70,10 +70,11 @@ class MultimodalDataset:
 
     Column i of ``present`` belongs to the i-th entry of ``features``. Where ``present[n, i]`` is False, row n of that
     feature matrix holds zeros; ``present`` is the authority, never a value. The object is checked when it is made:
-    one that exists has finite features, labels in range, three parts that are not empty, every class and every
+    one that exists has finite features, labels that fit its task, three parts that are not empty, every class and every
     modality in train, at least one modality in every training row, and no id in two parts. ``streamed``: the features
     lie in a file that is mapped into memory, and each part is a run of rows. ``preprocessing``: how the features were
-    made; ``row_names``: the id of each row as its source writes it. ``purpose``: "training", or for a finished model
+    made; ``row_names``: the id of each row as its source writes it. ``task``: what is predicted, with the shape of ``labels``
+    (:mod:`mmc_fast.experiments.tasks`); without it ``num_classes`` classes, scored by ``metric``. ``purpose``: "training", or for a finished model
     "scoring", where parts and classes may be missing, and "prediction", where the labels are unknown (-1).
 
     Raises :class:`~mmc_fast.errors.InputError` with one line that names the first thing that is wrong.
@@ -93,21 +94,22 @@ class MultimodalDataset:
     preprocessing: Preprocessing | None = None
     purpose: str = "training"
     row_names: list[str] | None = None
+    task: Task = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.purpose not in PURPOSES:
             raise unknown("purpose", self.purpose, PURPOSES)
         _check_shapes(self)
-        if self.purpose != "prediction":
-            _check_labels(self)
+        _check_labels(self)
         if self.purpose == "training":
             _check_split(self)
             _check_presence(self)
+            object.__setattr__(self, "task", self.task.fit(self.labels[self.split == 0]))
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of the columns of a prediction."""
-        return self.preprocessing.classes if self.preprocessing is not None else list(map(str, range(self.num_classes)))
+        """Names of the classes, labels or targets, in the order of the columns of a prediction."""
+        return list(self.task.names)
 
     @classmethod
     def from_frames(
@@ -124,7 +126,8 @@ class MultimodalDataset:
         """A data set from pandas tables: ``{modality: table}`` joined by ``id``, or one table with ``modalities=``.
 
         Args:
-            label: the column with the class, in any of the tables, or several 0/1 columns of which each row has one 1.
+            label: the column with the class or number, in any of the tables, or several columns: 0/1 of which each row has
+                one 1, or what ``kind`` says.
             id: column that joins the tables; rows of one table that share it stay in one part.
             split: a column with "train", "validation" and "test", or the seed with which 60/10/30 are drawn.
             roles: ``modalities`` (name -> columns, for one table), ``group``, ``categorical``, ``kind``, ``nan_policy``.
@@ -153,10 +156,10 @@ class MultimodalDataset:
         """A data set from arrays ``[N, ...]`` of numbers, NaN = not measured, in one order of rows.
 
         Args:
-            label: ``[N]`` text or numbers, or ``[N, C]`` with one 1 in each row. id: ``[N]``; an id stays in one part.
+            label: ``[N]`` text or numbers, or ``[N, C]`` with one 1 in each row, or what ``kind`` says. id: ``[N]``; an id stays in one part.
             split: ``[N]`` part names or 0, 1, 2; or the seed with which 60/10/30 are drawn.
             names: of the columns. present: bool ``[N]`` for modalities that say it; else a row of NaN is absent.
-            kind: "classification" where whole numbers of more than two values are classes.
+            kind: "classification", "multilabel" or "regression"; needed where the labels alone do not tell (docs/data.md).
 
         Raises InputError.
         """
@@ -264,7 +267,10 @@ def _tensor(data: MultimodalDataset, what: str, x: object, dtype: torch.dtype, s
 def _check_shapes(data: MultimodalDataset) -> None:
     if not data.features:
         raise InputError(f"{data.name}: no modality; at least one is needed.")
-    _tensor(data, "labels", data.labels, torch.int64, (-1,))
+    if not isinstance(data.labels, Tensor) or data.labels.dim() == 0:
+        raise InputError(
+            f"{data.name}: labels must be a tensor with one entry a row, got {type(data.labels).__name__}."
+        )
     n, m = len(data.labels), len(data.features)
     _tensor(data, "split", data.split, torch.uint8, (n,))
     _tensor(data, "present", data.present, torch.bool, (n, m))
@@ -286,27 +292,23 @@ def _check_shapes(data: MultimodalDataset) -> None:
 
 
 def _check_labels(data: MultimodalDataset) -> None:
-    if data.metric not in METRICS:
-        raise unknown("metric", data.metric, METRICS)
-    if data.purpose == "training" and len(data.labels) and len(torch.unique(data.labels)) < 2:
-        raise InputError(f"{data.name}: the labels hold a single class; a classifier needs at least 2.")
-    if data.num_classes < 2:
-        raise InputError(f"{data.name}: num_classes is {data.num_classes}; a classifier needs at least 2.")
-    if data.purpose == "training" and data.num_classes > len(data.labels):
+    """The task, of numbered classes where none is given, and that the labels are of it."""
+    if data.task is None:
+        number, single = data.num_classes, "the labels hold a single class; a classifier needs at least 2."
+        if data.purpose == "training" and len(data.labels) and len(torch.unique(data.labels)) < 2:
+            raise InputError(f"{data.name}: {single}")
+        if data.purpose == "training" and number > len(data.labels):
+            raise InputError(
+                f"{data.name}: {number} classes for {len(data.labels)} rows; number the classes 0, 1, 2, ..."
+            )
+        object.__setattr__(data, "task", Classification.of(number, data.metric))
+    if (data.num_classes, data.metric) != (data.task.outputs, data.task.metric):
         raise InputError(
-            f"{data.name}: {data.num_classes} classes for {len(data.labels)} rows; number the classes 0, 1, 2, ..."
+            f"{data.name}: num_classes {data.num_classes} and metric {data.metric!r} are not those of the task, "
+            f"{data.task.outputs} and {data.task.metric!r}; change the task, or give task=None."
         )
-    if data.metric == "auroc" and data.num_classes != 2:
-        raise InputError(
-            f"{data.name}: metric 'auroc' is for 2 classes and there are {data.num_classes}; use 'accuracy'."
-        )
-    bad = (data.labels < 0) | (data.labels >= data.num_classes)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise InputError(
-            f"{data.name}: label {int(data.labels[row])} in row {row} is out of range; "
-            f"allowed are 0 to {data.num_classes - 1} (num_classes = {data.num_classes})."
-        )
+    if data.purpose != "prediction":
+        data.task.check(data.labels, data.name)
 
 
 def _check_split(data: MultimodalDataset) -> None:
@@ -322,15 +324,7 @@ def _check_split(data: MultimodalDataset) -> None:
             raise InputError(
                 f"{data.name}: the {part} part is empty; give it rows (split = {code}) or let the split be drawn."
             )
-        counts = torch.bincount(data.labels[rows], minlength=data.num_classes)
-        if part == "train" or data.metric == "auroc":
-            missing = (counts == 0).nonzero().flatten().tolist()
-            if missing:
-                reason = "can never be learned" if part == "train" else "leaves the AUC undefined"
-                raise InputError(
-                    f"{data.name}: class {missing[0]} has no row in the {part} part, so it {reason}; "
-                    "change the split or renumber the labels without it."
-                )
+        data.task.check_part(data.labels[rows], part, data.name)
     if data.streamed and bool((data.split[1:] < data.split[:-1]).any()):
         raise InputError(f"{data.name}: the rows of streamed data must be in the order train, validation, test.")
     if data.ids is not None:

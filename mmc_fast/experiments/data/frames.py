@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,30 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
 from mmc_fast._util.toml import read_toml
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.data.cells import as_text
 from mmc_fast.experiments.data.dataset import PARTS
+from mmc_fast.experiments.data.labels import read_labels
 from mmc_fast.experiments.data.preprocessing import Preprocessing, encoded_names
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.splits import stratified_split
-from mmc_fast.experiments.data.tables import ENDINGS, as_numbers, as_text, encode, fit_categories, place, read_table
+from mmc_fast.experiments.data.tables import ENDINGS, encode, fit_categories, place, read_table
+from mmc_fast.experiments.tasks import KINDS, Classification
 
 __all__ = ["ColumnMap", "build", "from_memory", "raw_from_arrays", "raw_from_frames", "read_frames", "read_tables"]
 
 _PART_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2, "0": 0, "1": 1, "2": 2}
-KINDS = ("classification",)
 
 
 @dataclass(frozen=True)
 class ColumnMap:
     """What the columns of tables are for.
 
-    ``label``: a column, or several 0/1 columns of which each row has one. ``id``: joins tables and names rows; rows of one
+    ``label``: a column, or several. ``id``: joins tables and names rows; rows of one
     table that share it stay in one part. ``group``: instead of ``id``, what must stay in one part. ``split``: a column
     with train, validation, test (or 0, 1, 2); without it the split is drawn with ``split_seed``. ``modalities``: name ->
     columns; a table alone needs it, and of several tables each is a modality with all columns that are left.
-    ``categorical``: columns of numbers that are codes. ``kind``: "classification", to say that whole numbers are classes.
+    ``categorical``: columns of numbers that are codes. ``kind``: what the labels are, where it is not clear:
+    "classification", "multilabel" or "regression".
     """
 
     label: str | Sequence[str] | None = None
@@ -65,7 +69,7 @@ class ColumnMap:
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
                 raise InputError(f"{where}: {key} is {names!r}; give a list of columns.")
         if values.get("kind") is not None and values["kind"] not in KINDS:
-            raise unknown(f"kind in {where}:", values["kind"], KINDS)
+            raise unknown(f"kind in {where}:", values["kind"], tuple(KINDS))
         return cls(**values)
 
     @property
@@ -86,6 +90,7 @@ def read_tables(
     split_seed: int | None = None,
     preprocessing: Preprocessing | None = None,
     purpose: str = "training",
+    kind: str | None = None,
 ) -> RawDataset:
     """One table with a column map, or a folder with one table for each modality.
 
@@ -117,6 +122,8 @@ def read_tables(
         if roles.split is not None:
             raise InputError(f"{path}: column {roles.split!r} holds the split; leave split_seed out.")
         roles = replace(roles, split_seed=split_seed)
+    if kind is not None:
+        roles = replace(roles, kind=kind)
     tables = {p.stem: read_table(p) for p in files}
     if not path.is_dir():
         return read_frames(
@@ -163,19 +170,24 @@ def read_frames(
     if several and purpose != "prediction":
         about, parts, info["rows_without_label"] = _labelled(about, parts, roles, table)
     rows, known = len(about), {} if preprocessing is None else preprocessing.views
-    row_names = _ids(about, roles.id, table) if roles.id in about.columns else None
-    group = _ids(about, roles.group, table) if roles.group in about.columns else row_names
+    at = partial(place, about)
+    row_names = _ids(about[roles.id], str(roles.id), table, at) if roles.id in about.columns else None
+    group = _ids(about[roles.group], str(roles.group), table, at) if roles.group in about.columns else row_names
     ids = None if group is None else np.unique(np.array(group), return_inverse=True)[1].astype(np.int64)
-    classes = [] if preprocessing is None else preprocessing.classes
-    labels, split = np.full(rows, -1, np.int64), np.full(rows, 2, np.uint8)
+    task = None if preprocessing is None else preprocessing.task
+    split = np.full(rows, 2, np.uint8)
     info["split"] = "all test"
     if purpose != "prediction":
-        labels, classes = _labels(about, roles, table, classes or None)
+        cells = {c: about[c] for c in roles.labels}
+        labels, task = read_labels(cells, roles.kind, table, at, task)
         if roles.split in about.columns:
-            split, info["split"] = _split(about, str(roles.split), table), "in the table"
+            split, info["split"] = _split(about[roles.split], str(roles.split), table, at), "in the table"
         elif purpose == "training" or drawn:
-            split = stratified_split(labels, seed=roles.split_seed, ids=ids)
+            split = stratified_split(task.strata(labels), seed=roles.split_seed, ids=ids)
             info["split"] = f"drawn with seed {roles.split_seed}"
+    else:
+        task = task or Classification.of(2)
+        labels = task.unknown(rows)
     views, names, columns, categories = {}, {}, {}, {}
     differ: dict[str, Any] = {"new_modalities": [], "new_columns": {}, "missing_columns": {}, "unknown_categories": {}}
     for view, part in parts.items():
@@ -205,13 +217,11 @@ def read_frames(
         views=views,
         labels=labels,
         split=split,
-        num_classes=len(classes),
-        metric="auroc" if len(classes) == 2 else "accuracy",
+        task=task,
         names=names,
         ids=ids,
         nan_policy=roles.nan_policy,
         info=info | ({} if preprocessing is None else {"differences": differ}),
-        classes=list(classes),
         columns=columns,
         categories=categories,
         source={k: v if isinstance(v, str) else list(v) for k, v in source.items() if v is not None},
@@ -228,7 +238,7 @@ def _single(
         raise InputError(f"{', '.join(where.values())}: a column map with modalities is for one table.")
     frame = frame.reset_index(drop=True)
     if roles.id in frame.columns:
-        frame = frame.iloc[_order(_ids(frame, roles.id, where[key]))]
+        frame = frame.iloc[_order(_ids(frame[roles.id], str(roles.id), where[key], partial(place, frame)))]
     about = frame[[c for c in roles.roles if c in frame.columns]]
     if preprocessing is not None:
         views = {view: [c for c in known.columns if c in frame.columns] for view, known in preprocessing.views.items()}
@@ -265,7 +275,7 @@ def _joined(
     for key, frame in frames.items():
         if roles.id not in frame.columns:
             raise unknown(f"id column in {where[key]}:", roles.id, [str(c) for c in frame.columns])
-        ids = _ids(frame, roles.id, where[key])
+        ids = _ids(frame[roles.id], roles.id, where[key], partial(place, frame))
         twice = next((i for i, n in zip(*np.unique(ids, return_counts=True), strict=True) if n > 1), None)
         if twice is not None:
             raise InputError(
@@ -308,11 +318,11 @@ def _order(ids: Sequence[str]) -> np.ndarray:
     return np.array(sorted(range(len(ids)), key=lambda i: ids[i]), np.int64)
 
 
-def _ids(frame: Any, column: str | None, where: str) -> list[str]:
-    found = as_text(frame[column])
+def _ids(cells: Any, column: str, where: str, at: Callable[[int], str]) -> list[str]:
+    found = as_text(cells)
     empty = next((row for row, i in enumerate(found) if i is None), None)
     if empty is not None:
-        raise InputError(f"{where}: column {column!r} is empty in {place(frame, empty)}; every row needs one.")
+        raise InputError(f"{where}: column {column!r} is empty in {at(empty)}; every row needs one.")
     return [str(i) for i in found]
 
 
@@ -329,55 +339,12 @@ def _labelled(about: Any, parts: dict[str, Any], roles: ColumnMap, table: str) -
     return about[here], keep, lost
 
 
-def _labels(about: Any, roles: ColumnMap, table: str, known: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Class numbers int64 [N] and class names: sorted by value where they are numbers, else as text."""
-    if len(roles.labels) > 1:
-        return _one_hot(about, roles.labels, table)
-    (column,) = roles.labels
-    text = as_text(about[column])
-    empty = next((row for row, t in enumerate(text) if t is None), None)
-    if empty is not None:
-        raise InputError(
-            f"{table}: label {column!r} is empty in {place(about, empty)}; remove such rows, or use predict for them."
-        )
-    found = sorted({str(t) for t in text})
-    values, bad = as_numbers(about[column])
-    if not bad.any() and not set(found) & {"True", "False", "true", "false"}:
-        found = sorted(found, key=float)
-        fractions = bool((values != np.round(values)).any())
-        if known is None and (fractions or (len(found) > 2 and roles.kind is None)):
-            what = "fractions" if fractions else f"{len(found)} different whole numbers"
-            raise InputError(
-                f'{table}: label {column!r} holds {what}; if they are classes, say kind = "classification"'
-                + (", and write them as whole numbers or text." if fractions else ".")
-            )
-    classes = found if known is None else known
-    for row, t in enumerate(text):
-        if t not in classes:
-            raise unknown(f"class in column {column!r}, {place(about, row)} of {table}:", t, classes)
-    if known is None and len(classes) < 2:
-        raise InputError(f"{table}: label {column!r} is {classes[0]!r} in every row; a classifier needs 2 classes.")
-    number = {c: i for i, c in enumerate(classes)}
-    return np.array([number[str(t)] for t in text], np.int64), classes
-
-
-def _one_hot(about: Any, columns: list[str], table: str) -> tuple[np.ndarray, list[str]]:
-    hot = np.stack([as_numbers(about[c])[0] for c in columns], 1)
-    wrong = ~(np.isin(hot, (0.0, 1.0)).all(1) & (hot.sum(1) == 1))
-    if wrong.any():
-        raise InputError(
-            f"{table}: {place(about, int(np.flatnonzero(wrong)[0]))} of the label columns {', '.join(columns)} is not one 1 and else "
-            "0; one of several columns must be the class of each row."
-        )
-    return hot.argmax(1).astype(np.int64), columns
-
-
-def _split(about: Any, column: str, table: str) -> np.ndarray:
-    text = as_text(about[column])
+def _split(cells: Any, column: str, table: str, at: Callable[[int], str]) -> np.ndarray:
+    text = as_text(cells)
     for row, t in enumerate(text):
         if str(t).lower() not in _PART_NAMES:
             raise InputError(
-                f"{table}: column {column!r} is {t!r} in {place(about, row)}; allowed are {', '.join(PARTS)} (or 0, 1, 2)."
+                f"{table}: column {column!r} is {t!r} in {at(row)}; allowed are {', '.join(PARTS)} (or 0, 1, 2)."
             )
     return np.array([_PART_NAMES[str(t).lower()] for t in text], np.uint8)
 
@@ -401,12 +368,11 @@ def raw_from_arrays(
     kind: str | None,
 ) -> RawDataset:
     """What :meth:`MultimodalDataset.from_arrays` takes, checked."""
-    pandas = require("pandas", extra="experiments")
     target = np.asarray(label)
+    if target.ndim not in (1, 2) or 0 in target.shape:
+        raise InputError(f"{name}: label has shape {list(target.shape)}; give [N], or [N, C] for several columns.")
     rows = len(target)
-    columns = target.T if target.ndim == 2 else [target]
-    about = pandas.DataFrame({f"label {j}" if target.ndim == 2 else "label": list(c) for j, c in enumerate(columns)})
-    roles = ColumnMap.parse({"label": list(about.columns) if target.ndim == 2 else "label", "kind": kind}, name)
+    cells = {"label": target} if target.ndim == 1 else {f"label {j}": c for j, c in enumerate(target.T)}
     views, given = {}, {"id": id, **{f"present {v}": p for v, p in present.items()}}
     for view, x in arrays.items():
         values = np.asarray(x)
@@ -428,25 +394,23 @@ def raw_from_arrays(
             raise InputError(
                 f"{name}: modality {view!r} has {views[view][0].size} columns; give each a name of its own."
             )
-    labels, classes = _labels(about, roles, name, None)
-    row_names = None if id is None else _ids(pandas.DataFrame({"id": list(id)}), "id", name)
+    labels, task = read_labels(cells, kind, name, "row {}".format)
+    row_names = None if id is None else _ids(np.asarray(id), "id", name, "row {}".format)
     ids = None if row_names is None else np.unique(np.array(row_names), return_inverse=True)[1].astype(np.int64)
     if "split" in given:
-        parts = _split(pandas.DataFrame({"split": list(split)}), "split", name)
+        parts = _split(np.asarray(split), "split", name, "row {}".format)
     else:
-        parts = stratified_split(labels, seed=int(split), ids=ids)
+        parts = stratified_split(task.strata(labels), seed=int(split), ids=ids)
     return RawDataset(
         name=name,
         views=views,
         labels=labels,
         split=parts,
-        num_classes=len(classes),
-        metric="auroc" if len(classes) == 2 else "accuracy",
+        task=task,
         names={view: list(own) for view, own in names.items()},
         present={view: np.asarray(here, bool) for view, here in present.items()},
         ids=ids,
         info={"task": "label", "variant": None, "source": "arrays", "licence": "not stated"},
-        classes=classes,
         row_names=row_names,
     )
 
@@ -471,6 +435,5 @@ def from_memory(data: Any, preprocessing: Preprocessing, purpose: str) -> RawDat
         shapes = {view: f"{x.dtype} {list(x.shape)}" for view, x in views.items()}
         raise InputError(f"data: give arrays of numbers [N, d] with one N, got {shapes}.")
     n = rows.pop()
-    return RawDataset(
-        "data", views, np.full(n, -1, np.int64), np.full(n, 2, np.uint8), len(preprocessing.classes), "accuracy"
-    )
+    task = preprocessing.task
+    return RawDataset("data", views, task.unknown(n), np.full(n, 2, np.uint8), task)

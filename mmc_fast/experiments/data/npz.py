@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from mmc_fast._util.names import nearest, unknown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.archive import Archive
 from mmc_fast.experiments.data.dataset import check_selection
+from mmc_fast.experiments.data.labels import read_labels
 from mmc_fast.experiments.data.raw import RawDataset
 from mmc_fast.experiments.data.scratch import Scratch
 from mmc_fast.experiments.data.splits import stratified_split
+from mmc_fast.experiments.tasks import Classification, Task
 
 __all__ = ["column_names", "read_npz"]
 
@@ -30,11 +33,14 @@ def read_npz(
     split_seed: int | None = None,
     scratch: Scratch | None = None,
     purpose: str = "training",
+    kind: str | None = None,
+    known: Task | None = None,
 ) -> RawDataset:
     """The content of a file in the documented layout; only the arrays that are asked for are read.
 
     Features that would take more than the budget of ``scratch`` are mapped into memory instead of read. ``purpose``: for
-    "scoring" a file without split is all test; for "prediction" labels and split are not looked at.
+    "scoring" a file without split is all test; for "prediction" labels and split are not looked at. ``kind``: what the labels are, instead of ``meta``; ``known``: the
+    task of a finished run.
     Raises :class:`~mmc_fast.errors.InputError` for anything that the layout does not allow.
     """
     archive = Archive(path)
@@ -46,26 +52,25 @@ def read_npz(
             modalities = [name for name in modalities if name in views]
         views = check_selection(modalities, views)
     rows = _check_lengths(archive, views, target)
-    labels = np.full(rows, -1, np.int64) if purpose == "prediction" else _labels(archive, target)
+    labels, read_task = np.zeros(rows, np.int64), known or Classification(("0", "1"))
+    if purpose != "prediction":
+        labels, read_task = _labels(archive, target, meta, kind, known)
+    elif known is not None:
+        labels = known.unknown(rows)
     ids = _ids(archive) if "ids" in archive else None
     read = archive.read
     if scratch is not None:
         sizes = [archive.headers[f"x_{view}"] for view in views]
         if sum(math.prod(h.shape) * (h.dtype.itemsize + 4) for h in sizes) > scratch.budget:
             read = functools.partial(archive.map, scratch=scratch)
-    num_classes = meta.get("num_classes", int(labels.max()) + 1)
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise InputError(f"{archive.path}: meta: num_classes must be an integer, got {num_classes!r}.")
-    metric = str(meta.get("metric", "auroc" if num_classes == 2 else "accuracy"))
     return RawDataset(
         name=str(meta.get("name", archive.path.stem)),
         views={view: read(f"x_{view}") for view in views},
         labels=labels,
         split=np.full(rows, 2, np.uint8)
         if purpose == "prediction" or (purpose == "scoring" and "split" not in archive and split_seed is None)
-        else _split(archive, labels, ids, split_seed),
-        num_classes=num_classes,
-        metric=metric,
+        else _split(archive, read_task.strata(labels), ids, split_seed),
+        task=read_task,
         names={view: _names(archive, view) for view in views if f"names_{view}" in archive},
         present={view: _present(archive, view) for view in views if f"present_{view}" in archive},
         ids=ids,
@@ -158,7 +163,7 @@ def _check_lengths(archive: Archive, views: list[str], target: str) -> int:
     flat = [target, "split", "ids", *(f"present_{view}" for view in views)]
     for key in [*(f"x_{view}" for view in views), *(key for key in flat if key in archive)]:
         shape = archive.headers[key].shape
-        if key in flat and len(shape) != 1:
+        if key in flat and len(shape) != 1 and not (key == target and len(shape) == 2):
             raise InputError(f"{archive.path}: {key} must have shape [{rows}], got {list(shape)}.")
         if shape[0] != rows:
             raise InputError(
@@ -167,25 +172,45 @@ def _check_lengths(archive: Archive, views: list[str], target: str) -> int:
     return int(rows)
 
 
-def _labels(archive: Archive, target: str) -> np.ndarray:
-    labels = archive.read(target)
-    if labels.dtype.kind == "U":
-        raise InputError(f"{archive.path}: {target} holds text; number the classes 0, 1, 2, ...")
-    if labels.dtype.kind == "f":
-        fractions = ~(np.isfinite(labels) & (labels == np.round(labels)))
-        if fractions.any():
-            row = int(np.flatnonzero(fractions)[0])
-            raise InputError(
-                f"{archive.path}: {target} is {labels[row]} in row {row}; labels are whole numbers 0, 1, 2, ..."
-            )
-    with np.errstate(invalid="ignore"):
-        outside = (labels < 0) | (labels > len(labels))
-    if outside.any():
-        row = int(np.flatnonzero(outside)[0])
+def _labels(
+    archive: Archive, target: str, meta: dict[str, Any], kind: str | None, known: Task | None
+) -> tuple[np.ndarray, Task]:
+    """Labels by the rules of tables; ``num_classes`` of ``meta`` says that they number classes from 0."""
+    y, where, number = archive.read(target), str(archive.path), meta.get("num_classes")
+    names = meta.get("classes")
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+        raise InputError(f"{where}: meta: num_classes must be an integer, got {number!r}.")
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        raise InputError(f"{where}: meta: classes must be a list of names, got {names!r}.")
+    kind = kind or meta.get("kind")
+    columns = (
+        {target: y}
+        if y.ndim == 1
+        else {(names or [])[j] if j < len(names or []) else f"{target}_{j}": c for j, c in enumerate(y.T)}
+    )
+    if known is None and y.ndim == 1 and y.dtype.kind in "iubf" and (number or names):
+        counted = Classification(tuple(names)) if names else Classification.of(min(number or 0, len(y)))
+        known = replace(counted, main=str(meta.get("metric", "")))
+        return _numbered(y, where, target, len(known.names)), known
+    if known is not None and isinstance(known, Classification) and y.dtype.kind in "iubf" and y.ndim == 1 and names:
+        y = np.array(names)[_numbered(y, where, target, len(names))]
+        columns = {target: y}
+    labels, task = read_labels(columns, kind, where, "row {}".format, known)
+    if known is None and isinstance(task, Classification):
+        task = replace(task, main=str(meta.get("metric", "")))
+    return labels, task
+
+
+def _numbered(y: np.ndarray, where: str, target: str, classes: int) -> np.ndarray:
+    """Class numbers as int64; InputError for what is none."""
+    bad = ~np.isin(y, np.arange(classes))
+    if bad.any():
+        row = int(bad.argmax())
         raise InputError(
-            f"{archive.path}: {target} is {labels[row]} in row {row}, out of range; number the classes 0, 1, 2, ..."
+            f"{where}: {target} is {y[row]} in row {row}, out of range; meta names {classes} classes, which are numbered "
+            f"0 to {classes - 1}."
         )
-    return labels.astype(np.int64)
+    return y.astype(np.int64)
 
 
 def _ids(archive: Archive) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from mmc_fast._util.documents import Count0, Finite
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.scaler import ViewScaler
+from mmc_fast.experiments.tasks import Task, task_from_dict
 
 __all__ = ["Preprocessing", "PreprocessingDocument", "ViewColumns", "shift"]
 
@@ -41,7 +42,7 @@ class PreprocessingDocument(TypedDict):
 
     views: dict[str, _View]
     policy: str
-    classes: list[str]
+    task: dict[str, Any]
     source: dict[str, Any]
 
 
@@ -75,13 +76,13 @@ def encoded_names(columns: Sequence[str], categories: dict[str, list[str]]) -> l
 class Preprocessing:
     """From rows of a source to the input of a model, with statistics of its training rows alone.
 
-    ``classes``: names of the classes in the order of the predicted columns. ``source``: the roles of columns (``id``,
+    ``task``: how labels are read. ``source``: the roles of columns (``id``,
     ``label``, ...) in the tables that the data came from.
     """
 
     views: dict[str, ViewColumns]
     policy: str
-    classes: list[str]
+    task: Task
     source: dict[str, Any] = field(default_factory=dict)
 
     def keep(self, modalities: Sequence[str]) -> Preprocessing:
@@ -94,7 +95,7 @@ class Preprocessing:
             name: {"columns": v.columns, "categories": v.categories, "scaler": v.scaler.to_dict()}
             for name, v in self.views.items()
         }
-        return {"views": views, "policy": self.policy, "classes": self.classes, "source": self.source}
+        return {"views": views, "policy": self.policy, "task": self.task.to_dict(), "source": self.source}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -103,7 +104,7 @@ class Preprocessing:
             name: ViewColumns(v["columns"], ViewScaler.from_dict(v["scaler"]), v["categories"])
             for name, v in values["views"].items()
         }
-        return cls(views, values["policy"], values["classes"], values["source"])
+        return cls(views, values["policy"], task_from_dict(values["task"]), values["source"])
 
     def align(
         self, dataset: str, views: dict[str, np.ndarray], names: dict[str, list[str]], rows: int

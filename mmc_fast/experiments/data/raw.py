@@ -15,6 +15,7 @@ from mmc_fast.experiments.data.dataset import MultimodalDataset
 from mmc_fast.experiments.data.preprocessing import Preprocessing, ViewColumns, shift
 from mmc_fast.experiments.data.scaler import NAN_POLICIES, ViewScaler
 from mmc_fast.experiments.data.scratch import Scratch
+from mmc_fast.experiments.tasks import Task
 
 __all__ = ["RawDataset", "build"]
 
@@ -27,7 +28,7 @@ class RawDataset:
     """What a source gives: values not scaled, NaN = not measured, any shape [N, ...] per view.
 
     ``present`` holds bool [N] for the views that state it. For another view a row with nothing measured (all NaN) is
-    absent. ``nan_policy`` is the default of this source. ``classes``: their names. ``columns`` and ``categories``: of
+    absent. ``nan_policy`` is the default of this source. ``columns`` and ``categories``: of
     views that come from a table, its columns and the categories of some. ``source``: roles of columns in that table.
     """
 
@@ -35,14 +36,12 @@ class RawDataset:
     views: dict[str, np.ndarray]
     labels: np.ndarray
     split: np.ndarray
-    num_classes: int
-    metric: str
+    task: Task
     names: dict[str, list[str]] = field(default_factory=dict)
     present: dict[str, np.ndarray] = field(default_factory=dict)
     ids: np.ndarray | None = None
     nan_policy: str = "error"
     info: dict[str, Any] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
     columns: dict[str, list[str]] = field(default_factory=dict)
     categories: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -129,18 +128,18 @@ def build(
         notes["dropped_rows"] = int((~rows).sum())
     used = preprocessing
     if used is None:
-        classes = raw.classes or [str(c) for c in range(min(raw.num_classes, len(raw.labels)))]
-        used = Preprocessing(fitted, policy, classes, raw.source)
+        used = Preprocessing(fitted, policy, raw.task, raw.source)
     elif differ is not None:
         notes |= {"differences": differ, "shift": shift(used, flat, present)}
     return MultimodalDataset(
         name=raw.name,
         features={view: torch.from_numpy(x) for view, x in features.items()},
         present=torch.from_numpy(presence[order]),
-        labels=torch.from_numpy(raw.labels[order].astype(np.int64)),
+        labels=raw.task.tensor(raw.labels[order]),
         split=torch.from_numpy(raw.split[order].astype(np.uint8)),
-        num_classes=raw.num_classes,
-        metric=raw.metric,
+        num_classes=raw.task.outputs,
+        metric=raw.task.metric,
+        task=raw.task,
         feature_names=names,
         ids=None if raw.ids is None else torch.from_numpy(raw.ids[order].astype(np.int64)),
         info={**raw.info, "nan_policy": policy, "standardised": standardise, **notes},

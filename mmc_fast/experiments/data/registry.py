@@ -20,6 +20,7 @@ from mmc_fast.experiments.data.scaler import NAN_POLICIES
 from mmc_fast.experiments.data.scratch import Scratch, budget_bytes
 from mmc_fast.experiments.data.sets import ENTRIES
 from mmc_fast.experiments.data.tables import ENDINGS
+from mmc_fast.experiments.tasks import KINDS
 
 __all__ = ["available", "check_options", "load", "why_missing"]
 
@@ -45,6 +46,7 @@ def load(
     preprocessing: Preprocessing | None = None,
     purpose: str | None = None,
     columns: Mapping[str, Any] | str | Path | None = None,
+    kind: str | None = None,
 ) -> MultimodalDataset:
     """A data set of the registry by name, or a user's own data: an npz file, a table, or a folder of tables, by path.
 
@@ -68,6 +70,7 @@ def load(
         purpose: what the data set is for, "training", "scoring" or "prediction"; None = "scoring" with
             ``preprocessing``, else "training".
         columns: what the columns of tables are for, as a mapping or a TOML file; None = the TOML file beside them.
+        kind: what the labels of a file are, where they do not tell: "classification", "multilabel" or "regression".
 
     Returns:
         A checked :class:`~mmc_fast.experiments.data.MultimodalDataset`.
@@ -90,23 +93,23 @@ def load(
         split_seed=split_seed,
         memory_budget=memory_budget,
         columns=columns,
+        kind=kind,
     )
     room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
     if scratch is not None and room is None:
         raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
     if is_table(name_or_path):
         raw = read_tables(
-            Path(name_or_path), columns, split_seed=split_seed, preprocessing=preprocessing, purpose=purpose
+            Path(name_or_path), columns, split_seed=split_seed, preprocessing=preprocessing, purpose=purpose, kind=kind
         )
         if modalities is not None:
             wanted = check_selection(modalities, list(raw.views))
             raw = replace(raw, views={view: raw.views[view] for view in wanted})
     elif isinstance(name_or_path, Path) or _is_path(name_or_path):
         raw = read_npz(
-            name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room, purpose=purpose
-        )
-        if preprocessing is not None and raw.num_classes <= len(preprocessing.classes):
-            raw = replace(raw, num_classes=len(preprocessing.classes))
+            name_or_path, task=task, modalities=modalities, split_seed=split_seed, scratch=room, purpose=purpose,
+            kind=kind, known=None if preprocessing is None else preprocessing.task,
+        )  # fmt: skip
     else:
         raw = _load_registered(name_or_path, task, variant, modalities)
     return build(
@@ -130,6 +133,7 @@ def check_options(
     memory_budget: int | str | None = None,
     modalities: Sequence[str] | None = None,
     columns: Mapping[str, Any] | str | Path | None = None,
+    kind: str | None = None,
 ) -> None:
     """Refuse options of :func:`load` that are wrong whether or not the data are here; no file is looked for.
 
@@ -143,6 +147,8 @@ def check_options(
         check_seed(split_seed)
     if memory_budget is not None:
         budget_bytes(memory_budget)
+    if kind is not None:
+        choose("kind", kind, tuple(KINDS))
     table = is_table(name_or_path)
     for option, value in (("task", task), ("memory_budget", memory_budget)):
         if table and value is not None:
@@ -166,6 +172,8 @@ def check_options(
         raise InputError(f"{name}: memory_budget is for npz files; this set is small, leave it out.")
     if split_seed is not None:
         raise InputError(f"{name}: the set has a fixed split; leave split_seed out.")
+    if kind is not None:
+        raise InputError(f"{name}: kind is for files; the labels of this set are known, leave it out.")
     info, _ = _ENTRIES[name]
     choose(f"task of {name}", task, info.tasks)
     if variant is not None and not info.variants:
@@ -198,4 +206,4 @@ def _load_registered(name: str, task: str | None, variant: str | None, modalitie
         variant = info.variants[0]
     raw = loader(task, variant, modalities)
     origin = {"task": task, "variant": variant, "source": info.source, "licence": info.licence}
-    return replace(raw, name=name, metric=info.metric, info={**raw.info, **origin, "split": "fixed"})
+    return replace(raw, name=name, info={**raw.info, **origin, "split": "fixed"})

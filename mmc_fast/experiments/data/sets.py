@@ -13,6 +13,7 @@ from mmc_fast.experiments.data.dataset import check_selection
 from mmc_fast.experiments.data.info import DatasetInfo, Entry, locate
 from mmc_fast.experiments.data.npz import column_names, read_npz
 from mmc_fast.experiments.data.raw import RawDataset
+from mmc_fast.experiments.tasks import Classification
 
 __all__ = ["ENTRIES"]
 
@@ -141,8 +142,7 @@ def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] |
         views=views,
         labels=archive.read("label"),
         split=archive.read("split"),
-        num_classes=10,
-        metric=info.metric,
+        task=Classification.of(10, info.metric),
         ids=pair.astype(np.int64),
     )
 
@@ -157,8 +157,7 @@ def _avmnist_paper(archive: Archive, share: float | None, modalities: Sequence[s
         views={view: views[view] for view in wanted},
         labels=archive.read("label")[image],
         split=split,
-        num_classes=10,
-        metric=AVMNIST.metric,
+        task=Classification.of(10, AVMNIST.metric),
         present={"audio": heard} if "audio" in wanted else {},
         ids=recording.astype(np.int64),
     )
@@ -174,8 +173,7 @@ def _fsdd(task: str, variant: str | None, modalities: Sequence[str] | None) -> R
         views={"audio": archive.read("logmel")},
         labels=archive.read("digit"),
         split=archive.read("speaker_split" if by_speaker else "rec_split"),
-        num_classes=10,
-        metric=FSDD.metric,
+        task=Classification.of(10, FSDD.metric),
         ids=archive.read("speaker") if by_speaker else None,
     )
 
@@ -197,8 +195,7 @@ def _clinical(
         views=arrays,
         labels=archive.read(label),
         split=archive.read("split"),
-        num_classes=2,
-        metric=info.metric,
+        task=Classification.of(2, info.metric),
         names=names,
         ids=archive.read(ids),
         nan_policy="indicator",

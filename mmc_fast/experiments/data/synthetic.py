@@ -15,6 +15,7 @@ from mmc_fast.experiments.data.dataset import MultimodalDataset
 from mmc_fast.experiments.data.missing import mcar
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.splits import stratified_split
+from mmc_fast.experiments.tasks import Classification
 
 __all__ = ["PLANTED_COLLAPSE", "SyntheticModality", "planted_collapse", "synthetic"]
 
@@ -109,8 +110,7 @@ def synthetic(
         views={name: x.numpy() for name, x in views.items()},
         labels=labels.numpy(),
         split=stratified_split(labels.numpy(), seed=seed),
-        num_classes=num_classes,
-        metric="auroc" if num_classes == 2 else "accuracy",
+        task=Classification.of(num_classes),
         names={
             name: [f"signal_{j}" if j < spec.predictive else f"noise_{j}" for j in range(spec.dim)]
             for name, spec in modalities.items()

@@ -13,16 +13,16 @@ import numpy as np
 
 from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.data.cells import as_numbers, as_text
 from mmc_fast.experiments.data.preprocessing import encoded_names
 
-__all__ = ["ENDINGS", "as_numbers", "as_text", "encode", "fit_categories", "place", "read_table"]
+__all__ = ["ENDINGS", "encode", "fit_categories", "place", "read_table"]
 
 ENDINGS = (".csv", ".tsv", ".parquet", ".feather")
 CATEGORIES = 50  # at most, of a column
 RARE = 0.01  # share of the training rows below which a category counts as "other"
 
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def read_table(path: Path) -> Any:
@@ -74,37 +74,6 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 def place(table: Any, row: int) -> str:
     """A row as a reader finds it: its number in the file, or its id where several tables were joined."""
     return f"{table.index.name or 'row'} {table.index[row]}"
-
-
-def as_numbers(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [N] with NaN where a cell is empty or no number, and bool [N]: not empty and no number.
-
-    true and false count as 1 and 0.
-    """
-    pandas = require("pandas", extra="experiments")
-    if pandas.api.types.is_bool_dtype(column) or pandas.api.types.is_numeric_dtype(column):
-        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return values, np.zeros(len(values), bool)
-    if pandas.api.types.is_datetime64_any_dtype(column) or pandas.api.types.is_timedelta64_dtype(column):
-        return np.full(len(column), np.nan), column.notna().to_numpy()
-    text = as_text(column)
-    filled = np.array([t is not None for t in text], bool)
-    truth = {"true": "1", "false": "0"}
-    series = pandas.Series([None if t is None else truth.get(t.lower(), t) for t in text], dtype=object)
-    values = pandas.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    return values, filled & np.isnan(values)
-
-
-def as_text(column: Any) -> list[str | None]:
-    """Cells as text, None where one is empty; whole numbers without a fraction, however the column is stored."""
-    found: list[str | None] = []
-    for value in column.tolist():
-        if value is None or value != value or (text := str(value).strip()) in ("", "<NA>", "NaT"):
-            found.append(None)
-        else:
-            whole = _WHOLE.fullmatch(text)
-            found.append(whole[1] if whole else text)
-    return found
 
 
 def fit_categories(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmc_fast.errors import InputError
@@ -36,7 +35,7 @@ class Task:
 class Fitted:
     """A trained method.
 
-    ``answer(features, present)``: class probabilities of rows with at least one modality. ``prior`` ``[C]`` answers for
+    ``answer(features, present)``: answers of the task for rows with at least one modality. ``prior`` ``[A]`` answers for
     the others. ``batch_rows``: rows that are answered together, None where the answer does not depend on it.
     ``record``: plain facts about the training (validation score, selected epoch, ...).
     """
@@ -47,9 +46,9 @@ class Fitted:
     record: dict[str, Any]
 
     def predict(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
-        """Class probabilities ``[N, C]`` for features ``[N, d_i]`` and presence bool ``[N, m]``.
+        """Answers ``[N, A]`` (class probabilities, ...) for features ``[N, d_i]`` and presence bool ``[N, m]``.
 
-        Values of an absent modality are never read. Rows with nothing present get the class shares of the train part.
+        Values of an absent modality are never read. Rows with nothing present get the prior.
         """
         rows = present.any(1).nonzero().flatten()
         result = self.prior.expand(len(present), -1).clone()
@@ -139,7 +138,15 @@ def merged(*tables: Settings) -> dict[str, Any]:
     return result
 
 
-def class_prior(dataset: MultimodalDataset) -> Tensor:
-    """Class shares of the train part ``[C]``."""
-    counts = torch.bincount(dataset.part("train").labels, minlength=dataset.num_classes)
-    return counts / counts.sum()
+def check_classes(dataset: MultimodalDataset) -> None:
+    """Raise InputError for a method that needs classes where there are none."""
+    if dataset.task.kind != "classification":
+        raise InputError(
+            f"this method is for classes and {dataset.name} holds a task of {dataset.task.kind}; leave it out"
+        )
+
+
+def prior(dataset: MultimodalDataset) -> Tensor:
+    """The answer ``[A]`` that is best for all rows of the train part alike."""
+    task = dataset.task
+    return task.answers(task.prior(dataset.labels[dataset.split == 0])[None])[0]

@@ -16,19 +16,19 @@ from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
 
 from ..data import Part
+from ..tasks import NotFiniteError
 from ..training import TrainConfig, TrainingDiverged, UnimodalModels
 from ..training.distillation import distil
 from ..training.evaluate import hidden_column, masks_at
 from ..training.interrupt import InterruptGuard, Stage
 from ..training.masks import epoch_order, training_masks
-from ..training.metrics import NotFiniteError, score
 from ..training.model import MultimodalModel
 from ..training.optim import build_optimizer, set_learning_rate
-from ..training.parts import Batches, fingerprint
+from ..training.parts import Batches, fingerprint, task_of
 from ..training.progress import Silent
 from ..training.substitution import ranking_parts, refresh, source_for
 from ..training.unimodal import train_unimodal
-from .base import BATCH_ROWS, Fitted, Task, class_prior
+from .base import BATCH_ROWS, Fitted, Task, check_classes, prior
 
 __all__ = ["BaselineModel", "Batch", "fit_baseline"]
 
@@ -58,6 +58,7 @@ class BaselineModel(MultimodalModel, ABC):
     """
 
     batch_dependent = False
+    needs_classes = False  # its loss compares the classes of rows
 
     def __init__(self, dims: Mapping[str, int], num_classes: int, config: TrainConfig) -> None:
         super().__init__(dims, num_classes, config)
@@ -92,9 +93,9 @@ class BaselineModel(MultimodalModel, ABC):
 
     @torch.no_grad()
     def probabilities(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
-        """Class probabilities; each call takes the given rows as one batch."""
+        """Answers of the task; each call takes the given rows as one batch."""
         self.eval()
-        return torch.softmax(self(features, present), -1)
+        return self.task.answers(self(features, present))
 
 
 def fit_baseline(kind: Callable[..., BaselineModel], **fixed: Any) -> Callable[[Task], Fitted]:
@@ -144,12 +145,15 @@ class _Fit:
         self.guard = InterruptGuard()
         with seeded_init(task.seed, "init"):
             self.model = build(task)
-        self.model.class_prior.copy_(class_prior(task.dataset))
         self.train, self.validation = task.dataset.part("train"), task.dataset.part("validation")
+        self.model.task = task_of(task.dataset, task.config)
+        if self.model.needs_classes:
+            check_classes(task.dataset)
+        self.model.prior.copy_(self.model.task.prior(self.train.labels))
         self.unimodal: UnimodalModels | None = None
         self.fitted = Fitted(
             self.model.probabilities,
-            class_prior(task.dataset),
+            prior(task.dataset),
             BATCH_ROWS if self.model.batch_dependent else _EXACT_ROWS,
             {},
         )
@@ -238,11 +242,11 @@ class _Fit:
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """Validation scores, as the standard loop takes them."""
-        part, metric = self.validation, self.dataset.metric
+        part = self.validation
 
         def score_with(present: Tensor) -> float:
             try:
-                return score(self.fitted.predict(part.features, present), part.labels, metric)
+                return self.model.task.score(self.fitted.predict(part.features, present), part.labels)
             except NotFiniteError as error:
                 raise TrainingDiverged(f"{error} (validation after epoch {epoch})") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc_fast.nn.encoders import MLPEncoder
@@ -50,7 +49,7 @@ class CrossModalAutoencoder(BaselineModel):
             rows = batch.natural[:, i]
             error = error + (decoder(code[rows]) - x[rows]).square().mean(-1).sum()
         error = error / batch.natural.sum().clamp(min=1)
-        return F.cross_entropy(self.classifier(code), batch.labels) + self.rebuild * error + extra
+        return self.task.loss(self.classifier(code), batch.labels, "mean") + self.rebuild * error + extra
 
 
 CM_AE = Method(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mmc_fast._util.seeds import derive_seed
 
-from ..training.metrics import score
-from .base import Fitted, Method, Task, class_prior
+from .base import Fitted, Method, Task, prior
 from .standard import LEARNING_RATES, STANDARD, fit_standard
 
 __all__ = ["ENSEMBLES", "ORACLES", "fit_ensemble", "fit_subset_oracle"]
@@ -25,9 +24,9 @@ def fit_ensemble(task: Task) -> Fitted:
     """``options["members"]`` models of :func:`fit_standard` with seeds of their own; mean of their probabilities."""
     seeds = [derive_seed(task.seed, "member", n) % 2**31 for n in range(task.options["members"])]
     members = [fit_standard(replace(task, seed=seed)) for seed in seeds]
-    fitted = Fitted(_mean(members), class_prior(task.dataset), None, {"members": [m.record for m in members]})
+    fitted = Fitted(_mean(members), prior(task.dataset), None, {"members": [m.record for m in members]})
     held = task.dataset.part("validation")
-    fitted.record["val_score"] = score(fitted.predict(held.features, held.present), held.labels, task.dataset.metric)
+    fitted.record["val_score"] = task.dataset.task.score(fitted.predict(held.features, held.present), held.labels)
     return fitted
 
 
@@ -48,7 +47,7 @@ def fit_subset_oracle(task: Task) -> Fitted:
         return models[pattern]
 
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
-        result = torch.zeros(len(present), dataset.num_classes)
+        result = dataset.task.answers(torch.zeros(len(present), dataset.task.outputs))
         for row in present.unique(dim=0):
             rows = (present == row).all(1)
             chosen = [x[rows] for x, there in zip(features, row.tolist(), strict=True) if there]
@@ -56,9 +55,9 @@ def fit_subset_oracle(task: Task) -> Fitted:
             result[rows] = of(tuple(row.tolist())).answer(chosen, every)
         return result
 
-    fitted = Fitted(answer, class_prior(dataset), None, {})
+    fitted = Fitted(answer, prior(dataset), None, {})
     held = dataset.part("validation")
-    fitted.record["val_score"] = score(fitted.predict(held.features, held.present), held.labels, dataset.metric)
+    fitted.record["val_score"] = dataset.task.score(fitted.predict(held.features, held.present), held.labels)
     return fitted
 
 

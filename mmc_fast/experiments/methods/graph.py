@@ -96,7 +96,7 @@ class Grape(BaselineModel):
 
     def loss(self, batch: Batch) -> Tensor:
         encoded, filled, extra = self.filled(batch.features, batch.present)
-        return F.cross_entropy(self.classifier(self.graph(encoded, filled)), batch.labels) + extra
+        return self.task.loss(self.classifier(self.graph(encoded, filled)), batch.labels, "mean") + extra
 
 
 GRAPE = Method(
@@ -118,6 +118,7 @@ class Muse(BaselineModel):
     """
 
     batch_dependent = True
+    needs_classes = True
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class Muse(BaselineModel):
         a, b = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
         labels = batch.labels
         return (
-            F.cross_entropy(self.classifier(first), labels)
+            self.task.loss(self.classifier(first), labels, "mean")
             + extra
             + self.agreement * info_nce(a, b, 0.07)
             + self.classes * supervised_contrastive(torch.cat([a, b]), torch.cat([labels, labels]), 0.07)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmc_fast.nn.fusion import ConcatFusion
@@ -43,7 +42,7 @@ class ImputedConcat(BaselineModel):
         return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(encoded)])
 
     def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self(batch.features, batch.present), batch.labels)
+        return self.task.loss(self(batch.features, batch.present), batch.labels, "mean")
 
     @torch.no_grad()
     def end_epoch(self, train: Part) -> None:

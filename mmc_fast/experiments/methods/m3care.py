@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc_fast.nn.fusion import TransformerFusion
@@ -86,7 +85,7 @@ class M3Care(BaselineModel):
 
     def loss(self, batch: Batch) -> Tensor:
         encoded, filled, extra = self.filled(batch.features, batch.present)
-        return F.cross_entropy(self.fuse(encoded, filled), batch.labels) + extra
+        return self.task.loss(self.fuse(encoded, filled), batch.labels, "mean") + extra
 
 
 M3CARE = Method(

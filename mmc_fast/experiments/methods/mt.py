@@ -59,7 +59,7 @@ class SubsetTransformer(BaselineModel):
         rows = here.any(1)
         labels = batch.labels.repeat(len(tasks))[rows]
         repeated = [z.repeat(len(tasks), 1)[rows] for z in encoded]
-        return F.cross_entropy(self.fuse(repeated, here[rows]), labels) + extra
+        return self.task.loss(self.fuse(repeated, here[rows]), labels, "mean") + extra
 
 
 def subsets(m: int, random: torch.Generator) -> Tensor:

@@ -15,11 +15,10 @@ from mmc_fast._util.seeds import generator
 
 from ..data import mcar
 from ..training.interrupt import Stage
-from ..training.metrics import score
 from ..training.parts import fingerprint
 from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
-from .base import Fitted, Method, Task, class_prior
+from .base import Fitted, Method, Task, check_classes, prior
 from .standard import fit_standard
 
 __all__ = ["PRODUCT", "ExpertProduct", "fit_product"]
@@ -81,12 +80,13 @@ class ExpertProduct(nn.Module):
 def fit_product(task: Task) -> Fitted:
     """Train unimodal models (and with the option "fused" the model of the settings), then fit the weights."""
     dataset, config = task.dataset, task.config
+    check_classes(dataset)
     progress = task.progress or Silent()
     progress.on_start(config.unimodal_epochs, "unimodal")
     stage = Stage("unimodal", progress.on_epoch)
     models = train_unimodal(dataset, config, seed=task.seed, fingerprint=fingerprint(dataset), stage=stage)
     whole = fit_standard(task) if task.options.get("fused", False) else None
-    product = ExpertProduct(len(dataset.modalities), class_prior(dataset), whole is not None)
+    product = ExpertProduct(len(dataset.modalities), prior(dataset), whole is not None)
 
     def votes(features: Sequence[Tensor], present: Tensor) -> tuple[Tensor, Tensor | None]:
         experts = torch.zeros(len(features), len(present), dataset.num_classes, dtype=torch.float64)
@@ -112,9 +112,9 @@ def fit_product(task: Task) -> Fitted:
     labels = torch.cat([held.labels[r] for r in rows])
     present = torch.cat([p[r] for p, r in zip(masks, rows, strict=True)])
     product.fit(torch.cat([e for e, _ in found], 1), fused, present, labels, task.options["penalty"])
-    fitted = Fitted(answer, class_prior(dataset), None, {"unimodal": models.scores})
+    fitted = Fitted(answer, prior(dataset), None, {"unimodal": models.scores})
     fitted.record |= {name: p.detach().exp().tolist() for name, p in product.named_parameters()}
-    fitted.record["val_score"] = score(fitted.predict(held.features, held.present), held.labels, dataset.metric)
+    fitted.record["val_score"] = dataset.task.score(fitted.predict(held.features, held.present), held.labels)
     return fitted
 
 

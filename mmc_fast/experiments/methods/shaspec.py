@@ -65,7 +65,7 @@ class ShaSpec(BaselineModel):
     def loss(self, batch: Batch) -> Tensor:
         encoded, filled, extra = self.filled(batch.features, batch.present)
         shared, specific = self.parts(encoded)
-        task = F.cross_entropy(self.fuse(shared, specific, filled), batch.labels)
+        task = self.task.loss(self.fuse(shared, specific, filled), batch.labels, "mean")
         here = filled.t()
         names = torch.arange(len(encoded))[:, None].expand_as(here)[here]
         domain = F.cross_entropy(self.name_modality(specific[here]), names)

@@ -109,7 +109,7 @@ class Smil(BaselineModel):
         gaps, complete, error, extra = torch.func.functional_call(
             self, fast, (batch.features, batch.present, batch.natural, epsilon)
         )
-        task = F.cross_entropy(gaps, batch.labels) + F.cross_entropy(complete, batch.labels)
+        task = self.task.loss(gaps, batch.labels, "mean") + self.task.loss(complete, batch.labels, "mean")
         return task + self.match * error + extra
 
     def inner_step(self, batch: Batch, epsilon: Tensor | None = None) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class Smil(BaselineModel):
             return own
         noise = None if epsilon is None else epsilon[rows]
         logits = self([x[rows] for x in batch.features], batch.present[rows], None, noise)
-        loss = F.cross_entropy(logits, batch.labels[rows])
+        loss = self.task.loss(logits, batch.labels[rows], "mean")
         slopes = torch.autograd.grad(loss, list(own.values()), create_graph=True)
         return {name: p - self.inner_lr * g for (name, p), g in zip(own.items(), slopes, strict=True)}
 

@@ -13,7 +13,7 @@ from ..training.interrupt import Stage
 from ..training.parts import fingerprint
 from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
-from .base import Fitted, Method, Settings, Task, class_prior
+from .base import Fitted, Method, Settings, Task, prior
 
 __all__ = ["KD", "LEARNING_RATES", "STANDARD", "distilled", "robust_heads"]
 
@@ -35,7 +35,7 @@ def fit_standard(task: Task) -> Fitted:
     record |= {"distillation": results["distillation"], "backend": results["environment"]["ebr_backend"]}
     if results["adversarial"] is not None:
         record["modality_probe"] = results["adversarial"]["modality_probe"]
-    return Fitted(answer, class_prior(task.dataset), None, record)
+    return Fitted(answer, prior(task.dataset), None, record)
 
 
 def fit_unimodal(task: Task) -> Fitted:
@@ -47,7 +47,7 @@ def fit_unimodal(task: Task) -> Fitted:
     models = train_unimodal(dataset, task.config, seed=task.seed, fingerprint=fingerprint(dataset), stage=stage)
 
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
-        result = torch.zeros(len(present), dataset.num_classes)
+        result = models.task.answers(torch.zeros(len(present), dataset.task.outputs))
         for name in models.weakest_first():  # a stronger one overwrites what a weaker one said
             column = dataset.modalities.index(name)
             rows = present[:, column].nonzero().flatten()
@@ -56,7 +56,7 @@ def fit_unimodal(task: Task) -> Fitted:
         return result
 
     record = {"val_score": models.scores[models.strongest], "unimodal": models.scores, "strongest": models.strongest}
-    return Fitted(answer, class_prior(dataset), None, record)
+    return Fitted(answer, prior(dataset), None, record)
 
 
 def _method(name: str, title: str, source: str, search: Sequence[Settings], fixed: Settings | None = None) -> Method:

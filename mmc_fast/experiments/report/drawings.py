@@ -11,7 +11,8 @@ from .trained import Results, history, reliance
 
 __all__ = ["draw_adversary", "draw_rates", "draw_reliance", "metric_name"]
 
-METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUC (ROC)", "auprc": "AUC (precision–recall)"}
+METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUC (ROC)", "auprc": "AUC (precision–recall)",
+                "macro_auroc": "mean AUC (ROC)", "r2": "R²", "concordance": "concordance"}  # fmt: skip
 _OTHER_COLOURS = 5  # after those of methods
 
 

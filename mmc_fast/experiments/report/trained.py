@@ -32,8 +32,10 @@ Results = Mapping[str, Any]
 def chance_score(metric: str, labels: ArrayLike) -> float:
     """Score of a model that knows nothing but the labels' frequencies."""
     y = np.asarray(labels)
-    if metric == "auroc":
+    if metric in ("auroc", "macro_auroc", "concordance"):
         return 0.5
+    if metric == "r2":
+        return 0.0
     return float((y == 1).mean()) if metric == "auprc" else float(np.bincount(y).max() / len(y))
 
 

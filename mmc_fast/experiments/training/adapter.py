@@ -19,7 +19,7 @@ class RunAdapter:
     """The adapter of a :class:`MultimodalModel`; batches are :class:`~mmc_fast.experiments.data.Part`.
 
     The features are what the fusion receives: with EBR heads the recovered ones, substituted where a modality is absent. With
-    ``present`` the model handles absent modalities by its own rule, and answers with the class shares where nothing is left.
+    ``present`` the model handles absent modalities by its own rule, and answers with the prior where nothing is left.
     Of a model with members, whose fusion receives something else for each, the features are the inputs.
     ``metric``: the score of its data. ``unimodal_models``: those of the run; their first layers ``[h_i, d_i]`` are the unimodal weights.
     """
@@ -40,7 +40,7 @@ class RunAdapter:
 
     @torch.no_grad()
     def encode(self, batch: Part) -> dict[str, Tensor]:
-        device = self.model.class_prior.device
+        device = self.model.prior.device
         self._present = None if bool(batch.present.all()) else batch.present.to(device)
         if self.model.members is not None:
             self._visible = self._present
@@ -76,40 +76,37 @@ class RunAdapter:
         return self._answers(received, visible, here)
 
     def _answers(self, received: list[Tensor], visible: Tensor | None, present: Tensor | None) -> Tensor:
-        if self.model.members is not None:
-            source = None if visible is None else source_for(self.model, visible)
-            logits = self.model(received, visible, source).logits
-        else:
-            logits = self.model.fusion(received, visible)
-        if present is None or bool(present.any(1).all()):
-            return logits
-        return torch.where(present.any(1)[:, None], logits, self._prior())
+        if self.model.members is None:
+            return self._shown(self.model.fusion(received, visible), present)
+        source = None if visible is None else source_for(self.model, visible)
+        return self._shown(self.model(received, visible, source).logits, present)
 
-    def _prior(self) -> Tensor:
-        return self.model.class_prior.clamp(min=1e-12).log().to(torch.float32)
+    def _shown(self, outputs: Tensor, present: Tensor | None) -> Tensor:
+        """Outputs as the diagnosis takes them, the prior where nothing is present."""
+        if present is not None and not bool(present.any(1).all()):
+            outputs = torch.where(present.any(1)[:, None], outputs, self.model.prior)
+        return self.model.task.ranked(outputs)
 
     @torch.no_grad()
     def forward(self, batch: Part) -> Tensor:
-        """Logits of the model as training and evaluation call it, the class shares where nothing is present."""
-        model, present = self.model, batch.present.to(self.model.class_prior.device)
+        """Outputs of the model as training and evaluation call it, the prior where nothing is present."""
+        model, present = self.model, batch.present.to(self.model.prior.device)
         whole = bool(present.all())
         source = None if whole or model.head is None else source_for(model, present)
         features = [x.to(present.device) for x in batch.features]
         logits = model(features, None if whole else present, source).logits
-        return torch.where(present.any(1)[:, None], logits, self._prior())
+        return self._shown(logits, present)
 
     @torch.no_grad()
     def _unimodal(self, batch: Part) -> dict[str, Tensor]:
-        """Log-probabilities of the unimodal models, the class shares where a modality is absent."""
+        """Outputs of the unimodal models, the prior where a modality is absent."""
         found = {}
         for i, name in enumerate(self.model.modalities):
             here = batch.present[:, i]
-            y = self._prior().cpu().expand(len(here), -1).clone()
+            y = self.model.prior.cpu().expand(len(here), -1).clone()
             if bool(here.any()):
-                y[here] = (
-                    self.unimodal_models.predict(name, batch.features[i][here]).clamp(min=1e-12).log().cpu().float()
-                )
-            found[name] = y
+                y[here] = self.unimodal_models.outputs(name, batch.features[i][here])
+            found[name] = self.model.task.ranked(y)
         return found
 
     def inputs(self, batch: Part) -> dict[str, Tensor]:
@@ -118,7 +115,7 @@ class RunAdapter:
         return {name: torch.where(batch.present[:, i, None], x, 0.0) for i, (name, x) in enumerate(pairs)}
 
     def labels(self, batch: Part) -> Tensor:
-        return batch.labels
+        return self.model.task.targets(batch.labels)
 
     @torch.no_grad()
     def latents(self, batch: Part) -> dict[str, Tensor]:

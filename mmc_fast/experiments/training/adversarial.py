@@ -86,7 +86,7 @@ def _latent_rows(model: MultimodalModel, part: Part) -> tuple[Tensor, Tensor, Te
         found = [_latent_rows(model, part.select(rows)) for rows in pieces]
         samples = [sample + int(rows[0]) for (_, _, sample), rows in zip(found, pieces, strict=True)]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), torch.cat(samples)
-    device = model.class_prior.device
+    device = model.prior.device
     latents = model.latents([x.to(device) for x in part.features], part.present.to(device))
     here = model.head_present(part.present).t()  # [h, N]
     modality, sample = here.nonzero(as_tuple=True)

@@ -98,6 +98,8 @@ class TrainConfig:
             complete data.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
             and the finished model use; 0 for none.
+        class_weights: "balanced": each class counts alike in the loss, N / (C n_c) a row; of several labels, the positives as
+            much as the negatives.
 
     Examples:
         >>> TrainConfig = mmc_fast.experiments.training.TrainConfig
@@ -152,6 +154,7 @@ class TrainConfig:
     weight_average: Share = 0.0
     members: Count = 1
     teacher: Literal["model", "average"] = "model"
+    class_weights: Literal["none", "balanced"] = "none"
 
     def __post_init__(self) -> None:
         check("config", self)

@@ -130,7 +130,7 @@ class _Distillation:
     ) -> None:
         self.model, self.unimodal, self.kd, self.seed, self.skip = model, unimodal, kd, seed, skip
         self.names = dataset.modalities
-        self.device = model.class_prior.device
+        self.device = model.prior.device
         self.train = to_device(dataset.part("train"), self.device)
         self.rounds = _rounds(teaching_plan(unimodal, kd, seed), kd)
         self.done: list[dict[str, Any]] = []
@@ -288,8 +288,7 @@ class _Pair:
             return F.mse_loss(found, target)
         if kd.loss == "kl":
             t = kd.kl_temperature
-            soft = [(v / t).log_softmax(-1) for v in (found, target)]
-            return t * t * F.kl_div(soft[0], soft[1], reduction="batchmean", log_target=True)
+            return t * t * self.work.model.task.divergence(found / t, target / t) / len(found)
         return info_nce(F.normalize(found, dim=-1), F.normalize(self.readers[n](target), dim=-1), kd.temperature)
 
     def _train_step(self, x: Tensor, targets: list[Tensor], there: list[Tensor]) -> None:

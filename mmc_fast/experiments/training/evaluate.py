@@ -19,7 +19,6 @@ from mmc_fast.errors import InputError
 from ..data import MultimodalDataset, Part, mcar
 from ..data.dataset import PARTS
 from .adapter import RunAdapter
-from .metrics import scores
 from .model import MultimodalModel
 from .parts import row_pieces
 from .substitution import fills
@@ -40,11 +39,12 @@ def predict(
     *,
     on_empty: str = "error",
 ) -> Tensor:
-    """Class probabilities ``[N, C]`` on the CPU; absent modalities are substituted by the model's rule.
+    """Answers of the task ``[N, A]`` on the CPU; absent modalities are substituted by the model's rule.
 
     Args:
         features: one ``[N, d_i]`` per modality. present: bool ``[N, m]``; absent rows are never read.
-        on_empty: for rows with nothing present: "error", or "prior" to answer with the class shares of the train part.
+        on_empty: for rows with nothing present: "error", or "prior" to answer with what is best
+            for all rows of the train part alike (class shares, mean target).
 
     Raises:
         InputError: rows with nothing present under ``on_empty="error"``, or an unknown ``on_empty``.
@@ -57,9 +57,9 @@ def predict(
             f"{int(empty.sum())} of {len(empty)} rows have no modality present (the first is row "
             f"{int(empty.nonzero()[0])}); drop them or ask for on_empty='prior'"
         )
-    was_training = model.training
+    was_training, task = model.training, model.task
     model.eval()
-    device = model.class_prior.device
+    device = model.prior.device
     out = []
     size = max(1, min(_BATCH, _VALUES // max(x.shape[1] for x in features)))
     for start in range(0, len(present), size):
@@ -67,17 +67,17 @@ def predict(
         here: Tensor | None = present[rows].to(device)
         some = [x[rows].to(device) for x in features]
         if here is None or bool(here.all()):
-            out.append(torch.softmax(model(some).logits, -1).cpu())
+            out.append(task.answers(model(some).logits).cpu())
             continue
         total, count = torch.zeros((), device=device), torch.zeros((), device=device)
         for source, chosen in fills(model, here):
             weight = chosen[:, None].float()
-            total = total + weight * torch.softmax(model(some, here, source).logits, -1)
+            total = total + weight * task.answers(model(some, here, source).logits)
             count = count + weight
         out.append((total / count).cpu())
     model.train(was_training)
-    probabilities = torch.cat(out) if out else torch.zeros(0, model.num_classes)
-    return torch.where(empty[:, None], model.class_prior.cpu(), probabilities)
+    answers = torch.cat(out) if out else task.answers(torch.zeros(0, task.outputs))
+    return torch.where(empty[:, None], task.answers(model.prior.cpu()[None]), answers)
 
 
 def masks_at(
@@ -103,12 +103,12 @@ def hidden_column(dataset: MultimodalDataset, modality: str | None) -> int | Non
 
 @dataclass
 class Predictions:
-    """Per-sample outputs behind the scores: class probabilities ``[N, C]`` by condition, labels, data set rows."""
+    """Per-sample answers ``[N, A]`` behind the scores (class probabilities, ...) by condition, labels, data set rows."""
 
     part: str
     labels: Tensor
     index: Tensor
-    probabilities: dict[str, Tensor] = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def evaluate(
@@ -162,16 +162,16 @@ def measure(
         raise unknown("part", part, PARTS)
     check_fits(model, dataset)
     rows = dataset.part(part)
-    metric = dataset.metric
+    task = model.task
     found = Predictions(part, rows.labels, rows.index)
 
     def scored(name: str, features: Sequence[Tensor], present: Tensor) -> dict[str, float]:
         probabilities = predict(model, features, present, on_empty=on_empty)
-        found.probabilities[name] = probabilities
-        return scores(probabilities, rows.labels, metric)
+        found.answers[name] = probabilities
+        return task.scores(probabilities, rows.labels)
 
     complete = scored("complete", rows.features, rows.present)
-    result: dict[str, Any] = {"part": part, "metric": metric, "rows": len(rows), "complete": complete["score"]}
+    result: dict[str, Any] = {"part": part, "metric": task.metric, "rows": len(rows), "complete": complete["score"]}
     result |= {f"complete_{name}": value for name, value in complete.items() if name != "score"}
     missing: list[dict[str, Any]] = []
     column = hidden_column(dataset, rates_modality)
@@ -183,7 +183,7 @@ def measure(
     result["missing"] = missing
     result["mean_missing"] = statistics.fmean(m["score"] for m in missing) if missing else None
     if reliance:
-        result["reliance"] = _reliance(model, rows, metric, unimodal, found)
+        result["reliance"] = _reliance(model, rows, unimodal, found)
     return result, found
 
 
@@ -192,13 +192,13 @@ _MEASURES = {"leave_one_out": "without", "single_modality": "only", "shuffled": 
 
 
 def _reliance(
-    model: MultimodalModel, rows: Part, metric: str, unimodal: UnimodalModels | None, found: Predictions
+    model: MultimodalModel, rows: Part, unimodal: UnimodalModels | None, found: Predictions
 ) -> dict[str, Any]:
     """The measurement of :func:`mmc_fast.diagnose` on the same rows, without AGOP and probes."""
-    known = {} if unimodal is None else _alone(rows, metric, unimodal, found)
+    known = {} if unimodal is None else _alone(rows, unimodal, found)
     nothing = {"unimodal": None, "unimodal_rows": 0}
     was_training = model.training
-    d = diagnose(RunAdapter(model, unimodal), rows, metric=metric, agop=False, probes=False)
+    d = diagnose(RunAdapter(model, unimodal), rows, metric=model.task.metric, agop=False, probes=False)
     model.train(was_training)
     result: dict[str, Any] = {}
     for i, verdict in enumerate(d.verdicts):
@@ -209,7 +209,7 @@ def _reliance(
     return result
 
 
-def _alone(rows: Part, metric: str, unimodal: UnimodalModels, found: Predictions) -> dict[str, dict[str, Any]]:
+def _alone(rows: Part, unimodal: UnimodalModels, found: Predictions) -> dict[str, dict[str, Any]]:
     """The score of each unimodal model on the rows that have its modality; its predictions are kept."""
     result = {}
     for i, name in enumerate(unimodal.models):
@@ -218,10 +218,10 @@ def _alone(rows: Part, metric: str, unimodal: UnimodalModels, found: Predictions
         if entry["unimodal_rows"]:
             pieces = [unimodal.predict(name, rows.features[i][some]) for some in row_pieces(rows, here)]
             probabilities = torch.cat(pieces)
-            found.probabilities[f"unimodal_{name}"] = _spread(probabilities, here)
+            found.answers[f"unimodal_{name}"] = _spread(probabilities, here)
             labels = rows.labels[here]
-            if metric == "accuracy" or len(labels.unique()) == 2:
-                entry["unimodal"] = scores(probabilities, labels, metric)["score"]
+            if unimodal.task.scorable(labels):
+                entry["unimodal"] = unimodal.task.score(probabilities, labels)
         result[name] = entry
     return result
 
@@ -238,7 +238,10 @@ def check_fits(model: MultimodalModel, dataset: MultimodalDataset) -> None:
     widths = dict(zip(model.modalities, model.input_widths, strict=True))
     if widths != dataset.dims or list(widths) != dataset.modalities:
         raise InputError(f"the model was built for modalities {widths} but {dataset.name} has {dataset.dims}")
-    if model.num_classes != dataset.num_classes:
-        raise InputError(
-            f"the model was built for {model.num_classes} classes but {dataset.name} has {dataset.num_classes}"
-        )
+    mine, other = model.task, dataset.task
+    if not mine.fits(other):
+        told = [
+            f"{t.kind} of {len(t.names)} ({', '.join(t.names[:5])}{', ...' if len(t.names) > 5 else ''})"
+            for t in (mine, other)
+        ]
+        raise InputError(f"the model was built for {told[0]} but {dataset.name} has {told[1]}")

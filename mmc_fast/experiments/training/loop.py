@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import check_seed
 from mmc_fast._util.seeds import seeded_init
@@ -25,7 +23,7 @@ from .distillation import DistillationMeta, distil
 from .evaluate import Predictions, measure
 from .interrupt import InterruptGuard, Stage
 from .model import MultimodalModel, select_modalities
-from .parts import fingerprint
+from .parts import fingerprint, task_of
 from .processes import Processes, join
 from .progress import ProcessesDiffer, Progress, Silent
 from .record import SCHEMA_VERSION, adversarial_figures, results_of
@@ -120,7 +118,7 @@ class _Run:
         self.heads = 0
         if config.ebr is not None:
             self.heads = len(select_modalities(dataset.modalities, config.ebr.modalities))
-        check_size(config, dataset.dims, dataset.num_classes)
+        check_size(config, dataset.dims, dataset.task.outputs)
         self.dataset, self.config, self.seed = dataset, config, check_seed(seed)
         self.progress, self.evaluate_on = progress if processes.first else Silent(), evaluate_on
         self.processes, self.device = processes, processes.device
@@ -129,7 +127,7 @@ class _Run:
         self.folder: RunFolder | None = None  # of the first process
         self.unimodal: UnimodalModels | None = None
         self.timing: dict[str, float] = {}
-        self.fingerprint = fingerprint(dataset)
+        self.fingerprint, self.task = fingerprint(dataset), task_of(dataset, config)
         self.ran_before = ran()
 
     @property
@@ -146,7 +144,7 @@ class _Run:
         """What makes two runs the same run."""
         d = self.dataset
         data: dict[str, Any] = {"name": d.name, "fingerprint": self.fingerprint, "dims": d.dims}
-        data |= {"num_classes": d.num_classes, "metric": d.metric}
+        data |= {"task": self.task.to_dict(), "metric": self.task.metric}
         return {
             "config": self.config.to_dict(),
             "seed": self.seed,
@@ -195,8 +193,8 @@ class _Run:
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()
-        folder, dims, classes = self.folder, self.dataset.dims, self.dataset.num_classes
-        stored = self.processes.agree(lambda: folder and folder.load_unimodal(self.config, dims, classes))
+        folder, dims, task = self.folder, self.dataset.dims, self.task
+        stored = self.processes.agree(lambda: folder and folder.load_unimodal(self.config, dims, task))
         self.unimodal = unimodal or stored
         self.processes.check_same(
             "unimodal models", b"1" if unimodal else b"0", "give them to all processes or to none"
@@ -301,11 +299,9 @@ class _Run:
     ) -> Trainer:
         """Train one model from scratch or from its checkpoint; the run and its control share this."""
         with seeded_init(self.seed, "init"):
-            model = MultimodalModel(self.dataset.dims, self.dataset.num_classes, config)
+            model = MultimodalModel(self.dataset.dims, self.task.outputs, config, self.task)
         model = model.to(self.device)
-        train_part = self.dataset.part("train")
-        counts = torch.bincount(train_part.labels, minlength=self.dataset.num_classes)
-        model.class_prior.copy_(counts / counts.sum())
+        model.prior.copy_(self.task.prior(self.dataset.labels[self.dataset.split == 0]))
         trainer = Trainer(
             model,
             self.dataset,

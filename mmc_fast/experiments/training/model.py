@@ -1,4 +1,4 @@
-"""The model of every method: encoders, EBR heads where configured, fusion, logits."""
+"""The model of every method: encoders, EBR heads where configured, fusion, outputs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmc_fast.nn import EBRHead, EBROutput
 from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
 
+from ..tasks import Classification, Task
 from .config import TrainConfig
 from .members import Members
 
@@ -66,20 +67,25 @@ class MultimodalModel(nn.Module):
 
     Args:
         dims: modality name -> width, in the order of the data set.
-        num_classes: C.
+        num_classes: C, the width of the outputs.
         config: architecture part of the settings.
+        task: what the outputs mean; None: C classes.
 
     Buffers of the substitution rule, filled by :func:`mmc_fast.experiments.training.substitution.refresh` and saved with the
     weights: ``similarity`` float64 [h, h] and ``order`` int64 [h] over the h modalities that have a head (order -1
-    where it was never computed), and ``class_prior`` [C].
+    where it was never computed), and ``prior`` [C], the outputs for a row
+    without any modality.
     """
 
     similarity: Tensor
     order: Tensor
-    class_prior: Tensor
+    prior: Tensor
 
-    def __init__(self, dims: Mapping[str, int], num_classes: int, config: TrainConfig) -> None:
+    def __init__(
+        self, dims: Mapping[str, int], num_classes: int, config: TrainConfig, task: Task | None = None
+    ) -> None:
         super().__init__()
+        self.task = task or Classification.of(num_classes)
         self.modalities = list(dims)
         self.input_widths = list(dims.values())
         self.num_classes = num_classes
@@ -101,6 +107,10 @@ class MultimodalModel(nn.Module):
                 backend=e.backend,
             )
         self.members: Members | None = None
+        if config.members > 1 and self.task.kind != "classification":
+            raise InputError(
+                f"config: members average class probabilities and the task is {self.task.kind}; set members to 1"
+            )
         if config.members > 1:
             self.members = Members(self.input_widths, config.encoder_dim, num_classes, config.members)
         self.fusion = _build_fusion(widths, num_classes if self.members is None else config.encoder_dim, config)
@@ -115,7 +125,7 @@ class MultimodalModel(nn.Module):
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
         self.register_buffer("order", torch.full((n,), -1, dtype=torch.int64))
-        self.register_buffer("class_prior", torch.full((num_classes,), 1.0 / num_classes))
+        self.register_buffer("prior", torch.zeros(num_classes))
 
     @property
     def all_have_heads(self) -> bool:

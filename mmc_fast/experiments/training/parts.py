@@ -1,4 +1,4 @@
-"""Parts of a data set on a device, and what identifies a data set."""
+"""Parts of a data set on a device, what identifies a data set, and the task of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..data import MultimodalDataset, Part
+from ..tasks import Task
+from .config import TrainConfig
 
-__all__ = ["Batches", "fingerprint", "row_pieces", "stream_rows", "to_device"]
+__all__ = ["Batches", "fingerprint", "row_pieces", "stream_rows", "task_of", "to_device"]
 
 STREAM_ROWS = 4096  # of a streamed part that are in memory at a time, fewer where they are wide
 _STREAM_VALUES = 1 << 20
@@ -25,6 +27,13 @@ def to_device(part: Part, device: str | torch.device) -> Part:
         part.index.to(device),
         part.streamed,
     )
+
+
+def task_of(dataset: MultimodalDataset, config: TrainConfig) -> Task:
+    """The task of the data with the class weights of the settings. Raises InputError where it has no classes."""
+    if config.class_weights == "none":
+        return dataset.task
+    return dataset.task.weighted(dataset.labels[dataset.split == 0])
 
 
 class Batches:

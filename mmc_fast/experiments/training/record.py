@@ -35,7 +35,7 @@ class _DataResults(TypedDict):
     name: str
     fingerprint: str
     dims: dict[str, int]
-    num_classes: int
+    task: dict[str, Any]
     metric: str
     sizes: dict[str, int]
     modalities: list[str]
@@ -110,7 +110,7 @@ def environment(model: MultimodalModel, before: Mapping[str, int]) -> dict[str, 
     ``before``: :func:`mmc_fast.ops.dispatch.ran` at the start of the run. "ebr_backend" says what did the work, such as
     "cpp/avx512", not what was asked for; None where the step never ran. "ebr_products": how the native step multiplies.
     """
-    device, prefix = model.class_prior.device, "ebr_step/"
+    device, prefix = model.prior.device, "ebr_step/"
     used = [n.removeprefix(prefix) for n, k in ran().items() if n.startswith(prefix) and k > before.get(n, 0)]
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""A finished model on rows whose labels nobody knows: probabilities, and how far the rows are from the training data."""
+"""A finished model on rows whose labels nobody knows: answers, and how far the rows are from the training data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, load
 from ..data.preprocessing import Preprocessing
+from ..tasks import Task
 from .evaluate import check_fits, predict
 from .model import MultimodalModel
 
@@ -22,15 +23,15 @@ __all__ = ["RowPredictions", "predict_rows", "shift_lines"]
 
 @dataclass
 class RowPredictions:
-    """Class probabilities ``[N, C]`` in the order of the rows, with the names of classes and rows.
+    """Answers ``[N, A]`` of the task (class probabilities, predicted numbers) in the order of the rows.
 
-    ``present`` bool ``[N, m]``: what each row has; a row with nothing gets the class shares of the training rows.
+    ``present`` bool ``[N, m]``: what each row has; a row with nothing gets the answer that is best for all training rows alike.
     ``differences``: modalities, columns and categories that are new or missing; ``shift``: for each column what
     :func:`mmc_fast.experiments.data.preprocessing.shift` says. Both are empty for a data set made from tensors.
     """
 
-    probabilities: Tensor
-    classes: list[str]
+    answers: Tensor
+    task: Task
     rows: list[str] | None
     present: Tensor
     modalities: list[str]
@@ -38,19 +39,17 @@ class RowPredictions:
     shift: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> Any:
-        """A pandas table: ``id`` (or ``row``), ``prediction``, ``p_CLASS`` for each class, ``modalities`` (those present)."""
+        """A pandas table: ``id`` (or ``row``), the columns of the task, ``modalities`` (those present)."""
         pandas = require("pandas", extra="experiments")
         first = {"row": range(len(self.present))} if self.rows is None else {"id": self.rows}
-        largest = self.probabilities.argmax(1).tolist()
-        columns: dict[str, Any] = {**first, "prediction": [self.classes[i] for i in largest]}
-        columns |= {f"p_{name}": self.probabilities[:, i].numpy() for i, name in enumerate(self.classes)}
+        columns: dict[str, Any] = {**first, **self.task.columns(self.answers)}
         here = [[m for m, there in zip(self.modalities, row, strict=True) if there] for row in self.present.tolist()]
         return pandas.DataFrame(columns | {"modalities": ["+".join(names) for names in here]})
 
     def report(self) -> list[str]:
         """What a user should know before trusting the predictions, as lines of text; empty where there is nothing."""
         empty = int((~self.present.any(1)).sum())
-        told = [f"{empty} row(s) have no modality and get the class shares of the training rows"] if empty else []
+        told = [f"{empty} row(s) have no modality and get {self.task.prior_text}"] if empty else []
         return shift_lines({"differences": self.differences, "shift": self.shift}) + told
 
 
@@ -95,15 +94,14 @@ def predict_rows(
     else:
         dataset = load(data, preprocessing=preprocessing, purpose="prediction", **options)
     check_fits(model, dataset)
-    probabilities = predict(model, list(dataset.features.values()), dataset.present, on_empty="prior")
-    if not bool(torch.isfinite(probabilities).all()):
-        row = int((~torch.isfinite(probabilities).all(1)).nonzero()[0])
+    answers = predict(model, list(dataset.features.values()), dataset.present, on_empty="prior")
+    if not bool(torch.isfinite(answers).all()):
+        row = int((~torch.isfinite(answers).all(1)).nonzero()[0])
         raise InputError(f"{dataset.name}: the prediction of row {row} is not finite; its values are too large")
-    classes = dataset.classes if preprocessing is None else preprocessing.classes
     info = dataset.info
     return RowPredictions(
-        probabilities,
-        classes,
+        answers,
+        model.task,
         dataset.row_names,
         dataset.present,
         dataset.modalities,

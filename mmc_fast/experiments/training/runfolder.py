@@ -24,6 +24,7 @@ from mmc_fast.ops.ebr import products
 from ..data.archive import Archive
 from ..data.preprocessing import Preprocessing, PreprocessingDocument
 from ..manifest import MANIFEST, Manifest
+from ..tasks import Task, task_from_dict
 from .adapter import RunAdapter
 from .checkpoint import CheckpointStore, prefixed, stripped
 from .config import TrainConfig
@@ -46,7 +47,7 @@ class _Data(TypedDict):
     name: str
     fingerprint: str
     dims: dict[str, int]
-    num_classes: int
+    task: dict[str, Any]
     metric: str
 
 
@@ -183,7 +184,7 @@ class RunFolder:
         about = {"scores": json.dumps(unimodal.scores), "key": json.dumps(unimodal.key)}
         self._write(_UNIMODAL, lambda path: write_tensors(path, tensors, about))
 
-    def load_unimodal(self, config: TrainConfig, dims: dict[str, int], num_classes: int) -> UnimodalModels | None:
+    def load_unimodal(self, config: TrainConfig, dims: dict[str, int], task: Task) -> UnimodalModels | None:
         path = self.path / _UNIMODAL
         if _UNIMODAL not in self.manifest:
             return None
@@ -193,14 +194,14 @@ class RunFolder:
         models = {}
         try:
             for name, dim in dims.items():
-                model = UnimodalModel(dim, num_classes, config)
+                model = UnimodalModel(dim, task.outputs, config)
                 model.load_state_dict(stripped(name, tensors))
                 models[name] = model.eval().requires_grad_(False)
             if scores.keys() != dims.keys():
                 raise KeyError(f"scores of {list(scores)}")
         except (RuntimeError, KeyError) as error:
             raise _foreign(path, error) from error
-        return UnimodalModels(models, scores, key)
+        return UnimodalModels(models, scores, key, task)
 
     def save_model(self, model: MultimodalModel) -> None:
         self._write(_MODEL, lambda path: write_tensors(path, model.state_dict()))
@@ -249,12 +250,12 @@ def _foreign(path: Path, error: Exception) -> InputError:
 
 
 def prediction_arrays(found: list[Predictions]) -> dict[str, np.ndarray]:
-    """Arrays ``{part}/labels``, ``{part}/index`` and ``{part}/{condition}`` (class probabilities ``[N, C]``)."""
+    """Arrays ``{part}/labels``, ``{part}/index`` and ``{part}/{condition}`` (answers ``[N, A]``)."""
     arrays = {}
     for p in found:
         arrays[f"{p.part}/labels"] = p.labels.numpy()
         arrays[f"{p.part}/index"] = p.index.numpy()
-        arrays |= {f"{p.part}/{name}": t.numpy() for name, t in p.probabilities.items()}
+        arrays |= {f"{p.part}/{name}": t.numpy() for name, t in p.answers.items()}
     return arrays
 
 
@@ -275,9 +276,9 @@ def load_predictions(run_dir: str | Path) -> dict[str, Predictions]:
         if name in ("labels", "index"):
             setattr(entry, name, value)
         else:
-            entry.probabilities[name] = value
+            entry.answers[name] = value
     for part, entry in found.items():
-        if any(len(value) != len(entry.index) for value in (entry.labels, *entry.probabilities.values())):
+        if any(len(value) != len(entry.index) for value in (entry.labels, *entry.answers.values())):
             raise InputError(f"{path} holds arrays of {part} with different numbers of rows; {_ADVICE}")
     return found
 
@@ -321,10 +322,11 @@ def load_run(run_dir: str | Path) -> LoadedRun:
     try:
         config = TrainConfig.from_dict(identity["config"])
         data = identity["data"]
-        check_size(config, data["dims"], data["num_classes"])
+        task = task_from_dict(data["task"])
+        check_size(config, data["dims"], task.outputs)
         with torch.random.fork_rng(devices=[]):
-            model = MultimodalModel(data["dims"], data["num_classes"], config)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            model = MultimodalModel(data["dims"], task.outputs, config, task)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _foreign(folder.path / MANIFEST, error) from error
     results = folder.results()
     differing = [k for k in ("config", "seed") if results[k] != identity[k]]
@@ -332,7 +334,7 @@ def load_run(run_dir: str | Path) -> LoadedRun:
         raise InputError(f"{folder.path / _RESULTS} is of another run than {MANIFEST} says; {_ADVICE}")
     with torch.random.fork_rng(devices=[]):
         folder.load_model(model)
-        unimodal = folder.load_unimodal(config, data["dims"], data["num_classes"])
+        unimodal = folder.load_unimodal(config, data["dims"], task)
     return LoadedRun(model, config, results, unimodal, folder.load_preprocessing())
 
 

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from mmc_fast.errors import InputError
@@ -111,7 +110,7 @@ class Stepper:
                 )
         self.groups = model.groups()
         self.teacher: WeightAverage | None = None  # what consistency holds to, in place of the model
-        self.reversal = torch.zeros((), device=model.class_prior.device)
+        self.reversal = torch.zeros((), device=model.prior.device)
         self.random = torch.Generator(device=self.reversal.device)  # of the sources of cross-modal reconstruction
         self.clipped = 0  # gradients that clip_grad_norm has scaled down
 
@@ -176,7 +175,7 @@ class Stepper:
             md, rec = out.discrimination_loss, out.reconstruction_loss
             return md, torch.stack([none, md.detach(), rec.detach()])
         result = self.model(rows.features, rows.present, rows.source, self.reversal, counts.pairs)
-        semantic = _cross_entropy(result.logits, rows.labels, counts)
+        semantic = self._semantic(result.logits, rows, counts)
         total = self._reweighted(result.own, rows, counts)
         if self.config.consistency:
             complete, divergence = self._consistency(result.logits, rows, counts)
@@ -200,15 +199,18 @@ class Stepper:
         source = None if natural is None or self.model.head is None else source_for(self.model, natural)
         complete = self.model(rows.features, natural, source).logits
         held = complete.detach() if self.teacher is None else self.teacher(rows.features, natural, source).logits
-        target = held.log_softmax(-1)
-        divergence = F.kl_div(masked.log_softmax(-1), target, reduction="sum", log_target=True) / counts.rows
-        return _cross_entropy(complete, rows.labels, counts), self.config.consistency * divergence
+        divergence = self.model.task.divergence(masked, held) / counts.rows
+        return self._semantic(complete, rows, counts), self.config.consistency * divergence
+
+    def _semantic(self, outputs: Tensor, rows: Rows, counts: Counts) -> Tensor:
+        """The loss of the task, mean over the rows of the step."""
+        return self.model.task.loss(outputs, rows.labels) / counts.rows
 
     def _reweighted(self, logits: Tensor | None, rows: Rows, counts: Counts) -> Tensor | float:
         """β times the unimodal loss of the re-weighted modality: over rows that have it, divided by all of the step."""
         if logits is None or self.model.reweighted is None:
             return 0.0
-        losses = F.cross_entropy(logits, rows.labels, reduction="none")
+        losses = self.model.task.loss(logits, rows.labels, "none")
         if rows.present is not None:
             losses = torch.where(rows.present[:, self.model.reweighted], losses, 0.0)
         return self.config.reweight * losses.sum() / counts.rows
@@ -268,11 +270,6 @@ class Stepper:
             self.clipped += 1
             nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return False
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, counts: Counts) -> Tensor:
-    """Mean over the rows of the step."""
-    return F.cross_entropy(logits, labels, reduction="sum") / counts.rows
 
 
 def pieces(rows: slice, count: int) -> list[slice]:

@@ -64,7 +64,7 @@ def refresh(
 
 
 def _latents(model: MultimodalModel, part: Part, rows: slice) -> Tensor:
-    device = model.class_prior.device
+    device = model.prior.device
     return model.latents([x[rows].to(device) for x in part.features], part.present[rows].to(device)).cpu()
 
 

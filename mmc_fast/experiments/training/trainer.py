@@ -17,6 +17,7 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset
+from ..tasks import NotFiniteError
 from .adversarial import probe
 from .average import WeightAverage
 from .checkpoint import (
@@ -34,7 +35,6 @@ from .config import TrainConfig
 from .evaluate import hidden_column, masks_at, predict
 from .interrupt import Autosave, Stage
 from .masks import epoch_order, presence_entropy, training_masks
-from .metrics import NotFiniteError, score
 from .model import MultimodalModel
 from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, to_device
@@ -107,7 +107,7 @@ class Trainer:
         self.stage, self.reference = stage or Stage(), reference
         self.guard = self.stage.guard
         model.eval()  # dropout acts in steps alone, not in rankings, probes and distillation
-        self.device = model.class_prior.device
+        self.device = model.prior.device
         self.train_part = to_device(dataset.part("train"), self.device)
         self.validation = dataset.part("validation")
         self.ranking_parts = ranking_parts(dataset) if config.ebr is not None else []
@@ -223,7 +223,7 @@ class Trainer:
 
         with self._dropout():
             total, parts, stop = self.stepper.backward(
-                phase, labels.repeat(members), load, present, source, natural, self.guard.requested
+                phase, torch.cat([labels] * members), load, present, source, natural, self.guard.requested
             )
         if self.processes.size > 1:
             self.guard.agreed = stop
@@ -340,14 +340,14 @@ class Trainer:
         masked = self.config.selection == "masked"
         if self.ranked and (masked or not bool(self.validation.present.all())):
             self._refresh()
-        features, labels, metric = self.validation.features, self.validation.labels, self.dataset.metric
+        features, labels = self.validation.features, self.validation.labels
 
         def score_with(present: Tensor) -> float:
             mine = self.processes.rows(len(labels))
             found = predict(self.model, [x[mine] for x in features], present[mine], on_empty="prior")
             found = self.processes.gather_rows(found, len(labels))
             try:
-                return score(found, labels, metric)
+                return self.model.task.score(found, labels)
             except NotFiniteError as error:
                 self._diverged(f"{error} (validation after epoch {self.epoch})")
 

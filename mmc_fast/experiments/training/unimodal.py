@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -14,6 +14,7 @@ from mmc_fast._util.documents import Count0, Finite
 from mmc_fast._util.seeds import generator, seeded_init
 
 from ..data import MultimodalDataset, Part
+from ..tasks import NotFiniteError, Task
 from .checkpoint import (
     Checkpoint,
     check_like,
@@ -28,10 +29,9 @@ from .checkpoint import (
 from .config import TrainConfig
 from .interrupt import Autosave, Stage
 from .masks import epoch_order
-from .metrics import NotFiniteError, score
 from .model import build_encoder
 from .optim import build_optimizer, set_learning_rate
-from .parts import Batches, row_pieces, to_device
+from .parts import Batches, row_pieces, task_of, to_device
 from .progress import TrainingDiverged
 
 __all__ = ["UnimodalMeta", "UnimodalModel", "UnimodalModels", "train_unimodal"]
@@ -42,7 +42,7 @@ class UnimodalMeta(TypedDict):
 
     epoch: Count0
     step: Count0
-    best_score: list[Finite]
+    best_score: list[Finite | None]
 
 
 class UnimodalModel(nn.Module):
@@ -70,6 +70,7 @@ class UnimodalModels:
     models: dict[str, UnimodalModel]
     scores: dict[str, float]
     key: dict[str, Any]
+    task: Task
 
     @property
     def strongest(self) -> str:
@@ -82,16 +83,21 @@ class UnimodalModels:
 
     @torch.no_grad()
     def predict(self, name: str, x: Tensor) -> Tensor:
-        """Class probabilities ``[N, C]`` of one modality's model, on the CPU."""
+        """Answers of one modality's model, on the CPU."""
+        return self.task.answers(self.outputs(name, x))
+
+    @torch.no_grad()
+    def outputs(self, name: str, x: Tensor) -> Tensor:
+        """Outputs ``[N, C]`` of one modality's model, on the CPU."""
         model = self.models[name]
-        return torch.softmax(model(x.to(next(model.parameters()).device)), -1).cpu()
+        return model(x.to(next(model.parameters()).device)).cpu()
 
 
 def unimodal_key(dataset: MultimodalDataset, config: TrainConfig, seed: int, fingerprint: str) -> dict[str, Any]:
     """What unimodal models depend on."""
     names: tuple[str, ...] = ("batch_size", "optimizer", "lr", "weight_decay", "momentum", "lr_decay", "lr_decay_every")
     names += ("encoder", "encoder_width", "encoder_dim", "fusion_hidden", "unimodal_epochs")
-    names += ("encoder_norm", "encoder_dropout")
+    names += ("encoder_norm", "encoder_dropout", "class_weights")
     settings = {name: getattr(config, name) for name in names}
     settings["fusion_hidden"] = list(config.fusion_hidden)
     return {"data": dataset.name, "fingerprint": fingerprint, "seed": seed, "settings": settings}
@@ -128,6 +134,7 @@ def train_unimodal(
         named,  # type: ignore[arg-type]
         dict(zip(dataset.modalities, work.best_score, strict=True)),
         unimodal_key(dataset, config, seed, fingerprint),
+        work.task,
     )
 
 
@@ -136,15 +143,16 @@ class _SideBySide:
 
     def __init__(self, dataset: MultimodalDataset, config: TrainConfig, seed: int, device: str | torch.device) -> None:
         self.dataset, self.config, self.seed = dataset, config, seed
+        self.task = task_of(dataset, config)
         with seeded_init(seed, "unimodal", "init"):
-            models = nn.ModuleList(UnimodalModel(d, dataset.num_classes, config) for d in dataset.dims.values())
+            models = nn.ModuleList(UnimodalModel(d, self.task.outputs, config) for d in dataset.dims.values())
         self.models = models.to(device)
         self.train, self.held_out = (to_device(dataset.part(name), device) for name in ("train", "validation"))
         self.optimizer = build_optimizer({"all": list(self.models.parameters())}, config)
         self.order_of = generator(seed, "unimodal", "order")
         self.order: Tensor | None = None  # row order of the epoch that runs
         self.epoch = self.step = 0
-        self.best_score = [-1.0] * len(self.models)
+        self.best_score = [-math.inf] * len(self.models)
         self.best_state = [{k: v.clone() for k, v in m.state_dict().items()} for m in self.models]
         self.complete = bool(self.train.present.all())
 
@@ -154,7 +162,7 @@ class _SideBySide:
             tensors |= prefixed(f"best{i}", best)
         if self.order is not None:
             tensors["order"] = self.order
-        meta = {"epoch": self.epoch, "step": self.step, "best_score": self.best_score}
+        meta = {"epoch": self.epoch, "step": self.step, "best_score": [_stored(v) for v in self.best_score]}
         return Checkpoint(self.models.state_dict(), tensors, meta), self.epoch, self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -169,7 +177,8 @@ class _SideBySide:
                 self.best_state[i] = {k: v.to(device) for k, v in stripped(f"best{i}", tensors).items()}
             self.order = tensors.get("order")
             meta = checkpoint.meta
-            self.epoch, self.step, self.best_score = meta["epoch"], meta["step"], meta["best_score"]
+            self.epoch, self.step = meta["epoch"], meta["step"]
+            self.best_score = [-math.inf if v is None else v for v in meta["best_score"]]
 
     def _check_state(self, checkpoint: Checkpoint) -> None:
         """Raise ValueError for a state that this stage cannot have."""
@@ -200,7 +209,7 @@ class _SideBySide:
             for i, model in enumerate(self.models):
                 self._check_weights(model, names[i])
                 try:
-                    value = _validation_score(model, self.held_out, i, self.dataset.metric)
+                    value = _validation_score(model, self.held_out, i, self.task)
                 except NotFiniteError as error:
                     raise TrainingDiverged(
                         f"the unimodal model of {names[i]} in epoch {self.epoch}: {error}; or lower the learning rate"
@@ -232,7 +241,7 @@ class _SideBySide:
                 here = self.train.present[rows][:, i]
                 x, y = x[here], y[here]
             if len(y):
-                loss = F.cross_entropy(model(x), y)
+                loss = self.task.loss(model(x), y, "mean")
                 if self._usable(loss, i):
                     losses.append(loss)
         self.optimizer.zero_grad(set_to_none=True)
@@ -259,12 +268,16 @@ class _SideBySide:
 
 
 @torch.no_grad()
-def _validation_score(model: nn.Module, part: Part, column: int, metric: str) -> float:
+def _validation_score(model: nn.Module, part: Part, column: int, task: Task) -> float:
     """Score on the validation rows that have the modality; chance level where they cannot be scored."""
     here = part.present[:, column]
-    labels = part.labels[here]
-    if len(labels) == 0 or (metric == "auroc" and len(labels.unique()) < 2):
-        return 0.5 if metric == "auroc" else 0.0
-    pieces = row_pieces(part, here)
-    probabilities = torch.cat([torch.softmax(model(part.features[column][rows]), -1) for rows in pieces])
-    return score(probabilities.cpu(), labels.cpu(), metric)
+    labels = part.labels[here].cpu()
+    if not task.scorable(labels):
+        return task.unscored
+    outputs = torch.cat([model(part.features[column][rows]).cpu() for rows in row_pieces(part, here)])
+    return task.score(task.answers(outputs), labels)
+
+
+def _stored(value: float) -> float | None:
+    """JSON has no infinity."""
+    return None if value == -math.inf else value

@@ -23,7 +23,7 @@ from mmc_fast.experiments.compare.output import READING, markdown, write_outputs
 from mmc_fast.experiments.compare.runs import score
 from mmc_fast.experiments.jobs import Job, Result
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE
-from mmc_fast.experiments.training.metrics import scores
+from mmc_fast.experiments.tasks import Classification
 
 METHODS = [MethodConfig.parse(n, {"method": n}) for n in ("vanilla", "dropout", "muse", "shaspec")]
 QUALITY = {"vanilla": 1.5, "dropout": 2.5, "muse": 1.52, "shaspec": 0.4}
@@ -42,7 +42,7 @@ def fabricated(seed: int, seeds: int = 4, methods=METHODS, selected=None) -> Fin
                 logit = share * QUALITY[method.name] * (labels - 0.5) + shared + 0.1 * g.normal(size=600)
                 p = 1 / (1 + np.exp(-logit))
                 arrays[name] = np.stack([1 - p, p], 1).astype(np.float32)
-                found[name] = scores(torch.tensor(arrays[name]), torch.tensor(labels), "auroc")
+                found[name] = Classification.of(2).scores(torch.tensor(arrays[name]), torch.tensor(labels))
             values = {"metric": "auroc", "batch_rows": None, "scores": found}
             values |= {"realised": {"missing_0.3": [0.3], "missing_0.6": [0.5]}}
             job = Job(f"runs/made/{method.name}-{s}", score, {})

@@ -24,13 +24,16 @@ def good() -> MultimodalDataset:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "no modality": ({"features": {}, "present": torch.ones(60, 0, dtype=torch.bool)}, "no modality"),
     "labels of another type": ({"labels": torch.zeros(60)}, r"labels must be int64 of shape \[any\], got float32"),
-    "labels that are no tensor": ({"labels": np.zeros(60, int)}, "labels must be a tensor, got ndarray"),
+    "labels that are no tensor": (
+        {"labels": np.zeros(60, int)},
+        "labels must be a tensor with one entry a row, got ndarray",
+    ),
     "split of wrong length": ({"split": torch.zeros(59, dtype=torch.uint8)}, r"split must be uint8 of shape \[60\]"),
     "presence of another type": ({"present": torch.ones(60, 2)}, r"present must be bool of shape \[60, 2\]"),
     "presence of wrong width": ({"present": torch.ones(60, 3, dtype=torch.bool)}, r"got bool \[60, 3\]"),
     "ids of another type": ({"ids": torch.zeros(60)}, "ids must be int64"),
     "features in double": ({"features": {"a": torch.zeros(60, 12).double()}}, "present must be bool"),
-    "an unknown metric": ({"metric": "f1"}, "Unknown metric 'f1'"),
+    "an unknown metric": ({"metric": "f1"}, "metric 'f1' are not those of the task"),
 }
 
 

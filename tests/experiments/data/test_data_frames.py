@@ -191,7 +191,7 @@ def test_new_tables_of_any_layout_are_predicted_alike(finished: LoadedRun, tmp_p
     for data in (path, str(write(one, tmp_path / "new.parquet")), {"labs": t["labs"], "demo": t["demo"]}):
         found = finished.predict(data)
         assert found.rows == wanted.rows
-        torch.testing.assert_close(found.probabilities, wanted.probabilities, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.answers, wanted.answers, rtol=1e-5, atol=1e-6)
     table = wanted.table()
     assert set(table["prediction"]) <= {"no", "yes"}
     np.testing.assert_allclose(table["p_no"] + table["p_yes"], 1.0, rtol=1e-5)
@@ -205,7 +205,7 @@ def test_new_values_and_columns_are_told_and_rows_stay_independent(finished: Loa
     assert found.differences["missing_columns"] == {"labs": ["na"]}
     assert "extra" in str(found.differences["new_columns"])
     alone = finished.predict(one.iloc[[7]])
-    torch.testing.assert_close(alone.probabilities[0], found.probabilities[7], rtol=0, atol=1e-6)
+    torch.testing.assert_close(alone.answers[0], found.answers[7], rtol=0, atol=1e-6)
 
 
 def test_class_codes_that_are_numbers_do_not_depend_on_gaps_elsewhere(tmp_path: Path):

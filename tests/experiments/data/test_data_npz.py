@@ -144,7 +144,7 @@ def test_selected_modalities_are_the_only_ones_read(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Archive, "read", spy)
     got = data.load(path, modalities=["b"])
-    assert sorted(read) == ["present_b", "split", "x_b", "y"]
+    assert sorted(read) == ["meta", "present_b", "split", "x_b", "y"]
     rows = present | (base["split"] > 0)  # training rows without b teach nothing
     assert len(got) == rows.sum()
     assert got.info["dropped_rows"] == (~rows).sum()

@@ -52,10 +52,10 @@ def test_new_rows_are_scaled_by_the_training_rows_of_the_run(finished: LoadedRun
 
 def test_columns_in_another_order_and_arrays_give_the_same_predictions(finished: LoadedRun, tmp_path: Path):
     new = arrays(40, 2)
-    same = finished.predict(save(tmp_path / "a.npz", new)).probabilities
+    same = finished.predict(save(tmp_path / "a.npz", new)).answers
     turned = new | {"x_labs": np.c_[new["x_labs"][:, [2, 0, 1]], np.ones(40)]}
     other = finished.predict(save(tmp_path / "b.npz", turned, ["ph", "na", "k", "extra"]))
-    assert torch.equal(other.probabilities, same)
+    assert torch.equal(other.answers, same)
     assert other.differences["new_columns"] == {"labs": ["extra"]}
     assert other.rows == [str(i) for i in range(1000, 1040)]
 
@@ -65,7 +65,7 @@ def test_a_cohort_without_a_modality_is_that_of_rows_which_lack_it(finished: Loa
     np.savez(tmp_path / "a.npz", x_notes=new["x_notes"])
     lacks = finished.predict(tmp_path / "a.npz")
     marked = finished.predict(save(tmp_path / "b.npz", new, present_labs=np.zeros(30, bool)))
-    assert torch.equal(lacks.probabilities, marked.probabilities)
+    assert torch.equal(lacks.answers, marked.answers)
     assert lacks.differences["absent_modalities"] == ["labs"]
     assert lacks.present.tolist() == [[False, True]] * 30
 
@@ -74,17 +74,17 @@ def test_rows_with_nothing_get_the_class_shares_and_are_told(finished: LoadedRun
     new = arrays(10, 4)
     new["x_labs"][0], new["x_notes"][0] = np.nan, np.nan
     found = finished.predict(save(tmp_path / "a.npz", new))
-    assert found.probabilities[0].tolist() == pytest.approx([0.5, 0.5])
+    assert found.answers[0].tolist() == pytest.approx([0.5, 0.5])
     assert "1 row(s) have no modality" in found.report()[-1]
 
 
 def test_no_prediction_depends_on_other_rows(finished: LoadedRun, tmp_path: Path):
     new = arrays(60, 5, gaps=1)
-    whole = finished.predict(save(tmp_path / "a.npz", new)).probabilities
+    whole = finished.predict(save(tmp_path / "a.npz", new)).answers
     changed = {k: v.copy() for k, v in new.items()}
     changed["x_labs"][1:], changed["x_notes"][1:] = 1e6, np.nan
-    other = finished.predict(save(tmp_path / "b.npz", changed)).probabilities
-    single = finished.predict(save(tmp_path / "c.npz", {k: v[:1] for k, v in new.items()})).probabilities
+    other = finished.predict(save(tmp_path / "b.npz", changed)).answers
+    single = finished.predict(save(tmp_path / "c.npz", {k: v[:1] for k, v in new.items()})).answers
     torch.testing.assert_close(other[0], whole[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(single[0], whole[0], rtol=0, atol=1e-6)
 

@@ -39,7 +39,7 @@ def own_file(path: Path, seed: int, rows: int = 400, *, packed: bool = True, shu
     if shuffled:
         split = draw.permutation(split)
     write = np.savez_compressed if packed else np.savez
-    write(path, x_a=x_a, x_b=x_b, x_c=x_c, y=labels, split=split, ids=np.arange(rows) + 1000)
+    write(path, x_a=x_a, x_b=x_b, x_c=x_c, y=labels, split=split, ids=np.arange(rows) + 1000, meta='{"num_classes": 3}')
     return path
 
 

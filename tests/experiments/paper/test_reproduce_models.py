@@ -151,7 +151,7 @@ def test_contributions_are_leading_components_of_the_blocks(seed):
 def stored(folder: Path, data, seed: int, rows: dict[str, TrainConfig]) -> dict:
     """Settings of a measuring function, whose trained runs are in the folder."""
     np.savez(
-        folder / "own.npz", y=data.labels.numpy(), split=data.split.numpy(),
+        folder / "own.npz", meta='{"kind": "classification"}', y=data.labels.numpy(), split=data.split.numpy(),
         **{f"x_{name}": x.numpy() for name, x in data.features.items()},
     )  # fmt: skip
     (config,) = load_data_configs([str(folder / "own.npz")])
@@ -328,7 +328,13 @@ def test_bad_input_is_one_line(tmp_path, seed):
         EXPERIMENTS["fig6"].run(Plan(tmp_path, ("mfeat",), tune="always"))
     check_one_line(caught.value)
     data = tiny(seed).keep(["a"])
-    np.savez(tmp_path / "one.npz", x_a=data.features["a"].numpy(), y=data.labels.numpy(), split=data.split.numpy())
+    np.savez(
+        tmp_path / "one.npz",
+        meta='{"kind": "classification"}',
+        x_a=data.features["a"].numpy(),
+        y=data.labels.numpy(),
+        split=data.split.numpy(),
+    )
     done = CliRunner().invoke(
         app, ["reproduce", "fig6", "--data", str(tmp_path / "one.npz"), "--out", str(tmp_path / "o"), "--seeds", "1"]
     )

@@ -10,8 +10,8 @@ import torch
 from training_data import check_one_line, small, tiny
 
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import TrainingDiverged, train
-from mmc_fast.experiments.training.metrics import score
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Rows, Stepper
@@ -194,4 +194,4 @@ def test_predictions_that_are_not_finite_are_named():
     p = torch.tensor([[0.5, 0.5], [float("nan"), 0.5]])
     for metric in ("accuracy", "auroc"):
         with pytest.raises(InputError, match="1 of 2 predictions are NaN or infinite"):
-            score(p, torch.tensor([0, 1]), metric)
+            Classification.of(2, metric).score(p, torch.tensor([0, 1]))

@@ -12,10 +12,10 @@ from mmc_fast.diagnose import diagnose
 from mmc_fast.diagnose.result import plain
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import mcar
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import evaluate, load_run, parts, predict, train
 from mmc_fast.experiments.training import evaluate as public_evaluate
 from mmc_fast.experiments.training.evaluate import masks_at, measure
-from mmc_fast.experiments.training.metrics import score, scores
 from mmc_fast.experiments.training.model import MultimodalModel
 
 
@@ -40,13 +40,17 @@ def test_accuracy_and_area_by_counting(seed):
     p, y = torch.rand(40, 2, generator=g).softmax(1), (torch.rand(40, generator=g) < 0.4).long()
     y[0], y[1] = 0, 1
     hits = sum(int(p[n, 1] > p[n, 0]) == int(y[n]) for n in range(40))
-    assert score(p, y, "accuracy") == pytest.approx(hits / 40)
+    assert Classification.of(p.shape[1], "accuracy").score(p, y) == pytest.approx(hits / 40)
     wins = [float(a > b) for a in p[y == 1, 1] for b in p[y == 0, 1]]
-    assert score(p, y, "auroc") == pytest.approx(sum(wins) / len(wins))
+    assert Classification.of(p.shape[1], "auroc").score(p, y) == pytest.approx(sum(wins) / len(wins))
     ranked = y[p[:, 1].argsort(descending=True)].tolist()
     precision = [sum(ranked[: n + 1]) / (n + 1) for n in range(40) if ranked[n]]
-    assert scores(p, y, "auroc")["auprc"] == pytest.approx(sum(precision) / len(precision))
-    assert scores(p, y, "accuracy")["score"] == score(p, y, "accuracy")
+    assert Classification.of(p.shape[1], "auroc").scores(p, y)["auprc"] == pytest.approx(
+        sum(precision) / len(precision)
+    )
+    assert Classification.of(p.shape[1], "accuracy").scores(p, y)["score"] == Classification.of(
+        p.shape[1], "accuracy"
+    ).score(p, y)
 
 
 def test_multi_class_scores_are_counted_by_hand():
@@ -54,7 +58,7 @@ def test_multi_class_scores_are_counted_by_hand():
         [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.4, 0.5, 0.1], [0.2, 0.1, 0.7], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]]
     )
     y = torch.tensor([0, 1, 0, 2, 2, 2])
-    found = scores(p, y, "accuracy")
+    found = Classification.of(p.shape[1], "accuracy").scores(p, y)
     f1 = [2 * 1 / (2 * 1 + 1 + 1), 2 * 1 / (2 * 1 + 1), 2 * 2 / (2 * 2 + 1)]  # 2 TP / (2 TP + FP + FN)
     assert found["macro_f1"] == pytest.approx(sum(f1) / 3)
     auc = []
@@ -63,7 +67,7 @@ def test_multi_class_scores_are_counted_by_hand():
         wins = (own[:, None] > others).double() + 0.5 * (own[:, None] == others)
         auc.append(float(wins.mean()))
     assert found["macro_auroc"] == pytest.approx(sum(auc) / 3)
-    assert "macro_auroc" not in scores(p[:3], y[:3], "accuracy")  # no row of class 2
+    assert "macro_auroc" not in Classification.of(p.shape[1], "accuracy").scores(p[:3], y[:3])  # no row of class 2
 
 
 @pytest.mark.parametrize(
@@ -73,12 +77,13 @@ def test_multi_class_scores_are_counted_by_hand():
         ((torch.zeros(0, 2), torch.zeros(0).long(), "accuracy"), "no rows"),
         ((torch.zeros(3, 2), torch.zeros(3).long(), "auroc"), "needs 2 classes"),
         ((torch.zeros(3, 3), torch.tensor([0, 1, 2]), "auroc"), "needs 2 classes"),
-        ((torch.zeros(3, 2), torch.zeros(3).long(), "auc"), "Did you mean 'auroc'"),
     ],
 )
 def test_scores_refuse_what_has_no_score(arguments, message):
     with pytest.raises(InputError, match=message):
-        score(*arguments)
+        Classification.of(max(2, arguments[0].shape[1]), "").score(*arguments[:2]) if arguments[2] == "accuracy" else (
+            Classification.of(2, "auroc").score(*arguments[:2])
+        )
 
 
 def test_scores_of_a_model_by_hand(seed):
@@ -130,7 +135,7 @@ def test_data_that_are_streamed_have_the_same_scores(seed, monkeypatch):
     dataset = tiny(seed, absent=0.2)
     result = train(dataset, small("ebr", epochs=1), seed=seed)
     whole, some = (
-        measure(result.model, d, "test", (0.3,), seed, result.unimodal, True, "error")[1].probabilities
+        measure(result.model, d, "test", (0.3,), seed, result.unimodal, True, "error")[1].answers
         for d in (dataset, replace(dataset, streamed=True))
     )
     assert whole.keys() == some.keys() >= {"complete", "missing_0.3", "unimodal_c"}
@@ -169,7 +174,7 @@ def test_unimodal_is_the_unimodal_model_on_rows_that_have_the_modality(seed):
         entry = result.results["scores"]["reliance"][name]
         assert entry["unimodal"] == pytest.approx(float((guess == part.labels[here]).double().mean()))
         assert entry["unimodal_rows"] == int(here.sum())
-        stored = result.predictions[0].probabilities[f"unimodal_{name}"]
+        stored = result.predictions[0].answers[f"unimodal_{name}"]
         assert torch.equal(stored.isnan().any(1), ~here)
 
 
@@ -233,7 +238,7 @@ def test_strangers_are_refused(seed):
     for other, message in (
         (tiny(seed, dims=(5, 3)), "modalities"),
         (tiny(seed, dims=(5, 3, 6)), "modalities"),
-        (tiny(seed, num_classes=2), "classes"),
+        (tiny(seed, num_classes=2), "built for classification of 3"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(model, other)
@@ -248,9 +253,9 @@ def test_measure_keeps_the_predictions_behind_each_score(seed):
     model = vanilla(seed, dataset)
     settings = {"part": "test", "rates": (0.3,), "seed": seed, "unimodal": None, "reliance": False, "on_empty": "error"}
     result, found = measure(model, dataset, **settings)
-    assert set(found.probabilities) == {"complete", "missing_0.3"}
-    assert result["complete"] == score(found.probabilities["complete"], found.labels, "auroc")
-    assert result["missing"][0]["score"] == score(found.probabilities["missing_0.3"], found.labels, "auroc")
+    assert set(found.answers) == {"complete", "missing_0.3"}
+    assert result["complete"] == model.task.score(found.answers["complete"], found.labels)
+    assert result["missing"][0]["score"] == model.task.score(found.answers["missing_0.3"], found.labels)
     assert torch.equal(dataset.labels[found.index], found.labels)
 
 

@@ -302,8 +302,8 @@ def test_finished_run_opens_again_and_predicts_the_same(seed, tmp_path):
     found = load_predictions(folder)["test"]
     p = first.predictions[0]
     assert torch.equal(found.labels, dataset.part("test").labels)
-    assert set(found.probabilities) == set(p.probabilities)
-    assert all(torch.equal(found.probabilities[k].nan_to_num(), v.nan_to_num()) for k, v in p.probabilities.items())
+    assert set(found.answers) == set(p.answers)
+    assert all(torch.equal(found.answers[k].nan_to_num(), v.nan_to_num()) for k, v in p.answers.items())
     again = train(dataset, config, seed=seed, run_dir=folder, resume=True)  # finished: opened, not repeated
     assert again.results == loaded.results
     state = load_file(folder / "model.safetensors")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator, seeded_init
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training.masks import epoch_order
 from mmc_fast.experiments.training.parts import fingerprint
 from mmc_fast.experiments.training.runfolder import RunFolder
@@ -73,7 +74,7 @@ def test_strongest_and_order(seed):
 
 
 def test_the_first_of_equals_is_the_stronger():
-    found = UnimodalModels({}, {"a": 0.5, "b": 0.7, "c": 0.7, "d": 0.5}, {})
+    found = UnimodalModels({}, {"a": 0.5, "b": 0.7, "c": 0.7, "d": 0.5}, {}, Classification.of(2))
     assert found.strongest == "b"
     assert found.weakest_first() == ["d", "a", "c", "b"]
 
@@ -88,9 +89,9 @@ def test_models_survive_a_file(seed, tmp_path):
     dataset, config = tiny(seed), small("vanilla")
     found = trained(dataset, config, seed)
     folder = RunFolder(tmp_path)
-    assert folder.load_unimodal(config, dataset.dims, 3) is None
+    assert folder.load_unimodal(config, dataset.dims, dataset.task) is None
     folder.save_unimodal(found)
-    again = folder.load_unimodal(config, dataset.dims, 3)
+    again = folder.load_unimodal(config, dataset.dims, dataset.task)
     assert again is not None
     assert (again.scores, again.key) == (found.scores, found.key)
     for i, name in enumerate(dataset.modalities):

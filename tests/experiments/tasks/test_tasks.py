@@ -1,0 +1,124 @@
+"""Losses, answers and scores of every kind of task against scikit-learn, torch distributions and counting."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score, roc_auc_score
+from sklearn.utils.class_weight import compute_class_weight
+from torch.distributions import Bernoulli, kl_divergence
+
+from mmc_fast.diagnose.statistics import weighted_scores
+from mmc_fast.errors import InputError
+from mmc_fast.experiments.tasks import Classification, MultiLabel, Regression, task_from_dict
+
+NAMES = ("u", "v", "w")
+
+
+def draw(seed: int, rows: int = 60):
+    g = torch.Generator().manual_seed(seed)
+    outputs, labels = torch.randn(rows, 3, generator=g), (torch.rand(rows, 3, generator=g) < 0.4).long()
+    labels[:2] = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    return g, outputs, labels
+
+
+def test_class_weights_are_those_of_scikit_learn(seed):
+    g, outputs, _ = draw(seed)
+    labels = torch.cat([torch.arange(3), torch.randint(3, (57,), generator=g)])
+    task = Classification(NAMES).weighted(labels)
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert task.weights == pytest.approx(wanted.tolist())
+    each = -outputs.log_softmax(1)[torch.arange(60), labels] * torch.tensor(wanted, dtype=torch.float32)[labels]
+    torch.testing.assert_close(task.loss(outputs, labels), each.sum())
+    torch.testing.assert_close(task.loss(outputs, labels, "mean"), each.mean())
+    torch.testing.assert_close(task.loss(outputs, labels, "none"), each)
+
+
+def test_several_labels_have_the_loss_and_scores_of_their_own_classifiers(seed):
+    _, outputs, labels = draw(seed)
+    task = MultiLabel(NAMES)
+    p, y = task.answers(outputs), labels.numpy()
+    each = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(1)
+    torch.testing.assert_close(task.loss(outputs, labels), each.sum())
+    found = task.scores(p, labels)
+    auc = [roc_auc_score(y[:, j], p[:, j]) for j in range(3)]
+    assert found["score"] == pytest.approx(np.mean(auc))
+    assert found["macro_auprc"] == pytest.approx(np.mean([average_precision_score(y[:, j], p[:, j]) for j in range(3)]))
+    assert found["micro_auprc"] == pytest.approx(average_precision_score(y.ravel(), p.numpy().ravel()))
+    without = labels.clone()
+    without[:, 1] = 0  # a label without positives has no AUC
+    assert task.score(p, without) == pytest.approx((auc[0] + auc[2]) / 2)
+    weights = np.stack([np.ones(60), np.arange(60.0)])
+    each_label = [[roc_auc_score(y[:, j], p[:, j], sample_weight=w) for j in range(3)] for w in weights]
+    np.testing.assert_allclose(weighted_scores("macro_auroc", y, p.numpy(), weights), np.mean(each_label, 1))
+
+
+def test_weights_of_several_labels_make_positives_count_as_much_as_negatives(seed):
+    _, _, labels = draw(seed)
+    task = MultiLabel(NAMES).weighted(labels)
+    even = torch.zeros(60, 3)  # every entry costs log 2
+    for j in range(3):
+        task_j = MultiLabel(("u",), (task.weights[j],))
+        cost = task_j.loss(even[:, :1], labels[:, j : j + 1], "none")
+        assert float(cost[labels[:, j] == 1].sum()) == pytest.approx(float(cost[labels[:, j] == 0].sum()), rel=1e-5)
+
+
+def test_the_divergence_of_labels_is_that_of_bernoulli_distributions(seed):
+    g, outputs, _ = draw(seed)
+    target = torch.randn(60, 3, generator=g)
+    wanted = kl_divergence(Bernoulli(logits=target), Bernoulli(logits=outputs)).mean(1).sum()
+    torch.testing.assert_close(MultiLabel(NAMES).divergence(outputs, target), wanted)
+
+
+def test_a_regression_is_standardised_by_its_training_rows(seed):
+    g, outputs, _ = draw(seed)
+    labels = torch.randn(60, 3, generator=g, dtype=torch.float64) * torch.tensor([1.0, 1e6, 1e-6]) + 1e3
+    task = Regression(NAMES).fit(labels[:40])
+    answers = task.answers(outputs)
+    mean, std = labels[:40].numpy().mean(0), labels[:40].numpy().std(0)
+    np.testing.assert_allclose(answers.numpy(), outputs.double().numpy() * std + mean)
+    wanted = (((answers - labels) / torch.tensor(std)) ** 2).mean(1).sum()
+    torch.testing.assert_close(task.loss(outputs, labels).double(), wanted, rtol=1e-4, atol=1e-4)
+    found = task.scores(answers, labels)
+    assert found["score"] == pytest.approx(r2_score(labels, answers))
+    assert found["mae"] == pytest.approx(mean_absolute_error(labels, answers))
+    assert found["rmse"] == pytest.approx(float((answers - labels).square().mean(0).sqrt().mean()))
+    torch.testing.assert_close(task.answers(task.prior(labels[:40])[None])[0], torch.tensor(mean))
+    weights = np.stack([np.ones(60), np.arange(60.0)])
+    wanted = [r2_score(labels, answers, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(weighted_scores("r2", labels.numpy(), answers.numpy(), weights), wanted, rtol=1e-3)
+
+
+def test_the_prior_of_classes_and_labels_is_their_share(seed):
+    _, _, labels = draw(seed)
+    task = MultiLabel(NAMES)
+    torch.testing.assert_close(task.answers(task.prior(labels)), labels.float().mean(0))
+    classes = labels[:, 0]
+    task = Classification(("no", "yes"))
+    share = classes.float().mean()
+    torch.testing.assert_close(task.answers(task.prior(classes)), torch.stack([1 - share, share]))
+
+
+@pytest.mark.parametrize(
+    "task", [Classification(("a", "b"), "accuracy", (0.5, 1.5)), MultiLabel(NAMES, (1.0, 2.0, 0.1)), Regression(NAMES)]
+)
+def test_a_task_survives_json(task):
+    if isinstance(task, Regression):
+        task = task.fit(torch.rand(9, 3, dtype=torch.float64))
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+def test_what_a_task_refuses():
+    with pytest.raises(InputError, match="class_weights 'balanced' is for classes"):
+        Regression(("y",)).weighted(torch.zeros(3, 1))
+    with pytest.raises(InputError, match=r"labels \[0, 2, 0\] in row 1; each label is 0 or 1"):
+        MultiLabel(NAMES).check(torch.tensor([[0, 1, 0], [0, 2, 0]]), "d")
+    with pytest.raises(InputError, match="label of row 1 is NaN"):
+        Regression(("y",)).check(torch.tensor([[0.0], [float("nan")]], dtype=torch.float64), "d")
+    with pytest.raises(InputError, match="'y' has fewer than two values in the test part"):
+        Regression(("y",)).check_part(torch.ones(3, 1, dtype=torch.float64), "test", "d")
+    with pytest.raises(InputError, match="'u' is 1 in every training row"):
+        MultiLabel(NAMES).check_part(torch.ones(3, 3).long(), "train", "d")
