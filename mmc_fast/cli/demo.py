@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mmc_fast.experiments.compare.demo import DemoFindings, DemoPlan, demo_blocks, demo_drawings, run_demo
+from mmc_fast.experiments.compare.demo import (
+    DemoFindings,
+    DemoPlan,
+    demo_blocks,
+    demo_drawings,
+    demo_story,
+    run_demo,
+)
 from mmc_fast.experiments.compare.output import score_rows, write_outputs
 from mmc_fast.experiments.jobs import own_folder
 from mmc_fast.experiments.pool import check_workers
@@ -21,6 +28,7 @@ from .terminal import JobsDisplay, error_console, output_console, print_table
 
 __all__ = ["COMMAND", "print_demo", "write_demo"]
 
+LEAD = "Which modalities does a model use, which did it lose, and what brings them back?"
 SMOKE = "This was a smoke run of a few epochs and one seed. Its numbers mean nothing."
 
 
@@ -47,6 +55,7 @@ def write_demo(plan: DemoPlan, out: Path, *, workers: int, fresh: bool = False) 
     verdicts = {
         f.comparison.data: {title: [vars(v) for v in some] for title, some in f.verdicts.items()} for f in findings
     }
+    story = demo_story(findings)
     about = {"kind": "demo", "plan": plan.to_dict(), "facts": facts, "verdicts": verdicts}
     write_outputs(
         [f.comparison for f in findings],
@@ -57,12 +66,16 @@ def write_demo(plan: DemoPlan, out: Path, *, workers: int, fresh: bool = False) 
         drawings={f.comparison.data: demo_drawings(f) for f in findings},
         blocks={f.comparison.data: demo_blocks(f) for f in findings},
         warning=SMOKE if plan.quick else "",
+        opening=(LEAD, story.blocks, story.drawing) if story else None,
     )
     return findings
 
 
 def print_demo(console: Console, findings: Sequence[DemoFindings], out: Path, quick: bool) -> None:
-    """A table and what became of the modalities per data set, and where the report is."""
+    """The story, a table and what became of the modalities per data set, and where the report is."""
+    if (story := demo_story(findings)) is not None:
+        console.print(story.sentence.replace("**", ""), markup=False)
+        console.print()
     for f in findings:
         main = f.comparison.main
         title = f"{f.comparison.data}: test {main.metric}, mean ± s.d. over {len(main.seeds)} seed(s)"
@@ -85,6 +98,7 @@ def demo(
         bool, typer.Option("--quick", help="Smoke run: one seed, few epochs, numbers without meaning.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what is finished in the folder.")] = False,
+    open_report: Annotated[bool, typer.Option("--open", help="Show the report in the browser at the end.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train vanilla, modality dropout, KD and two forms of EBR on two data sets; write tables, figures, a report."""
@@ -94,6 +108,8 @@ def demo(
         print_json({"out": str(out), "plan": plan.to_dict(), "data_sets": [f.comparison.to_dict() for f in findings]})
     else:
         print_demo(output_console(), findings, out, quick)
+    if open_report:
+        typer.launch(str((out / "report.html").resolve()))
 
 
 COMMAND = command(demo)

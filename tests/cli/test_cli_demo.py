@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from mmc_fast.cli.demo import print_demo, write_demo
 from mmc_fast.cli.terminal import JobsDisplay, error_console, output_console
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import demo as demo_module
-from mmc_fast.experiments.compare.demo import DemoPlan, demo_config, run_demo
+from mmc_fast.experiments.compare.demo import DemoFindings, DemoPlan, demo_config, demo_story, run_demo
 from mmc_fast.experiments.jobs import Job, Result
 from mmc_fast.experiments.training import Predictions, load_run
 
@@ -45,7 +47,7 @@ def test_the_folder_is_whole(done: Path):
     assert {p.name for p in done.iterdir()} - {".manifest.lock"} == {
         "manifest.json", "results.json", "results.csv", "results.md", "report.html", "figures", "runs",
     }  # fmt: skip
-    assert {p.name for p in (done / "figures").iterdir()} == {
+    assert {p.name for p in (done / "figures").iterdir()} - {"story.png"} == {
         "mfeat-missing-rates.png", "mfeat-reliance-vanilla.png", "mfeat-reliance-ebr.png", "mfeat-reliance-robust.png",
         "mfeat-adversary-ebr.png", "mfeat-adversary-robust.png",
     }  # fmt: skip
@@ -89,6 +91,36 @@ def test_a_finished_demo_is_taken_over_and_shown_as_stored(done: Path, capsys: p
         assert all(f"{score['mean']:.3f}" in shown for score in by_condition.values())
     assert "numbers mean nothing" in shown
     assert "modality dropout" in shown
+
+
+def looked_into(data: str, **scores: tuple[float, float, float]) -> DemoFindings:
+    """By modality: its unimodal model, plain training with it alone, the repaired model with it alone."""
+
+    def run(kept: int) -> dict:
+        entries = {
+            m: {"unimodal": s[0], "single_modality": s[kept], "leave_one_out": 0.0, "shuffled": 0.0, "shapley": 0.0}
+            for m, s in scores.items()
+        }
+        reported = {"complete": (0.97, 0.98)[kept - 1], "reliance": entries}
+        return {"scores": reported, "data": {"name": data, "metric": "accuracy"}}
+
+    comparison: Any = SimpleNamespace(data=data, main=SimpleNamespace(metric="accuracy"))
+    return DemoFindings(comparison, 0.1, {"vanilla": [run(1)], "EBR robust": [run(2)]}, {})
+
+
+def test_the_story_is_the_modality_that_was_lost_and_brought_back():
+    story = demo_story(
+        [looked_into("one", a=(0.8, 0.7, 0.75), b=(0.9, 0.2, 0.6)), looked_into("two", c=(0.9, 0.5, 0.7))]
+    )
+    assert story is not None
+    assert (story.data, story.modality, story.alone, story.kept, story.repaired) == ("one", "b", 0.9, 0.2, 0.6)
+    assert story.complete == (0.97, 0.98)
+    assert all(f"{value:.3f}" in story.sentence for value in (0.9, 0.2, 0.6, 0.97, 0.98))
+    assert "b 0.900, 0.200, 0.600" in story.drawing.alt
+
+
+def test_there_is_no_story_where_nothing_was_lost_or_brought_back():
+    assert demo_story([looked_into("one", a=(0.8, 0.79, 0.79), b=(0.6, 0.7, 0.9))]) is None
 
 
 def test_predictions_of_unimodal_models_which_have_gaps_are_left_out(monkeypatch: pytest.MonkeyPatch):

@@ -11,18 +11,19 @@ import torch
 
 from mmc_fast._util.names import choose
 from mmc_fast._util.numbers import check_seed, make_plain
-from mmc_fast.diagnose.document import Block, Callout, Details
+from mmc_fast.diagnose.document import Block, Callout, Cell, Details, Table
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.verdict import ModalityVerdict, overall
 from mmc_fast.errors import InputError
 
 from ..jobs import Event, Job, Result, finish
-from ..report.drawings import draw_adversary, draw_reliance
+from ..report.drawings import draw_adversary, draw_reliance, draw_repair, metric_name
 from ..report.trained import (
     Results,
     chance_score,
     probe,
     probe_table,
+    reliance,
     reliance_table,
     settings_table,
     verdicts,
@@ -35,11 +36,23 @@ from .findings import Findings, find
 from .grid import Finished, Run
 from .runs import settings_of, train_and_keep
 
-__all__ = ["DEMO_DATA", "DemoFindings", "DemoPlan", "demo_blocks", "demo_config", "demo_drawings", "run_demo"]
+__all__ = [
+    "DEMO_DATA",
+    "DemoFindings",
+    "DemoPlan",
+    "Story",
+    "demo_blocks",
+    "demo_config",
+    "demo_drawings",
+    "demo_story",
+    "run_demo",
+]
 
 DEMO_DATA = ("mfeat", "support2")
 _FIRST = "vanilla"  # trains the unimodal models that the others share
 _LOOKED_INTO = ("vanilla", "ebr", "robust")
+_REPAIR = "robust"
+_WORTH_TELLING = 0.02  # of the way from chance to a perfect score
 _METHODS = {
     "vanilla": MethodConfig("vanilla", "vanilla", "vanilla"),
     "dropout": MethodConfig("dropout", "dropout", "modality dropout"),
@@ -105,10 +118,77 @@ class DemoFindings:
 
 def demo_config(plan: DemoPlan, method: str) -> TrainConfig:
     """Settings of one method: its small preset. Checkpoints are written at the end and on Ctrl-C."""
-    config = TrainConfig.preset(method, epochs=plan.epochs, checkpoint_every=plan.epochs, keep_checkpoints=1)
+    config = TrainConfig.preset(
+        method, epochs=plan.epochs, checkpoint_every=plan.epochs, keep_checkpoints=1, control=False
+    )
     if plan.quick and config.kd is not None:
         config = replace(config, kd=replace(config.kd, epochs=1))
     return config
+
+
+@dataclass(frozen=True)
+class Story:
+    """One model that lost a modality, and the same repaired: scores on the test part, means over the seeds.
+
+    ``kept``, ``repaired``: of the vanilla and of the repaired model when ``modality`` is all there is; ``alone``: a model of
+    that modality only; ``complete``: both models with everything.
+    """
+
+    data: str
+    modality: str
+    metric: str
+    alone: float
+    kept: float
+    repaired: float
+    complete: tuple[float, float]
+    drawing: Drawing
+
+    @property
+    def sentence(self) -> str:
+        """The story in words."""
+        name = metric_name(self.metric)
+        return (
+            f"Plain training on **{self.data}** reaches a test {name} of {self.complete[0]:.3f}, but has not learned to use "
+            f"**{self.modality}** by itself: given it alone, the model scores **{self.kept:.3f}**, where a model of that modality "
+            f"reaches {self.alone:.3f}. The same architecture with EBR, trained with missing modalities, scores "
+            f"**{self.repaired:.3f}**, and {self.complete[1]:.3f} with everything."
+        )
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The sentence, the picture, and its numbers."""
+        rows: list[list[Cell | str]] = [
+            ["a model of this modality alone", f"{self.alone:.3f}", "–"],
+            ["plain training", Cell(f"{self.kept:.3f}", strong=True), f"{self.complete[0]:.3f}"],
+            ["EBR robust", Cell(f"{self.repaired:.3f}", strong=True), f"{self.complete[1]:.3f}"],
+        ]
+        columns = [self.data, f"{self.modality} alone", "everything"]
+        return [Callout(self.sentence, "finding"), self.drawing.figure(), Table(columns, rows, "")]
+
+
+def demo_story(found: Sequence[DemoFindings]) -> Story | None:
+    """Of all modalities the one that plain training kept least of and the repair brought back most of; None without both
+    models, or where nothing was lost and brought back."""
+    best: tuple[float, DemoFindings, str] | None = None
+    for f in found:
+        before, after = (f.runs.get(_METHODS[name].title) for name in (_FIRST, _REPAIR))
+        if before and after:
+            kept, repaired = reliance(before)[1], reliance(after)[1]
+            for m in kept:
+                gain = (repaired[m]["single_modality"] - kept[m]["single_modality"]) / max(1e-9, 1 - f.chance)
+                if gain < _WORTH_TELLING or kept[m]["unimodal"] <= kept[m]["single_modality"]:
+                    continue
+                best = max(filter(None, (best, (gain, f, m))), key=lambda entry: entry[0])
+    if best is None:
+        return None
+    _, f, m = best
+    before, after = (f.runs[_METHODS[name].title] for name in (_FIRST, _REPAIR))
+    (whole, kept), (whole_after, repaired) = reliance(before), reliance(after)
+    titles = ("plain training", _METHODS[_REPAIR].title)
+    return Story(
+        f.comparison.data, m, f.comparison.main.metric, kept[m]["unimodal"], kept[m]["single_modality"],
+        repaired[m]["single_modality"], (whole, whole_after), draw_repair(before, after, titles, f.chance),
+    )  # fmt: skip
 
 
 def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> list[DemoFindings]:
@@ -121,7 +201,8 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
         return Job(f"runs/{data.name}/{method}-{seed}", train_and_keep, everything)
 
     first = [(_FIRST, d, s, job(_FIRST, d, s, None)) for d in data_sets for s in plan.seeds]
-    results = finish([j for *_, j in first], folder, workers=workers, on_event=on_event)
+    number = len(plan.methods) * len(first)
+    results = finish([j for *_, j in first], folder, workers=workers, on_event=_counted(on_event, number - len(first)))
     shared = {(d.name, s): None if r.failed else j.own for (_, d, s, j), r in zip(first, results, strict=True)}
     jobs = [
         (m, d, s, job(m, d, s, None if m == _FIRST else shared[d.name, s]))
@@ -129,7 +210,7 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
         for d in data_sets
         for s in plan.seeds
     ]
-    results = finish([j for *_, j in jobs], folder, workers=workers, on_event=on_event)
+    results = finish([j for *_, j in jobs], folder, workers=workers, on_event=_without_plan(on_event))
     runs, stored = [], {}
     for (m, d, s, j), result in zip(jobs, results, strict=True):
         if not result.failed:
@@ -141,6 +222,15 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
         _one(f, [m for m in plan.methods if m in f.main.scores], runs, stored)
         for f in find(finished, [_METHODS[m] for m in plan.methods])
     ]
+
+
+def _counted(on_event: Event, later: int) -> Event:
+    """One bar over both stages: the first one announces the jobs of the second too."""
+    return lambda event: on_event((event[0], event[1], event[2] + later) if event[0] == "plan" else event)
+
+
+def _without_plan(on_event: Event) -> Event:
+    return lambda event: None if event[0] == "plan" else on_event(event)
 
 
 def _scored(result: Result, stored: Results, own: Path) -> Result:

@@ -59,23 +59,36 @@ def write_outputs(
     drawings: Mapping[str, Mapping[str, Drawing]] | None = None,
     blocks: Mapping[str, Sequence[Block]] | None = None,
     warning: str = "",
+    opening: tuple[str, Sequence[Block], Drawing] | None = None,
 ) -> None:
     """Write results.csv, results.json, results.md, report.html and figures/ into ``folder``, each in one step.
 
     ``about``: more of results.json. ``drawings``, ``blocks``: by data set, what the page shows beside the comparison; a
-    drawing's name is that of its file.
+    drawing's name is that of its file. ``opening``: lead of the page, what comes first on it, and the drawing in that.
     """
     head = {"schema_version": SCHEMA_VERSION, "mmc_fast_version": __version__}
     write_json(folder / "results.json", {**head, **about, "data_sets": [f.to_dict() for f in findings]})
     write_text(folder / "results.csv", _csv(findings))
     write_text(folder / "results.md", markdown(findings, title))
-    page = Report(title, _lead(findings), f"mmc-fast {__version__}. This page is self-contained and loads nothing.")
+    page = Report(
+        title,
+        opening[0] if opening else _lead(findings),
+        f"mmc-fast {__version__}. This page is self-contained and loads nothing.",
+    )
+    warned: list[Block] = [Callout(warning, "warning")] if warning else []
+    if opening is not None:
+        opening[2].save_png(folder / "figures" / "story.png")
+        page.add_section(Section("In one picture", [*warned, *opening[1]]))
+        warned = []
     for f in findings:
         shown = _rate_drawings(f) | dict((drawings or {}).get(f.data, {}))
         for name, drawing in shown.items():
             drawing.save_png(folder / "figures" / f"{f.data}-{name}.png")
-        first: list[Block] = [Callout(warning, "warning")] if warning and f is findings[0] else []
-        page.add_section(Section(f.data, [*first, *_blocks(f, shown), *(blocks or {}).get(f.data, ())]))
+        page.add_section(
+            Section(
+                f.data, [*(warned if f is findings[0] else ()), *_blocks(f, shown), *(blocks or {}).get(f.data, ())]
+            )
+        )
     page.add_section(Section("How to read this", [Text(READING), Facts(facts)]))
     page.save(folder / "report.html")
     list_files(folder)

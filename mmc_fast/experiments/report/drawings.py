@@ -9,7 +9,7 @@ from mmc_fast.diagnose.figures import Drawing, Line, Reference, bars, lines
 from .comparison import AVERAGE, COMPLETE, Comparison
 from .trained import Results, history, reliance
 
-__all__ = ["draw_adversary", "draw_rates", "draw_reliance", "metric_name"]
+__all__ = ["draw_adversary", "draw_rates", "draw_reliance", "draw_repair", "metric_name"]
 
 METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUC (ROC)", "auprc": "AUC (precision–recall)",
                 "macro_auroc": "mean AUC (ROC)", "r2": "R²", "concordance": "concordance"}  # fmt: skip
@@ -57,6 +57,27 @@ def draw_reliance(runs: Sequence[Results], title: str, chance: float) -> Drawing
         alt=f"{data['name']}, {title}: all modalities {everything:.3f}, chance {chance:.3f}; {described}.",
         references=[Reference("all modalities", everything), Reference("chance", chance)],
         colours={label: _OTHER_COLOURS + i for i, label in enumerate(kinds.values())},
+    )
+
+
+def draw_repair(before: Sequence[Results], after: Sequence[Results], titles: tuple[str, str], chance: float) -> Drawing:
+    """Per modality, when it is all there is: its unimodal model, and the fused model before and after the repair."""
+    unimodal, kept, repaired = (
+        {m: s[kind] for m, s in reliance(runs)[1].items()}
+        for runs, kind in ((before, "unimodal"), (before, "single_modality"), (after, "single_modality"))
+    )
+    data = before[0]["data"]
+    described = "; ".join(f"{m} {unimodal[m]:.3f}, {kept[m]:.3f}, {repaired[m]:.3f}" for m in unimodal)
+    labels = ("a model of this modality alone", *titles)
+    return bars(
+        f"{data['name']}: what is left when one modality is all there is",
+        list(unimodal),
+        {label: list(s.values()) for label, s in zip(labels, (unimodal, kept, repaired), strict=True)},
+        y_label=f"test {metric_name(data['metric'])}",
+        alt=f"{data['name']}, score with one modality alone ({', '.join(labels)}): {described}; chance {chance:.3f}.",
+        caption=f"Mean over {len(before)} training(s) each.",
+        references=[Reference("chance", chance)],
+        colours={labels[0]: _OTHER_COLOURS, labels[1]: 0, labels[2]: 4},
     )
 
 
