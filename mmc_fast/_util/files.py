@@ -27,7 +27,10 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     if "\0" in text:
         raise InputError(f"path {text!r} holds a NUL character; give the path of a file or folder")
     try:
+        os.fsencode(text)
         return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise InputError(f"path {text!a} holds characters that no file name can; give another") from None
     except RuntimeError:
         raise InputError(f"path {text!r}: there is no such user; write ./{text} for a folder of that name") from None
 

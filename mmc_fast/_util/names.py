@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from unicodedata import category
 
 from mmc_fast.errors import InputError
 
-__all__ = ["choose", "nearest", "unknown"]
+from .numbers import shown
+
+__all__ = ["check_name", "choose", "nearest", "printable", "unknown"]
+
+
+_UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, separators of lines
+_TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the direction of what follows
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what no line can show: control characters, lone surrogates, changes of direction."""
+    return "".join(ascii(c)[1:-1] if category(c) in _UNSHOWN or c in _TURNING else c for c in text)
+
+
+def check_name(kind: str, name: object) -> str:
+    """``name`` if it is a text that a table, a page and a drawing can show; else raises :class:`InputError`."""
+    if not isinstance(name, str) or not name.strip() or printable(name) != name:
+        raise InputError(f"{kind} is named {shown(name)}; give a name without control characters or lone surrogates")
+    return name
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

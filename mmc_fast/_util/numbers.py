@@ -10,7 +10,7 @@ import numpy as np
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_seed", "integer", "make_plain", "plain"]
+__all__ = ["check_seed", "integer", "make_plain", "plain", "shown"]
 
 
 def integer(value: object) -> int | None:
@@ -37,5 +37,14 @@ def check_seed(seed: object) -> int:
     """``seed`` as an ``int`` if it is an integer in 0 .. 2^63 - 1, else raise InputError."""
     value = integer(seed)
     if value is None or not 0 <= value < 2**63:
-        raise InputError(f"seed is {seed!r}; give an integer from 0 to 2^63 - 1")
+        raise InputError(f"seed is {shown(seed)}; give an integer from 0 to 2^63 - 1")
     return value
+
+
+def shown(value: object) -> str:
+    """A value that was given, in at most 60 characters of ASCII."""
+    try:
+        text = ascii(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,10 +13,13 @@ from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, Union
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.numbers import plain
+from mmc_fast._util.numbers import plain, shown
 from mmc_fast.errors import InputError
 
-__all__ = ["Count", "NonNegative", "Positive", "Range", "Share", "check", "from_mapping", "to_plain"]
+__all__ = [
+    "Count", "Depth", "NonNegative", "Positive", "Range", "Share", "Width", "check", "check_numbers", "from_mapping",
+    "to_plain",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class Range:
         return f"{low} and {'at most' if self.high_closed else 'below'} {self.high:g}"
 
 
-Count = Annotated[int, Range(1)]
-Positive = Annotated[float, Range(0, closed=False)]
-NonNegative = Annotated[float, Range(0)]
+_MOST = 1e30  # of a number that float32 has to hold, and its square too
+Count = Annotated[int, Range(1, 1e9, high_closed=True)]
+Width = Annotated[int, Range(1, 2**24, high_closed=True)]
+"""Of a layer; whether the memory suffices is another question (experiments/training/size.py)."""
+Depth = Annotated[int, Range(1, 1024, high_closed=True)]
+Positive = Annotated[float, Range(0, _MOST, closed=False, high_closed=True)]
+NonNegative = Annotated[float, Range(0, _MOST, high_closed=True)]
 Share = Annotated[float, Range(0, 1)]
 """At least 0 and below 1."""
+_LONGEST = 1000  # entries of a list
 
 
 @functools.cache
@@ -58,6 +66,15 @@ def check(where: str, config: Any) -> None:
     """
     for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
         object.__setattr__(config, name, _convert(getattr(config, name), hint, f"{where}.{name}"))
+
+
+def check_numbers(where: str, config: Any) -> None:
+    """:func:`check` for the fields that have a range, and for those that are true or false."""
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        ranged = [h for h in (hint, *inner) if typing.get_origin(h) is Annotated]
+        if ranged or hint is bool:
+            object.__setattr__(config, name, _convert(getattr(config, name), hint, f"{where}.{name}"))
 
 
 def from_mapping(base: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -89,7 +106,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is Annotated:
         number = _convert(value, args[0], where)
         if not args[1].holds(number):
-            raise InputError(f"{where} is {value}; it must be {args[1]}")
+            raise InputError(f"{where} is {shown(value)}; it must be {args[1]}")
         return number
     if origin in (Union, types.UnionType):
         wanted = next(a for a in args if a is not type(None))
@@ -100,11 +117,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} is {value!r}; give a list")
+            raise InputError(f"{where} is {shown(value)}; give a list")
+        if len(value) > _LONGEST:
+            raise InputError(f"{where} has {len(value)} entries; give at most {_LONGEST}")
         return tuple(_convert(v, args[0], f"{where}[{n}]") for n, v in enumerate(value))
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
-            raise InputError(f"{where} is {value!r}; give a table of settings")
+            raise InputError(f"{where} is {shown(value)}; give a table of settings")
         return value
     return _scalar(value, hint, where)
 
@@ -114,8 +133,8 @@ def _scalar(value: Any, kind: type, where: str) -> Any:
     allowed = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
-        raise InputError(f"{where} is {value!r}; give {wanted}")
+        raise InputError(f"{where} is {shown(value)}; give {wanted}")
     try:
         return kind(value)
     except OverflowError:
-        raise InputError(f"{where} is {value!r}; it must be finite") from None
+        raise InputError(f"{where} is {shown(value)}; it must be finite") from None

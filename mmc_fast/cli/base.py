@@ -42,7 +42,7 @@ _DATA_OPTIONS: dict[str, Any] = {
 
 def command(function: Callable[..., None]) -> Any:
     """The function as a command, with its parameters as options."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(clean(function))
     return typer.main.get_command(single)
 

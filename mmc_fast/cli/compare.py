@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mmc_fast._util.names import choose
+from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import data_here, load_data_configs, load_method_configs
 from mmc_fast.experiments.compare.findings import Findings, find
@@ -80,8 +81,8 @@ def compare(
         raise typer.Exit(1 if different else 0)
     check_workers(jobs, "jobs")
     choose("--tune", tune, ("auto", "always", "never"))
-    if seeds < 1:
-        raise InputError(f"compare: seeds is {seeds}; give a number of seeds, 1 or more")
+    if not 1 <= seeds <= 1000:
+        raise InputError(f"compare: seeds is {shown(seeds)}; give a number of seeds from 1 to 1000")
     changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     if rates is not None:
         wanted = [] if rates.strip() == "none" else parse_rates(rates)

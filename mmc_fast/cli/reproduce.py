@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import data_here, load_data, load_data_configs
 from mmc_fast.experiments.jobs import own_folder
@@ -73,9 +74,9 @@ def reproduce(
     """Repeat an experiment of the paper on open data; print our numbers beside the paper's and which directions agree."""
     experiment = get(name)
     check_workers(jobs, "jobs")
-    for what, value in (("seeds", seeds), ("epochs", epochs)):
-        if value is not None and value < 1:
-            raise InputError(f"reproduce: {what} is {value}; give 1 or more")
+    for what, value, most in (("seeds", seeds, 1000), ("epochs", epochs, 10**9)):
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"reproduce: {what} is {shown(value)}; give a number from 1 to {most}")
     names = experiment.data if data is None else tuple(part.strip() for part in data.split(","))
     plan = Plan(out, names, range(seeds), jobs, epochs, tune, reading)  # type: ignore[arg-type]
     experiment.check(plan)

@@ -44,7 +44,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         value: Any
         try:
             value = tomllib.loads(f"value = {text.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = None if text.strip() in ("none", "None") else text.strip()
         for name in reversed(names):
             value = {name: value}

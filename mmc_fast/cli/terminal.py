@@ -83,12 +83,12 @@ class _Steps(_Bars):
     def __init__(self, console: Console) -> None:
         super().__init__(
             console,
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self.task: TaskID | None = None
         self.clock, self.done, self.total = Countdown(), 0, 1
@@ -138,7 +138,11 @@ class PassDisplay(_Bars):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            console,
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
         )
         self.tasks: dict[str, TaskID] = {}
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.names import check_name
 from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
@@ -64,7 +65,7 @@ class Collector:
         features = checked_features(self.adapter, batch, self.widths, 0)
         if not len(flat(features)):
             raise InputError("diagnose: the first batch has no rows; give batches with samples")
-        self.widths = {name: x[0].numel() for name, x in features.items()}
+        self.widths = {check_name("diagnose: a modality", name): x[0].numel() for name, x in features.items()}
         logits = self.adapter.fuse(features)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(flat(features)):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

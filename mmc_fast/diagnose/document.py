@@ -1,7 +1,8 @@
 """A report is a title and sections; a section is a list of blocks. ``Report.save`` writes one offline HTML file.
 
-Blocks hold plain data and know nothing of HTML. Text may mark ``**strong**`` and `` `code` `` and is escaped otherwise. New
-kinds of content are new sections, not new block types.
+Blocks hold plain data and know nothing of HTML. ``Text``, ``Callout``, captions, leads and summaries may mark ``**strong**`` and
+`` `code` ``; names and whatever else somebody chose go into them through :func:`literal`. Cells, headings, facts and all the rest
+are shown as they are. New kinds of content are new sections, not new block types.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "Table",
     "Text",
     "fragment",
+    "literal",
     "signed",
 ]
 
@@ -51,12 +53,17 @@ class Callout:
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell; ``strong`` marks a value that stands out, ``note`` is shown small beneath it, ``bar`` (0 to 1) as a bar."""
+    """One table cell; ``strong`` marks a value that stands out, ``note`` is shown small beneath it, ``bar`` (0 to 1) as a bar.
+
+    ``code``: a name in the program. ``markup``: the text may mark ``**strong**`` and `` `code` ``.
+    """
 
     text: str
     strong: bool = False
     note: str = ""
     bar: float | None = None
+    code: bool = False
+    markup: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ class _Writer:
             caption = f'\n<p class="caption">{_inline(block.caption)}</p>' if block.caption else ""
             return f'<div class="panels">\n{self.blocks(block.figures)}\n</div>{caption}'
         if isinstance(block, Facts):
-            rows = (f"<div><dt>{escape(k)}</dt><dd>{_inline(v)}</dd></div>" for k, v in block.items.items())
+            rows = (f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in block.items.items())
             return "<dl>\n" + "\n".join(rows) + "\n</dl>"
         if isinstance(block, Details):
             inner = self.blocks(block.blocks)
@@ -205,7 +212,7 @@ class _Writer:
         raise TypeError(f"a report is made of {Block}, got {type(block).__name__}")
 
     def table(self, table: Table) -> str:
-        head = "".join(f'<th scope="col">{_inline(column)}</th>' for column in table.columns)
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
         rows = "\n".join(
             "<tr>" + "".join(_cell(c, i, table.columns[i]) for i, c in enumerate(row)) + "</tr>" for row in table.rows
         )
@@ -244,11 +251,12 @@ def _cell(value: Cell | str, column: int, heading: str) -> str:
     cell = value if isinstance(value, Cell) else Cell(value)
     tag = f'td data-label="{escape(heading)}"' if column else 'th scope="row"'
     strong = ' class="strong"' if cell.strong else ""
-    note = f"<small>{_inline(cell.note)}</small>" if cell.note else ""
+    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
     bar = ""
     if cell.bar is not None:
         bar = f'<i class="bar" aria-hidden="true" style="--v:{min(max(cell.bar, 0.0), 1.0):.3f}"></i>'
-    return f"<{tag}{strong}>{bar}{_inline(cell.text)}{note}</{tag[:2]}>"
+    text = _inline(cell.text) if cell.markup else escape(cell.text)
+    return f"<{tag}{strong}>{bar}{f'<code>{text}</code>' if cell.code else text}{note}</{tag[:2]}>"
 
 
 def _caption(text: str) -> str:
@@ -261,8 +269,14 @@ def _paragraphs(text: str, kind: str = "") -> str:
     return "\n".join(f"<p{attributes}>{_inline(p)}</p>" for p in parts)
 
 
+def literal(text: str) -> str:
+    """Text that somebody chose, for use within text that may be marked: shown as it is."""
+    return re.sub(r"[\\*`]", r"\\\g<0>", text)
+
+
 def _inline(text: str) -> str:
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    plain = re.sub(r"\\([\\*`])", lambda found: f"&#{ord(found[1])};", escape(text))
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", plain)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
 
 

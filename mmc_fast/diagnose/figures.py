@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["Drawing", "Line", "Reference", "bars", "draw_bars", "lines", "new_axes", "series_colour", "styled"]
+__all__ = [
+    "Drawing",
+    "Line",
+    "Reference",
+    "bars",
+    "draw_bars",
+    "in_legend",
+    "lines",
+    "new_axes",
+    "series_colour",
+    "styled",
+]
 
 INK, SOFT, GRID, PAGE = "#1b1e23", "#5b636e", "#d9dde2", "#ffffff"
 SERIES = ("#4c566a", "#0072b2", "#b8860b", "#c2410c", "#6b4fbb", "#00805f", "#b3377f", "#7a5230")
@@ -56,6 +68,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 10,
+    "text.parse_math": False,  # a name may hold dollars
 }
 Spread = float | tuple[float, float] | None
 """Half length of an error bar, or what it reaches below and above; None: no error bar."""
@@ -70,7 +83,8 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(draw)
     def with_style(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with require("matplotlib", extra="diagnose").rc_context(STYLE):
+        with require("matplotlib", extra="diagnose").rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a page has other fonts
             return draw(*args, **kwargs)
 
     return with_style
@@ -137,6 +151,11 @@ def series_colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
+def in_legend(name: str) -> str:
+    """A name as Matplotlib shows it in a legend, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 @styled
 def lines(
     title: str,
@@ -156,7 +175,7 @@ def lines(
     for position, (name, line) in enumerate(series.items()):
         index = (colours or {}).get(name, position)
         colour, marker = series_colour(index), MARKERS[index % len(MARKERS)] if markers else ""
-        axes.plot(line.x, line.y, label=name, color=colour, linewidth=1.8, marker=marker, markersize=5)
+        axes.plot(line.x, line.y, label=in_legend(name), color=colour, linewidth=1.8, marker=marker, markersize=5)
         spread = [s for s in line.spread or () if s is not None]
         if line.spread is not None and len(spread) == len(line.y):
             low, high = zip(*((y - s, y + s) for y, s in zip(line.y, spread, strict=True)), strict=True)
@@ -196,7 +215,7 @@ def draw_bars(
     for index, (name, values) in enumerate(series.items()):
         at = [g + (index - (len(series) - 1) / 2) * width for g in range(len(groups))]
         colour = series_colour((colours or {}).get(name, index))
-        axes.bar(at, values, width * 0.92, label=name, color=colour, linewidth=0)
+        axes.bar(at, values, width * 0.92, label=in_legend(name), color=colour, linewidth=0)
         for x, y, spread in zip(at, values, (errors or {}).get(name) or [None] * len(at), strict=True):
             if spread is not None:
                 low, high = spread if isinstance(spread, tuple) else (spread, spread)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.numbers import check_seed, integer, make_plain
+from mmc_fast._util.numbers import make_plain
+from mmc_fast._util.schema import Count, Positive, Range, Share, check_numbers
 from mmc_fast.errors import InputError
 
 from .absence import ABSENCES
@@ -56,12 +57,12 @@ class DiagnoseOptions:
 
     metric: Metric | None = None
     absence: str | None = None
-    draws: int | None = None
+    draws: Annotated[int, Range(1, 1024, high_closed=True)] | None = None
     agop: bool = True
-    groups: int = 16
-    resamples: int = 100
-    level: float = 0.95
-    seed: int = 0
+    groups: Annotated[int, Range(1, 1024, high_closed=True)] = 16
+    resamples: Annotated[int, Range(0, 100_000, high_closed=True)] = 100
+    level: Annotated[float, Range(0, 1, closed=False)] = 0.95
+    seed: Annotated[int, Range(0, 2**63)] = 0
     reliance: bool = True
     probes: bool = True
     control: bool = False
@@ -72,41 +73,22 @@ class DiagnoseOptions:
     alone: Mapping[str, float] | None = None
     unimodal_weights: Mapping[str, Tensor] | None = None
     initial_weight: Tensor | None = None
-    sample_rows: int = 4096
-    tolerance: float = 1e-3
-    tau: float = 0.5
-    energy: float = 0.99
-    ridge: float = 1e-6
+    sample_rows: Count = 4096
+    tolerance: Share = 1e-3
+    tau: Annotated[float, Range(0, 1, closed=False, high_closed=True)] = 0.5
+    energy: Annotated[float, Range(0, 1, closed=False, high_closed=True)] = 0.99
+    ridge: Positive = 1e-6
     thresholds: Thresholds = THRESHOLDS
 
     def __post_init__(self) -> None:
         make_plain(self)  # NumPy's numbers are taken
-        for name in ("groups", "resamples", "sample_rows"):
-            if integer(getattr(self, name)) is None:
-                raise InputError(f"diagnose: {name} is {getattr(self, name)!r}; give a whole number")
-        check_seed(self.seed)
-        if not 1 <= self.groups <= 1024 or self.resamples < 0 or not 0 < self.level < 1:
-            raise InputError(
-                f"diagnose: groups {self.groups}, resamples {self.resamples}, level {self.level}; need 1 to 1024 groups, "
-                "resamples >= 0 and a level between 0 and 1"
-            )
+        check_numbers("diagnose", self)
         if not callable(self.metric) and self.metric is not None and self.metric not in METRICS:
             raise InputError(
                 f"diagnose: unknown metric {metric_name(self.metric)!r}; known are {', '.join(METRICS)}, or give a function"
             )
         if self.absence is not None and self.absence not in ABSENCES:
             raise unknown("absence", self.absence, ABSENCES)
-        if self.draws is not None and (integer(self.draws) is None or self.draws < 1):
-            raise InputError(f"diagnose: draws is {self.draws!r}; give a whole number from 1, or None")
-        if self.sample_rows < 1:
-            raise InputError(
-                f"diagnose: sample_rows is {self.sample_rows}; give the number of rows to keep for probes, such as 4096"
-            )
-        if not 0 <= self.tolerance < 1 or not 0 < self.tau <= 1 or not 0 < self.energy <= 1 or not self.ridge > 0:
-            raise InputError(
-                f"diagnose: tolerance {self.tolerance}, tau {self.tau}, energy {self.energy}, ridge {self.ridge}; need a "
-                "tolerance in [0, 1), tau and energy in (0, 1] and a ridge above 0"
-            )
         for name, score in (self.alone or {}).items():
             bounded = self.metric is None or self.metric in METRICS
             if bounded and not (score <= 1 and (score >= 0 or self.metric == "r2")):

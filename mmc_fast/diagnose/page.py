@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
-from .document import Block, Cell, Details, Downloads, Facts, Panels, Report, Section, Table, Text, signed
+from .document import Block, Cell, Details, Downloads, Facts, Panels, Report, Section, Table, Text, literal, signed
 from .figures import Drawing
 from .plot import PLOTS, plot
 from .result import DiagnosisData, Measure
@@ -127,7 +127,7 @@ def top_line(d: DiagnosisData) -> str:
     """What was diagnosed, in one line, and what was found, in one or two sentences."""
     scored = f", {d.metric} {d['score.all']} (chance {d['score.chance']})" if "score.all" in d.measures else ""
     found = overall(d.verdicts, d.value("neuron_entropy"), d.settings["thresholds"])
-    return f"**{found}**\n\n{d.n_samples:,} samples, {len(d.modalities)} modalities{scored}."
+    return f"**{literal(found)}**\n\n{d.n_samples:,} samples, {len(d.modalities)} modalities{scored}."
 
 
 def overview(d: DiagnosisData) -> Table:
@@ -167,7 +167,9 @@ def _sentence(verdict: ModalityVerdict) -> Cell:
         notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
     accused = verdict.kind in ("collapsed", "misleading")
     able = max(e.get(key, -math.inf) for key in ("alone", "only"))
-    return Cell(f"**{verdict.kind}**: {PLAIN[verdict.kind].format(**e, able=able)}", accused, "; ".join(notes))
+    return Cell(
+        f"**{verdict.kind}**: {PLAIN[verdict.kind].format(**e, able=able)}", accused, "; ".join(notes), markup=True
+    )
 
 
 def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
@@ -215,7 +217,7 @@ def _details(d: DiagnosisData) -> list[Block]:
     if more:
         blocks.append(Details("Further questions", more))
     if d.notes:
-        blocks.append(Details("What could not be measured, and why", [Text("\n\n".join(d.notes))]))
+        blocks.append(Details("What could not be measured, and why", [Text(literal("\n\n".join(d.notes)))]))
     return [*blocks, *_numbers(d)]
 
 
@@ -229,7 +231,9 @@ def _more(d: DiagnosisData) -> list[Block]:
                 f"{d['modality_probe.balanced_accuracy']} (chance {d['modality_probe.chance']})."
             )
         )
-    second = [f"{name} {m}" for name, m in d.measures.items() if name.startswith(("prefix_gap", "denoising_r2"))]
+    second = [
+        f"{literal(name)} {m}" for name, m in d.measures.items() if name.startswith(("prefix_gap", "denoising_r2"))
+    ]
     if second:
         blocks.append(
             Text(
@@ -278,12 +282,12 @@ def _with_measures(d: DiagnosisData, text: str) -> str:
 
 def _comparison(d: DiagnosisData, other: DiagnosisData) -> Section:
     compared = d.compare(other)
-    rows = []
+    rows: list[list[Cell | str]] = []
     for name, (a, b, gap) in compared.rows.items():
         marked = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
         value = signed(gap.value or 0.0)
-        rows.append([f"`{name}`", str(a), str(b), f"**{value}**" if marked else value])
-    changed = [f"{name}: {a} here, {b} there." for name, (a, b) in compared.changed_verdicts.items()]
+        rows.append([Cell(name, code=True), str(a), str(b), Cell(value, strong=marked)])
+    changed = [f"{literal(name)}: {a} here, {b} there." for name, (a, b) in compared.changed_verdicts.items()]
     caption = "Bold: the interval of the difference, taking the two as independent, excludes 0."
     blocks: list[Block] = [
         Text("**Changed verdicts.** " + (" ".join(changed) or "None.")),
@@ -296,7 +300,7 @@ def _numbers(d: DiagnosisData) -> list[Block]:
     def cells(m: Measure) -> list[str]:
         return ["–" if v is None else f"{v:.4g}" for v in (m.value, m.error, m.low, m.high)]
 
-    rows = [[f"`{name}`", *cells(m)] for name, m in d.measures.items()]
+    rows: list[list[Cell | str]] = [[Cell(name, code=True), *cells(m)] for name, m in d.measures.items()]
     settings = {
         k: ", ".join(f"{a} {b:g}" for a, b in v.items()) if isinstance(v, Mapping) else str(v)
         for k, v in d.settings.items()

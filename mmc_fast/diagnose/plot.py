@@ -11,7 +11,7 @@ import numpy as np
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
-from .figures import INK, MARKERS, Spread, draw_bars, new_axes, series_colour, styled
+from .figures import INK, MARKERS, Spread, draw_bars, in_legend, new_axes, series_colour, styled
 from .result import DiagnosisData, Measure
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ def _neurons(d: DiagnosisData, ax: Axes) -> None:
     edges = np.repeat(np.arange(len(shares) + 1), 2)[1:-1]
     tops = np.repeat(np.concatenate([np.zeros((len(shares), 1)), shares.cumsum(1)], 1), 2, axis=0)
     for i, name in enumerate(d.modalities):
-        ax.fill_between(edges, tops[:, i], tops[:, i + 1], color=series_colour(i + 1), label=name, linewidth=0)
+        ax.fill_between(
+            edges, tops[:, i], tops[:, i + 1], color=series_colour(i + 1), label=in_legend(name), linewidth=0
+        )
     ax.set_xlim(0, len(shares))
     ax.set_ylim(0, 1)
     ax.set_xlabel("neurons, sorted")
@@ -156,7 +158,14 @@ def _responses(d: DiagnosisData, ax: Axes) -> None:
             values = np.array(response[key], dtype=float)  # null becomes NaN, which leaves a gap
             label = f"{response['neuron']}: {kind} of {response[f'{kind} of']}"
             peak = np.nanmax(np.abs(values)) or 1.0
-            ax.plot(response["centres"], values / peak, line, label=label, color=series_colour(colour), linewidth=1.8)
+            ax.plot(
+                response["centres"],
+                values / peak,
+                line,
+                label=in_legend(label),
+                color=series_colour(colour),
+                linewidth=1.8,
+            )
     ax.set_xlabel("feature, in standard deviations")
     ax.set_ylabel("mean activation / peak")
     _legend(ax, -0.18, 2)

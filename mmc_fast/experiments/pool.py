@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 
 from .training import Interrupted
 
 __all__ = ["Emit", "WorkerLost", "check_workers", "run_pool"]
 
+_MOST_WORKERS = 1024
 Work = TypeVar("Work")
 Emit = Callable[[Any], None]
 
@@ -67,9 +69,9 @@ def run_pool(
 
 
 def check_workers(workers: int, name: str = "workers") -> None:
-    """Raise ``InputError`` unless there is at least one worker; ``name``: what the caller calls them."""
-    if workers < 1:
-        raise InputError(f"{name} is {workers}; it must be at least 1")
+    """Raise ``InputError`` for no worker and for too many; ``name``: what the caller calls them."""
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise InputError(f"{name} is {shown(workers)}; it must be at least 1 and at most {_MOST_WORKERS}")
 
 
 def _start(

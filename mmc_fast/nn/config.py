@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mmc_fast._util.schema import Count, NonNegative, check
+from mmc_fast._util.schema import Count, NonNegative, Width, check
 
 __all__ = ["EBRConfig"]
 
@@ -29,9 +29,9 @@ class EBRConfig:
         backend: what computes the EBR step; "reference" gives the same numbers with and without the native library.
     """
 
-    latent_dim: Count = 512
-    hidden_dim: Count = 1024
-    psi_dims: tuple[Count, ...] = (512, 256)
+    latent_dim: Width = 512
+    hidden_dim: Width = 1024
+    psi_dims: tuple[Width, ...] = (512, 256)
     residual: bool = False
     normalize: bool = False
     reversal: NonNegative = 1.0

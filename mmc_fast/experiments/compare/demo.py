@@ -11,7 +11,7 @@ import torch
 
 from mmc_fast._util.names import choose
 from mmc_fast._util.numbers import check_seed, make_plain
-from mmc_fast.diagnose.document import Block, Callout, Cell, Details, Table
+from mmc_fast.diagnose.document import Block, Callout, Cell, Details, Table, literal
 from mmc_fast.diagnose.figures import Drawing
 from mmc_fast.diagnose.verdict import ModalityVerdict, overall
 from mmc_fast.errors import InputError
@@ -272,7 +272,7 @@ def demo_drawings(f: DemoFindings) -> dict[str, Drawing]:
 def demo_blocks(f: DemoFindings) -> list[Block]:
     """What became of the modalities, the post-hoc probe, every setting."""
     collapsed = any(v.kind == "collapsed" for v in f.verdicts[_METHODS[_FIRST].title])
-    blocks: list[Block] = [Callout(f.summary, "finding" if collapsed else "note")]
+    blocks: list[Block] = [Callout(literal(f.summary), "finding" if collapsed else "note")]
     blocks.append(reliance_table(f.looked_into))
     if (table := probe_table(f.looked_into)) is not None:
         blocks.append(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmc_fast.diagnose.document import (
     Section,
     Table,
     Text,
+    literal,
     signed,
 )
 from mmc_fast.diagnose.figures import Drawing
@@ -122,9 +124,9 @@ def _blocks(f: Findings, drawings: Mapping[str, Drawing]) -> list[Block]:
     blocks: list[Block] = []
     failed = [facts.title for facts in f.methods.values() if facts.threshold == UNDER_PERFORMING]
     if failed:
-        blocks.append(Callout(f"**{UNDER_PERFORMING}**: {', '.join(failed)}.", "warning"))
+        blocks.append(Callout(f"**{UNDER_PERFORMING}**: {literal(', '.join(failed))}.", "warning"))
     for metric, comparison in f.comparisons.items():
-        caption = ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", footnotes(f)]))
+        caption = ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", literal(footnotes(f))]))
         blocks.append(Table(["method", *comparison.conditions], score_rows(f, metric), caption))
     blocks.append(Panels([d.figure() for d in drawings.values()]))
     if f.tests:
@@ -181,12 +183,12 @@ def markdown(findings: Sequence[Findings], title: str = "Comparison of methods")
     """The tables as Markdown."""
     parts = [f"# {title}", READING]
     for f in findings:
-        parts.append(f"## {f.data}")
+        parts.append(f"## {_markdown(f.data)}")
         for metric, comparison in f.comparisons.items():
             parts.append(f"Test {metric_name(metric)}, {len(comparison.seeds)} seed(s):")
             parts.append(markdown_table(["method", *comparison.conditions], score_rows(f, metric)))
         if notes := footnotes(f):
-            parts.append(f"{notes}.")
+            parts.append(f"{_markdown(notes)}.")
         if f.tests:
             parts += [f"{tests_title(f)}:", markdown_table(*tests_table(f))]
         rates = "; ".join(
@@ -200,11 +202,17 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]])
     """A table; the first column holds names, the others are aligned right, strong cells are bold."""
 
     def text(cell: Cell | str) -> str:
-        plain = cell if isinstance(cell, str) else f"**{cell.text}**" if cell.strong else cell.text
-        return plain.replace("|", "\\|")
+        plain = _markdown(cell if isinstance(cell, str) else cell.text)
+        plain = f"**{plain}**" if isinstance(cell, Cell) and cell.strong else plain
+        return plain
 
-    head = [" | ".join(columns), "|".join(["---", *["---:"] * (len(columns) - 1)])]
+    head = [" | ".join(map(_markdown, columns)), "|".join(["---", *["---:"] * (len(columns) - 1)])]
     return "\n".join(f"| {line} |" for line in [*head, *(" | ".join(map(text, row)) for row in rows)])
+
+
+def _markdown(text: str) -> str:
+    """Text that somebody chose: on one line, and no markup."""
+    return re.sub(r"[\\`*|<]|\](?=\()", r"\\\g<0>", " ".join(text.split()))
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -221,7 +229,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_file(path, write)
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from mmc_fast._util.files import check_regular, user_path
+from mmc_fast._util.memory import check_memory
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.scratch import Scratch
 
@@ -45,10 +47,12 @@ class Archive:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.is_file():
-            what = "not a file; give the path of an npz file" if self.path.exists() else "no such file"
-            raise InputError(f"{self.path}: {what}.")
+        self.path = user_path(path)
+        try:
+            check_regular(self.path)
+        except OSError as error:
+            what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+            raise InputError(f"{self.path}: {what}; give the path of an npz file.") from None
         with self._damage("not an npz file", "write one with numpy.savez"), zipfile.ZipFile(self.path) as archive:
             members = archive.infolist()
         self.headers: dict[str, Header] = {}
@@ -88,8 +92,11 @@ class Archive:
         return self.headers[name]
 
     def read(self, name: str) -> np.ndarray:
-        """One array in native byte order."""
-        self.header(name)
+        """One array in native byte order. Raises InputError where there is no memory for it."""
+        header = self.header(name)
+        size = math.prod(header.shape) * header.dtype.itemsize
+        advice = "give a memory_budget, or take fewer rows or columns"
+        check_memory(size + 4 * math.prod(header.shape), f"{self.path}: array {name!r}", advice)
         with self._open(name) as stream:
             array = npy.read_array(stream, allow_pickle=False)
             stream.read(1)  # to the end, where the check sum is compared

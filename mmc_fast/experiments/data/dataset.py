@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmc_fast._util.names import unknown
+from mmc_fast._util.names import check_name, printable, unknown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.preprocessing import Preprocessing
 from mmc_fast.experiments.tasks import Classification, Task
@@ -99,6 +99,9 @@ class MultimodalDataset:
     def __post_init__(self) -> None:
         if self.purpose not in PURPOSES:
             raise unknown("purpose", self.purpose, PURPOSES)
+        for name in self.features:
+            check_name(f"{printable(self.name)}: a modality", name)
+        object.__setattr__(self, "name", printable(self.name))
         _check_shapes(self)
         _check_labels(self)
         if self.purpose == "training":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmc_fast._util.files import user_path
 from mmc_fast._util.names import choose, nearest
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.errors import InputError
@@ -83,6 +84,7 @@ def load(
         {'fou': 76, 'pix': 240}
     """
     purpose = purpose or ("training" if preprocessing is None else "scoring")
+    name_or_path = _placed(name_or_path)
     if not isinstance(name_or_path, str | Path) and preprocessing is not None:
         return build(from_memory(name_or_path, preprocessing, purpose), preprocessing=preprocessing, purpose=purpose)
     check_options(
@@ -139,6 +141,7 @@ def check_options(
 
     Raises InputError; ``modalities``, and the ``task`` of a file, are left to :func:`load`, which knows the data.
     """
+    name_or_path = _placed(name_or_path)
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
     if nan_policy is not None:
@@ -180,6 +183,16 @@ def check_options(
         raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
     if info.variants:
         choose(f"variant of {name}", variant, info.variants)
+
+
+def _placed(name_or_path: Any) -> Any:
+    """A path with ``~`` resolved, a name as it is. Raises InputError for what can be neither."""
+    if isinstance(name_or_path, Path):
+        return user_path(name_or_path)
+    if isinstance(name_or_path, str) and (_is_path(name_or_path) or "\0" in name_or_path):
+        found = user_path(name_or_path)
+        return str(found) if name_or_path.startswith("~") else name_or_path
+    return name_or_path
 
 
 def why_missing(name_or_path: str) -> str | None:

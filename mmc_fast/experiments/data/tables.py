@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from mmc_fast._util.extras import require
+from mmc_fast._util.files import check_regular
+from mmc_fast._util.memory import check_memory
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.cells import as_numbers, as_text
 from mmc_fast.experiments.data.preprocessing import encoded_names
@@ -23,6 +25,7 @@ CATEGORIES = 50  # at most, of a column
 RARE = 0.01  # share of the training rows below which a category counts as "other"
 
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_CELLS = 4  # bytes in memory for one of a table on disk, at least
 
 
 def read_table(path: Path) -> Any:
@@ -31,13 +34,21 @@ def read_table(path: Path) -> Any:
     A ``.csv`` whose first line has more semicolons than commas is separated by semicolons. Raises InputError.
     """
     pandas = require("pandas", extra="experiments")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
+    try:
+        check_regular(path)
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise InputError(f"{path}: {what}.") from None
     if path.suffix not in ENDINGS:
         raise InputError(f"{path}: tables are read from {', '.join(ENDINGS)}; store it in one of these.")
+    advice = "take fewer rows or columns, or store it as npz and give a memory_budget"
     try:
+        check_memory(_CELLS * path.stat().st_size, f"{path}: the table", advice)
         if path.suffix == ".parquet":
-            require("pyarrow", extra="experiments")
+            parquet = require("pyarrow.parquet", extra="experiments")
+            about = parquet.read_metadata(path)
+            sizes = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            check_memory(2 * max(sum(sizes), 8 * about.num_rows * about.num_columns), f"{path}: the table", advice)
             frame = pandas.read_parquet(path)
         elif path.suffix == ".feather":
             require("pyarrow", extra="experiments")

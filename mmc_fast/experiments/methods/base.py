@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
@@ -98,12 +99,16 @@ class Method:
         )
         options = values.pop("options", {})
         del values["method"]
-        known = {name for s in (self.fixed, *self.search) for name in s.get("options", {})}
-        for name in options:
+        declared = [s.get("options", {}) for s in (self.fixed, *self.search)]
+        known = {name for some in declared for name in some}
+        for name, value in options.items():
             if name not in known:
                 raise InputError(
                     f"method {self.name}: option {name!r} does not exist; allowed are {', '.join(sorted(known)) or 'none'}"
                 )
+            _check_option(
+                f"method {self.name}: option {name}", value, [some[name] for some in declared if name in some]
+            )
         return TrainConfig.from_dict(values), options
 
     def fit(
@@ -125,6 +130,20 @@ class Method:
     def with_settings(self, name: str, title: str, fixed: Settings) -> Method:
         """The same method with more fixed settings, under a name of its own."""
         return replace(self, name=name, title=title, fixed=merged(self.fixed, fixed))
+
+
+def _check_option(where: str, value: Any, declared: Sequence[Any]) -> None:
+    """An option has the type of the declared candidates; a number lies within a thousandfold of them."""
+    kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+    kind = type(declared[0])
+    if kind not in kinds:
+        return
+    if not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+        raise InputError(f"{where} is {shown(value)}; give {kinds[kind]}, such as {declared[0]}")
+    if kind in (int, float):
+        most = 1000 * max(1, *map(abs, declared))
+        if not (min(0, *declared) <= value <= most):
+            raise InputError(f"{where} is {shown(value)}; give a number from {min(0, *declared)} to {most:g}")
 
 
 def merged(*tables: Settings) -> dict[str, Any]:

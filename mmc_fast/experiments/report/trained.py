@@ -140,5 +140,7 @@ def settings_table(configs: Mapping[str, Mapping[str, Any]]) -> Table:
 
     flat = {name: walk("", config) for name, config in configs.items()}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-    rows = [[f"`{key}`", *(values.get(key, "–") for values in flat.values())] for key in keys]
+    rows: list[list[Cell | str]] = [
+        [Cell(key, code=True), *(values.get(key, "–") for values in flat.values())] for key in keys
+    ]
     return Table(["setting", *configs], rows, "A dash stands where a method does not have the setting.")

@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.schema import Count, NonNegative, Positive, Range, Share, check, from_mapping, to_plain
+from mmc_fast._util.schema import (
+    Count,
+    Depth,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    Width,
+    check,
+    from_mapping,
+    to_plain,
+)
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
 
@@ -40,10 +51,10 @@ class KDConfig:
     """
 
     epochs: Count = 20
-    batch_size: Annotated[int, Range(2)] = 256
+    batch_size: Annotated[int, Range(2, 1e9)] = 256
     lr: Positive = 1e-3
     temperature: Positive = 0.07
-    embedding_dim: Count = 128
+    embedding_dim: Width = 128
     teachers: Literal["strongest", "stronger"] = "strongest"
     order: Literal["weakest_first", "strongest_first", "random", "simultaneous"] = "weakest_first"
     loss: Literal["info_nce", "kl", "mse"] = "info_nce"
@@ -117,13 +128,13 @@ class TrainConfig:
     lr_decay: Positive = 0.9
     lr_decay_every: Count = 100
     encoder: Literal["mlp", "identity"] = "mlp"
-    encoder_width: Count = 128
-    encoder_dim: Count = 64
+    encoder_width: Width = 128
+    encoder_dim: Width = 64
     fusion: Literal["concat", "late", "transformer"] = "concat"
-    fusion_hidden: tuple[Count, ...] = (128,)
-    fusion_dim: Count = 64
+    fusion_hidden: tuple[Width, ...] = (128,)
+    fusion_dim: Width = 64
     fusion_heads: Count = 4
-    fusion_depth: Count = 2
+    fusion_depth: Depth = 2
     modality_dropout: Annotated[float, Range(0, 1, high_closed=True)] = 0.0
     substitute_in_training: bool = False
     consistency: NonNegative = 0.0
@@ -133,7 +144,7 @@ class TrainConfig:
     reversal_ramp: Annotated[float, Range(0, 1, closed=False, high_closed=True)] = 0.5
     adversarial_stop: Literal["score", "loss"] = "score"
     selection: Literal["complete", "masked", "last"] = "complete"
-    unimodal_share: NonNegative = 1.0
+    unimodal_share: Annotated[float, Range(0, 1000, high_closed=True)] = 1.0
     control: bool = True
     rates: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4, 0.7)
     checkpoint_every: Count = 1

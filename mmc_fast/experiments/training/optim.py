@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn, optim
 
 from .config import TrainConfig
@@ -20,7 +21,13 @@ def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: TrainC
     params = [{"params": list(p), "name": name} for name, p in groups.items() if p]
     # The fused step costs a third of the others at these sizes.
     if config.optimizer == "sgd":
-        return optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+        sgd = optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+        if config.momentum > 0:
+            # The fused step fails where some parameters of a group have a buffer and others, of a modality that no row
+            # has had so far, have none. From zeros the first step is the same.
+            for p in (p for group in sgd.param_groups for p in group["params"]):
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
     return kind(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 

@@ -179,8 +179,8 @@ class RunFolder:
 
     def save_unimodal(self, unimodal: UnimodalModels) -> None:
         tensors: dict[str, Tensor] = {}
-        for name, model in unimodal.models.items():
-            tensors |= prefixed(name, model.state_dict())
+        for i, model in enumerate(unimodal.models.values()):  # a name may hold dots
+            tensors |= prefixed(str(i), model.state_dict())
         about = {"scores": json.dumps(unimodal.scores), "key": json.dumps(unimodal.key)}
         self._write(_UNIMODAL, lambda path: write_tensors(path, tensors, about))
 
@@ -193,9 +193,9 @@ class RunFolder:
         key = parse_json(about.get("key", ""), dict[str, Any], str(path), _ADVICE)
         models = {}
         try:
-            for name, dim in dims.items():
+            for i, (name, dim) in enumerate(dims.items()):
                 model = UnimodalModel(dim, task.outputs, config)
-                model.load_state_dict(stripped(name, tensors))
+                model.load_state_dict(stripped(str(i), tensors))
                 models[name] = model.eval().requires_grad_(False)
             if scores.keys() != dims.keys():
                 raise KeyError(f"scores of {list(scores)}")

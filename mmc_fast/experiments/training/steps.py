@@ -275,5 +275,6 @@ class Stepper:
 def pieces(rows: slice, count: int) -> list[slice]:
     """``rows`` in at most ``count`` pieces, none empty."""
     n = rows.stop - rows.start
+    count = min(count, max(1, n))
     edges = [rows.start + n * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]

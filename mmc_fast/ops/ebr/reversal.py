@@ -44,6 +44,8 @@ def lambda_tensor(
     value = check_reversal(reversal, where)
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
+    if value > torch.finfo(dtype).max:
+        raise InputError(f"{where}: λ is {value:g}, which {dtype} cannot hold; give less")
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -211,7 +211,7 @@ def test_tables_hold_the_numbers():
     assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
     assert probe_table({"vanilla": toy_runs("vanilla")}) is None
     settings = settings_table({"vanilla": {"lr": 0.1, "ebr": None}, "EBR": {"lr": 0.1, "ebr": {"reversal": 2.0}}})
-    assert ["`ebr.reversal`", "–", "2.0"] in [list(row) for row in settings.rows]
+    assert [Cell("ebr.reversal", code=True), "–", "2.0"] in [list(row) for row in settings.rows]
 
 
 def test_chance_is_what_label_frequencies_give():
