@@ -1,5 +1,8 @@
 """AGOP of one hidden layer: its signs or derivatives in one launch, and exact co-activation counts of the signs.
 
+A sign is that of the exact real pre-activation. Where the product of the launch is not far enough from zero for that it stores
+UNSURE, which ``signs.py`` decides.
+
 Every matrix that a co-activation or Gram kernel reads lies with the samples contiguous (``[h, N]``), the layout that int8
 and TF32 matrix units take without a transposition.
 """
@@ -14,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Tile, input_precision, launch, product_kind, splits
+from .signs import certificate, decide_fwd, norm_fwd
 
 __all__ = [
     "MAX_ROWS",
@@ -30,6 +34,7 @@ HIDDEN = {  # kind of product (common.product_kind) -> tile
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
     "half": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
 }
+UNSURE = tl.constexpr(2)
 COACTIVATION = Tile({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3)
 
 MAX_ROWS = 1 << 20  # samples of one co-activation launch: int32 sums cannot overflow
@@ -75,15 +80,15 @@ def _derivative(z, alpha, beta, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _hidden_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, flag_ptr, N, D, H, stride_xn, stride_xd, stride_wh, stride_wd, stride_oh,
-    alpha, beta, ACTIVATION: tl.constexpr, SIGNS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, out_ptr, flag_ptr, x_norm_ptr, w_norm_ptr, N, D, H,
+    stride_xn, stride_xd, stride_wh, stride_wd, stride_oh, alpha, beta, gamma, loss, least, ACTIVATION: tl.constexpr, SIGNS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``out[j, n] = [z_nj > 0]`` (SIGNS, int8) or ``s'(z_nj)`` (float32), ``z = x Wᵀ + b``; counts non-finite z.
+    """``out[j, n] = [z_nj > 0]`` or UNSURE (SIGNS, int8) or ``s'(z_nj)`` (float32), ``z = x Wᵀ + b``; counts non-finite z.
 
     In: ``x [N, D]``, ``w [H, D]`` with any strides, one of fp32, bf16, fp16; ``bias [H]``. Out: ``[H, N]`` with rows
-    ``stride_oh`` apart; ``flag`` int64 ``[1]`` grows where a z is not finite (by how much is not deterministic).
-    Accumulates in fp32 along D in one order, so a sample's result does not depend on those beside it.
+    ``stride_oh`` apart; ``flag`` int64 ``[1]`` grows where a z is not finite (by how much is not deterministic; not with
+    SIGNS, for which it is UNSURE). Accumulates in fp32 along D. With SIGNS: norms fp32 of the rows of x and w.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     program = tl.program_id(0)  # tiles of one group of samples are neighbours: x is read from memory once
@@ -102,15 +107,25 @@ def _hidden_fwd_kernel(
             mask=(n[None, :] < N) & inside[:, None], other=0.0,
         )  # [BLOCK_K, BLOCK_N]  # fmt: skip
         z = tl.dot(w, x, z, input_precision=PRECISION)
+    bias = tl.zeros((BLOCK_H,), dtype=tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        z += bias[:, None]
     keep = (h[:, None] < H) & (n[None, :] < N)
-    bad = tl.sum(tl.where(keep & (z - z != 0.0), 1, 0))
-    tl.atomic_add(flag_ptr, bad.to(tl.int64), mask=bad > 0, sem="relaxed")
     out = out_ptr + h[:, None] * stride_oh + n[None, :]
     if SIGNS:
-        tl.store(out, (z > 0).to(tl.int8), mask=keep)
+        norm = tl.load(w_norm_ptr + h, mask=h < H, other=0.0)
+        size = tl.abs(bias)
+        large = (norm >= 4611686018427387904.0) | (size >= 2e37)  # infinite: a sum may overflow
+        scale = tl.where(large, float("inf"), gamma * norm + loss)
+        offset = tl.where(large, float("inf"), gamma * size + loss * norm + least)
+        x_norm = tl.load(x_norm_ptr + n, mask=n < N, other=0.0)
+        bound = scale[:, None] * x_norm[None, :] + offset[:, None]
+        sign = tl.where(z > bound, 1, tl.where(z < -bound, 0, UNSURE))
+        tl.store(out, sign.to(tl.int8), mask=keep)
     else:
+        bad = tl.sum(tl.where(keep & (z - z != 0.0), 1, 0))
+        tl.atomic_add(flag_ptr, bad.to(tl.int64), mask=bad > 0, sem="relaxed")
         tl.store(out, _derivative(z, alpha, beta, ACTIVATION), mask=keep)
 
 
@@ -147,18 +162,26 @@ def _coactivation_fwd_kernel(
 
 def hidden_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, nonfinite: Tensor,
-    activation: str | None, alpha: float = 0.0, beta: float = 20.0,
+    activation: str | None, alpha: float = 0.0, beta: float = 20.0, norm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Signs (``activation=None``, int8) or derivatives (float32) of ``z = x Wᵀ + b``: ``[N, d] -> [h, N]``."""
+    """Signs (``activation=None``, int8) or derivatives (float32) of ``z = x Wᵀ + b``: ``[N, d] -> [h, N]``.
+
+    ``norm``: for signs, those of the rows of weight. TF32 products, where they are allowed, are corrected for signs.
+    """
     samples, units = x.shape[0], weight.shape[0]
     out = torch.empty(units, -(-samples // 16) * 16, dtype=torch.float32 if activation else torch.int8, device=x.device)
-    tile = HIDDEN[product_kind(x.dtype)]
+    tile, precision = HIDDEN[product_kind(x.dtype)], input_precision()
+    constants, norms = (0.0, 0.0, 0.0), (out, out)
+    if activation is None:
+        precision = "tf32x3" if precision == "tf32" else precision
+        constants = certificate(x.shape[1], product_kind(x.dtype) != "ieee")
+        norms = (norm_fwd(x), norm_fwd(weight) if norm is None else norm)
     grid = (triton.cdiv(samples, tile.blocks["BLOCK_N"]) * triton.cdiv(units, tile.blocks["BLOCK_H"]),)
     launch(
         _hidden_fwd_kernel, grid, x.device,
-        x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, samples, x.shape[1], units,
-        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), out.stride(0), alpha, beta,
-        ACTIVATION=activation, SIGNS=activation is None, HAS_BIAS=bias is not None, PRECISION=input_precision(),
+        x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, *norms, samples, x.shape[1], units,
+        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), out.stride(0), alpha, beta, *constants,
+        ACTIVATION=activation, SIGNS=activation is None, HAS_BIAS=bias is not None, PRECISION=precision,
         **tile.options,
     )  # fmt: skip
     return out[:, :samples]
@@ -180,9 +203,13 @@ def coactivation_fwd(active: Tensor, counts: Tensor) -> None:
 def relu_coactivation_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
 ) -> None:
-    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``: two launches a chunk."""
+    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``: four launches a chunk."""
+    norm = None
     for part in chunks(x, weight, 1, chunk_rows):
-        coactivation_fwd(hidden_fwd(part, weight, bias, nonfinite, None), counts)
+        norm = norm_fwd(weight) if norm is None else norm
+        active = hidden_fwd(part, weight, bias, nonfinite, None, norm=norm)
+        decide_fwd(part, weight, bias, active, nonfinite)
+        coactivation_fwd(active, counts)
 
 
 def chunks(x: Tensor, weight: Tensor, item_size: int, chunk_rows: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from mmc_fast.kernels.agop import coactivation as kernels  # noqa: E402
 from mmc_fast.kernels.agop import gram as gram_kernels  # noqa: E402
+from mmc_fast.kernels.agop.signs import certificate  # noqa: E402
 
 SIZES = (1, 15, 16, 17, 63, 65, 127, 129)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,8 +70,80 @@ def test_counts_equal_those_of_the_reference(case, seed):
     assert torch.equal(counts.triu(), (before + active.t() @ active).triu()), (samples, inputs, units)
     assert torch.equal(counts.tril(-1), before.tril(-1)), "below the diagonal nothing may change"
     assert flag.item() == 0
-    assert [launch.name for launch in watch.launches] == ["_hidden_fwd_kernel", "_coactivation_fwd_kernel"]
-    assert watch.launches[1].dot_flops.keys() == {"int8"}
+    names = ["_norm_kernel", "_norm_kernel", "_hidden_fwd_kernel", "_decide_kernel", "_coactivation_fwd_kernel"]
+    assert [launch.name for launch in watch.launches] == names
+    assert watch.launches[-1].dot_flops.keys() == {"int8"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [5, 70])
+def test_signs_that_a_product_leaves_open_are_exact(dtype, d, generator):
+    """Pre-activations that are zero, or that a float32 or a float64 sum takes for one; numbers of any size."""
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((6, d), (2, d)))
+    x, weight = torch.cat([x, x], 1), torch.cat([weight, -weight], 1)  # every product with both signs
+    smallest = torch.finfo(dtype).smallest_normal / 4
+    bias = torch.tensor([smallest, 0.0]).to(dtype)
+    x[1], x[2] = 0, torch.cat([x[2, :d] * 64, x[2, d:] / 64])
+    x[3, 0] += 2 * torch.finfo(dtype).eps
+    if dtype != torch.float16:  # products beyond float32's range, and below it
+        x[4], weight[1, 0], weight[1, d] = x[4] * 2.0**100, 2.0**110, -(2.0**110)
+        x[5] *= 2.0**-120
+    counts, flag = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch() as watch:
+        agop.relu_coactivation_update(x, weight, bias, counts, flag, backend="triton")
+    expected, expected_flag = torch.zeros_like(counts), torch.zeros_like(flag)
+    agop.relu_coactivation_update(x, weight, bias, expected, expected_flag, backend="eager")
+    assert torch.equal(counts, expected)
+    assert flag.item() == expected_flag.item() == 0
+    unsure = next(launch for launch in watch.launches if launch.name == "_decide_kernel")
+    assert unsure.programs == 2
+    assert counts[0, 0] >= 3, "the bias decides"
+
+
+def test_a_pre_activation_that_rounds_to_infinity_raises_the_flag():
+    large = torch.finfo(torch.float32).max
+    limit = torch.tensor([[large, 2.0**103, 0.0]])
+    weight = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0]])
+    for last, expected in ((0.0, 1), (-1.0, 0)):  # at the limit, and below it for both units
+        limit[0, 2] = last
+        signs = weight * torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, -1.0]])
+        counts, flag = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        with triton_guard.watch():
+            agop.relu_coactivation_update(limit, signs, None, counts, flag, backend="triton")
+        assert (flag.item() > 0) == bool(expected)
+
+
+def lossy(d, places, lost):
+    """Products 1, many below half a unit in its last place at ``places``, and −1 less ``lost`` of what they sum to: where
+    each is added to 1 alone a float32 sum is negative, though the exact one is positive."""
+    x, weight = torch.zeros(1, d), torch.zeros(1, d)
+    x[0, places], weight[0, places] = 2.0**-12, 2.0**-12 * (1 - 2.0**-10)
+    x[0, 0] = weight[0, 0] = 1
+    count = int(x.count_nonzero()) - 1
+    x[0, -1], weight[0, -1] = -1, 1 + round(lost * count / 2) * 2.0**-23
+    return x, weight
+
+
+@pytest.mark.parametrize("d", [100, 1000])
+def test_the_bound_holds_for_the_worst_order(d):
+    x, weight = lossy(d, slice(None), 0.75)
+    total = torch.zeros(())
+    for product in (x * weight)[0]:
+        total += product
+    assert total < 0 < (x.double() @ weight.double().t()).item()
+    gamma, loss, least = certificate(d, matrix_units=False)
+    x_norm, w_norm = x.double().norm(), weight.double().norm()
+    assert -total.double() <= x_norm * (gamma * w_norm + loss) + loss * w_norm + least
+    assert certificate(d, matrix_units=True)[0] > gamma
+
+
+def test_a_float32_sum_that_is_wrong_is_not_trusted():
+    x, weight = lossy(64 * 20, slice(0, None, 64), 0.5)  # one to a block of the sum
+    for sign in (1, -1):
+        counts, flag = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        with triton_guard.watch():
+            agop.relu_coactivation_update(sign * x, weight, None, counts, flag, backend="triton")
+        assert counts.item() == int(sign > 0)
 
 
 def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
@@ -84,7 +157,7 @@ def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
         with triton_guard.watch() as watch:
             agop.relu_coactivation_update(x, weight, bias, results[-1], flag, chunk, backend="triton")
     assert all(torch.equal(results[0], counts) for counts in results[1:])
-    assert len(watch.launches) == 1 + 4
+    assert len(watch.launches) == 4 + 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
