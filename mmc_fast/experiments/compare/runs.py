@@ -115,7 +115,7 @@ def check(path: Path) -> list[str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(stored.threads)
     try:
-        again = perform(Job(path.stem, score, stored.settings), path.parent)
+        again = perform(Job(path.name, score, stored.settings), path.parent)
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]

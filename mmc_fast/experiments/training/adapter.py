@@ -20,7 +20,7 @@ class RunAdapter:
 
     The features are what the fusion receives: with EBR heads the recovered ones, substituted where a modality is absent. With
     ``present`` the model handles absent modalities by its own rule, and answers with the prior where nothing is left.
-    Of a model with members, whose fusion receives something else for each, the features are the inputs.
+    Of a model with members or experts, which answers with more than its fusion, the features are the inputs.
     ``metric``: the score of its data. ``unimodal_models``: those of the run; their first layers ``[h_i, d_i]`` are the unimodal weights.
     """
 
@@ -33,7 +33,7 @@ class RunAdapter:
             self.unimodal_models = unimodal_models
             self.unimodal_weights = {name: m.classifier[0].weight for name, m in unimodal_models.models.items()}  # type: ignore[misc]
             self.unimodal = self._unimodal
-        self.head: nn.Module | None = None if model.members else getattr(model.fusion, "layers", None)
+        self.head: nn.Module | None = None if model.beyond_fusion else getattr(model.fusion, "layers", None)
         self._encoded: list[Tensor] = []
         self._present: Tensor | None = None
         self._visible: Tensor | None = None
@@ -42,7 +42,7 @@ class RunAdapter:
     def encode(self, batch: Part) -> dict[str, Tensor]:
         device = self.model.prior.device
         self._present = None if bool(batch.present.all()) else batch.present.to(device)
-        if self.model.members is not None:
+        if self.model.beyond_fusion:
             self._visible = self._present
             self._encoded = [x.to(device) for x in self.inputs(batch).values()]
             return dict(zip(self.model.modalities, self._encoded, strict=True))
@@ -53,7 +53,7 @@ class RunAdapter:
     def _received(self, present: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """What the fusion receives of the last batch where only ``present`` is there, and which of it it sees."""
         model, encoded, visible = self.model, list(self._encoded), present
-        if model.members is not None:
+        if model.beyond_fusion:
             return encoded, present
         if present is not None:
             encoded = [torch.where(present[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
@@ -76,7 +76,7 @@ class RunAdapter:
         return self._answers(received, visible, here)
 
     def _answers(self, received: list[Tensor], visible: Tensor | None, present: Tensor | None) -> Tensor:
-        if self.model.members is None:
+        if not self.model.beyond_fusion:
             return self._shown(self.model.fusion(received, visible), present)
         source = None if visible is None else source_for(self.model, visible)
         return self._shown(self.model(received, visible, source).logits, present)
@@ -130,7 +130,7 @@ class RunAdapter:
 
     def represent(self, features: Mapping[str, Tensor]) -> Tensor:
         """What the last Linear layer of the fusion receives; the logits where there is none."""
-        last = None if self.model.members else getattr(self.model.fusion, "classifier", None)
+        last = None if self.model.beyond_fusion else getattr(self.model.fusion, "classifier", None)
         if last is None:
             return self.fuse(features)
         seen: list[Tensor] = []

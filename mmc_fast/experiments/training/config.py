@@ -105,6 +105,9 @@ class TrainConfig:
         members: number k of members of an implicit ensemble (TabM-mini; Gorishniy et al., ICLR 2025): each scales the inputs by
             learned factors of its own and has its own output layer, shares all else, and is trained with masks of its own; class
             probabilities are averaged.
+        experts: the answer is the product of the fused model and the unimodal ones, with weights fitted on masked validation rows
+            (:class:`mmc_fast.experiments.training.experts.ExpertProduct`). Needs unimodal models;
+            for classes only, other tasks are answered by the fused model alone.
         teacher: what consistency holds masked predictions to: those of the "model" itself or of the "average" of weights, on
             complete data.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
@@ -166,10 +169,12 @@ class TrainConfig:
     members: Count = 1
     teacher: Literal["model", "average"] = "model"
     class_weights: Literal["none", "balanced"] = "none"
+    experts: bool = False
 
     def __post_init__(self) -> None:
         check("config", self)
         needs_unimodal = "kd" if self.kd is not None else "the ranking of ebr" if self.needs_reference else None
+        needs_unimodal = "experts" if self.experts else needs_unimodal
         for refused, reason in (
             (not self.fusion_hidden and self.fusion == "concat", "fusion_hidden is empty; concat needs a hidden width"),
             (

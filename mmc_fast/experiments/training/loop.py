@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .config import TrainConfig
 from .distillation import DistillationMeta, distil
 from .evaluate import Predictions, measure
+from .expert_weights import fit_experts
 from .interrupt import InterruptGuard, Stage
 from .model import MultimodalModel, select_modalities
 from .parts import fingerprint, task_of
@@ -328,6 +329,9 @@ class _Run:
             if lesson.store is not None:
                 lesson.store.clear()
         self._timed(stage, trainer.fit)
+        if model.experts is not None and self.unimodal is not None:
+            model.experts.take(self.unimodal)
+            fit_experts(model, self.dataset.part("validation"), config.rates, self.seed)
         self.timing[f"{stage}_seconds"] = sum(r["seconds"] for r in trainer.history)
         return trainer
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRHead, EBROutput
-from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
 
 from ..tasks import Classification, Task
 from .config import TrainConfig
+from .encoder import build_encoder
+from .experts import Experts
 from .members import Members
 
-__all__ = ["ModelOutput", "MultimodalModel", "build_encoder", "select_modalities"]
+__all__ = ["ModelOutput", "MultimodalModel", "select_modalities"]
 
 
 @dataclass
@@ -29,13 +30,6 @@ class ModelOutput:
     logits: Tensor
     ebr: EBROutput | None
     own: Tensor | None = None
-
-
-def build_encoder(dim: int, config: TrainConfig) -> IdentityEncoder | MLPEncoder:
-    """The encoder of one modality of width ``dim``."""
-    if config.encoder == "identity":
-        return IdentityEncoder(dim)
-    return MLPEncoder(dim, config.encoder_width, config.encoder_dim, config.encoder_norm, config.encoder_dropout)
 
 
 def _build_fusion(dims: Sequence[int], num_classes: int, config: TrainConfig) -> nn.Module:
@@ -122,10 +116,18 @@ class MultimodalModel(nn.Module):
         self.own: nn.Linear | None = None
         if self.reweighted is not None and config.reweight_form == "loss":
             self.own = nn.Linear(widths[self.reweighted], num_classes)  # last, so that all else starts as without it
+        self.experts: Experts | None = None
+        if config.experts and self.task.kind == "classification":
+            self.experts = Experts(self.input_widths, num_classes, config)
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
         self.register_buffer("order", torch.full((n,), -1, dtype=torch.int64))
         self.register_buffer("prior", torch.zeros(num_classes))
+
+    @property
+    def beyond_fusion(self) -> bool:
+        """Whether the answer is more than the fusion of encoded features: members, or experts."""
+        return self.members is not None or self.experts is not None
 
     @property
     def all_have_heads(self) -> bool:
@@ -186,13 +188,17 @@ class MultimodalModel(nn.Module):
         ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills absent modalities; a filled one is not masked in the
         fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
         denominators of its losses. With members, rows are those of all members in training, and in evaluation the answer
-        is the logarithm of their mean probabilities.
+        is the logarithm of their mean probabilities. With fitted experts the answer in evaluation is that of the product.
         """
         if self.members is not None and not self.training:
             rows = self.members.repeated(features, present, source)
             out = self._answer(*rows, reversal, normalizer)
-            return ModelOutput(self.members.mean(out.logits), out.ebr, out.own)
-        return self._answer(features, present, source, reversal, normalizer)
+            out = ModelOutput(self.members.mean(out.logits), out.ebr, out.own)
+        else:
+            out = self._answer(features, present, source, reversal, normalizer)
+        if self.experts is not None and not self.training and bool(self.experts.fitted):
+            return ModelOutput(self.experts(features, present, out.logits), out.ebr, out.own)
+        return out
 
     def _answer(
         self,

@@ -27,9 +27,9 @@ from .checkpoint import (
     stripped,
 )
 from .config import TrainConfig
+from .encoder import build_encoder
 from .interrupt import Autosave, Stage
 from .masks import epoch_order
-from .model import build_encoder
 from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, row_pieces, task_of, to_device
 from .progress import TrainingDiverged

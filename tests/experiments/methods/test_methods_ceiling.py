@@ -12,8 +12,8 @@ from training_data import tiny
 
 from mmc_fast._util.seeds import derive_seed
 from mmc_fast.experiments.methods import get
-from mmc_fast.experiments.methods.product import ExpertProduct
 from mmc_fast.experiments.methods.sklearn_baselines import masked_copies
+from mmc_fast.experiments.training.experts import ExpertProduct
 
 
 def votes(seed: int, rows: int = 40, fused: bool = True):

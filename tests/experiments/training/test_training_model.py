@@ -7,7 +7,8 @@ import torch
 from training_data import small, tiny
 
 from mmc_fast.experiments.training import evaluate, predict
-from mmc_fast.experiments.training.model import MultimodalModel, build_encoder
+from mmc_fast.experiments.training.encoder import build_encoder
+from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.substitution import describe, ranking_parts, refresh, source_for
 
 
