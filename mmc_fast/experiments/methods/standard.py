@@ -85,8 +85,8 @@ KD = _distillation("kd", "KD (InfoNCE)", loss="info_nce", teachers="stronger", o
 
 _LEARNER: dict[str, Any] = {
     name: getattr(TrainConfig.preset("recommended"), name)
-    for name in ("encoder_norm", "encoder_dropout", "optimizer", "weight_decay", "weight_average")
-}
+    for name in ("encoder_norm", "encoder_dropout", "optimizer", "weight_decay", "weight_average", "experts")
+} | {"unimodal_share": 1.0}
 
 STANDARD = (
     _method("vanilla", "vanilla", "the standard loop without additions", LEARNING_RATES),

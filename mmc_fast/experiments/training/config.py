@@ -31,7 +31,8 @@ EBR's shared latent."""
 
 
 _LEARNER: dict[str, Any] = {
-    "encoder_norm": True, "encoder_dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.01, "weight_average": 0.99
+    "encoder_norm": True, "encoder_dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.01, "weight_average": 0.99,
+    "experts": True,
 }  # fmt: skip
 
 
@@ -261,7 +262,7 @@ class TrainConfig:
         EBR heads have hidden width 128 and latent width 64, normalised latents and a reversal of 0.01, as chosen on the
         validation part of mfeat (docs/experiments/training.md); all else is equal between the methods. "robust" is EBR in the
         form of docs/experiments/study.md: ``EBRConfig.robust()``, random masks that are filled as at inference, and consistency. "recommended": modality
-        dropout and consistency with normalised encoders, dropout, weight decay and averaged weights; "ebr-best": the same with
+        dropout and consistency with normalised encoders, dropout, weight decay, averaged weights and a product with the unimodal models; "ebr-best": the same with
         EBR heads (docs/experiments/learner.md says when to use which).
         """
         if method == "vanilla":
