@@ -27,7 +27,8 @@ _DATA_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(help="What happens to NaN in the data: error, mean or indicator.")
     ],
     "kind": Annotated[
-        str | None, typer.Option(help="What the labels of a file are: classification, multilabel or regression.")
+        str | None,
+        typer.Option(help="What the labels of a file are: classification, multilabel, regression or survival."),
     ],
     "split_seed": Annotated[int | None, typer.Option(help="Draw a split with this seed, for a file without one.")],
     "columns": Annotated[

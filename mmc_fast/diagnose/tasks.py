@@ -68,7 +68,12 @@ class Task:
             raise InputError(
                 f"diagnose: metric 'auroc' is for 2 classes and there are {outputs} outputs; use 'accuracy'"
             )
-        usual = {"classes": "auroc" if outputs <= 2 else "accuracy", "labels": "f1", "numbers": "r2"}[kind]
+        usual = {
+            "classes": "auroc" if outputs <= 2 else "accuracy",
+            "labels": "f1",
+            "numbers": "r2",
+            "survival": "concordance",
+        }[kind]
         name = metric_name(metric) or usual
         return cls(kind, name, outputs, metric if callable(metric) else None)
 

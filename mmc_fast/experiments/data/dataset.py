@@ -108,6 +108,7 @@ class MultimodalDataset:
             _check_split(self)
             _check_presence(self)
             object.__setattr__(self, "task", self.task.fit(self.labels[self.split == 0]))
+            object.__setattr__(self, "num_classes", self.task.outputs)
 
     @property
     def classes(self) -> list[str]:
@@ -162,7 +163,7 @@ class MultimodalDataset:
             label: ``[N]`` text or numbers, or ``[N, C]`` with one 1 in each row, or what ``kind`` says. id: ``[N]``; an id stays in one part.
             split: ``[N]`` part names or 0, 1, 2; or the seed with which 60/10/30 are drawn.
             names: of the columns. present: bool ``[N]`` for modalities that say it; else a row of NaN is absent.
-            kind: "classification", "multilabel" or "regression"; needed where the labels alone do not tell (docs/data.md).
+            kind: "classification", "multilabel", "regression" or "survival"; needed where the labels alone do not tell (docs/data.md).
 
         Raises InputError.
         """

@@ -39,7 +39,7 @@ class ColumnMap:
     with train, validation, test (or 0, 1, 2); without it the split is drawn with ``split_seed``. ``modalities``: name ->
     columns; a table alone needs it, and of several tables each is a modality with all columns that are left.
     ``categorical``: columns of numbers that are codes. ``kind``: what the labels are, where it is not clear:
-    "classification", "multilabel" or "regression".
+    "classification", "multilabel", "regression" or "survival" (``label``: time and event).
     """
 
     label: str | Sequence[str] | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.cells import as_numbers, as_text
-from mmc_fast.experiments.tasks import KINDS, Classification, MultiLabel, Regression, Task
+from mmc_fast.experiments.tasks import KINDS, Classification, MultiLabel, Regression, Survival, Task
 
 __all__ = ["read_labels"]
 
@@ -40,6 +40,14 @@ def read_labels(
     if kind == "multilabel":
         hot = _zero_one(columns, where, place)
         return hot.astype(np.int64), MultiLabel(tuple(names)) if known is None else known
+    if kind == "survival":
+        if len(names) != 2:
+            raise InputError(
+                f"{where}: survival has 2 label columns, time and event, and {len(names)} is named: {', '.join(names)}."
+            )
+        time, event = columns.items()
+        _zero_one(dict([event]), where, place)
+        return _numbers(columns, where, place), Survival((time[0], event[0])) if known is None else known
     if len(names) > 1:
         return _one_hot(columns, kind, where, place), Classification(tuple(names)) if known is None else known
     return _one_column(names[0], columns[names[0]], kind, where, place, known)
@@ -111,7 +119,7 @@ def _one_hot(columns: Mapping[str, Any], kind: str | None, where: str, place: Ca
         other = (
             ""
             if kind
-            else '; for several labels a row say kind = "multilabel", for several targets kind = "regression"'
+            else '; for several labels a row say kind = "multilabel", for several targets kind = "regression", for time and event kind = "survival"'
         )
         raise InputError(
             f"{where}: {place(int(np.flatnonzero(wrong)[0]))} of the label columns {', '.join(columns)} is not one 1 and else "

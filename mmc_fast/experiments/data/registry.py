@@ -71,7 +71,7 @@ def load(
         purpose: what the data set is for, "training", "scoring" or "prediction"; None = "scoring" with
             ``preprocessing``, else "training".
         columns: what the columns of tables are for, as a mapping or a TOML file; None = the TOML file beside them.
-        kind: what the labels of a file are, where they do not tell: "classification", "multilabel" or "regression".
+        kind: what the labels of a file are, where they do not tell: "classification", "multilabel", "regression" or "survival".
 
     Returns:
         A checked :class:`~mmc_fast.experiments.data.MultimodalDataset`.

@@ -9,10 +9,20 @@ from .base import NotFiniteError, Task
 from .classification import Classification
 from .multilabel import MultiLabel
 from .regression import Regression
+from .survival import Survival
 
-__all__ = ["KINDS", "Classification", "MultiLabel", "NotFiniteError", "Regression", "Task", "task_from_dict"]
+__all__ = [
+    "KINDS",
+    "Classification",
+    "MultiLabel",
+    "NotFiniteError",
+    "Regression",
+    "Survival",
+    "Task",
+    "task_from_dict",
+]
 
-KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, MultiLabel, Regression)}
+KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, MultiLabel, Regression, Survival)}
 """How a column map spells it -> the class."""
 
 

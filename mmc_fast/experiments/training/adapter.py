@@ -33,7 +33,9 @@ class RunAdapter:
             self.unimodal_models = unimodal_models
             self.unimodal_weights = {name: m.classifier[0].weight for name, m in unimodal_models.models.items()}  # type: ignore[misc]
             self.unimodal = self._unimodal
-        self.head: nn.Module | None = None if model.beyond_fusion else getattr(model.fusion, "layers", None)
+        shown = model.task.ranked(model.prior[None]).shape[1] == model.task.outputs
+        chain = shown and not model.beyond_fusion
+        self.head: nn.Module | None = getattr(model.fusion, "layers", None) if chain else None
         self._encoded: list[Tensor] = []
         self._present: Tensor | None = None
         self._visible: Tensor | None = None

@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, kl_divergence
 
 from mmc_fast.diagnose.statistics import weighted_scores
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.tasks import Classification, MultiLabel, Regression, task_from_dict
+from mmc_fast.experiments.tasks import Classification, MultiLabel, Regression, Survival, task_from_dict
 
 NAMES = ("u", "v", "w")
 
@@ -102,6 +102,79 @@ def test_the_prior_of_classes_and_labels_is_their_share(seed):
     torch.testing.assert_close(task.answers(task.prior(classes)), torch.stack([1 - share, share]))
 
 
+def times(seed: int, rows: int = 80) -> torch.Tensor:
+    """Times in steps, so that some are equal, and about a third censored."""
+    g = torch.Generator().manual_seed(seed)
+    time = (torch.rand(rows, generator=g, dtype=torch.float64) * 30).round() / 2 + 0.5
+    return torch.stack([time, (torch.rand(rows, generator=g) < 0.65).double()], 1)
+
+
+def test_the_loss_of_survival_is_the_likelihood_row_by_row(seed):
+    labels = times(seed)
+    task = Survival(("days", "died")).fit(labels)
+    g = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(80, task.outputs, generator=g)
+    assert task.edges[-1] == float(labels[labels[:, 1] == 1, 0].max())
+    hazard, wanted = outputs.double().sigmoid(), []
+    for row, (time, event) in enumerate(labels.tolist()):
+        log, begin = 0.0, -1.0
+        for k, end in enumerate(task.edges):
+            if event and begin < time <= end:
+                log += float(hazard[row, k].log())
+                break
+            if time < end:
+                break
+            log += float((1 - hazard[row, k]).log())
+            begin = end
+        wanted.append(-log)
+    np.testing.assert_allclose(task.loss(outputs, labels, "none").numpy(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(task.answers(outputs), (1 - hazard).cumprod(1))
+    prior = task.prior(labels)[None].repeat(80, 1).requires_grad_()
+    task.loss(prior, labels).backward()  # the prior is the best answer that is the same for all rows
+    assert prior.grad is not None
+    torch.testing.assert_close(prior.grad.sum(0), torch.zeros(task.outputs), rtol=0, atol=1e-3)
+
+
+def test_the_divergence_of_survival_is_that_of_the_interval_of_the_event(seed):
+    task = Survival(("days", "died")).fit(times(seed))
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 9, task.outputs, generator=g, dtype=torch.float64)
+
+    def shares(outputs):
+        curve = torch.cat([torch.ones(9, 1, dtype=torch.float64), (1 - outputs.sigmoid()).cumprod(1)], 1)
+        return torch.cat([curve[:, :-1] - curve[:, 1:], curve[:, -1:]], 1)
+
+    wanted = (shares(b) * (shares(b).log() - shares(a).log())).sum()
+    torch.testing.assert_close(task.divergence(a, b), wanted)
+
+
+def test_concordance_by_counting_pairs_also_with_weights(seed):
+    labels = times(seed, 40)
+    task = Survival(("days", "died")).fit(labels)
+    answers = task.answers(torch.randn(40, task.outputs, generator=torch.Generator().manual_seed(seed)))
+    risk = -task.expected(answers)
+    risk[:10] = risk[10:20]  # ties
+    weights = np.stack([np.ones(40), np.arange(40.0)])
+    wanted = []
+    for w in weights:
+        right = pairs = 0.0
+        for i in range(40):
+            for j in range(40):
+                (t, event), (u, other) = labels[i].tolist(), labels[j].tolist()
+                if event and (t < u or (t == u and not other)):
+                    pairs += w[i] * w[j]
+                    right += w[i] * w[j] * (float(risk[i] > risk[j]) + 0.5 * float(risk[i] == risk[j]))
+        wanted.append(right / pairs)
+    found = weighted_scores("concordance", labels.numpy(), risk.numpy(), weights)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert task.score(answers, labels) == pytest.approx(
+        float(weighted_scores("concordance", labels.numpy(), task.scored(answers).numpy(), np.ones((1, 40)))[0]),
+        rel=1e-5,
+    )
+    with pytest.raises(InputError, match="nobody outlived an event"):
+        task.score(answers[:2], torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     "task", [Classification(("a", "b"), "accuracy", (0.5, 1.5)), MultiLabel(NAMES, (1.0, 2.0, 0.1)), Regression(NAMES)]
 )
@@ -112,6 +185,8 @@ def test_a_task_survives_json(task):
 
 
 def test_what_a_task_refuses():
+    with pytest.raises(InputError, match=r"time and event are \[-1.0, 1.0\] in row 0"):
+        Survival(("t", "e")).check(torch.tensor([[-1.0, 1.0]], dtype=torch.float64), "d")
     with pytest.raises(InputError, match="class_weights 'balanced' is for classes"):
         Regression(("y",)).weighted(torch.zeros(3, 1))
     with pytest.raises(InputError, match=r"labels \[0, 2, 0\] in row 1; each label is 0 or 1"):

@@ -12,7 +12,7 @@ import torch
 from training_data import small
 
 from mmc_fast.experiments.data import MultimodalDataset
-from mmc_fast.experiments.training import TrainConfig, load_run, train
+from mmc_fast.experiments.training import TrainConfig, TrainResult, load_run, train
 from mmc_fast.experiments.training.evaluate import evaluate
 
 ROWS = 150
@@ -20,8 +20,14 @@ ROLES: dict[str, dict[str, Any]] = {
     "regression": {"label": "cost"},
     "multilabel": {"label": ["flu", "cold"], "kind": "multilabel"},
     "classification": {"label": "ward"},
+    "survival": {"label": ["days", "died"], "kind": "survival"},
 }
-ANSWERS = {"regression": ["prediction"], "multilabel": ["p_flu", "p_cold"], "classification": ["p_a", "p_b", "p_c"]}
+ANSWERS = {
+    "regression": ["prediction"],
+    "multilabel": ["p_flu", "p_cold"],
+    "classification": ["p_a", "p_b", "p_c"],
+    "survival": ["prediction"],
+}
 
 
 def tables(seed: int, rows: int = ROWS) -> dict[str, pd.DataFrame]:
@@ -36,6 +42,9 @@ def tables(seed: int, rows: int = ROWS) -> dict[str, pd.DataFrame]:
     outcome = pd.DataFrame({"id": ids, "cost": 5e4 + 1e4 * (hidden[:, 0] + hidden[:, 1])})
     outcome["flu"], outcome["cold"] = (hidden[:, 0] > 0.3).astype(int), (hidden[:, 1] > -0.3).astype(int)
     outcome["ward"] = np.array(["a", "b", "c"])[np.digitize(hidden[:, 0], [-0.5, 0.5])]
+    outcome["days"] = np.exp(2 - hidden[:, 0] - hidden[:, 1] / 2).round(2) + 0.01
+    outcome["died"] = outcome["days"] < 20
+    outcome["days"] = outcome["days"].clip(upper=20)
     outcome["part"] = np.array(["train", "validation", "test"])[np.arange(rows) % 5 % 3]
     mixed = {"labs": labs, "notes": notes.iloc[: rows - 9], "outcome": outcome}
     return {name: t.sample(frac=1, random_state=seed).reset_index(drop=True) for name, t in mixed.items()}
@@ -68,6 +77,13 @@ def settings(**changes: Any) -> TrainConfig:
     )
 
 
+def shown(result: TrainResult) -> np.ndarray:
+    """Test answers as the table of predictions has them."""
+    columns = result.model.task.columns(result.predictions[0].answers["complete"])
+    names = ANSWERS[result.results["data"]["task"]["kind"]]
+    return np.stack([columns[name] for name in names], 1)
+
+
 @pytest.mark.parametrize("kind", list(ROLES))
 def test_a_task_goes_through_train_evaluate_and_predict(kind, tmp_path: Path):
     found = tables(0)
@@ -75,16 +91,19 @@ def test_a_task_goes_through_train_evaluate_and_predict(kind, tmp_path: Path):
     result = train(data, settings(), seed=0, run_dir=tmp_path / "run")
     scores = result.results["scores"]
     assert result.results["data"]["task"]["kind"] == kind
-    assert scores["complete"] > {"regression": 0.3, "multilabel": 0.7, "classification": 0.5}[kind]
+    assert scores["complete"] > {"regression": 0.3, "multilabel": 0.7, "classification": 0.5, "survival": 0.7}[kind]
     for entry in scores["reliance"].values():
         assert entry["shapley"] is not None
         assert entry["unimodal"] is not None
+    if kind in ("multilabel", "survival"):  # the diagnosis scores by the same metric, in which nobody knows nothing
+        total = sum(entry["shapley"] for entry in scores["reliance"].values())
+        assert total == pytest.approx(scores["complete"] - 0.5, abs=1e-5)
     run = load_run(tmp_path / "run")
     again = evaluate(run.model, data, seed=0, rates=(0.3,), unimodal=run.unimodal)
     assert again["complete"] == scores["complete"]
     # The table of predictions repeats the answers behind the score, whatever the order and without labels.
     new = {
-        name: t.drop(columns=[c for c in ("cost", "flu", "cold", "ward", "part") if c in t])
+        name: t.drop(columns=[c for c in ("cost", "flu", "cold", "ward", "days", "died", "part") if c in t])
         for name, t in found.items()
     }
     table = (
@@ -93,7 +112,7 @@ def test_a_task_goes_through_train_evaluate_and_predict(kind, tmp_path: Path):
         .set_index("id")
     )
     test = found["outcome"].query("part == 'test'").sort_values("id")["id"]
-    np.testing.assert_allclose(table.loc[test, ANSWERS[kind]], result.predictions[0].answers["complete"], rtol=1e-5)
+    np.testing.assert_allclose(table.loc[test, ANSWERS[kind]], shown(result), rtol=1e-5)
     # A cohort without one modality.
     only = run.predict({"labs": new["labs"]}).table()
     assert len(only) == ROWS
@@ -110,6 +129,7 @@ def test_nothing_of_other_rows_enters_a_run(kind, tmp_path: Path):
     changed["labs"].loc[here, "sex"] = "x"
     here = changed["outcome"]["id"].isin(test)
     changed["outcome"].loc[here, "cost"] *= 100
+    changed["outcome"].loc[here, "days"] *= 100
     changed["outcome"].loc[here, ["flu", "cold"]] = 1 - changed["outcome"].loc[here, ["flu", "cold"]]
     runs = [
         train(dataset(kind, t), settings(epochs=2), seed=3, evaluate_on=("validation",), run_dir=tmp_path / str(i))
