@@ -107,7 +107,8 @@ def train_and_keep(settings: Settings, workspace: Workspace) -> tuple[Values, di
 def check(path: Path) -> list[str]:
     """Repeat a finished :func:`score` from its stored settings; names of what is different (empty: the same numbers)."""
     log = ".jsonl:" in path.name
-    stored = _line(path) if log else read(path)
+    line = _line(path) if log else None
+    stored = read(path) if line is None else _result_of(line)
     if "method" not in stored.settings:
         raise InputError(f"result {path} is of no run of a comparison; give a file of OUT/runs or OUT/search")
     if not log:
@@ -116,6 +117,9 @@ def check(path: Path) -> list[str]:
     torch.set_num_threads(stored.threads)
     try:
         again = perform(Job(path.name, score, stored.settings), path.parent)
+    except InputError as error:
+        advice = "" if line is None else f" (the line was run by commit {line['commit']}; check that out to repeat it)"
+        raise InputError(f"{error}{advice}") from error
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
@@ -172,13 +176,16 @@ def read_line(line: str) -> dict[str, Any]:
     return {name: values[name] for name in _Line.__annotations__} | {"line": values}
 
 
-def _line(path: Path) -> Result:
+def _line(path: Path) -> dict[str, Any]:
     """The run in line N (from 1) of a log, for ``LOG.jsonl:N``."""
     name, _, number = str(path).rpartition(":")
     lines = Path(name).read_text(encoding="utf-8").splitlines() if Path(name).is_file() else []
     if not number.isdigit() or not 1 <= int(number) <= len(lines):
         raise InputError(f"{path}: the log has {len(lines)} line(s); give FILE.jsonl:N with N from 1 to that")
-    found = read_line(lines[int(number) - 1])
+    return read_line(lines[int(number) - 1])
+
+
+def _result_of(found: Mapping[str, Any]) -> Result:
     return Result(found["settings"], {"scores": found["scores"]}, {}, found["failed"], 0.0, found["threads"])
 
 

@@ -220,9 +220,7 @@ class _Fit:
 
     def _epoch(self, optimizer: torch.optim.Optimizer, streams: dict[str, torch.Generator]) -> float:
         order = epoch_order(len(self.train), streams["order"])
-        masks = training_masks(
-            self.train.present, self.config.modality_dropout, streams["masks"], self.config.mask_sizes
-        )
+        masks = training_masks(self.train.present, self.config.modality_dropout, streams["masks"])
         batches = Batches(self.train, order, self.config.batch_size)
         self.model.train()
         total = 0.0

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmc_fast.errors import InputError
+
 from ..training.expert_weights import masked_rows
 from ..training.experts import ExpertProduct
 from ..training.interrupt import Stage
@@ -22,6 +24,8 @@ def fit_product(task: Task) -> Fitted:
     """Train one model per modality, then fit the weights of their product on masked validation rows."""
     dataset, config = task.dataset, task.config
     check_classes(dataset)
+    if unknown_options := task.options.keys() - {"penalty"}:
+        raise InputError(f"product has the option penalty alone, not {', '.join(sorted(unknown_options))}")
     progress = task.progress or Silent()
     progress.on_start(config.unimodal_epochs, "unimodal")
     stage = Stage("unimodal", progress.on_epoch)

@@ -100,8 +100,6 @@ class TrainConfig:
             what the fusion receives of it, in training and inference; "loss" adds β times the cross-entropy of a linear
             classifier on its encoder, over the rows that have it, divided by all rows of the step.
         ebr, kd: settings of the parts, None where the method has none.
-        mask_sizes: "binomial": every modality is hidden with probability ``modality_dropout``. "uniform": this share of the
-            rows is masked, and a masked row keeps k of its n modalities, k uniform on 1 .. n and then every subset of k alike.
         encoder_norm, encoder_dropout: layer normalisation and dropout behind each layer of the MLP encoders.
         members: number k of members of an implicit ensemble (TabM-mini; Gorishniy et al., ICLR 2025): each scales the inputs by
             learned factors of its own and has its own output layer, shares all else, and is trained with masks of its own; class
@@ -139,7 +137,7 @@ class TrainConfig:
     fusion_dim: Width = 64
     fusion_heads: Count = 4
     fusion_depth: Depth = 2
-    modality_dropout: Annotated[float, Range(0, 1, high_closed=True)] = 0.0
+    modality_dropout: Share = 0.0
     substitute_in_training: bool = False
     consistency: NonNegative = 0.0
     noise_modality: str | None = None
@@ -163,7 +161,6 @@ class TrainConfig:
     reweight_modality: str | None = None
     reweight: NonNegative = 0.0
     reweight_form: Literal["features", "loss"] = "features"
-    mask_sizes: Literal["binomial", "uniform"] = "binomial"
     encoder_norm: bool = False
     encoder_dropout: Share = 0.0
     weight_average: Share = 0.0
@@ -185,14 +182,6 @@ class TrainConfig:
             (
                 self.selection == "masked" and not self.rates,
                 "selection is 'masked' but rates is empty; give missing rates to select by",
-            ),
-            (
-                self.modality_dropout == 1 and self.mask_sizes == "binomial",
-                "modality_dropout is 1.0 and hides everything; give less, or mask_sizes 'uniform'",
-            ),
-            (
-                self.mask_sizes == "uniform" and not self.modality_dropout,
-                "mask_sizes is 'uniform' but modality_dropout is 0; give the share of the rows that are masked",
             ),
             (
                 self.teacher == "average" and (not self.consistency or not self.weight_average or self.members > 1),

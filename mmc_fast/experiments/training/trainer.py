@@ -171,7 +171,7 @@ class Trainer:
         if self.order is None or self.masks is None:
             self.order = epoch_order(len(part), self.generators["order"])
             every = part.present.cpu().repeat(config.members, 1)
-            drawn = training_masks(every, config.modality_dropout, self.generators["masks"], config.mask_sizes)
+            drawn = training_masks(every, config.modality_dropout, self.generators["masks"])
             self.masks = drawn.unflatten(0, (config.members, -1)).transpose(0, 1).flatten(1)  # [N, members * m]
             self.sums.zero_()
             if self.ranked and (config.substitute_in_training or config.consistency > 0):

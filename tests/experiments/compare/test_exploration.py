@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ PROTOCOL = {
     "usual": ["plain"],
     "data": {"mfeat": {"rows": [60, 40, 50]}},
     "arms": {"plain": {"modality_dropout": 0.5, "epochs": 1, "encoder_width": 8, "encoder_dim": 4}},
-    "options": {"base": {}, "balanced": {"mask_sizes": "uniform"}},
+    "options": {"base": {}, "norm": {"encoder_norm": True}},
 }
 
 
@@ -55,11 +56,15 @@ def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):
     exploration.explore(PROTOCOL, log)
     exploration.explore(PROTOCOL, log)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["option"] for line in lines] == ["base", "balanced"]
+    assert [line["option"] for line in lines] == ["base", "norm"]
     assert check(tmp_path / "log.jsonl:2") == []
     lines[1]["scores"]["complete"] += 1e-9
     log.write_text("\n".join(map(json.dumps, lines)))
     assert check(tmp_path / "log.jsonl:2") == ["scores"]
+    lines[1]["settings"]["config"]["an_option_of_then"] = 1
+    log.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match=f"an_option_of_then.*was run by commit {re.escape(str(lines[1]['commit']))}"):
+        check(tmp_path / "log.jsonl:2")
     with pytest.raises(InputError, match="has 2 line"):
         check(tmp_path / "log.jsonl:3")
 

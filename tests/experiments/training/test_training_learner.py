@@ -91,8 +91,7 @@ def test_a_step_with_dropout_is_not_split(seed):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"mask_sizes": "uniform"}, "give the share"), ({"modality_dropout": 1.0}, "hides everything"),
-     ({"weight_average": 1.0}, "below 1")],
+    [({"teacher": "average"}, "needs consistency and weight_average"), ({"weight_average": 1.0}, "below 1")],
 )  # fmt: skip
 def test_settings_that_cannot_be(values, message):
     with pytest.raises(InputError, match=message):
