@@ -41,6 +41,22 @@ COMMANDS = {
 brings what it needs."""
 
 
+EXAMPLES = {
+    "demo": "mmc-fast demo --open",
+    "train": "mmc-fast train --data patients.csv --split-seed 0 --method dropout",
+    "evaluate": "mmc-fast evaluate --run runs/mfeat-dropout-0 --rates 0.1,0.5",
+    "predict": "mmc-fast predict --run runs/mfeat-dropout-0 --data new.csv --out predictions.csv",
+    "diagnose": "mmc-fast diagnose --run runs/mfeat-dropout-0 --html page.html",
+    "compare": "mmc-fast compare --methods vanilla,dropout,ebr-robust --data mfeat --seeds 3",
+    "reproduce": "mmc-fast reproduce table6 --seeds 3",
+    "data": "mmc-fast data prepare p2012 --from ~/Downloads --out ~/mmc-data",
+    "info": "mmc-fast info --json",
+    "selftest": "mmc-fast selftest",
+    "bench": "mmc-fast bench --json",
+}
+"""Shown at the end of the help of each command."""
+
+
 class _Lazy(TyperGroup):
     """Lists commands by their lines alone and imports the one that is called."""
 
@@ -58,7 +74,9 @@ class _Lazy(TyperGroup):
 def load_command(name: str) -> Any:
     """The command as its file defines it; one line and an exit where a package is missing."""
     try:
-        return import_module(f"{__name__}.{name}").COMMAND
+        found = import_module(f"{__name__}.{name}").COMMAND
+        found.epilog = f"Example: {EXAMPLES[name]}"
+        return found
     except MissingExtra as error:
         say(f"{name}: {error}")
         raise typer.Exit(BAD_INPUT) from error
@@ -75,7 +93,7 @@ app = typer.Typer(
     cls=_Lazy,
     help="Explicit basis reallocation and modality-collapse diagnosis for PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Example: mmc-fast demo --quick --open. Completion of your shell: mmc-fast --install-completion",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

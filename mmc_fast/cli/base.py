@@ -60,7 +60,8 @@ def clean(function: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             _stop(str(error), BAD_INPUT)
         except OSError as error:
-            _stop(f"{error.filename or 'file'}: {error.strerror or error}", BAD_INPUT)
+            reason = error.strerror or str(error)
+            _stop(f"{error.filename or 'file'}: {reason}; check the path and your permissions", BAD_INPUT)
         except KeyboardInterrupt as error:
             _stop(str(error) or "interrupted", INTERRUPTED)
         except RuntimeError as error:

@@ -37,7 +37,7 @@ def _rows() -> list[dict[str, Any]]:
     ]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: mmc-fast data list --json")
 @clean
 def list_sets(as_json: AsJson = False) -> None:
     """Show every data set: whether it is here, what it is, its licence, and where its originals are published."""
@@ -51,7 +51,7 @@ def list_sets(as_json: AsJson = False) -> None:
         typer.echo(f"{row['name']}: {row['get']}")
 
 
-@app.command()
+@app.command(epilog="Example: mmc-fast data prepare p2012 --from ~/Downloads --out ~/mmc-data")
 @clean
 def prepare(
     name: Annotated[str, typer.Argument(help="Data set, see `mmc-fast data list`.")],
@@ -78,7 +78,7 @@ def prepare(
         typer.echo(f"To use it: export MMC_DATA={folder.resolve()}")
 
 
-@app.command()
+@app.command(epilog="Example: mmc-fast data check p2012")
 @clean
 def check(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets (default: all).")] = None,
