@@ -25,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-all test-bare defects mutants sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve notebooks wheel wheel-test clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects mutants fuzz sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve notebooks wheel wheel-test clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-bare  what touches data and commands, in a clone of HEAD with no benchmark data in reach"
 	@echo "make defects    break the code in planned ways; every defect must turn a test red"
 	@echo "make mutants    N random changes of MODULE, drawn with SEED, each against its tests; prints those that no test notices"
+	@echo "make fuzz       attacks with drawn inputs for MINUTES (10) minutes; prints the line that repeats a failure"
 	@echo "make sanitize   the C++ tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
 	@echo "make lint       ruff check and format check, schemas of workflows and citation; make format rewrites"
@@ -77,6 +78,11 @@ SEED ?= 0
 N    ?= 30
 mutants: setup
 	@$(PY) tools/mutants.py $(MODULE) --seed $(SEED) --number $(N) $(ARGS)
+
+# make fuzz MINUTES=10: the tests that draw their inputs, with new seeds until the time is over
+MINUTES ?= 10
+fuzz: setup
+	@$(PY) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 # The core and its tests alone; a failed check ends the run.
 define CORE_TESTS

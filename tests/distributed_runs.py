@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -46,6 +47,42 @@ def cases() -> dict[str, TrainConfig]:
 
 def data(seed: int) -> MultimodalDataset:
     return tiny(seed, absent=0.35, sizes=(61, 31, 30))
+
+
+def sparse(seed: int) -> MultimodalDataset:
+    """The second modality in 8 % of the rows: most batches of 4, and most shares of a process, have none of it."""
+    whole = tiny(seed, sizes=(61, 31, 30))
+    present = whole.present.clone()
+    present[:, 1] = torch.rand(len(present), generator=torch.Generator().manual_seed(seed)) < 0.08
+    features = {k: torch.where(present[:, i, None], x, 0.0) for i, (k, x) in enumerate(whole.features.items())}
+    return replace(whole, present=present, features=features)
+
+
+def matrix(seed: int, count: int) -> dict[str, TrainConfig]:
+    """``count`` drawn combinations of preset, schedule, fusion, momentum and accumulation (0: all of them)."""
+    heads = {"ebr_reconstruction": 0.5, "ebr_cross_recovery": 0.3}
+    presets: dict[str, dict] = {"vanilla": {}, "dropout": {}, "kd": {}, "joint": heads, "robust": {}}
+    presets["interleave"] = heads | {"ebr_schedule": "interleave", "ebr_interleave_epochs": 1, "ebr_patience": 1}
+    presets["everything"] = EVERYTHING | heads
+    found = {}
+    for name, changes in presets.items():
+        for fusion in ("concat", "late", "transformer"):
+            for momentum, accumulate in ((0.9, 1), (0.9, 3), (0.0, 2)):
+                sgd = {"optimizer": "sgd", "lr": 0.02, "momentum": momentum, "accumulate": accumulate, "fusion": fusion}
+                method = name if name in ("vanilla", "dropout", "kd", "robust") else "ebr"
+                config = small(method, epochs=2, batch_size=4, control=False, **changes, **sgd)
+                if name == "robust":
+                    config = replace(config, ebr=replace(config.ebr, latent_dim=4, hidden_dim=8, psi_dims=(6,)))
+                if config.kd is not None:
+                    config = replace(config, kd=replace(config.kd, epochs=1, batch_size=8, embedding_dim=4))
+                found[f"{name}-{fusion}-{'momentum' if momentum else 'plain'}-{accumulate}"] = config
+    names = random.Random(seed).sample(sorted(found), count or len(found))
+    return {name: found[name] for name in names}
+
+
+def compare_matrix(out: Path, seed: int, count: int) -> None:
+    for name, config in matrix(seed, count).items():
+        dump(train(sparse(seed), config, seed=seed), out / f"{name}-{RANK}")
 
 
 def dump(result, path: Path) -> None:

@@ -92,7 +92,7 @@ def check_one_line(error: Exception) -> None:
     text = str(error)
     assert text.strip(), type(error)
     assert "\n" not in text, text
-    assert len(text) < 700, text
+    assert len(text) < 900, text
 
 
 BUDGET = {

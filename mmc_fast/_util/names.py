@@ -38,9 +38,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 
 def unknown(kind: str, name: object, allowed: Sequence[str]) -> InputError:
     """The error for a name outside of ``allowed``; the caller raises it."""
-    guess = nearest(str(name), allowed)
+    guess = nearest(name, allowed) if isinstance(name, str) else None
     hint = f" Did you mean {guess!r}?" if guess else ""
-    return InputError(f"Unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+    return InputError(f"Unknown {kind} {shown(name)}.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def choose(kind: str, name: str | None, allowed: Sequence[str]) -> str:

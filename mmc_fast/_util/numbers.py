@@ -42,9 +42,9 @@ def check_seed(seed: object) -> int:
 
 
 def shown(value: object) -> str:
-    """A value that was given, in at most 60 characters of ASCII."""
+    """A value that was given, in at most 60 printable characters."""
     try:
-        text = ascii(value)
+        text = repr(value)
     except ValueError:  # an integer of more digits than Python writes
         text = "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

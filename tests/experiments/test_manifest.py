@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from training_data import check_one_line, same_numbers, small, tiny
 from mmc_fast._util.lock import LOCK_NAME
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.manifest import MANIFEST, Manifest
-from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
+from mmc_fast.experiments.training import Interrupted, SaveFailed, TrainingDiverged, load_predictions, load_run, train
 from mmc_fast.experiments.training.progress import Silent
 
 FILES = ("results.json", "model.safetensors", "unimodal.safetensors", "predictions.npz")
@@ -268,3 +269,87 @@ def test_a_shared_manifest_keeps_what_other_writers_listed(tmp_path):
         (tmp_path / name).write_text(name)
         manifest.add([tmp_path / name])
     assert sorted(Manifest.read(tmp_path, advice="x").files) == ["a", "b", "c"]
+
+
+@pytest.mark.fuzz
+def test_drawn_attacks_on_a_finished_run_are_named_or_change_nothing(seed, runs, tmp_path):
+    """Files cut, changed, exchanged, linked, forged with right hashes: the same model, or one line."""
+    draw, good = random.Random(seed), load_run(runs / "0")
+    for n in range(12):
+        folder = shutil.copytree(runs / "0", tmp_path / str(n))
+        victim = folder / draw.choice([*FILES, MANIFEST])
+        kind = draw.choice(["cut", "flip", "gone", "other seed", "other file", "fifo", "link", "json", "forged"])
+        print(f"try {n}: {kind} {victim.name}")
+        content = bytearray(victim.read_bytes())
+        if kind in ("gone", "fifo", "link"):
+            victim.unlink()
+        if kind == "fifo":
+            os.mkfifo(victim)
+        elif kind == "link":
+            victim.symlink_to(runs / "0" / victim.name)
+        elif kind == "cut":
+            victim.write_bytes(content[: draw.randrange(len(content))])
+        elif kind == "other seed":
+            shutil.copy(runs / "1" / victim.name, victim)
+        elif kind == "other file":
+            shutil.copy(runs / "0" / draw.choice(FILES), victim)
+        elif kind == "json":
+            victim.write_text(draw.choice(["{}", "[]", "null", "NaN", "7", '{"a": ' * 2000, '{"files": {}}']))
+        elif kind != "gone":
+            for _ in range(draw.choice([1, 1, 20])):
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            victim.write_bytes(content)
+        if kind == "forged" and victim.name != MANIFEST:
+            rewrite(folder, lambda document: None)
+        try:
+            found = load_run(folder)
+            load_predictions(folder)
+        except InputError as error:
+            check_one_line(error)
+            continue
+        assert kind in ("forged", "other file", "other seed"), kind
+        if kind == "forged":  # a flipped digit with a right hash is a number like any other
+            continue
+        assert found.results == good.results
+
+
+@pytest.mark.fuzz
+def test_drawn_attacks_on_an_interrupted_run_end_in_the_same_numbers_or_a_line(seed, tmp_path):
+    """Checkpoints exchanged among stages and steps, cut, changed, forged with right hashes."""
+    draw = random.Random(seed)
+    dataset, config = tiny(3), small("ebr", epochs=3, keep_checkpoints=3, unimodal_share=1.0)
+    whole = train(dataset, config, seed=0)
+
+    class InControl(Silent):
+        def on_epoch(self, record):
+            if (record["stage"], record["epoch"]) == ("control", 3):
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(dataset, config, seed=0, run_dir=tmp_path / "cut", progress=InControl())
+    for n in range(6):
+        folder = shutil.copytree(tmp_path / "cut", tmp_path / str(n))
+        files = sorted((folder / "checkpoints").rglob("*.safetensors"))
+        victim, other = draw.sample(files, 2)
+        kind = draw.choice(["flip", "cut", "exchange", "gone", "forged"])
+        print(f"try {n}: {kind} {victim.relative_to(folder)} {other.relative_to(folder)}")
+        content = bytearray(victim.read_bytes())
+        if kind == "gone":
+            victim.unlink()
+        elif kind == "cut":
+            victim.write_bytes(content[: draw.randrange(len(content))])
+        elif kind == "exchange" or (kind == "forged" and draw.random() < 0.5):
+            shutil.copy(other, victim)
+        else:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            victim.write_bytes(content)
+        if kind == "forged":
+            rewrite(folder, lambda document: None)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = train(dataset, config, seed=0, run_dir=folder, resume=True)
+        except (InputError, TrainingDiverged) as error:
+            check_one_line(error)
+            continue
+        assert kind == "forged" or same_numbers(again.results, whole.results)

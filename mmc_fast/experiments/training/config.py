@@ -164,7 +164,7 @@ class TrainConfig:
     encoder_norm: bool = False
     encoder_dropout: Share = 0.0
     weight_average: Share = 0.0
-    members: Count = 1
+    members: Depth = 1
     teacher: Literal["model", "average"] = "model"
     class_weights: Literal["none", "balanced"] = "none"
     experts: bool = False

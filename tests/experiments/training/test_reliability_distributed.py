@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import cases, data
+from distributed_runs import cases, data, matrix, sparse
 from safetensors.torch import load_file
 from test_reliability_split import TOLERANCE, close, distance
 from training_data import small
@@ -51,6 +52,25 @@ def test_two_processes_equal_one(seed, tmp_path):
         expected = json.loads(json.dumps(whole.results))
         for key in ("history", "scores", "unimodal", "ranking", "distillation"):
             assert close(expected[key], results[0][key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("processes", "count"),
+    [(2, 3), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(3, 0, marks=pytest.mark.slow)],
+)
+def test_a_modality_that_few_rows_have_under_every_schedule_and_preset(processes, count, seed, tmp_path):
+    """Batches of 4 rows over processes and pieces; the drawn combinations are the keys of the files."""
+    done = launch("compare_matrix", tmp_path, seed, count, processes=processes, seconds=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, config in matrix(seed, count).items():
+        whole = train(sparse(seed), replace(config, accumulate=1), seed=seed)
+        states = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(processes)]
+        assert all(torch.equal(state[k], states[0][k]) for state in states for k in state), name
+        assert distance(whole.model.state_dict(), states[0]) < TOLERANCE, name
+        assert close(
+            json.loads(json.dumps(whole.results))["history"],
+            json.loads((tmp_path / f"{name}-0.json").read_text())["history"],
+        ), name
 
 
 def test_a_process_that_dies_ends_the_job_with_one_line_and_a_usable_checkpoint(seed, tmp_path):

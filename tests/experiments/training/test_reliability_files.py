@@ -190,6 +190,7 @@ def damage(path: Path, draw: random.Random) -> str:
     return kind
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("method", ["kd", "ebr"])
 def test_random_damage_of_an_interrupted_run_is_repaired_or_one_line(method, seed, tmp_path, monkeypatch):
     """A resumed run equals the undisturbed one bit for bit, or says in one line what is wrong; never anything else."""
@@ -222,6 +223,7 @@ def test_random_damage_of_an_interrupted_run_is_repaired_or_one_line(method, see
     print(outcomes)
 
 
+@pytest.mark.fuzz
 def test_random_damage_of_a_finished_run_is_found(seed, tmp_path):
     """Every changed bit of the weights is noticed; other files are read or refused in one line."""
     draw = random.Random(seed)

@@ -17,6 +17,7 @@ from training_data import check_one_line, same_numbers
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import TrainConfig, TrainingDiverged, train
+from mmc_fast.experiments.training.size import check_size
 from mmc_fast.testing.strategies import configs, datasets
 
 SLOW = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -55,6 +56,7 @@ def _brief_probe():
         yield
 
 
+@pytest.mark.fuzz
 @FAST
 @given(datasets(largest=24), configs(), st.integers(0, 2**31))
 def test_drawn_runs(dataset, config, seed):
@@ -69,8 +71,10 @@ def test_many_drawn_runs(dataset, config, seed):
 
 
 BAD = [None, "", "x", [], {}, -1, 0, 1.5, float("nan"), float("inf"), True, 10**30, [[1]], "1e5", -0.0, ("a",), b"x"]
+BAD += [10**5000, 2**70, 1e39, -(2**63), [1] * 5000, "[/bold]", "\x00", "\ud800"]
 
 
+@pytest.mark.fuzz
 def test_drawn_settings_from_files_are_taken_or_refused_in_one_line(seed):
     """Every key of the configuration with values of every kind, misspelt keys, wrong tables."""
     draw = random.Random(seed)
@@ -96,4 +100,10 @@ def test_drawn_settings_from_files_are_taken_or_refused_in_one_line(seed):
             refused += 1
             continue
         assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config, (n, values)
+        with pytest.MonkeyPatch.context() as m:  # what fits the schema fits into memory, or says so
+            m.setattr("mmc_fast._util.memory.available_memory", lambda: 10**9)
+            try:
+                check_size(config, {"a": 5, "b": 3}, 3)
+            except InputError as error:
+                check_one_line(error)
     assert refused > 300

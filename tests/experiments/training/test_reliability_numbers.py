@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from distributed_runs import sparse
 from training_data import check_one_line, small, tiny
 
 from mmc_fast.errors import InputError
@@ -195,3 +196,29 @@ def test_predictions_that_are_not_finite_are_named():
     for metric in ("accuracy", "auroc"):
         with pytest.raises(InputError, match="1 of 2 predictions are NaN or infinite"):
             Classification.of(2, metric).score(p, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_a_modality_that_most_batches_lack_is_that_of_the_plain_formula(momentum, seed, monkeypatch):
+    """Parameters that meet their first gradient late: v ← μ v + g, w ← w − lr v, written out here."""
+    dataset = sparse(seed)
+    config = small("vanilla", optimizer="sgd", lr=0.02, momentum=momentum, batch_size=4, unimodal_share=1.0)
+    fused = train(dataset, config, seed=seed)
+
+    class Plain(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    v = self.state[p].setdefault("v", torch.zeros_like(p))
+                    v.mul_(momentum).add_(p.grad)
+                    p.data.sub_(group["lr"] * v)
+
+    monkeypatch.setattr("mmc_fast.experiments.training.optim.optim.SGD", Plain)
+    plain = train(dataset, config, seed=seed)
+    pairs = [
+        (fused.model, plain.model),
+        *zip(fused.unimodal.models.values(), plain.unimodal.models.values(), strict=True),
+    ]
+    for a, b in pairs:
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
