@@ -1,6 +1,6 @@
 """How often the diagnosis is wrong: planted truth in real data, models trained here.
 
-Run: ``MMC_DATA=folder python bench/calibrate_diagnosis.py [--seeds 0 1 2] [--rows rows.jsonl] [--csv out.csv]``. ``--rows`` keeps what is
+Run: ``MMC_DATA=folder python bench/calibrate_diagnosis.py [--seeds 0 1 2] [--rows docs/results/diagnosis-calibration.jsonl] [--csv out.csv]``. ``--rows`` keeps what is
 done, so that a stopped run goes on; ``--seeds`` without a number only judges it. For each data set, fusion and seed one modality is drawn, and
 
 - healthy: the model is trained with modality dropout on the data as they are; every modality that carries something by itself is
@@ -18,7 +18,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,12 @@ FUSIONS = ("concat", "late", "transformer")
 ROWS = {"diabetes130": (8000, 4000, 4)}
 """Rows of the train and the test part at most, and epochs, where they are not these: a weak signal needs more rows."""
 USUAL, DROPOUT = (2500, 1500, 12), 0.5
+
+
+EVIDENCE = (
+    "all", "chance", "chance_error", "alone", "alone_error", "only", "ability", "shuffled", "lost_error", "total_effect", "loss",
+    "index", "index_low", "index_high",
+)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -154,8 +161,16 @@ def measure(job: Job, known: dict[tuple[str, int], tuple[MultimodalDataset, Unim
     found: dict[str, Any] = {"modality": None if job.planted == "healthy" else modality}
     for absence in ("model", "resample"):
         d = diagnose(adapter, judged, absence=absence, agop=False, probes=False, metric=dataset.metric)
-        found[absence] = {v.modality: {"kind": v.kind} | v.evidence for v in d.verdicts}
-        found[absence + " draws"] = d.settings["draws"]
+        found[absence] = {v.modality: v.evidence for v in d.verdicts}
+    return recorded(found)
+
+
+def recorded(row: dict[str, Any]) -> dict[str, Any]:
+    """What is judged of a model: the modality that was planted, or all of a healthy one, and the evidence that the rule reads."""
+    found: dict[str, Any] = {"modality": row["modality"]}
+    for absence in ("model", "resample"):
+        chosen = row[absence] if row["modality"] is None else {row["modality"]: row[absence][row["modality"]]}
+        found[absence] = {name: {k: round(e[k], 5) for k in EVIDENCE if k in e} for name, e in chosen.items()}
     return found
 
 
@@ -184,7 +199,7 @@ def main() -> None:
         text = arguments.document.read_text("utf-8")
         start, end = (f"<!-- calibration: {word} -->" for word in ("start", "end"))
         before, after = text.split(start)[0], text.split(end)[1]
-        arguments.document.write_text(f"{before}{start}\n{rendered(table)}\n{end}{after}", "utf-8")
+        arguments.document.write_text(f"{before}{start}\n{rendered(table, done)}\n{end}{after}", "utf-8")
     for line in table:
         print(", ".join(f"{key} {value}" for key, value in line.items()))
     if arguments.csv:
@@ -226,7 +241,7 @@ def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[di
     return table
 
 
-def rendered(table: list[dict[str, Any]]) -> str:
+def rendered(table: list[dict[str, Any]], done: Iterable[Job]) -> str:
     """The table as Markdown: one line per kind of verdict, setting and judging side by side, absence by the model's own mask."""
     lines = ["| planted: verdict | seeds 0 and 1, which set the rule | other seeds |", "|---|---|---|"]
     chosen = [row for row in table if row["absence"] == "model"]
@@ -237,6 +252,9 @@ def rendered(table: list[dict[str, Any]]) -> str:
             if row["verdict"] == name
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for half, inside in (("which set the rule", True), ("which judge it", False)):
+        counts = Counter(job.data for job in done if (job.seed in SETTING) == inside)
+        lines += ["", f"Models {half}: {', '.join(f'{name} {counts[name]}' for name in SETS)}."]
     return "\n".join(lines)
 
 

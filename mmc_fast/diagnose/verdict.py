@@ -25,7 +25,8 @@ class Thresholds:
     chance is not judged.
     loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
     under: it is under-used where its use over its ability is below this, with the whole interval.
-    fair: nothing is said where the interval of the index holds both ``index`` and this.
+    fair: nothing is said where the interval of the index holds both ``index`` and this, nor of a modality whose interval holds
+    ``index`` and whose loss is within two standard errors of nothing: it could be used a little or not at all.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -154,7 +155,10 @@ def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
         return "undecided"
     if e["loss"] <= t.loss and e["index"] <= t.index:
         return "collapsed"
-    return "under-used" if e.get("index_high", e["index"]) < t.under else "relied on"
+    if e.get("index_high", e["index"]) < t.under:
+        return "under-used"
+    missed = e["all"] - e["shuffled"] > 2 * e.get("lost_error", chance_error)
+    return "undecided" if e.get("index_low", math.inf) <= t.index and not missed else "relied on"
 
 
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:

@@ -99,6 +99,13 @@ def test_resamples_give_the_interval_and_the_agreement() -> None:
         draws = [({"audio": weak | {"shuffled": 0.85 + spread * (-1) ** r}, "image": OTHER}, whole) for r in range(100)]
         verdict = judge({"audio": weak, "image": OTHER}, whole, draws, LIMITS)[0]
         assert (verdict.kind, verdict.evidence["lost_error"]) == (kind, pytest.approx(spread, rel=0.01))
+    little, some = entry(0.9, 0.5, 0.89, 0.01, 0.2), entry(0.9, 0.5, 0.89, 0.2, 0.2)
+    for spread, kind in ((0.006, "undecided"), (0.004, "relied on")):  # 0.01 is lost, and the index reaches below 0.1
+        draws = [
+            ({"audio": (little, some)[r % 2] | {"shuffled": 0.89 + spread * (-1) ** (r // 2)}, "image": OTHER}, whole)
+            for r in range(100)
+        ]
+        assert judge({"audio": some, "image": OTHER}, whole, draws, LIMITS)[0].kind == kind
     bad = entry(0.9, 0.5, math.nan, 0.0, 0.2)
     none = judge({"audio": lost, "image": OTHER}, whole, [({"audio": bad, "image": OTHER}, whole)] * 20, LIMITS)[0]
     assert "agreement" not in none.evidence
