@@ -16,7 +16,7 @@ from .terminal import PassDisplay, error_console, output_console, print_table
 
 __all__ = ["COMMAND"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the npz files. (default: MMC_DATA, else ./data)")]
 
 

@@ -253,7 +253,7 @@ BAD_CALLS = {
     "no epochs": (["train", "--data", "mfeat", "--epochs", "0"], "at least 1"),
     "negative seed": (["train", "--data", "mfeat", "--seed", "-1"], "seed"),
     "config not there": (["train", "--data", "mfeat", "--config", "c.toml"], "No such file"),
-    "config is a folder": (["train", "--data", "mfeat", "--config", "."], "directory"),
+    "config is a folder": (["train", "--data", "mfeat", "--config", "."], "is a folder"),
     "device not there": (["train", "--data", "mfeat", "--device", "tpu"], "allowed are"),
     "resume of nothing": (["train", "--data", "mfeat", "--resume", "--run-dir", "none"], "nothing to resume"),
     "run not there": (["evaluate", "--run", "none"], "holds no run"),
