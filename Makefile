@@ -25,7 +25,7 @@ HAS_TORCH := -c "import importlib.metadata as m; v = m.version('torch').split('.
 raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-all test-bare defects mutants fuzz sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios compare-smoke docs docs-serve notebooks wheel wheel-test clean FORCE
+.PHONY: help setup demo test test-core test-all test-bare defects mutants fuzz sanitize isa lint format typecheck gpu-check gpu-report bench-gate bench-ratios bench-grid compare-smoke docs docs-serve notebooks wheel wheel-test clean FORCE
 
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
@@ -35,7 +35,7 @@ help:
 	@echo "make mutants    N random changes of MODULE, drawn with SEED, each against its tests; prints those that no test notices"
 	@echo "make fuzz       attacks with drawn inputs for MINUTES (10) minutes; prints the line that repeats a failure"
 	@echo "make sanitize   the C++ tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make isa        the same tests on emulated processors without AVX-512 and without AVX2 (qemu-user)"
+	@echo "make isa        the same tests on emulated processors: without AVX-512, without AVX2, and 64-bit Arm (qemu-user)"
 	@echo "make lint       ruff check and format check, schemas of workflows and citation; make format rewrites"
 	@echo "make typecheck  mypy"
 	@echo "make docs       the site in build/site; every warning is an error; make docs-serve shows it on port 8000"
@@ -45,6 +45,7 @@ help:
 	@echo "make gpu-report  the same, and rewrites the record and docs/gpu.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
 	@echo "make bench-ratios  the same table from fewer rounds, for information (as in CI)"
+	@echo "make bench-grid the table of docs/performance.md on this machine, then limited to AVX2; ARGS=--record writes it (6 minutes)"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
@@ -161,6 +162,10 @@ bench-gate: setup
 bench-ratios: setup
 	@$(call BENCH,agop,--rounds 3)
 	@$(call BENCH,ebr,--rounds 3 --seconds 1)
+
+bench-grid: setup
+	@PYTHONPATH=. $(PY) bench/grid.py --minutes 4 $(ARGS)
+	@PYTHONPATH=. $(PY) bench/grid.py --minutes 1 --avx2 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -294,13 +294,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def pytest_generate_tests(metafunc) -> None:
     if {"row", "candidate"} <= set(metafunc.fixturenames):
-        pairs = [(row, name) for row in ROWS for name in row.names if row.threads == 1]
+        pairs = [(row, name) for row in ROWS for name in row.names]
         metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
 
 
 def test_speed(benchmark, row: Row, candidate: str) -> None:
     """One candidate of one row; the record says which backend and instruction set ran."""
-    torch.set_num_threads(1)
     if row.isa and row.isa not in library.supported_isas():
         import pytest
 
@@ -312,7 +311,7 @@ def test_speed(benchmark, row: Row, candidate: str) -> None:
         check_compiled(row, runs)
         run, once = runs[candidate], row.runs_once(candidate)
         backends.reset_ran()
-        benchmark.pedantic(run, rounds=2 if once else 7, warmup_rounds=0 if once else 1)
+        gate.benchmarked(benchmark, run, row.threads, rounds=2 if once else 7, warm=not once)
         benchmark.extra_info.update(
             ran=backends.ran(), isa=library.current_isa(), N=row.n, d=row.d, h=row.h, C=row.outputs
         )

@@ -352,18 +352,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def pytest_generate_tests(metafunc) -> None:
     if {"row", "candidate"} <= set(metafunc.fixturenames):
-        pairs = [(row, name) for row in ROWS for name in row.candidates if row.threads == 1]
+        pairs = [(row, name) for row in ROWS for name in row.candidates]
         metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
 
 
 def test_speed(benchmark, row: Row, candidate: str) -> None:
     """One candidate of one row; the record says which backend and instruction set ran."""
-    torch.set_num_threads(1)
     job = Job(row)
     check(job, (candidate,))
     run = job.candidate(candidate)
     backends.reset_ran()
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
+    gate.benchmarked(benchmark, run, row.threads, rounds=7)
     benchmark.extra_info.update(ran=backends.ran(), isa=library.current_isa(), **vars(row))
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def finish(
         return 1 if left else 0
     above = any(q["state"] == "above" for r in results for q in r["ratios"])
     return 1 if options.gate and above else 0
+
+
+def benchmarked(benchmark: Any, run: Callable[[], object], threads: int, rounds: int, warm: bool = True) -> None:
+    """Run a candidate through pytest-benchmark: its CPU time on one thread, the clock on the wall on several."""
+    if threads > 1:
+        benchmark._timer = time.perf_counter
+    torch.set_num_threads(threads)
+    try:
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=int(warm))
+    finally:
+        torch.set_num_threads(1)
+    benchmark.extra_info.update(processor=machine.name(), processors=machine.this_class(), threads=threads)
 
 
 def environment() -> dict:

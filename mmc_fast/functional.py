@@ -96,15 +96,29 @@ def ebr_step(
     """
     filled, present = _fill_absent(features, present, encoders)
     params = [t for head in (*encoders, *decoders) for t in head] + list(discriminator)
-    _check(filled, encoders, decoders, discriminator, present, source, normalizer)
-    device, double = filled[0].device, filled[0].dtype == torch.float64
+    like = filled[0]
+    device, double = like.device, like.dtype == torch.float64
+    low = autocast_enabled(device.type) and not double
+    given = (filled, encoders, decoders, discriminator, present, source, normalizer)
+    chosen = None if low or torch.compiler.is_compiling() else choose("ebr_step", backend, filled, params)
+    native = chosen == "cpp" and source is None
+    if not native:
+        _check(*given)
     lambda_ = lambda_tensor(reversal, device, torch.float64 if double else torch.float32)
     call = Call(filled, present, source, lambda_, normalizer, params, residual, normalize, recompute, backend)
-    return _autocast(call) if autocast_enabled(device.type) and not double else _run(call)
+    if low:
+        return _autocast(call)
+    if not native:
+        return _run(call, chosen)
+    try:  # the native kernel looks at everything itself, and these checks would cost as much as a small step
+        return EBROutput(*op.ebr_step(call, "cpp"))
+    except Exception:
+        _check(*given)  # where something does not fit, in the words of this function
+        raise
 
 
-def _run(call: Call) -> EBROutput:
-    backend = choose("ebr_step", call.backend, call.features, call.params)
+def _run(call: Call, chosen: str | None = None) -> EBROutput:
+    backend = chosen or choose("ebr_step", call.backend, call.features, call.params)
     if backend != "cpp":  # the native kernel looks for itself, at less cost
         like = call.features[0]
         for i, p in enumerate(call.params):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the torch-free core on older processors: without AVX-512, and without AVX2, emulated by qemu-user.
+# The tests of the torch-free core on processors that are not here, emulated by qemu-user: without AVX-512, without AVX2, and
+# 64-bit Arm, for which they are cross-compiled where a compiler is.
 # tools/isa.sh FOLDER [--if-possible]   FOLDER holds a built mmc_core_test
 set -euo pipefail
 folder=$1
@@ -30,3 +31,14 @@ run() {  # processor, instruction sets that it must offer to the core
 }
 run Nehalem "base"
 run Haswell "base avx2"
+
+if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null; then
+  echo "SKIPPED isa aarch64: needs a cross compiler; install it: apt-get install g++-aarch64-linux-gnu (Debian, Ubuntu)"
+  exit 0
+fi
+cmake -S . -B "$folder-aarch64" -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DMMC_WITH_CUDA=0 > /dev/null
+cmake --build "$folder-aarch64" --target mmc_core_test --parallel 2 > /dev/null
+found=$(qemu-aarch64 -L /usr/aarch64-linux-gnu "$folder-aarch64/mmc_core_test") || { echo "$found"; echo "isa: FAILED on aarch64" >&2; exit 1; }
+echo "aarch64: $found"
+grep -qx "instruction sets: base" <<< "$found" || { echo "isa: aarch64 was expected to offer: base" >&2; exit 1; }

@@ -85,7 +85,7 @@ struct Product {
       table.pack(b.data + k * b.row + j * b.col, b.row, b.col, t.depth, lanes, width, packed);
       for (int64_t i = begin; i < end; i += R) {
         t.rows = std::min(R, end - i);
-        t.a = packed_a ? packed_a + i * depth : a.data + i * a.row + k;
+        t.a = packed_a ? packed_a + i * depth + k * R : a.data + i * a.row + k;
         t.c = c + i * ldc + j;
         t.gate = t.gate_row ? epilogue.gate + i * epilogue.gate_row + j : nullptr;
         unit.tile(t);
@@ -105,16 +105,15 @@ struct Product {
     }
     unit.thin(end - begin, lanes, depth, first, a.row, a.col, b.data + j, b.row, product, product_row);
     if (plain) return;
+    for (int64_t r = 0; epilogue.add && r < end - begin; ++r)
+      for (int64_t l = 0; l < lanes; ++l) out[r * ldc + l] += epilogue.scale * product[r * lanes + l];
     TileCall t{};
-    t.scale = 1.0f;
-    t.c = product;
-    t.ldc = product_row;
+    t.c = out;
+    t.ldc = ldc;
     set_epilogue(t, j);
-    t.add = false;
+    if (epilogue.add) t.scale = 1.0f;
     t.gate = t.gate_row ? epilogue.gate + begin * epilogue.gate_row + j : nullptr;
     unit.finish(end - begin, lanes, t);
-    for (int64_t r = 0; epilogue.add && r < end - begin; ++r)
-      for (int64_t l = 0; l < lanes; ++l) out[r * ldc + l] += product[r * lanes + l];
   }
 
  private:

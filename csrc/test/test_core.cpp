@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "exact.h"
+#include "lowp.h"
+#include "sgemm.h"
 
 namespace {
 
@@ -133,6 +135,68 @@ void check(int64_t n, int64_t d, int64_t h, unsigned seed, std::vector<int64_t>&
   expect(symmetric, "final product is symmetric", seed, n, d, h);
 }
 
+// c = relu(scale * a b + bias + c), zero where the gate is not positive; then the parts of it that follow a BLAS; float32 against float64.
+void check_product(int64_t m, int64_t n, int64_t k, bool a_across, bool b_across, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  const auto drawn = [&](int64_t count) {
+    std::vector<float> values(count);
+    for (auto& v : values) v = normal(engine);
+    return values;
+  };
+  const std::vector<float> a = drawn(m * k), b = drawn(k * n), bias = drawn(n), gate = drawn(m * n), before = drawn(m * n);
+  const mmc::Strided left{a.data(), a_across ? 1 : k, a_across ? m : 1}, right{b.data(), b_across ? 1 : n, b_across ? k : 1};
+  std::vector<double> product(m * n, 0.0), sums(m, 0.0);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t l = 0; l < k; ++l) {
+      const double value = left.data[i * left.row + l * left.col];
+      sums[i] += value;
+      for (int64_t j = 0; j < n; ++j) product[i * n + j] += value * right.data[l * right.row + j * right.col];
+    }
+  const auto close = [&](const std::vector<float>& got, const std::vector<double>& want, double size, const char* what) {
+    for (size_t i = 0; i < got.size(); ++i)
+      if (!(std::fabs(got[i] - want[i]) <= 2e-7 * size)) return expect(false, what, seed, m, n, k);
+  };
+  const double size = 8.0 * (k + 4);
+  for (int kind = 0; kind < 4; ++kind) {
+    const bool add = kind & 1, after = kind & 2;
+    mmc::Epilogue epilogue;
+    epilogue.bias = bias.data(), epilogue.relu = after, epilogue.scale = -0.5f, epilogue.add = add;
+    epilogue.gate = after ? nullptr : gate.data(), epilogue.gate_row = n;
+    std::vector<double> want(m * n);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double value = -0.5 * product[i * n + j] + bias[j] + (add ? before[i * n + j] : 0.0f);
+        if (after ? value < 0 : gate[i * n + j] <= 0) value = 0;
+        want[i * n + j] = value;
+      }
+    std::vector<float> c = before, row_sums(m);
+    mmc::sgemm(m, n, k, left, right, c.data(), n, epilogue, a_across ? row_sums.data() : nullptr, {run_in_pieces, 2});
+    close(c, want, size, "sgemm");
+    if (a_across) close(row_sums, sums, size, "row sums of sgemm");
+    if (add) continue;
+    for (int64_t i = 0; i < m * n; ++i) c[i] = static_cast<float>(product[i]);
+    mmc::finish_product(m, n, c.data(), n, epilogue);
+    close(c, want, size, "finish_product");
+  }
+  std::vector<float> columns(n, 1.0f);
+  std::vector<double> want(n, 1.0);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) want[j] += gate[i * n + j];
+  mmc::add_product_rows(m, n, gate.data(), n, columns.data());
+  close(columns, want, 8.0 * (m + 4), "add_product_rows");
+
+  for (const mmc::Low type : {mmc::Low::bfloat16, mmc::Low::float16}) {
+    std::vector<uint16_t> low(k * n);
+    std::vector<float> wide(k * n);
+    mmc::narrow(type, b.data(), low.data(), k * n);
+    mmc::widen(type, low.data(), wide.data(), k * n);
+    const float step = type == mmc::Low::bfloat16 ? 0x1p-8f : 0x1p-11f;
+    for (int64_t i = 0; i < k * n; ++i)
+      if (!(std::fabs(wide[i] - b[i]) <= step * std::fabs(b[i]) + 0x1p-24f)) return expect(false, "narrow and widen", seed, m, n, k);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -148,6 +212,12 @@ int main() {
       if (!error.empty()) std::printf("FAILED %s\n", error.c_str()), ++failures;
       check(shape[0], shape[1], shape[2], first, reference);
     }
+  }
+  const int64_t products[][3] = {{1, 1, 1}, {3, 70, 5}, {4, 33, 300}, {5, 7, 3}, {13, 65, 40}, {40, 31, 1100}, {97, 130, 64}};
+  for (const auto& isa : mmc::supported_isas()) {
+    mmc::select_isa(isa.c_str());
+    for (const auto& shape : products)
+      for (int order = 0; order < 4; ++order) check_product(shape[0], shape[1], shape[2], order & 1, order & 2, first);
   }
   expect(!mmc::select_isa("pentium").empty(), "an unknown instruction set is refused", first, 0, 0, 0);
   for (const auto& isa : mmc::supported_isas()) {  // a pre-activation that is not finite is reported, wherever it stands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,16 @@ def lambda_tensor(
         return value.to(device=device, dtype=dtype)
     if value > torch.finfo(dtype).max:
         raise InputError(f"{where}: λ is {value:g}, which {dtype} cannot hold; give less")
+    plain = device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    if plain and not torch._C._len_torch_dispatch_stack():  # no fake tensors are being made
+        return _constant(value, dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Nobody writes to it; a new one in each step takes as long as a tenth of a small step."""
+    return torch.full((), value, dtype=dtype, device="cpu")
 
 
 class _GradReverse(torch.autograd.Function):
