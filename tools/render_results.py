@@ -56,6 +56,7 @@ def main() -> None:
         for data in sorted({line["data"] for line in read("demo")}):
             for picture in DEMO_PICTURES:
                 shutil.copyfile(arguments.demo / "figures" / f"{data}-{picture}.png", IMAGES / f"{data}-{picture}.png")
+        shutil.copyfile(arguments.demo / "figures" / "story.png", IMAGES / "demo-story.png")
         _put(README, "demo", render_demo(read("demo")))
     if arguments.comparison is not None:
         _comparison(arguments.comparison)
