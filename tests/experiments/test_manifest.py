@@ -173,11 +173,12 @@ def test_what_made_a_file_stands_beside_it(run):
 class At(Silent):
     """Calls something after an epoch of the run."""
 
-    def __init__(self, call) -> None:
-        self.call = call
+    def __init__(self, call, stage: str = "train") -> None:
+        self.call, self.stage, self.last = call, stage, ("", 0)
 
     def on_epoch(self, record):
-        if (record["stage"], record["epoch"]) == ("train", 2):
+        self.last = record["stage"], record["epoch"]
+        if self.last == (self.stage, 2):
             self.call()
 
 
@@ -188,12 +189,15 @@ def test_a_folder_that_is_removed_or_exchanged_ends_the_run_loudly(tmp_path):
         folder.rename(tmp_path / "other")
         folder.mkdir()
 
-    for call in (lambda: shutil.rmtree(folder), exchange):
+    for call, stage in ((lambda: shutil.rmtree(folder), "train"), (exchange, "train"), (exchange, "unimodal")):
+        progress = At(call, stage)
         with pytest.raises(SaveFailed, match="was removed or exchanged") as error:
-            train(tiny(3), small("vanilla"), seed=0, run_dir=folder, progress=At(call))
+            train(tiny(3), small("vanilla"), seed=0, run_dir=folder, progress=progress)
         check_one_line(error.value)
+        assert progress.last == (stage, 2)
         assert not folder.exists() or not list(folder.iterdir())
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
 
 
 class Killed(BaseException):

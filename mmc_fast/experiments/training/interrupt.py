@@ -100,6 +100,8 @@ class Autosave:
             self.save()
 
     def after_epoch(self) -> None:
-        """The same, without looking at the clock."""
+        """The same, without looking at the clock; a folder that is gone ends the stage (SaveFailed)."""
+        if self.store is not None:
+            self.store.manifest.alive()
         if self.guard.stop:
             self.after_step()
