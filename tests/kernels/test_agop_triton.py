@@ -146,6 +146,15 @@ def test_a_float32_sum_that_is_wrong_is_not_trusted():
         assert counts.item() == int(sign > 0)
 
 
+def test_a_bias_decides_by_its_size():
+    x, weight = torch.tensor([[1.0, 2.0**-60, 1.0]]), torch.tensor([[1.0, 1.0, -1.0]]).expand(2, 3)
+    counts, flag = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch():
+        bias = torch.tensor([-(2.0**-59), -(2.0**-61)])
+        agop.relu_coactivation_update(x, weight, bias, counts, flag, backend="triton")
+    assert counts.tolist() == [[0, 0], [0, 1]]
+
+
 def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
     x, weight, bias = (torch.randn(size, generator=generator) for size in ((400, 20), (80, 20), (80,)))
     results = []
