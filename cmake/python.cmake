@@ -18,6 +18,7 @@ target_link_libraries(mmc_ops PRIVATE mmc_core torch_cpu)
 file(STRINGS "${MMC_TORCH_DIR}/version.py" line REGEX "^__version__")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" MMC_TORCH_RELEASE "${line}")
 add_library(mmc_ebr MODULE csrc/ops/ebr/op.cpp csrc/ops/ebr/autograd.cpp csrc/ops/ebr/plan.cpp csrc/ops/ebr/product.cpp csrc/ops/ebr/timer.cpp
+                           csrc/ops/ebr/preactivations.cpp
                            csrc/ops/ebr/forward.cpp csrc/ops/ebr/backward.cpp)
 set_target_properties(mmc_ebr PROPERTIES OUTPUT_NAME "mmc_ebr-${MMC_TORCH_RELEASE}" CXX_STANDARD 20)
 target_include_directories(mmc_ebr SYSTEM PRIVATE ${MMC_TORCH_DIR}/include)

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "certificate.h"
+#include "ways.h"
 
 namespace mmc {
 namespace {
@@ -13,6 +14,9 @@ namespace {
 // twice the samples pay for reading and writing them.
 constexpr int64_t kChunk = 8192, kWideChunk = 16384, kWideUnits = 1536;
 constexpr int64_t kBlockFloats = 96 * 1024;  // packed samples of one block: they stay in L2 while the weights pass by
+
+constexpr int64_t kProductFloats = 256 * 1024;  // pre-activations of one block by a product: in L2 until their signs are taken
+constexpr int64_t kProductWords = 1024 / kWordBits;
 
 static_assert(kPanel % kCountRows == 0, "tiles cover a panel");
 
@@ -71,6 +75,82 @@ void count_upper(const KernelTable& table, const uint64_t* words, int64_t per_un
   });
 }
 
+std::atomic<PreactivationProduct> product{nullptr};
+
+// The signs of a block of samples, whose first word begins a word of `words`.
+struct Block {
+  const KernelTable& table;
+  const Certificate& certificate;
+  Matrix x;
+  int64_t units;
+  uint64_t* words;  // of unit u: words + panel_offset(u, per_unit), kPanel apart
+  int64_t per_unit;
+  float *norms, *row;
+  bool bad = false;
+
+  // bits of samples [first, first + 64) of a unit that a product has left open
+  void decide(int64_t unit, int64_t first, uint64_t unsure) {
+    for (; unsure; unsure &= unsure - 1) {
+      const int64_t sample = first + __builtin_ctzll(unsure);
+      if (sample >= x.rows) return;
+      const int sign = certificate.sign(x.data + sample * x.row_stride, x.col_stride, unit, norms[sample], row);
+      bad |= sign == kNotFinite;
+      words[panel_offset(unit, per_unit) + sample / kWordBits * kPanel] |= uint64_t{sign == 1} << sample % kWordBits;
+    }
+  }
+
+  // clears the bits beyond the last sample
+  void finish(int64_t unit, int64_t count) {
+    if (x.rows % kWordBits == 0) return;
+    uint64_t* out = words + panel_offset(unit, per_unit) + x.rows / kWordBits * kPanel;
+    for (int64_t r = 0; r < count; ++r) out[r] &= (uint64_t{1} << (x.rows % kWordBits)) - 1;
+  }
+
+  void by_tiles(const float* weights, float* panels) {
+    const int64_t depth = x.cols, lanes = table.lanes;
+    const Panels rows{x.data, x.col_stride, x.row_stride, depth, x.rows, lanes};
+    pack_panels(table, rows, panels, serial_pool());
+    // whole words: lanes beyond the last sample are zero vectors, and their bits are cleared below
+    const int64_t filled = rows.panels(), needed = round_up(x.rows, kWordBits) / lanes;
+    std::memset(panels + filled * depth * lanes, 0, (needed - filled) * depth * lanes * sizeof(float));
+    for (int64_t p = 0; p < needed; ++p) certificate.norms(panels + p * depth * lanes, norms + p * lanes);
+    for (int64_t unit = 0; unit < units; unit += table.rows) {
+      // a row tile never straddles two panels of words: kPanel is a multiple of every table's rows
+      uint64_t* out = words + panel_offset(unit, per_unit);
+      for (int64_t sample = 0; sample < needed * lanes; sample += lanes) {
+        const int64_t shift = sample % kWordBits;
+        uint32_t unsure[kMaxRows];
+        const SignTile tile{depth, panels + sample * depth, weights + unit * depth, norms + sample,
+                            certificate.bias() + unit, certificate.scale() + unit, certificate.offset() + unit,
+                            reinterpret_cast<unsigned char*>(out + sample / kWordBits * kPanel) + shift / 8, unsure};
+        if (!table.sign_tile(tile)) continue;
+        for (int64_t r = 0; r < std::min(table.rows, units - unit); ++r) decide(unit + r, sample - shift, uint64_t{unsure[r]} << shift);
+      }
+      finish(unit, table.rows);
+    }
+  }
+
+  bool by_product(const Matrix& weight, float* memory) {
+    const int64_t depth = x.cols, lanes = table.lanes, width = round_up(x.rows, kWordBits);
+    float *panel = memory, *z = panel + lanes * depth;
+    if (!product.load()(weight, x, z, width)) return false;
+    for (int64_t p = 0; p < width; p += lanes) {
+      table.pack(x.data + p * x.row_stride, x.col_stride, x.row_stride, depth, std::clamp<int64_t>(x.rows - p, 0, lanes), lanes, panel);
+      certificate.norms(panel, norms + p);
+    }
+    uint64_t unsure[kProductWords];
+    for (int64_t unit = 0; unit < units; ++unit) {
+      std::fill(z + unit * width + x.rows, z + (unit + 1) * width, 0.0f);
+      const SignRow signs{width / kWordBits, z + unit * width, norms, certificate.bias()[unit], certificate.scale()[unit],
+                          certificate.offset()[unit], words + panel_offset(unit, per_unit), kPanel, unsure};
+      if (table.sign_row(signs))
+        for (int64_t w = 0; w < signs.count; ++w) decide(unit, w * kWordBits, unsure[w]);
+      finish(unit, 1);
+    }
+    return true;
+  }
+};
+
 }  // namespace
 
 void pack_panels(const KernelTable& table, const Panels& p, float* out, const Pool& pool) {
@@ -82,26 +162,31 @@ void pack_panels(const KernelTable& table, const Panels& p, float* out, const Po
                });
 }
 
+void set_preactivation_product(PreactivationProduct given) { product.store(given); }
+
 bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float* bias, int64_t* counts, int64_t ld,
                               int64_t chunk, const Pool& pool) {
   const KernelTable& table = kernels(kCoactivation);
   const int64_t samples = x.rows, depth = x.cols, units = weight.rows;
   if (samples == 0 || units == 0) return false;
   chunk = std::min(round_up(chunk > 0 ? chunk : default_chunk(units, pool), kWordBits), round_up(samples, kWordBits));
+  const bool blas = depth > 0 && product.load() &&
+                    ways(Number::float32, pool.threads, false) >> product_class(Order::forward, chunk, units, depth) & 1;
 
   const Panels weights{weight.data, weight.col_stride, weight.row_stride, depth, units, table.rows};
-  Buffer<float> packed(weights.size());
-  pack_panels(table, weights, packed.get(), pool);
-  const int64_t tiles = weights.panels();
-  const Certificate certificate(table, weight, bias, tiles * table.rows, pool);
+  Buffer<float> packed(blas ? 0 : weights.size());
+  if (!blas) pack_panels(table, weights, packed.get(), pool);
+  const Certificate certificate(table, weight, bias, weights.panels() * table.rows, pool);
 
   // panels of one unit more than the last row tile may write
-  const int64_t unit_slots = round_up(tiles * table.rows, kPanel);
+  const int64_t unit_slots = round_up(weights.panels() * table.rows, kPanel);
   Buffer<uint64_t> words(unit_slots * (chunk / kWordBits));
   std::memset(words.get(), 0, unit_slots * (chunk / kWordBits) * sizeof(uint64_t));
 
-  const int64_t block = std::min(chunk, std::max(kWordBits, kBlockFloats / std::max<int64_t>(1, depth) / kWordBits * kWordBits));
-  const int64_t scratch_size = (block + 1) * (depth + 1);  // panels, norms of their columns, one row
+  const int64_t wanted = blas ? std::clamp<int64_t>(kProductFloats / units, 256, 1024) : kBlockFloats / std::max<int64_t>(1, depth);
+  const int64_t block = std::min(chunk, std::max(kWordBits, wanted / kWordBits * kWordBits));
+  // panels or pre-activations, norms of the samples, one row
+  const int64_t scratch_size = (blas ? units * block + table.lanes * depth : block * depth) + block + depth;
   Scratch<float> scratch(pool.threads + 1, scratch_size);
   std::atomic<bool> bad{false};
 
@@ -112,45 +197,24 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
     // ranges of words, not of blocks: no thread waits for another's last block
     parallel_for(pool, per_unit, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> own;
-      float* panels = scratch.take();
-      if (!panels) own = Buffer<float>(scratch_size), panels = own.get();
-      float *norms = panels + block * depth, *row = norms + block;
+      float* memory = scratch.take();
+      if (!memory) own = Buffer<float>(scratch_size), memory = own.get();
+      float *norms = memory, *row = norms + block, *rest = row + depth;
       bool any = false;
       const int64_t last = std::min(size, end * kWordBits);
       for (int64_t first = begin * kWordBits; first < last; first += block) {
-        const int64_t count = std::min(block, last - first);
-        const Panels rows{x.data + (start + first) * x.row_stride, x.col_stride, x.row_stride, depth, count, table.lanes};
-        pack_panels(table, rows, panels, serial_pool());
-        // whole words: lanes beyond the last sample are zero vectors, and their bits are cleared below
-        const int64_t filled = rows.panels(), needed = round_up(count, kWordBits) / table.lanes;
-        std::memset(panels + filled * depth * table.lanes, 0, (needed - filled) * depth * table.lanes * sizeof(float));
-        for (int64_t p = 0; p < needed; ++p) certificate.norms(panels + p * depth * table.lanes, norms + p * table.lanes);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t unit = tile * table.rows;
-          // a row tile never straddles two panels of words: kPanel is a multiple of every table's rows
-          uint64_t* out = words.get() + panel_offset(unit, per_unit);
-          for (int64_t p = 0; p < needed; ++p) {
-            const int64_t lane0 = p * table.lanes, sample = first + lane0;
-            uint32_t unsure[kMaxRows];
-            const SignTile tile{depth, panels + lane0 * depth, packed.get() + unit * depth, norms + lane0,
-                                certificate.bias() + unit, certificate.scale() + unit, certificate.offset() + unit,
-                                reinterpret_cast<unsigned char*>(out + (sample / kWordBits) * kPanel) + (sample % kWordBits) / 8,
-                                unsure};
-            if (!table.sign_tile(tile)) continue;
-            const int64_t lanes = std::min(table.lanes, count - lane0), rows_left = std::min(table.rows, units - unit);
-            for (int64_t r = 0; r < rows_left; ++r)
-              for (int64_t l = 0; l < lanes && unsure[r] >> l; ++l) {
-                if (!(unsure[r] >> l & 1)) continue;
-                const int sign = certificate.sign(x.data + (start + sample + l) * x.row_stride, x.col_stride, unit + r,
-                                                  tile.norm[l], row);
-                any |= sign == kNotFinite;
-                out[sample / kWordBits * kPanel + r] |= uint64_t{sign == 1} << ((sample + l) % kWordBits);
-              }
+        const Matrix part{x.data + (start + first) * x.row_stride, std::min(block, last - first), depth, x.row_stride, x.col_stride};
+        Block signs{table, certificate, part, units, words.get() + first / kWordBits * kPanel, per_unit, norms, row};
+        if (!blas || !signs.by_product(weight, rest)) {
+          if (blas) {  // refused: rare enough to pack the weights again
+            Buffer<float> panels(part.rows * depth + kWordBits * depth), again(weights.size());
+            pack_panels(table, weights, again.get(), serial_pool());
+            signs.by_tiles(again.get(), panels.get());
+          } else {
+            signs.by_tiles(packed.get(), rest);
           }
-          if (count % kWordBits)
-            for (int64_t r = 0; r < table.rows; ++r)
-              out[((first + count) / kWordBits) * kPanel + r] &= (uint64_t{1} << (count % kWordBits)) - 1;
         }
+        any |= signs.bad;
       }
       if (any) bad.store(true);
     });

@@ -49,6 +49,12 @@ MMC_API void reset_dispatch_counts();
 MMC_API bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float* bias, int64_t* counts, int64_t ld,
                                       int64_t chunk, const Pool& pool);
 
+// z [weight.rows, x.rows] (rows ldz apart) = weight times the transpose of x in float32, in any order of summation, fused or not;
+// false: not now, as where the operands would be rounded. Given by a library above that has a BLAS; may be null. Called from the
+// threads of the pool for blocks of samples where ways.h names the BLAS; counts do not depend on it.
+using PreactivationProduct = bool (*)(const Matrix& weight, const Matrix& x, float* z, int64_t ldz);
+MMC_API void set_preactivation_product(PreactivationProduct product);
+
 // gram[i * ld + j] += sum_n s'(z_ni) s'(z_nj) for j >= i and total[i] += sum_n s'(z_ni), float64; total may be null.
 // alpha, beta: slope of LeakyReLU; alpha of ELU; beta and threshold of softplus. Returns whether a z was not finite.
 MMC_API bool derivative_gram_update(const Matrix& x, const Matrix& weight, const float* bias, Activation activation,

@@ -39,6 +39,17 @@ struct SignTile {
   uint32_t* unsure;    // [rows], bit l: not |z| > bound
 };
 
+// The same of one unit from given z without bias: word w at words + w * stride has bit l where z[64 w + l] + bias > bound.
+struct SignRow {
+  int64_t count;  // words
+  const float* z;     // [64 count], as norm
+  const float* norm;
+  float bias, scale, offset;
+  uint64_t* words;
+  int64_t stride;
+  uint64_t* unsure;  // [count]
+};
+
 // Register tiles multiply a "lanes" panel [depth][lanes] by a "rows" panel [depth][rows] into c[rows][lanes].
 struct KernelTable {
   const char* name;
@@ -49,6 +60,7 @@ struct KernelTable {
   // the same into float64: float32 chains of bounded length, added to c in float64
   void (*gram_tile)(int64_t depth, const float* lanes, const float* rows, double* c, int64_t ldc);
   bool (*sign_tile)(const SignTile& tile);  // whether any sign is unsure
+  bool (*sign_row)(const SignRow& row);
   // c[r][l] += sum_w popcount(i[w * kPanel + r] & j[w * kPanel + l]), r < kCountRows, l < kPanel
   void (*count_tile)(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc);
   // dst[k * width + l] = src[k * stride_k + l * stride_l] for l < count, 0 for count <= l < width
@@ -87,6 +99,7 @@ extern const KernelTable table;
 void gemm_tile(int64_t, const float*, const float*, float*, int64_t);
 void gram_tile(int64_t, const float*, const float*, double*, int64_t);
 bool sign_tile(const SignTile&);
+bool sign_row(const SignRow&);
 void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 bool derivative(Activation, float, float, float*, int64_t);
 void column_sums(const float*, int64_t, double*);

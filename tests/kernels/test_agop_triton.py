@@ -155,6 +155,15 @@ def test_a_bias_decides_by_its_size():
     assert counts.tolist() == [[0, 0], [0, 1]]
 
 
+def test_exact_sums_carry_from_digit_to_digit():
+    x = torch.cat([torch.full((64,), 2.0**12 * (1 + 2.0**-23)), torch.tensor([-(2.0**18), -(2.0**-5)])])[None]
+    counts, flag = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with triton_guard.watch():
+        bias = torch.tensor([2.0**-100, -(2.0**-100)])
+        agop.relu_coactivation_update(x, torch.ones(2, 66), bias, counts, flag, backend="triton")
+    assert counts.tolist() == [[1, 0], [0, 0]]
+
+
 def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
     x, weight, bias = (torch.randn(size, generator=generator) for size in ((400, 20), (80, 20), (80,)))
     results = []

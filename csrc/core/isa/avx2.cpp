@@ -83,6 +83,26 @@ bool sign_tile(const SignTile& t) {
   return any != 0;
 }
 
+bool sign_row(const SignRow& row) {
+  const __m256 bias = _mm256_set1_ps(row.bias), scale = _mm256_set1_ps(row.scale), offset = _mm256_set1_ps(row.offset);
+  uint64_t any = 0;
+  for (int64_t w = 0; w < row.count; ++w) {
+    uint64_t positive = 0, negative = 0;
+    for (int q = 0; q < 8; ++q) {
+      const int64_t at = kWordBits * w + 8 * q;
+      const __m256 z = _mm256_add_ps(_mm256_loadu_ps(row.z + at), bias), norm = _mm256_loadu_ps(row.norm + at);
+      const __m256 above = _mm256_cmp_ps(z, _mm256_fmadd_ps(norm, scale, offset), _CMP_GT_OQ);
+      const __m256 below = _mm256_cmp_ps(z, _mm256_fnmsub_ps(norm, scale, offset), _CMP_LT_OQ);
+      positive |= static_cast<uint64_t>(_mm256_movemask_ps(above)) << 8 * q;
+      negative |= static_cast<uint64_t>(_mm256_movemask_ps(below)) << 8 * q;
+    }
+    row.words[w * row.stride] = positive;
+    row.unsure[w] = ~(positive | negative);
+    any |= row.unsure[w];
+  }
+  return any != 0;
+}
+
 void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc) {
   const __m256i nibble = _mm256_set1_epi8(15);
   const __m256i ones = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
@@ -120,7 +140,7 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 }  // namespace
 
 const KernelTable table = {"avx2",    kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
+                           sign_tile, sign_row, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace avx2
 }  // namespace mmc

@@ -119,8 +119,28 @@ bool sign_tile(const SignTile& t) {
   return any != 0;
 }
 
+bool sign_row(const SignRow& row) {
+  const __m512 bias = _mm512_set1_ps(row.bias), scale = _mm512_set1_ps(row.scale), offset = _mm512_set1_ps(row.offset);
+  uint64_t any = 0;
+  for (int64_t w = 0; w < row.count; ++w) {
+    uint64_t positive = 0, negative = 0;
+    for (int q = 0; q < 4; ++q) {
+      const int64_t at = kWordBits * w + 16 * q;
+      const __m512 z = _mm512_add_ps(_mm512_loadu_ps(row.z + at), bias), norm = _mm512_loadu_ps(row.norm + at);
+      const __mmask16 above = _mm512_cmp_ps_mask(z, _mm512_fmadd_ps(norm, scale, offset), _CMP_GT_OQ);
+      const __mmask16 below = _mm512_cmp_ps_mask(z, _mm512_fnmsub_ps(norm, scale, offset), _CMP_LT_OQ);
+      positive |= static_cast<uint64_t>(above) << 16 * q;
+      negative |= static_cast<uint64_t>(below) << 16 * q;
+    }
+    row.words[w * row.stride] = positive;
+    row.unsure[w] = ~(positive | negative);
+    any |= row.unsure[w];
+  }
+  return any != 0;
+}
+
 const KernelTable table = {"avx512", kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
+                           sign_tile, sign_row, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace avx512
 }  // namespace mmc

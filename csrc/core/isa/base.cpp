@@ -56,6 +56,22 @@ bool sign_tile(const SignTile& t) {
   return any != 0;
 }
 
+bool sign_row(const SignRow& row) {
+  uint64_t any = 0;
+  for (int64_t w = 0; w < row.count; ++w) {
+    uint64_t positive = 0, negative = 0;
+    for (int l = 0; l < kWordBits; ++l) {
+      const float z = row.z[kWordBits * w + l] + row.bias, bound = row.norm[kWordBits * w + l] * row.scale + row.offset;
+      positive |= uint64_t{z > bound} << l;
+      negative |= uint64_t{z < -bound} << l;
+    }
+    row.words[w * row.stride] = positive;
+    row.unsure[w] = ~(positive | negative);
+    any |= row.unsure[w];
+  }
+  return any != 0;
+}
+
 void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c, int64_t ldc) {
   for (int r = 0; r < kCountRows; ++r) {
     int64_t acc[kPanel] = {};
@@ -68,7 +84,7 @@ void count_tile(int64_t words, const uint64_t* i, const uint64_t* j, int64_t* c,
 }  // namespace
 
 const KernelTable table = {"base",    kLanes,     kRows, gemm_tile,  gram_tile,
-                           sign_tile, count_tile, pack,  derivative, column_sums, column_squares, dot};
+                           sign_tile, sign_row, count_tile, pack,  derivative, column_sums, column_squares, dot};
 
 }  // namespace base
 }  // namespace mmc

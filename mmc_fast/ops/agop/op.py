@@ -162,6 +162,7 @@ def relu_coactivation_update(
     _check_accumulator(op, "counts", counts, weight.shape[0], torch.int64)
     _check_flag(op, nonfinite)
     tensors = (x, weight, _contiguous(bias), counts, nonfinite)
+    native.load_ebr()  # it has the BLAS, which the native counts take where it is faster
     return _run(op, backend, tensors, *tensors, chunk_rows)[0]
 
 

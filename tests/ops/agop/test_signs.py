@@ -20,15 +20,23 @@ LARGEST = {
 }
 
 
-RUNNERS = [*ISAS, "eager", "eager in Python's integers"]
+PRODUCTS = ["BLAS"] if ISAS and library.load_ebr() is None else []
+RUNNERS = [*ISAS, *PRODUCTS, "eager", "eager in Python's integers"]
 
 
 def count(runner, x, weight, bias):
     """Counts and whether a pre-activation is not finite; instruction sets take float32, PyTorch float64 and 16-bit numbers."""
     counts, flag = torch.zeros(len(weight), len(weight), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     if runner in ISAS and x.dtype == torch.float32:
-        with library.forced_isa(runner):
+        with library.forced_isa(runner), library.forced_ways("tiles"):
             agop.relu_coactivation_update(x, weight, bias, counts, flag, backend="cpp")
+    elif runner == "BLAS" and x.dtype == torch.float32:
+        for isa in ISAS:
+            once, bad = torch.zeros_like(counts), torch.zeros_like(flag)
+            with library.forced_isa(isa), library.forced_ways("blas"):
+                agop.relu_coactivation_update(x, weight, bias, once, bad, backend="cpp")
+            assert isa == ISAS[0] or torch.equal(once, counts) or bool(bad)
+            counts, flag = once, bad
     else:
         with pytest.MonkeyPatch.context() as patch:
             if runner != "eager":
@@ -143,7 +151,7 @@ def test_any_floats(data):
         assert sign == (2 if abs(z) >= LARGEST[x.dtype] else (z > 0) - (z < 0))
     if ISAS:
         assert torch.equal(torch.ops.mmc_fast.exact_signs(x, weight, bias, rows, units), by_integers)
-    agree(x, weight, bias, [*ISAS[-1:], "eager"])
+    agree(x, weight, bias, [*ISAS[-1:], *PRODUCTS, "eager"])
 
 
 def worst_case(d, first_is_bias):
