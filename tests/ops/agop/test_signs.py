@@ -211,6 +211,11 @@ def test_a_sum_that_overflows_on_the_way_is_finite():
         agree(x, torch.ones(2, 5, dtype=dtype), torch.tensor([0.0, 1.5], dtype=dtype))
 
 
+def test_a_product_that_overflows_is_reported_where_norms_do_not():
+    for dtype, large in ((torch.float32, 2.0**100), (torch.float64, 2.0**1000)):
+        agree(torch.full((1, 3), large, dtype=dtype), torch.full((2, 3), 2.0**40, dtype=dtype), None)
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor does not flush subnormal numbers")
 def test_signs_do_not_depend_on_flushed_subnormal_numbers(runner):
