@@ -42,7 +42,7 @@ help:
 	@echo "make notebooks  run the notebooks"
 	@echo "make wheel      a manylinux wheel, a pure Python wheel and a source distribution in dist/; make wheel-test tries each"
 	@echo "make gpu-check  compile the GPU kernels for sm_80, 90 and 100 and compare with the record; needs no GPU"
-	@echo "make gpu-report  the same, and rewrites the record and docs/gpu.md"
+	@echo "make gpu-report  the same, and rewrites the record and docs/gpu-appendix.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
 	@echo "make bench-ratios  the same table from fewer rounds, for information (as in CI)"
 	@echo "make bench-grid the table of docs/performance.md on this machine, then limited to AVX2; ARGS=--record writes it (6 minutes)"

@@ -1,9 +1,9 @@
 """Compile the shipped Triton kernels for GPUs that are not here, and read what the binaries say about themselves.
 
 ``python bench/gpu_compile.py --check docs/gpu/compiled.json`` compiles what the workloads of ``gpu_scenes.py`` launch and
-compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, needs more
-shared memory than the chip has, or runs its products on other units than it says. ``--json FILE`` writes the record. Needs
-Triton (with its own ptxas), no GPU.
+compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, loses its
+pipeline, moves data in smaller pieces, waits at more barriers, needs more shared memory than the chip has, or runs its
+products on other units than it says. ``--json FILE`` writes the record. Needs Triton (with its own ptxas), no GPU.
 """
 
 from __future__ import annotations
@@ -52,6 +52,18 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
             family = "tcgen05" if text.startswith("tcgen05") else "wgmma" if text.startswith("wgmma") else "mma"
             found[f"{kind} {family}"] = found.get(f"{kind} {family}", 0) + 1
     return found
+
+
+def facts(ptx: str) -> dict[str, int]:
+    """How a kernel moves data: copies past the registers, those below 16 bytes, barriers, loads below 4 bytes."""
+    copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], 0x([0-9a-f]+)", ptx)]
+    loads = re.findall(r"ld\.global[A-Za-z0-9.:_]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return {
+        "async_copies": len(copies),
+        "narrow_copies": sum(size < 16 for size in copies),
+        "barriers": len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
+        "narrow_loads": sum(int(n or 1) * int(bits) < 32 for n, bits in loads),
+    }
 
 
 def blocks_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
@@ -103,6 +115,7 @@ def compile_one(spec: dict[str, Any], arch: int) -> dict[str, Any]:
         "shared_bytes": shared,
         "blocks_per_sm": blocks_per_sm(arch, registers, threads, shared),
         "matrix": matrix_instructions(compiled.asm["ptx"]),
+        **facts(compiled.asm["ptx"]),
     }
     row["problems"] += problems_of(row, spec)
     return row
@@ -113,9 +126,7 @@ def problems_of(row: dict[str, Any], spec: dict[str, Any]) -> list[str]:
     problems, chip, kinds = [], CHIPS[row["arch"]], {name.split()[0] for name in row["matrix"]}
     if row["shared_bytes"] > chip.shared_block:
         problems.append(f"needs {row['shared_bytes']} bytes of shared memory, {chip.shared_block} are there")
-    # the stage "latent" of the EBR backward gives its products depth zero: they are in the code and never run
-    idle = any(value == "latent" for _, value in spec["constants"]) and not spec["matrix"]
-    if kinds != set(spec["matrix"]) and not idle:
+    if kinds != set(spec["matrix"]):
         problems.append(f"products run on {sorted(kinds) or 'no matrix unit'}, not on {spec['matrix'] or 'none'}")
     return problems
 
@@ -132,6 +143,11 @@ def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> l
             news.append(f"spills {row['spill_bytes']} bytes, recorded {old['spill_bytes']}")
         if row.get("blocks_per_sm", 0) < old.get("blocks_per_sm", 0):
             news.append(f"{row.get('blocks_per_sm', 0)} blocks per SM, recorded {old['blocks_per_sm']}")
+        if old.get("async_copies") and not row.get("async_copies", 1):
+            news.append("no copy past the registers is left: the pipeline is gone")
+        for fact in ("narrow_copies", "narrow_loads", "barriers"):
+            if row.get(fact, 0) > old.get(fact, row.get(fact, 0)):
+                news.append(f"{row[fact]} {fact.replace('_', ' ')}, recorded {old[fact]}")
         found += [f"{row['kernel']} on sm_{row['arch']}: {news_}" for news_ in news]
     gone = [key for key in before if key[1:] in targets]
     return found + [

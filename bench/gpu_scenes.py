@@ -33,11 +33,16 @@ class Ebr(NamedTuple):
     """Sizes of an EBR step."""
 
     modalities: int
-    features: int
+    features: int | tuple[int, ...]
     hidden: int
     latent: int
     psi: tuple[int, ...]
     batch: int
+
+    @property
+    def dims(self) -> list[int]:
+        """Width of each modality's features."""
+        return [self.features] * self.modalities if isinstance(self.features, int) else list(self.features)
 
 
 @contextmanager
@@ -85,17 +90,16 @@ def ebr_head(sizes: Ebr, dtype: torch.dtype) -> Any:
     """An ``EBRHead`` of these widths."""
     from mmc_fast.nn import EBRHead
 
-    dims = [sizes.features] * sizes.modalities
-    return EBRHead(dims, latent_dim=sizes.latent, hidden_dim=sizes.hidden, psi_dims=sizes.psi, backend="triton").to(
-        dtype
-    )
+    return EBRHead(
+        sizes.dims, latent_dim=sizes.latent, hidden_dim=sizes.hidden, psi_dims=sizes.psi, backend="triton"
+    ).to(dtype)
 
 
 def ebr_step(sizes: Ebr, dtype: torch.dtype, kind: str = "plain") -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """(forward to its output, backward of it) of one step; ``kind``: one of ``EBR_KINDS``."""
     m, batch, head = sizes.modalities, sizes.batch, ebr_head(sizes, dtype)
-    features = [torch.randn(batch, sizes.features).to(dtype).requires_grad_() for _ in range(m)]
-    upstream = [torch.randn(batch, sizes.features).to(dtype) for _ in range(m)]
+    features = [torch.randn(batch, d).to(dtype).requires_grad_() for d in sizes.dims]
+    upstream = [torch.randn(batch, d).to(dtype) for d in sizes.dims]
     present = None if kind == "plain" else torch.ones(batch, m, dtype=torch.bool)
     source: Tensor | None = None
     if kind == "index":
@@ -119,15 +123,17 @@ EBR_KINDS = {
     "index": "a mask, whole-number source, residual",
     "weights": "a mask, float source with a gradient, residual, normalised latents that take a gradient",
 }
-# What a kernel is compiled for depends on the number of modalities and of the discriminator's layers, and on whether 16
-# divides a width or a stride.
-USUAL = Ebr(4, 64, 64, 144, (64, 256), 64)
+# What a kernel is compiled for depends on the number of modalities and of the discriminator's layers, on the tiles that the
+# widths ask for, and on whether 16 divides all of them: never on the batch.
+NARROW, WIDE = Ebr(5, 128, 256, 64, (64,), 64), Ebr(4, 128, 256, 256, (256, 256), 64)
 EBR_CASES = {
-    "plain": (USUAL, "plain", tuple(PRECISIONS)),
-    "weights": (USUAL, "weights", tuple(PRECISIONS)),
-    "index": (USUAL, "index", ("bf16",)),
+    "narrow": (NARROW, "plain", tuple(PRECISIONS)),
+    "wide": (WIDE, "plain", ("tf32", "bf16")),
+    "weights": (WIDE, "weights", ("tf32", "bf16")),
+    "index": (WIDE, "index", ("bf16",)),
     "no hidden layer": (Ebr(2, 64, 64, 64, (), 64), "plain", ("tf32",)),
-    "odd widths": (Ebr(3, 74, 66, 131, (9, 7), 65), "plain", ("tf32", "bf16")),
+    "odd widths": (Ebr(4, (74, 35, 300, 33), 300, 131, (9, 7), 65), "weights", tuple(PRECISIONS)),
+    "odd widths, plain": (Ebr(2, (74, 35), 33, 17, (9,), 65), "plain", ("bf16",)),
 }
 
 

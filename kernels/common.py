@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "DTYPES",
     "Tile",
+    "cdiv",
     "input_precision",
     "launch",
     "padded",
@@ -80,9 +81,14 @@ def product_kind(dtype: torch.dtype) -> str:
     return input_precision() if dtype == torch.float32 else "half"
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up; ``triton.cdiv`` takes the host microseconds."""
+    return -(-a // b)
+
+
 def padded(width: int) -> int:
     """The next power of two that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def splits(tiles: int, rows: int, smallest: int) -> int:
@@ -90,8 +96,14 @@ def splits(tiles: int, rows: int, smallest: int) -> int:
     return max(1, min(-(-PROGRAMS // max(1, tiles)), rows // smallest))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Launch on ``device`` and its current stream. Triton by itself launches on torch's current device."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, reaches: Sequence[Tensor] = (), **options: Any
+) -> None:
+    """Launch on ``device`` and its current stream. Triton by itself launches on torch's current device.
+
+    ``reaches``: tensors whose addresses lie in memory that the kernel reads; they must outlive the launch, and the
+    sanitizer of the tests looks at them.
+    """
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*args, **options)
         return

@@ -197,6 +197,11 @@ def _check(
     for name, given in (("present", present), ("source", source)):
         if given is not None and not isinstance(given, Tensor):
             raise TypeError(f"ebr_step: {name} must be a tensor or None, got {type(given).__name__}")
+    for name, given in (("present", present), ("source", source), ("normalizer", normalizer)):
+        if isinstance(given, Tensor) and given.device != features[0].device:
+            raise TypeError(
+                f"ebr_step: {name} is on {given.device} but features[0] is on {features[0].device}; move it there"
+            )
     if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (batch, m)):
         raise ValueError(
             f"ebr_step: present is {present.dtype} {list(present.shape)}; expected torch.bool [{batch}, {m}]"

@@ -1,4 +1,4 @@
-"""Write the tables of docs/gpu.md from docs/gpu/*.json: ``python tools/render_gpu.py``."""
+"""Write the tables of docs/gpu-appendix.md from docs/gpu/*.json: ``python tools/render_gpu.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs" / "gpu-appendix.md"
 
 
 def compiled(rows: list[dict[str, Any]]) -> str:
@@ -26,7 +26,8 @@ def compiled(rows: list[dict[str, Any]]) -> str:
         cells = []
         for arch in arches:
             here = [row for row in mine if row["arch"] == arch]
-            cells.append(" / ".join(str(max(row.get(key, 0) for row in here)) for key in ("registers", "spill_bytes")))
+            most = [str(max((row.get(key, 0) for row in here), default="–")) for key in ("registers", "spill_bytes")]
+            cells.append(" / ".join(most) if here else "not compiled")
         units = sorted({unit for row in mine for unit in row.get("matrix", {})})
         parts.append(f"| {kernel} | {len(mine)} | {' | '.join(cells)} | {', '.join(units) or '–'} |")
     problems = [f"sm_{row['arch']}, {row['kernel']}: {problem}" for row in rows for problem in row["problems"]]
@@ -52,7 +53,7 @@ def render(page: str) -> str:
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.DOTALL)
         if count != 1:
-            raise RuntimeError(f"docs/gpu.md has {count} blocks named {name}; there must be one")
+            raise RuntimeError(f"docs/gpu-appendix.md has {count} blocks named {name}; there must be one")
     return page
 
 

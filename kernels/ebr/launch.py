@@ -1,31 +1,40 @@
-"""The EBR step in Triton at any width: which groups run together, in which order; tensors in, tensors out.
+"""The EBR step in Triton: which launches, in which order; tensors in, tensors out.
 
-Forward: encoders' first layer; second layer; normalisation if asked; decoders' first layer with the discriminator's;
-decoders' second with the discriminator's next; what is left of its hidden layers; its end with both losses.
-Backward: the stages "decoded", "mixed", "hidden", "feature" of backward.py, the discriminator's layers riding along; with a
-source one launch more gathers over targets and one forms the gradient of float weights; one more with normalisation.
+Forward: the table; encoders' first layer; second layer; normalisation if asked; mixing with a source; decoders' first layer
+with the discriminator's; decoders' second with the discriminator's next; what is left of its hidden layers; its end; losses.
+Backward: the table; gradient of the decoders' outputs; layers 3, 2, 1, 0 with the discriminator's layers riding along, the
+gradient of the latents by rows between 2 and 1 where there is a source or normalisation; the fold of weight gradients.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import common
-from ..common import Tile, input_precision, padded, product_kind, usable
-from .backward import ebr_bwd_kernel, ebr_norm_bwd_kernel, ebr_source_kernel
-from .forward import ebr_fwd_kernel, ebr_loss_kernel, ebr_norm_fwd_kernel
-from .plan import TILES, Inputs, Needs, Sizes, Upstream, unsupported
+from ..common import cdiv, padded, product_kind, usable
+from .plan import LOSS_TILES, Call, Needs, Sizes, Upstream, product_tile, round16, shares, unsupported
+from .products import ebr_bwd_kernel, ebr_fwd_kernel
+from .rows import (
+    ebr_finish_kernel,
+    ebr_fold_kernel,
+    ebr_latent_grad_kernel,
+    ebr_loss_kernel,
+    ebr_mix_kernel,
+    ebr_norm_kernel,
+    ebr_output_grad_kernel,
+    ebr_source_grad_kernel,
+)
 
 __all__ = ["Needs", "Upstream", "backward", "forward", "saved_like", "unsupported", "usable"]
 
-_LAST_BLOCK = 256  # elements of the last layer's gradient to a program
-_NORM_ELEMENTS = 4096  # of a row tile of the normalisation
-_SOURCE_TILE = Tile({"BM": 32, "BK": 64}, 4, 2)
+_ROW_ELEMENTS = 4096  # of a tile of whole rows
+_FOLD = 1024  # elements of a gradient to a program
+_SHARE, _PSI_SHARE = 1024, 2048  # rows to a share of a weight gradient, at least
+_MOST_SHARES = 32
 
 
 def forward(
@@ -40,80 +49,88 @@ def forward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
     """Return (recovered, latents, both losses, what backward needs); the last is empty unless ``keep``.
 
-    Five launches and a memset; one launch more with normalisation, one for each hidden layer of the discriminator beyond
-    the third.
+    Seven launches; one more for each of: widths that 16 does not divide, normalisation, a source, a hidden layer of the
+    discriminator beyond the second.
     """
-    inputs = Inputs.of(features, params, present, source, normalizer, residual, normalize)
-    sizes, batch, m, device = inputs.sizes, inputs.batch, inputs.sizes.m, features[0].device
-    dtype = features[0].dtype
+    call = Call(features, present, source, params, residual, normalize)
+    sizes, m, batch = call.sizes, call.sizes.m, call.batch
+    recovered = [call.empty(batch, d) for d in sizes.dims]
+    call.address(recovered)
+    h1, g, h3 = call.rows(sizes.hidden), call.rows(sizes.latent), call.rows(sizes.hidden)
+    acts = [call.rows(p) for p in sizes.psi[1:-1]]
+    squared = g
 
-    def activations(width: int) -> Tensor:
-        return torch.empty(m, batch, width, dtype=dtype, device=device)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    latents, h1, h3 = activations(sizes.latent), activations(sizes.hidden), activations(sizes.hidden)
-    recovered = [torch.empty(batch, d, dtype=dtype, device=device) for d in sizes.dims]
-    column = [inputs.column(kind) for kind in range(8)]
-    blocks = _tile(dtype, "product").blocks
-    n_squared = sum(_tiles(batch, d, blocks) for d in sizes.dims) * blocks["BM"]
-    squared = floats(max(1, n_squared))
-
-    def layers(first: int, groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], **flags: bool) -> None:
-        """One launch of ``c = a Wᵀ + b`` over groups ``(a, W, b, c)``, heads first; ``first``: the number of the first."""
-        if not (batch and groups):
-            return
-        programs = [_tiles(a.shape[0], w.shape[0], blocks) for a, w, _, _ in groups]
-        a, w, b, c = zip(*groups, strict=True)
-        usual = {"MIX": False, "DECODE": False, "LAST": False, "RELU": True}
-        common.launch(
-            ebr_fwd_kernel, (sum(programs),), device,
-            (a, w, b, c), (tuple(t.stride(0) for t in a), tuple(t.stride(1) for t in a)), _widths(w), _ends(programs),
-            inputs.strided_features, inputs.mask, inputs.routing, latents, squared, batch, sizes.latent,
-            M=m, GROUPS=len(groups), FIRST=first, RESIDUAL=inputs.residual, **{**usual, **flags}, **_options(dtype),
+    def layer(number: int, a: Tensor, c: Tensor, psi: int = -1) -> None:
+        """A layer of the heads, with layer ``psi`` of the discriminator if there is such; number −1: that alone."""
+        nonlocal squared
+        rides, alone = 0 <= psi < len(acts), number < 0
+        widths = [*([] if alone else _outputs(sizes, number)), *([sizes.psi[psi + 1]] if rides else [])]
+        tile = product_tile(call.kind, max(_outputs(sizes, number)) if not alone else sizes.psi[psi + 1])
+        blocks = tile.blocks
+        tiles = cdiv(batch, blocks["BM"]) * max(cdiv(round16(w), blocks["BN"]) for w in widths)
+        programs = tiles * m * (2 if rides and not alone else 1)
+        if number == 3:
+            squared = call.floats(programs)
+        below = ([g, *acts])[psi] if rides else a
+        call.launch(
+            ebr_fwd_kernel, programs, call.table, a, c, below, acts[psi] if rides else c, squared, call.present,
+            call.source, batch, sizes.hidden, sizes.latent, psi, M=m, LAYERS=call.layers, LAYER=max(number, 1 if alone else 0),
+            FIRST=int(alone), PSI=rides, RESIDUAL=residual, EVEN=sizes.even, PREC=call.precision, **tile.options,
         )  # fmt: skip
 
-    layers(0, list(zip(inputs.features, column[0], column[1], h1, strict=True)))
-    layers(0, list(zip(h1, column[2], column[3], latents, strict=True)), RELU=False)
-    saved = [floats(2)]
+    layer(0, g, h1)
+    layer(1, h1, g)
+    rstd = []
     if normalize:
-        saved.append(floats(m, batch))
-        _normalise(ebr_norm_fwd_kernel, inputs, latents, saved[-1], inputs.mask)
+        rstd = [call.floats(m, batch)]
+        call.launch(
+            ebr_norm_kernel, _row_grid(call), g, rstd[0], call.present, batch, sizes.latent, M=m, **_row_tile(sizes)
+        )
+    u = g
+    if source is not None:
+        u = call.rows(sizes.latent)
+        call.launch(
+            ebr_mix_kernel, _row_grid(call), g, u, call.present, call.source, batch, sizes.latent, M=m,
+            **_row_tile(sizes),
+        )  # fmt: skip
+    layer(2, u, h3, 0)
+    layer(3, h3, h3, 1)
+    for psi in range(2, len(acts)):
+        layer(-1, g, h1, psi)
 
-    below, between, riding = latents, [activations(p) for p in sizes.psi[1:-2]], []
-    for n, out in enumerate(between):
-        riding.append((_stacked(below), inputs.psi[2 * n], inputs.psi[2 * n + 1], _stacked(out)))
-        below = out
-    decode = list(zip(latents, column[4], column[5], h3, strict=True))
-    layers(0, decode + riding[:1], MIX=source is not None, DECODE=True)
-    decode = list(zip(h3, column[6], column[7], recovered, strict=True))
-    layers(0, decode + riding[1:2], DECODE=True, LAST=True)
-    for group in riding[2:]:
-        layers(m, [group])
-
-    tile, tiles, top = _tile(dtype, "loss"), _loss_tiles(dtype, batch), sizes.psi[-2]
-    md, rec, counter = floats(), floats(), torch.zeros(1, dtype=torch.int32, device=device)
-    train = (activations(top), floats(m * tiles, m * top + m)) if keep else None
-    common.launch(
-        ebr_loss_kernel, (m * tiles,), device,
-        below, (*inputs.psi[-4:-2], sizes.psi[-3]) if len(sizes.psi) > 2 else None, inputs.psi[-2:], inputs.mask,
-        inputs.routing, inputs.denominators, squared, train, floats(m * tiles, 4), counter, (md, rec, saved[0]),
-        batch, top, tiles, n_squared, M=m, MP=padded(m), PREC=input_precision(dtype), **tile.options,
+    tile = LOSS_TILES[call.kind]
+    programs = m * cdiv(batch, tile.blocks["BM"])
+    top = round16(sizes.psi[-2])
+    train = (call.rows(top), call.floats(programs, m * top + m)) if keep else None
+    partials, counts = call.floats(programs, 4), call.floats(2)
+    call.launch(
+        ebr_loss_kernel, programs, call.table, acts[-1] if acts else g, train, partials, call.present, call.source, batch,
+        M=m, LAYERS=call.layers, MP=padded(m), PREC=call.precision, **tile.options,
     )  # fmt: skip
-    return recovered, latents, md, rec, [*saved, h1, h3, *between, *train] if train else []
+    values = None if normalizer is None else normalizer.reshape(-1)
+    second = 0 if values is None else (values.numel() - 1) * values.stride(0)
+    md, rec = call.floats(), call.floats()
+    call.launch(
+        ebr_finish_kernel, 1, partials, programs, squared, squared.numel() if batch else 0, values, second, md, rec, counts,
+        BLOCK=256,
+    )  # fmt: skip
+    odd = sizes.latent % 16 != 0
+    latents = g[:, :, : sizes.latent].contiguous() if odd else g
+    kept = [counts, *rstd, *([g] if odd else []), *([u] if source is not None else []), h1, h3, *acts[:-1]]
+    return recovered, latents, md, rec, [*kept, *train] if train else []
 
 
-def saved_like(features: Sequence[Tensor], params: Sequence[Tensor], normalize: bool) -> list[Tensor]:
+def saved_like(features: Sequence[Tensor], params: Sequence[Tensor], source: Any, normalize: bool) -> list[Tensor]:
     """Empty tensors of the shapes and dtypes that ``forward`` keeps, in its order."""
     sizes, like = Sizes.of(features, params), features[0]
-    m, batch, top = sizes.m, like.shape[0], sizes.psi[-2]
-    widths = [sizes.hidden, sizes.hidden, *sizes.psi[1:-2], top]
-    last = (m * _loss_tiles(like.dtype, batch), m * top + m)
+    m, batch, top = sizes.m, like.shape[0], round16(sizes.psi[-2])
+    widths = [sizes.latent] * (bool(sizes.latent % 16) + (source is not None))
+    widths += [sizes.hidden, sizes.hidden, *sizes.psi[1:-2], top]
+    programs = m * cdiv(batch, LOSS_TILES[product_kind(like.dtype)].blocks["BM"])
     return [
         *(like.new_empty(shape, dtype=torch.float32) for shape in [(2,), *[(m, batch)] * normalize]),
-        *(like.new_empty(m, batch, width) for width in widths),
-        like.new_empty(last, dtype=torch.float32),
+        *(like.new_empty(m, batch, round16(width)) for width in widths),
+        like.new_empty(programs, m * top + m, dtype=torch.float32),
     ]
 
 
@@ -134,152 +151,145 @@ def backward(
 ) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
     """Gradients of features, source and parameters; a kind of which none is wanted comes back as None. Deterministic.
 
-    Four launches, up to three more for a source and for normalisation.
+    Seven launches, one more for each of: widths that 16 does not divide; a source or normalisation; a source that takes a
+    gradient; a hidden layer of the discriminator beyond the third.
     """
     if latents is None or not saved:
         recovered, latents, _, _, saved = forward(
             features, present, source, normalizer, params, residual, normalize, keep=True
         )
-    inputs = Inputs.of(features, params, present, source, normalizer, residual, normalize)
-    sizes, m = inputs.sizes, inputs.sizes.m
-    run = _Backward(inputs, upstream, reversal, recovered, latents, saved, needs)
+    call = Call(features, present, source, params, residual, normalize)
+    sizes, m, batch = call.sizes, call.sizes.m, call.batch
+    counts, *rest = saved
+    rstd = rest.pop(0) if normalize else None
+    g = rest.pop(0) if sizes.latent % 16 else latents
+    u = rest.pop(0) if source is not None else g
+    h1, h3, *acts, d_top, last = rest
+    acts = [g, *acts]  # inputs of the discriminator's layers, but for the last
+    d_md = upstream.discrimination if m > 1 else None
+    d_latents = None if upstream.latents is None else upstream.latents.contiguous()
+    losses = (reversal, d_md, counts)
+
     d_features = [torch.empty_like(r) for r in recovered] if needs.features else [None] * m
-    d_h, d_z = torch.empty_like(run.h3), torch.empty_like(latents)
+    d_params: list[Any] = [call.empty(*p.shape) for p in call.params] if needs.params else [None] * len(params)
+    d_source = None
+    if source is not None and needs.source:
+        d_source = torch.empty(batch, m, m, dtype=source.dtype, device=call.device)
+    if not batch:
+        return d_features, d_source, [None if d is None else d.zero_() for d in d_params]
+    d_y = [call.empty(batch, round16(d)) for d in sizes.dims]
+    above = [0 if d is None else d for d in upstream.recovered]
+    column = [d_params[(c // 4) * 4 * m + 4 * i + c % 4] for c in range(8) for i in range(m)]
+    nothing = [0 if t is None else t for t in (*column, *d_features)]
+    strides = [0 if d is None else d.stride(n) for n in (0, 1) for d in upstream.recovered]
+    ends = [0 if t is None else t for t in d_params[8 * m :]]
+    call.address(recovered, *nothing, *d_y, *above, *strides, *ends)
 
-    layers = list(range(len(sizes.psi) - 3, 0, -1))  # hidden layers of the discriminator above its first, top first
-    groups = run.heads(6, None, run.h3, d_h)
-    below = torch.empty_like(run.between[layers[0] - 1]) if layers else None
-    run.launch("decoded", groups + ([run.psi_layer(layers[0], below)] if layers else []), last=True)
-    for layer in layers[1:]:
-        run.psi_d, below = below, torch.empty_like(run.between[layer - 1])
-        run.launch("decoded", [run.psi_layer(layer, below)], first=m)
-    if layers:
-        run.psi_d = below
+    blocks = {"BR": 32, "BC": 64}
+    columns = max(cdiv(round16(d), blocks["BC"]) for d in sizes.dims)
+    call.launch(
+        ebr_output_grad_kernel, (cdiv(batch, blocks["BR"]) * columns, m), call.table, g, upstream.reconstruction,
+        counts, call.present, call.source, batch, M=m, LAYERS=call.layers, RESIDUAL=residual, HAND_DOWN=needs.features, **blocks,
+    )  # fmt: skip
 
-    d_u = d_z if source is None else torch.empty_like(latents)
-    groups = run.heads(4, d_h, latents, d_u)
-    run.launch("mixed", groups + ([run.psi_layer(0, None)] if len(sizes.psi) > 2 else []))
-    d_source = _source_grad(inputs, latents, d_u) if source is not None and needs.source else None
+    kind = call.kind
+    n_shares, per = shares(batch, _SHARE, 64, _MOST_SHARES)
+    psi_shares, psi_per = shares(batch * m, _PSI_SHARE, 64, 2 * _MOST_SHARES)
+    high, wide = max(sizes.hidden, *sizes.dims, sizes.latent), round16(sizes.hidden)
+    slab_size = round16(max(sizes.latent, *sizes.dims)) * wide + round16(high)
+    psi_widths = [round16(w) for w in sizes.psi[:-1]]
+    psi_slab = max([a * b + b for a, b in itertools.pairwise(psi_widths)], default=0)
+    folded = needs.params and (n_shares > 1 or not sizes.even)
+    slabs = call.floats(4 * m * n_shares, slab_size) if folded else counts
+    psi_slabs = call.floats(len(acts) * psi_shares, psi_slab) if needs.params and psi_slab else counts
+    direct = source is None and not normalize
+
+    def layer(number: int, d: Tensor, s: Tensor, c: Tensor | None, psi: int = -1, psi_d=d_top, psi_c=None) -> None:
+        """Gradients of a layer of the heads, with layer ``psi`` of the discriminator; number −1: that alone."""
+        alone, rides = number < 0, 0 <= psi < len(sizes.psi) - 2 and d_md is not None
+        ins = [] if alone else _inputs(sizes, number)
+        outs = [] if alone else _outputs(sizes, number)
+        tile = product_tile(kind, max(ins or [sizes.psi[psi]]), round16(min(outs or [sizes.psi[psi + 1]])))
+        bm, bn = tile.blocks["BM"], tile.blocks["BN"]
+
+        def weight_programs(out: int, width: int) -> int:
+            out, width = round16(out), round16(width)
+            return cdiv(out, bm) * cdiv(width, bn) + cdiv(out, bn)
+
+        region = rows = 0
+        if needs.params and not alone:
+            region = n_shares * max(
+                weight_programs(o, i) for o, i in zip(_outputs(sizes, number, True), ins, strict=True)
+            )
+        if needs.params and rides:
+            region = max(region, cdiv(psi_shares * weight_programs(sizes.psi[psi + 1], sizes.psi[psi]), m))
+        widths = [*(ins if c is not None else []), *([sizes.psi[psi]] if rides and psi_c is not None else [])]
+        if widths:
+            rows = cdiv(batch, bm) * max(cdiv(round16(w), bn) for w in widths)
+        programs = (region + rows) * m * (2 if rides and not alone else 1)
+        call.launch(
+            ebr_bwd_kernel, programs, call.table, (d, s, d if c is None else c), (psi_d, acts[psi] if rides else g, psi_c),
+            (slabs, slab_size, psi_slabs, psi_slab), d_latents, losses, call.present, call.source, batch, sizes.hidden,
+            sizes.latent, psi, per, n_shares, psi_per, psi_shares, region, M=m, LAYERS=call.layers,
+            LAYER=1 if alone else number, FIRST=int(alone), PSI=rides, DIRECT=direct and number == 2, RESIDUAL=residual,
+            EVEN=sizes.even, PREC=call.precision, **tile.options,
+        )  # fmt: skip
+
+    d_h3, d_u = torch.empty_like(h3), torch.empty_like(u)
+    layers = list(range(len(acts) - 1, 0, -1))  # hidden layers of the discriminator above its first, top first
+    psi_d = d_top
+    belows = {psi: torch.empty_like(acts[psi]) for psi in layers} if d_md is not None else {}
+    first = layers[0] if layers else -1
+    layer(3, d_h3, h3, d_h3, first, psi_d, belows.get(first))
+    for psi in layers[1:]:
+        psi_d = belows.get(psi + 1, d_top)
+        layer(-1, d_h3, h3, None, psi, psi_d, belows.get(psi))
+    psi_d = belows.get(1, d_top)
+    back = None if direct or d_md is None else torch.empty_like(g) if len(sizes.psi) > 2 else d_top
+    layer(2, d_h3, u, d_u, 0, psi_d, back if len(sizes.psi) > 2 else None)
+    if d_source is not None:
+        call.launch(
+            ebr_source_grad_kernel, (cdiv(batch, 32), m), g, d_u, d_source, call.present, call.source, batch,
+            sizes.latent, M=m, BR=32, BK=64,
+        )  # fmt: skip
     if not (needs.features or needs.params):
-        return d_features, d_source, [None] * len(params)
-    if source is not None:
-        run.d_mixed = d_u
-        run.launch("latent", run.heads(4, d_h, latents, d_z), weights=False)
-    if normalize:
-        _normalise(ebr_norm_bwd_kernel, inputs, latents, d_z, run.rstd)
-    run.launch("hidden", run.heads(2, d_z, run.h1, d_h))  # the decoders' gradient is used up: its buffer serves again
-    run.launch("feature", run.heads(0, d_h, inputs.features, d_features))
-    return d_features, d_source, run.d_params if needs.params else [None] * len(params)
-
-
-class _Backward:
-    """What the launches of one backward share."""
-
-    def __init__(
-        self, inputs: Inputs, upstream: Upstream, reversal: Tensor, recovered, latents: Tensor, saved, needs: Needs
-    ) -> None:
-        self.inputs, self.upstream, self.latents, self.reversal = inputs, upstream, latents, reversal
-        self.weights = needs.params
-        self.counts, *rest = saved
-        self.rstd = rest.pop(0) if inputs.normalize else None
-        self.h1, self.h3, *self.between, self.d_top, self.last_sums = rest
-        self.given, self.recovered = upstream.given(inputs), tuple(recovered)
-        # stand-ins where none is wanted: nothing writes to them
-        self.d_params = [torch.empty_like(p) for p in inputs.params] if needs.params else list(inputs.params)
-        self.d_mixed, self.psi_d = latents, self.d_top
-
-    def heads(self, kind: int, d: Any, s: Any, c: Any) -> list[tuple]:
-        """Groups of all heads' layer ``inputs.column(kind)``; d None: a stand-in, the kernel forms that gradient."""
-        m = self.inputs.sizes.m
-        at = [(kind // 4) * 4 * m + 4 * i + kind % 4 for i in range(m)]
-        return [
-            (s[i] if d is None else d[i], self.inputs.params[n], s[i], c[i], self.d_params[n], self.d_params[n + 1])
-            for i, n in enumerate(at)
-        ]
-
-    def psi_layer(self, layer: int, c: Tensor | None) -> tuple:
-        """Group of a layer of the discriminator below its last."""
-        s, n = self.latents if layer == 0 else self.between[layer - 1], 8 * self.inputs.sizes.m + 2 * layer
-        out = None if c is None else _stacked(c)
-        return _stacked(self.psi_d), self.inputs.params[n], _stacked(s), out, self.d_params[n], self.d_params[n + 1]
-
-    def launch(self, stage: str, groups: list, first: int = 0, last: bool = False, weights: bool = True) -> None:
-        """One launch over groups ``(D, W, S, C or None, dW, db)``; C None: weight gradient only."""
-        inputs, latents = self.inputs, self.latents
-        sizes, batch, m = inputs.sizes, inputs.batch, inputs.sizes.m
-        blocks = _tile(latents.dtype, "product").blocks
-        weights, last = weights and self.weights, last and self.weights
-        weight_programs, data_programs = [], []
-        for n, (_, w, _, c, _, _) in enumerate(groups):
-            weight_programs.append(_tiles(*w.shape, blocks) if weights else 0)
-            rows = batch if first + n < m else batch * m
-            data_programs.append(0 if c is None else _tiles(rows, w.shape[1], blocks))
-        top = sizes.psi[-2]
-        last_programs = triton.cdiv(m * top + m, _LAST_BLOCK) if last else 0
-        programs = sum(weight_programs) + sum(data_programs) + last_programs
-        if not programs:
-            return
-        d, w, s, c, d_w, d_b = zip(*groups, strict=True)
-        c = tuple(latents if t is None else t for t in c)
-        psi = (self.psi_d, None, 1) if len(sizes.psi) == 2 else (self.psi_d, inputs.psi[0], sizes.psi[1])
-        sums = (self.last_sums, *self.d_params[-2:], self.last_sums.shape[0], top) if last else None
-        common.launch(
-            ebr_bwd_kernel, (programs,), latents.device,
-            (d, w, s, c, d_w, d_b), _widths(w, backwards=True), _ends(weight_programs), _ends(data_programs),
-            inputs.strided_features, self.recovered, self.given, inputs.mask, inputs.routing, latents,
-            self.upstream.strided_latents, self.d_mixed, self.upstream.losses(inputs, self.counts), psi, sums,
-            self.reversal, batch, sizes.latent, M=m, GROUPS=len(groups), FIRST=first, STAGE=stage,
-            RESIDUAL=inputs.residual, **_options(latents.dtype),
+        return d_features, d_source, d_params
+    d_g = d_u
+    if not direct:
+        d_g = torch.empty_like(g)
+        call.launch(
+            ebr_latent_grad_kernel, _row_grid(call), d_u, back, d_latents, g, rstd, losses, d_g, call.present, call.source,
+            batch, sizes.latent, M=m, **_row_tile(sizes),
         )  # fmt: skip
-
-
-def _source_grad(inputs: Inputs, latents: Tensor, d_u: Tensor) -> Tensor:
-    batch, m = inputs.batch, inputs.sizes.m
-    d_source = torch.empty(batch, m, m, dtype=inputs.source.dtype, device=latents.device)
-    tiles = triton.cdiv(batch, _SOURCE_TILE.blocks["BM"])
-    if tiles:
-        common.launch(
-            ebr_source_kernel, (m * tiles,), latents.device, latents, d_u, d_source, inputs.mask, inputs.routing,
-            batch, inputs.sizes.latent, tiles, M=m, **_SOURCE_TILE.options,
+    d_h1 = d_h3  # the decoders' gradient is used up
+    layer(1, d_g, h1, d_h1)
+    layer(0, d_h1, h1, h1 if needs.features else None)
+    if needs.params:
+        skipped = 0 if folded else 4 * m
+        most = max(p.numel() + p.shape[0] for p in (call.params if folded else call.params[8 * m :]))
+        call.launch(
+            ebr_fold_kernel, (cdiv(most, _FOLD), 4 * m + call.layers - skipped), call.table, g, slabs, slab_size,
+            n_shares, psi_slabs, psi_slab, psi_shares, last, last.shape[0], d_md, counts, sizes.hidden, sizes.latent,
+            skipped, M=m, LAYERS=call.layers, BLOCK=_FOLD,
         )  # fmt: skip
-    return d_source
+    return d_features, d_source, d_params
 
 
-def _normalise(kernel: Any, inputs: Inputs, latents: Tensor, *args: Any) -> None:
-    width, rows = padded(inputs.sizes.latent), inputs.batch * inputs.sizes.m
-    block = max(1, _NORM_ELEMENTS // width)
-    if rows:
-        common.launch(
-            kernel, (triton.cdiv(rows, block),), latents.device, latents, *args, inputs.batch, inputs.sizes.latent,
-            M=inputs.sizes.m, KP=width, BR=block, num_warps=4,
-        )  # fmt: skip
+def _outputs(sizes: Sizes, layer: int, each: bool = False) -> list[int]:
+    """What a layer of the heads gives, one number a head."""
+    usual = [sizes.hidden, sizes.latent, sizes.hidden][layer] if layer < 3 else 0
+    return list(sizes.dims) if layer == 3 else [usual] * sizes.m
 
 
-def _tile(dtype: torch.dtype, name: str) -> Tile:
-    return TILES[product_kind(dtype)][name]
+def _inputs(sizes: Sizes, layer: int) -> list[int]:
+    """What a layer of the heads takes, one number a head."""
+    return list(sizes.dims) if layer == 0 else [(sizes.hidden, sizes.latent, sizes.hidden)[layer - 1]] * sizes.m
 
 
-def _options(dtype: torch.dtype) -> dict[str, Any]:
-    return {"PREC": input_precision(dtype), **_tile(dtype, "product").options}
+def _row_tile(sizes: Sizes) -> dict[str, int]:
+    width = 1 << (round16(sizes.latent) - 1).bit_length()
+    return {"KP": width, "BR": max(1, _ROW_ELEMENTS // width)}
 
 
-def _tiles(rows: int, columns: int, blocks: dict[str, int]) -> int:
-    return triton.cdiv(rows, blocks["BM"]) * triton.cdiv(columns, blocks["BN"])
-
-
-def _loss_tiles(dtype: torch.dtype, batch: int) -> int:
-    return max(1, triton.cdiv(batch, _tile(dtype, "loss").blocks["BM"]))
-
-
-def _ends(counts: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sum(counts[: n + 1]) for n in range(len(counts)))
-
-
-def _widths(weights: Sequence[Tensor], backwards: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Columns and rows of the weights: what a layer takes and gives, or backwards."""
-    inputs, outputs = tuple(w.shape[1] for w in weights), tuple(w.shape[0] for w in weights)
-    return (outputs, inputs) if backwards else (inputs, outputs)
-
-
-def _stacked(t: Tensor) -> Tensor:
-    return t.flatten(0, 1)
+def _row_grid(call: Call) -> tuple[int, int]:
+    return cdiv(call.batch, _row_tile(call.sizes)["BR"]), call.sizes.m

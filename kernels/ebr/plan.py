@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..common import DTYPES, Tile, input_precision, triton_version
+from .. import common
+from ..common import DTYPES, Tile, cdiv, input_precision, product_kind, triton_version
+from .rows import ebr_pack_kernel, ebr_table_kernel
 
-__all__ = ["TILES", "Inputs", "Needs", "Sizes", "Upstream", "unsupported"]
+__all__ = [
+    "LOSS_TILES",
+    "TILES",
+    "Call",
+    "Needs",
+    "Sizes",
+    "Upstream",
+    "product_tile",
+    "round16",
+    "shares",
+    "unsupported",
+]
 
 MOST_MODALITIES = 64
+_LONGEST_ROW = 2**24  # elements; offsets within a tile are 32 bits
+_PACK = {"BR": 32, "BC": 64}
 
-# kind of product (common.product_kind) -> tiles of the grouped products and of the end of the discriminator. A key never
-# holds the batch size: a batch of another size must not be tuned anew.
+# kind of product (common.product_kind) -> (rows, columns) of a tile -> the rest. Which tile a layer takes depends on its
+# widths and never on the batch: a batch of another size must not compile anew.
 TILES = {
     "half": {
-        "product": Tile({"BM": 64, "BN": 128, "BK": 64}, 8, 3, 208),
-        "loss": Tile({"BM": 32, "BP": 128, "BK": 64}, 8, 3, 208),
+        (128, 128): Tile({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
+        (64, 128): Tile({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
+        (64, 64): Tile({"BM": 64, "BN": 64, "BK": 64}, 4, 3),
     },
     "tf32": {
-        "product": Tile({"BM": 64, "BN": 64, "BK": 32}, 4, 3, 200),
-        "loss": Tile({"BM": 16, "BP": 128, "BK": 32}, 8, 3, 200),
+        (128, 128): Tile({"BM": 128, "BN": 128, "BK": 32}, 8, 3),
+        (64, 128): Tile({"BM": 64, "BN": 128, "BK": 32}, 4, 3),
+        (64, 64): Tile({"BM": 64, "BN": 64, "BK": 32}, 4, 3),
     },
-    "ieee": {
-        "product": Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 208),
-        "loss": Tile({"BM": 16, "BP": 64, "BK": 16}, 8, 2, 208),
-    },
+    "ieee": {(64, 64): Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 128)},
 }
+LOSS_TILES = {
+    "half": Tile({"BM": 64, "BP": 64}, 4, 2),
+    "tf32": Tile({"BM": 64, "BP": 64}, 4, 2),
+    "ieee": Tile({"BM": 32, "BP": 32}, 4, 2),
+}
+
+
+def product_tile(kind: str, columns: int, rows: int = 1 << 30) -> Tile:
+    """The tile for products of so many columns; ``rows``: of the weight gradients of the same launch."""
+    wanted = (128 if columns >= 256 and rows >= 128 else 64, 128 if columns >= 256 else 64)
+    return TILES[kind].get(wanted) or TILES[kind][64, 64]
+
+
+def shares(rows: int, each: int, block: int, most: int) -> tuple[int, int]:
+    """``(number of shares, rows of a share)`` of a sum over rows: about ``each`` rows, in whole blocks."""
+    n = min(most, max(1, rows // each))
+    per = -(-rows // (n * block)) * block
+    return -(-rows // per), per
+
+
+def round16(n: int) -> int:
+    """The next multiple of 16."""
+    return -(-n // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +91,11 @@ class Sizes:
     @property
     def latent(self) -> int:
         return self.psi[0]
+
+    @functools.cached_property
+    def even(self) -> bool:
+        """Whether 16 divides every width, so that stores of results move 16 bytes at a time."""
+        return not any(n % 16 for n in (*self.dims, self.hidden, *self.psi[:-1]))
 
 
 def _rounded_to_tf32(like: Tensor) -> bool:
@@ -83,70 +126,6 @@ def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | N
     return None
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of a call, with their strides, and the flags that shape it."""
-
-    features: tuple[Tensor, ...]
-    params: tuple[Tensor, ...]
-    sizes: Sizes
-    present: Tensor | None
-    source: Tensor | None
-    normalizer: Tensor | None
-    residual: bool
-    normalize: bool
-
-    @staticmethod
-    def of(features, params, present, source, normalizer, residual: bool, normalize: bool) -> Inputs:
-        params = tuple(p.contiguous() for p in params)  # nn.Linear holds them so; a copy is only made of others
-        if present is not None:
-            present = present.view(torch.uint8)
-        return Inputs(
-            tuple(features), params, Sizes.of(features, params), present, source, normalizer, residual, normalize
-        )
-
-    @property
-    def batch(self) -> int:
-        return self.features[0].shape[0]
-
-    def column(self, kind: int) -> tuple[Tensor, ...]:
-        """One tensor a modality: 0-3 encoder ``W₁ b₁ W₂ b₂``, 4-7 decoder."""
-        base, m = (kind // 4) * 4 * self.sizes.m, self.sizes.m
-        return tuple(self.params[base + 4 * i + kind % 4] for i in range(m))
-
-    @property
-    def psi(self) -> tuple[Tensor, ...]:
-        return self.params[8 * self.sizes.m :]
-
-    @property
-    def strided_features(self) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
-        """As kernels take them: tensors, strides of rows, strides of columns."""
-        return strided(self.features)
-
-    @property
-    def mask(self) -> tuple[Tensor | None, int, int]:
-        """``present`` and its strides."""
-        return (None, 0, 0) if self.present is None else (self.present, *self.present.stride())
-
-    @property
-    def routing(self) -> tuple[Tensor | None, int, int, int]:
-        """``source`` and its strides: None, int64 ``[B, m]`` or float ``[B, m, m]``."""
-        if self.source is None:
-            return None, 0, 0, 0
-        return (self.source, *(*self.source.stride(), 0)[:3])
-
-    @property
-    def denominators(self) -> tuple[Tensor | None, int]:
-        """``normalizer`` and the distance to its last value."""
-        n = None if self.normalizer is None else self.normalizer.reshape(-1)
-        return (None, 0) if n is None else (n, (n.numel() - 1) * n.stride(0))
-
-
-def strided(matrices: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-    """Matrices, strides of their rows, strides of their columns."""
-    return tuple(matrices), tuple(t.stride(0) for t in matrices), tuple(t.stride(1) for t in matrices)
-
-
 class Needs(NamedTuple):
     """Which gradients are wanted of a backward: of some feature, of the source, of some parameter."""
 
@@ -155,8 +134,7 @@ class Needs(NamedTuple):
     params: bool
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(NamedTuple):
     """Gradients of what forward returned, None where there is none."""
 
     recovered: tuple[Tensor | None, ...]
@@ -164,15 +142,79 @@ class Upstream:
     discrimination: Tensor | None
     reconstruction: Tensor | None
 
-    def given(self, inputs: Inputs) -> tuple:
-        """Those of ``recovered`` with strides, stand-ins where there is none, and which of them are real."""
-        held = [f if d is None else d for d, f in zip(self.recovered, inputs.features, strict=True)]
-        return (*strided(held), tuple(int(d is not None) for d in self.recovered))
 
-    def losses(self, inputs: Inputs, counts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The denominators, and the gradients of the two losses; with one modality the first has none."""
-        return counts, self.discrimination if inputs.sizes.m > 1 else None, self.reconstruction
+class Call:
+    """Tensors of a call as the kernels take them, and its table of addresses.
 
-    @property
-    def strided_latents(self) -> tuple[Tensor | None, int, int, int]:
-        return (None, 0, 0, 0) if self.latents is None else (self.latents, *self.latents.stride())
+    The table, in int64: for each modality 0-7 the head's parameters, 8 features and 9 their row stride, 10 width, 11
+    ``recovered``; then the discriminator's 2 L parameters and L + 1 widths. For a backward follow 0-7 the gradients of the
+    head's parameters, 8 of the features, 9 of the decoder's output, 10 of ``recovered`` and 11, 12 its strides, and the
+    discriminator's 2 L gradients.
+    """
+
+    def __init__(self, features, present, source, params, residual: bool, normalize: bool) -> None:
+        self.features, self.params = tuple(features), tuple(params)
+        self.sizes, self.residual, self.normalize = Sizes.of(features, params), residual, normalize
+        self.present = None if present is None else present.contiguous().view(torch.uint8)
+        self.source = None if source is None else source.contiguous()
+        like = self.features[0]
+        self.batch, self.dtype, self.device = like.shape[0], like.dtype, like.device
+        self.kind, self.precision = product_kind(self.dtype), input_precision(self.dtype)
+        self.layers = len(self.sizes.psi) - 1
+        self.reached: list[Tensor] = []
+        self.table = like
+
+    def empty(self, *shape: int) -> Tensor:
+        """A buffer in the dtype of the features."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def floats(self, *shape: int) -> Tensor:
+        """A buffer of float32."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def rows(self, width: int) -> Tensor:
+        """A buffer ``[m, B, width]``, the width rounded up to 16."""
+        return self.empty(self.sizes.m, self.batch, round16(width))
+
+    def launch(self, kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launch on the device of the call; the table reaches tensors that are no arguments."""
+        grid = (programs,) if isinstance(programs, int) else programs
+        if all(grid):
+            common.launch(kernel, grid, self.device, *args, reaches=self.reached, **options)
+
+    def address(self, recovered: Sequence[Tensor], *more: Any) -> None:
+        """Write the table: the forward's part, then ``more``. Copies what the kernels cannot read where it lies."""
+        sizes, m = self.sizes, self.sizes.m
+        copies: list[Any] = []
+        self.reached = [*self.features, *self.params, *recovered, *(t for t in more if isinstance(t, Tensor))]
+
+        def readable(t: Tensor, rows: int = 0, modality: int = -1) -> Tensor:
+            """``t``, or a buffer that a copy with widths rounded up goes to."""
+            columns = t.shape[-1]
+            regular = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not columns % 16 and not rows % 16
+            if regular and (t.dim() == 1 or (not t.stride(0) % 16 and t.stride(0) < _LONGEST_ROW)):
+                return t
+            real = -1 if modality >= 0 else t.shape[0] if t.dim() == 2 else 1
+            held = self.empty(self.batch if modality >= 0 else round16(real), round16(columns))
+            copies.extend((t, held, real, columns, t.stride(0) if t.dim() == 2 else 0, t.stride(-1), modality))
+            self.reached.append(held)
+            return held
+
+        params = list(self.params)
+        if not sizes.even or any(p.data_ptr() % 16 or not p.is_contiguous() for p in params[:-1]):
+            params = [readable(p, p.shape[0] if p.dim() == 2 else 0) for p in params[:-2]]
+            params += [readable(self.params[-2]), self.params[-1].contiguous()]
+            self.reached.append(params[-1])
+        columns = [[params[(c // 4) * 4 * m + 4 * i + c % 4] for i in range(m)] for c in range(8)]
+        x = [readable(f, modality=i) for i, f in enumerate(self.features)]
+        values = [t for column in columns for t in column]
+        values += [*x, *(t.stride(0) for t in x), *sizes.dims, *recovered, *params[8 * m :], *sizes.psi, *more]
+        at = len(values)
+        self.table = torch.empty(at + len(copies), dtype=torch.int64, device=self.device)
+        self.launch(ebr_table_kernel, 1, self.table, (*values, *copies), N=at + len(copies), num_warps=1)
+        if copies:
+            largest = max(cdiv(t.shape[0], _PACK["BR"]) * cdiv(t.shape[1], _PACK["BC"]) for t in copies[1::7])
+            self.launch(
+                ebr_pack_kernel, (largest, len(copies) // 7), self.table[at:], self.features[0], self.present,
+                self.batch, M=m, **_PACK,
+            )  # fmt: skip

@@ -70,6 +70,18 @@ def test_matrix_instructions_are_read_from_ptx():
     }  # fmt: skip
 
 
+def test_what_ptx_says_about_moving_data():
+    ptx = """
+    cp.async.cg.shared.global [ %r567 + 0 ], [ %rd252 + 0 ], 0x10, %r568;
+    cp.async.ca.shared.global [ %r807 + 0 ], [ %rd343 + 0 ], 0x4, %r808;
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_first.b16 { %rs1 }, [ %rd1 + 0 ];
+    ld.global.v2.b16 { %rs1, %rs2 }, [ %rd1 + 0 ];
+    bar.sync 0;
+    """
+    assert gpu_compile.facts(ptx) == {"async_copies": 2, "narrow_copies": 1, "barriers": 1, "narrow_loads": 1}
+
+
 @pytest.mark.parametrize(
     ("arch", "registers", "threads", "shared", "blocks"),
     [
@@ -90,6 +102,11 @@ def test_what_got_worse_is_named():
     assert worse([row], [row]) == []
     assert "spills 8 bytes, recorded 0" in worse([row | {"spill_bytes": 8}], [row])[0]
     assert "2 blocks per SM, recorded 3" in worse([row | {"blocks_per_sm": 2}], [row])[0]
+    moves = {"async_copies": 2, "narrow_copies": 0, "narrow_loads": 0, "barriers": 3}
+    assert worse([row | moves], [row | moves]) == []
+    assert "pipeline is gone" in worse([row | moves | {"async_copies": 0}], [row | moves])[0]
+    for fact in ("narrow_copies", "narrow_loads", "barriers"):
+        assert fact.replace("_", " ") in worse([row | moves | {fact: 9}], [row | moves])[0]
     assert "k on sm_80: new" in worse([row | {"problems": ["known", "new"]}], [row])[0]
     assert "spills 4" in worse([row, row | {"kernel": "other", "spill_bytes": 4, "problems": []}], [row])[0]
     assert "not compiled" in worse([row | {"kernel": "other", "problems": []}], [row])[0]
@@ -102,8 +119,10 @@ def test_what_got_worse_is_named():
 def test_the_record_of_compilations():
     rows = json.loads(RECORD.read_text())
     assert {row["arch"] for row in rows} == {80, 90, 100}
-    aligned = [row for row in rows if row["arch"] in (80, 90) and "odd widths" not in row["kernel"]]
-    assert not [row["kernel"] for row in aligned if row["spill_bytes"] or row["problems"]]
+    common = [row for row in rows if row["arch"] in (80, 90)]
+    for row in common:
+        assert row["spill_bytes"] <= 32 * (not row["kernel"].startswith("ebr_bwd")), (row["kernel"], row["arch"])
+        assert not row["problems"], row
     assert not [row for row in rows if row["arch"] == 90 and row["problems"]]
     kernels = {row["kernel"].split(" [")[0] for row in rows}
     for path in (ROOT / "kernels").rglob("*.py"):
@@ -124,7 +143,7 @@ def test_the_record_of_counts():
 
 def test_the_page_holds_the_records():
     page = render_gpu.PAGE.read_text(encoding="utf-8")
-    assert render_gpu.render(page) == page, "docs/gpu.md is not of these records; python tools/render_gpu.py"
+    assert render_gpu.render(page) == page, "docs/gpu-appendix.md is not of these records; python tools/render_gpu.py"
     assert "**Nothing on this page has run on hardware.**" in page
 
 

@@ -43,14 +43,40 @@ def _two_steps(x, scratch, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
 
 
 @triton.jit
-def _last_one_sums(x, parts, counter, y, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, BARRIER: tl.constexpr):
+def _last_one_sums(x, parts, counter, y, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, WRONG: tl.constexpr):
     program = tl.program_id(0)
     tl.store(parts + program, tl.sum(tl.load(x + program * BLOCK + tl.arange(0, BLOCK))))
-    if BARRIER:
+    if WRONG != "no barrier before":
         tl.debug_barrier()
-    before = tl.atomic_add(counter, 1)
+    if WRONG == "relaxed":
+        before = tl.atomic_add(counter, 1, sem="relaxed")
+    elif WRONG == "scope":
+        before = tl.atomic_add(counter, 1, scope="cta")
+    else:
+        before = tl.atomic_add(counter, 1)
     if before == PROGRAMS - 1:
-        tl.store(y, tl.sum(tl.load(parts + tl.arange(0, PROGRAMS))))
+        if WRONG != "no barrier after":
+            tl.debug_barrier()
+        at = parts + tl.arange(0, PROGRAMS)
+        if WRONG == "cached":
+            tl.store(y, tl.sum(tl.load(at, cache_modifier=".ca")))
+        else:
+            tl.store(y, tl.sum(tl.load(at, cache_modifier=".cg")))
+
+
+@triton.jit
+def _reversed_in_place(x, BLOCK: tl.constexpr, WRONG: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at)
+    if WRONG != "no barrier":
+        tl.debug_barrier()
+    tl.store(x + BLOCK - 1 - at, value)
+
+
+@triton.jit
+def _doubled_in_place(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, 2 * tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
 
 
 @triton.jit
@@ -147,17 +173,41 @@ def test_reading_back_needs_a_barrier():
         _two_steps[(1,)](x, torch.zeros(16), y, BLOCK=16, BARRIER=False)
 
 
-def test_the_last_program_may_read_what_a_counter_released(seed):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("nothing", ""),
+        ("no barrier before", "race"),
+        ("relaxed", "race"),
+        ("scope", "scope 'cta'"),
+        ("no barrier after", "race"),
+        ("cached", "first-level cache"),
+    ],
+)
+def test_the_last_program_may_read_what_a_counter_released(seed, wrong, message):
     x = torch.arange(64.0)
     for order in range(seed, seed + 3):
-        y = torch.zeros(1)
+        y, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+        arguments = (x, torch.zeros(4), counter, y)
         with triton_guard.watch(order):
-            counter = torch.zeros(1, dtype=torch.int32)
-            _last_one_sums[(4,)](x, torch.zeros(4), counter, y, BLOCK=16, PROGRAMS=4, BARRIER=True)
-        assert y.item() == x.sum()
-        counter = torch.zeros(1, dtype=torch.int32)
-        with triton_guard.watch(order), pytest.raises(GuardFault, match=r"race|without a barrier"):
-            _last_one_sums[(4,)](x, torch.zeros(4), counter, y, BLOCK=16, PROGRAMS=4, BARRIER=False)
+            if wrong == "nothing":
+                _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
+                assert y.item() == x.sum()
+                with pytest.raises(GuardFault, match="counter starts the launch at 4"):
+                    _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
+            else:
+                with pytest.raises(GuardFault, match=message):
+                    _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
+
+
+def test_overwriting_what_other_threads_still_load_needs_a_barrier():
+    x = torch.arange(16.0)
+    with triton_guard.watch():
+        _doubled_in_place[(1,)](x, 11, BLOCK=16)
+        _reversed_in_place[(1,)](x, BLOCK=16, WRONG="nothing")
+    assert x.tolist() == [15, 14, 13, 12, 11, *range(20, -1, -2)]
+    with triton_guard.watch(), pytest.raises(GuardFault, match="may still have to load"):
+        _reversed_in_place[(1,)](x, BLOCK=16, WRONG="no barrier")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -45,7 +45,7 @@ def saved_like(call: Call) -> list[Tensor]:
     """Empty tensors of the shapes and dtypes that :func:`step` saves."""
     from mmc_fast.kernels.ebr import launch as kernels
 
-    return kernels.saved_like(call.features, call.params, call.normalize)
+    return kernels.saved_like(call.features, call.params, call.source, call.normalize)
 
 
 def step_backward(

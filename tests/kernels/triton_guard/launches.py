@@ -70,6 +70,7 @@ class Watch:
 
 
 _watch: Watch | None = None
+_reached: list[Tensor] = []  # by the launch under way, through addresses in memory
 _memory: Memory | None = None
 _order: np.ndarray | None = None
 
@@ -80,8 +81,9 @@ def watch(
 ) -> Iterator[Watch]:
     """Check and count every launch inside the block; raises :class:`GuardFault` at the first wrong access.
 
-    ``seed`` shuffles the programs. ``in_place`` names tensors that kernels reach through addresses in memory (pointer
-    tables): they are checked where they lie, since a copy would have other addresses. ``overflow`` also checks that
+    ``seed`` shuffles the programs. ``in_place`` names tensors that kernels reach through addresses in memory, beside those
+    that a launch says itself (``common.launch(reaches=...)``): they are checked where they lie, since a copy would have
+    other addresses. ``overflow`` also checks that
     32-bit integer sums and products do not wrap, at the price of speed. ``sample`` runs the first so many programs of a
     launch alone: enough to see what is launched, the numbers are worthless.
     """
@@ -158,7 +160,7 @@ def _guarded_call(original: Callable[..., Any]) -> Callable[..., Any]:
         options = builder.options
         numerics.dot_flops.clear()
         with _disable_current_modes(), np.errstate(all="ignore"):
-            copies = _Copies(_watch.in_place)
+            copies = _Copies([*_watch.in_place, *_reached])
             taken = [copies.take(a, n) for a, n in zip(args, self.arg_names, strict=False)]
             named = {name: copies.take(a, name) for name, a in kwargs.items()}
             memory = copies.memory()
@@ -219,17 +221,19 @@ def _mask(handle: Any) -> Any:
     return handle if handle.data.dtype == np.bool_ else TensorHandle(handle.data.astype(bool), tl.int1)
 
 
-def _check(kind: str, pointers: Any, mask: Any) -> None:
+def _check(kind: str, pointers: Any, mask: Any, cached: bool = True) -> None:
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses, active = np.broadcast_arrays(pointers.data, mask.data)
-        _memory.access(kind, addresses, active, size)
+        _memory.access(kind, addresses, active, size, cached)
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         mask = _mask(mask)
-        _check("load", pointers, mask)
+        modifier, volatile = rest[0] if rest else None, len(rest) > 2 and bool(rest[2])
+        past = modifier in (ir.CACHE_MODIFIER.CG, ir.CACHE_MODIFIER.CV)
+        _check("load", pointers, mask, not (past or volatile))
         if other is None and not mask.data.all():  # what a GPU leaves undefined
             element = pointers.get_element_ty()
             dtype = interpreter._get_np_dtype(element)
@@ -258,6 +262,8 @@ def _atomic(original: Callable[..., Any]) -> Callable[..., Any]:
     def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, order: Any, *rest: Any) -> Any:
         if pointers.get_element_ty() == tl.bfloat16:
             raise GuardFault("an atomic on bfloat16: accumulate in float32")
+        if rest and rest[0] == ir.MEM_SYNC_SCOPE.CTA:
+            raise GuardFault("an atomic of scope 'cta': other programs may not see it")
         mask = _mask(mask)
         _check("atomic", pointers, mask)
         if _memory is not None and pointers.data.size == 1 and order == ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
@@ -284,6 +290,17 @@ def _barrier(original: Callable[..., Any]) -> Callable[..., Any]:
     return barrier
 
 
+def _with_reached(original: Callable[..., Any]) -> Callable[..., Any]:
+    def launch(*args: Any, reaches: Iterable[Tensor] = (), **options: Any) -> Any:
+        _reached[:] = reaches
+        try:
+            return original(*args, **options)
+        finally:
+            _reached.clear()
+
+    return launch
+
+
 def install() -> None:
     """Route launches, memory accesses and barriers of the interpreter through the checks, in this process."""
     wrappers: dict[str, Callable[..., Any]] = {
@@ -296,4 +313,7 @@ def install() -> None:
     }
     for name, wrap in wrappers.items():
         setattr(InterpreterBuilder, name, wrap(getattr(InterpreterBuilder, name)))
+    from mmc_fast.kernels import common
+
+    common.launch = _with_reached(common.launch)
     setattr(GridExecutor, "__call__", _guarded_call(GridExecutor.__call__))  # noqa: B010 (mypy: a method)

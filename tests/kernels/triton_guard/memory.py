@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,13 +32,15 @@ class Region:
     stored: np.ndarray = field(init=False)
     added: np.ndarray = field(init=False)  # atomics
     stored_at: np.ndarray = field(init=False)  # interval between barriers
+    loaded_at: np.ndarray = field(init=False)
     read_bytes: int = 0  # that the launch read at least once
     written_bytes: int = 0  # that the launch wrote at least once
 
     def __post_init__(self) -> None:
         cells = -(-self.size // self.cell)
         self.allowed, self.loaded_by_several = np.zeros(cells, bool), np.zeros(cells, bool)
-        self.loaded, self.stored, self.added, self.stored_at = (np.zeros(cells, np.int32) for _ in range(4))
+        self.loaded, self.stored, self.added = (np.zeros(cells, np.int32) for _ in range(3))
+        self.stored_at, self.loaded_at = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
 
     def allow(self, view: Tensor) -> None:
         """Add the elements of a view of this storage to those that may be touched."""
@@ -65,22 +69,31 @@ class Memory:
         self._interval = 0
         self._dirty = False
         self._ordered_before: set[int] = set()  # programs whose stores this one may read
+        self._acquired: set[int] = set()  # the same, once a barrier tells all threads
+        self._tiles: set[bytes] = set()  # loaded since the last barrier
+        self._cached = self._same_tile = False  # of the access under way
         self._released: dict[int, set[int]] = {}  # by address of a counter
         self.loaded_bytes = self.stored_bytes = self.atomics = 0
 
     def begin(self, program: int) -> None:
         """Start the program of this number (from 0)."""
         self.program = program + 1
-        self._ordered_before = set()
+        self._ordered_before, self._acquired = set(), set()
         self.barrier()
 
     def barrier(self) -> None:
         """Order what the program did before against what it does next."""
         self._interval += 1
         self._dirty = False
+        self._ordered_before |= self._acquired
+        self._tiles.clear()
 
-    def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """Check and count one load, store or atomic of elements of ``size`` bytes."""
+    def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int, cached: bool = True) -> None:
+        """Check and count one load, store or atomic of elements of ``size`` bytes; ``cached``: by the first-level cache."""
+        tile = hashlib.blake2b(np.ascontiguousarray(addresses).tobytes(), digest_size=16).digest()
+        self._cached, self._same_tile = cached, tile in self._tiles
+        if kind == "load":
+            self._tiles.add(tile)
         active = addresses[mask]
         if active.size == 0:
             return
@@ -98,10 +111,12 @@ class Memory:
 
     def synchronise(self, address: int) -> None:
         """Acquire and release through one counter: what others released there is ordered before this program."""
+        if address not in self._released and (begin := ctypes.c_int32.from_address(address).value):
+            raise GuardFault(f"a counter starts the launch at {begin}: was it reset?")
         known = self._released.setdefault(address, set())
-        self._ordered_before |= known
+        self._acquired |= known
         if not self._dirty:  # stores that no barrier follows are not published
-            known |= {self.program, *self._ordered_before}
+            known |= {self.program, *self._acquired}
 
     def _cells(self, kind: str, active: np.ndarray, size: int) -> Iterator[tuple[Region, np.ndarray]]:
         owner = np.searchsorted(self._lows, active, side="right").astype(np.int64) - 1
@@ -142,6 +157,11 @@ class Memory:
     def _load(self, region: Region, cells: np.ndarray) -> None:
         self._clash("load", "store", region, cells, region.stored[cells])
         self._clash("load", "atomic", region, cells, region.added[cells])
+        if self._cached and (foreign := (region.stored[cells] != 0) & (region.stored[cells] != self.program)).any():
+            raise GuardFault(
+                f"program {self.program - 1} loads element {int(cells[foreign][0])} of '{region.name}', which another "
+                "program stored, through the first-level cache; use cache_modifier='.cg'"
+            )
         fresh = (region.stored[cells] == self.program) & (region.stored_at[cells] == self._interval)
         if fresh.any():
             raise GuardFault(
@@ -151,6 +171,7 @@ class Memory:
         before = region.loaded[cells]
         region.loaded_by_several[cells] |= (before != 0) & (before != self.program)
         region.read_bytes += region.touch(region.loaded, cells, self.program)
+        region.loaded_at[cells] = self._interval
 
     def _store(self, region: Region, cells: np.ndarray) -> None:
         if np.unique(cells).size != cells.size:
@@ -160,6 +181,12 @@ class Memory:
         self._clash("store", "load", region, cells, region.loaded[cells])
         if not self._ordered_before and region.loaded_by_several[cells].any():
             raise GuardFault(f"race: program {self.program - 1} stores what several programs load in '{region.name}'")
+        early = (region.loaded[cells] == self.program) & (region.loaded_at[cells] == self._interval)
+        if early.any() and not self._same_tile:  # a tile that goes back where it came from stays with its threads
+            raise GuardFault(
+                f"program {self.program - 1} stores element {int(cells[early][0])} of '{region.name}', which another of "
+                "its threads may still have to load, without a barrier between"
+            )
         region.written_bytes += region.touch(region.stored, cells, self.program)
         region.stored_at[cells] = self._interval
 
