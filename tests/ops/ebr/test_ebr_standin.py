@@ -93,6 +93,6 @@ def count(step: Callable[[], None]) -> Counter[str]:
      ("normalizer", torch.empty(2, device="meta"))],
 )  # fmt: skip
 def test_a_tensor_on_another_device_is_refused(name, given):
-    head = EBRHead([3, 5], 4, 6, ())
+    head = EBRHead([3, 5], 4, 6, (), backend="eager")
     with pytest.raises(TypeError, match=rf"{name} is on meta but features\[0\] is on cpu; move it there"):
         head([torch.ones(4, 3), torch.ones(4, 5)], **{name: given})
