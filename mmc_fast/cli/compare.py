@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,12 @@ from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import data_here, load_data_configs, load_method_configs
 from mmc_fast.experiments.compare.findings import Findings, find
-from mmc_fast.experiments.compare.grid import Grid, run_grid
+from mmc_fast.experiments.compare.grid import Grid, not_for, run_grid
 from mmc_fast.experiments.compare.output import footnotes, score_rows, tests_table, tests_title, write_outputs
 from mmc_fast.experiments.compare.runs import check as check_run
 from mmc_fast.experiments.jobs import own_folder
 from mmc_fast.experiments.pool import check_workers
+from mmc_fast.experiments.report.drawings import metric_name
 
 from .base import AsJson, Jobs, command, print_json, say
 from .scores import parse_rates
@@ -36,7 +38,7 @@ def print_comparison(console: Console, findings: Sequence[Findings], out: Path) 
     """Scores of every data set and metric, the tests, and where the files are."""
     for f in findings:
         for metric, comparison in f.comparisons.items():
-            title = f"{f.data}: test {metric}, mean ± s.d. over {len(comparison.seeds)} seed(s)"
+            title = f"{f.data}: test {metric_name(metric)}, mean ± s.d. over {len(comparison.seeds)} seed(s)"
             print_table(console, title, ["method", *comparison.conditions], score_rows(f, metric))
         if notes := footnotes(f):
             console.print(f"{notes}.", markup=False)
@@ -92,6 +94,10 @@ def compare(
     names = [m.name for m in grid.methods]
     if reference is not None and reference not in names:
         raise InputError(f"compare: the reference {reference!r} is none of the methods {', '.join(names)}")
+    if methods == METHODS:
+        unfit = not_for(grid.methods, grid.data)
+        left_out |= {name: f"The method cannot be trained here: {reason}." for name, reason in unfit.items()}
+        grid = replace(grid, methods=[m for m in grid.methods if m.name not in unfit or m.name == reference])
     for name, reason in left_out.items():
         say(f"{name} is left out. {reason}")
     own_folder(out, "comparison")

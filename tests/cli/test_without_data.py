@@ -59,7 +59,7 @@ def test_compare_takes_the_default_sets_that_are_here(tmp_path, monkeypatch):
     assert err.count("\n") == 1
     assert "avmnist-hard is left out." in err
     assert "set MMC_DATA to the folder that holds avmnist.npz" in err
-    assert "mine: test auroc" in out
+    assert "mine: test AUC (ROC)" in out
     stored = json.loads(Path("o/results.json").read_text())
     assert [f["data"] for f in stored["data_sets"]] == ["mine"]
     assert "avmnist.npz" in stored["facts"]["left out: avmnist-hard"]

@@ -21,7 +21,7 @@ from ..training import TrainConfig
 from ..training.parts import fingerprint
 
 __all__ = [
-    "BUDGET", "DataConfig", "MethodConfig", "configs_folder", "data_here", "fingerprint_of", "load_data", "load_data_configs",
+    "BUDGET", "DataConfig", "MethodConfig", "configs_folder", "data_here", "fingerprint_of", "kind_of", "load_data", "load_data_configs",
     "load_method_configs",
 ]  # fmt: skip
 
@@ -176,6 +176,13 @@ def load_data(key: str) -> MultimodalDataset:
 def fingerprint_of(key: str) -> str:
     """Hash of the content of the data set of :attr:`DataConfig.key`."""
     return fingerprint(load_data(key))
+
+
+@lru_cache(maxsize=64)
+def kind_of(key: str) -> str:
+    """Kind of the task of the data set of :attr:`DataConfig.key`."""
+    fingerprint_of(key)  # while the data are in memory
+    return load_data(key).task.kind
 
 
 def _check_keys(where: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -13,10 +13,11 @@ from mmc_fast.errors import InputError
 
 from ..jobs import ADVICE, Event, Job, Result, finish
 from ..manifest import Manifest
-from .configs import DataConfig, MethodConfig
+from ..methods import METHODS
+from .configs import DataConfig, MethodConfig, kind_of
 from .runs import check_cell, mean_missing, score, settings_of
 
-__all__ = ["SEARCH_SEED", "Finished", "Grid", "Run", "Tune", "check_once", "run_grid"]
+__all__ = ["SEARCH_SEED", "Finished", "Grid", "Run", "Tune", "check_once", "not_for", "run_grid"]
 
 SEARCH_SEED = 900  # of the trainings that only select hyper-parameters
 Tune = Literal["auto", "always", "never"]
@@ -82,8 +83,25 @@ def check_once(what: str, names: Sequence[Any]) -> None:
         raise InputError(f"compare: {what} is {list(names)}; name at least one, and each once")
 
 
+def not_for(methods: Sequence[MethodConfig], data: Sequence[DataConfig]) -> dict[str, str]:
+    """The methods that cannot be trained on all of the data -> why not."""
+    other = next((d for d in data if kind_of(d.key) != "classification"), None)
+    if other is None:
+        return {}
+    reason = f"it is for classes, and {other.name} holds a task of {kind_of(other.key)}"
+    return {m.name: reason for m in methods if m.plugin.classes_only}
+
+
 def run_grid(grid: Grid, folder: Path, *, workers: int, on_event: Event) -> Finished:
-    """Finish every run; what is finished is taken over. Events and errors as in :func:`mmc_fast.experiments.jobs.finish`."""
+    """Finish every run; what is finished is taken over. Events and errors as in :func:`mmc_fast.experiments.jobs.finish`.
+
+    A method that a task refuses is refused before anything is trained.
+    """
+    if refused := not_for(grid.methods, grid.data):
+        name, reason = next(iter(refused.items()))
+        able = [m.name for m in grid.methods if m.name not in refused]
+        able = able or [m for m, plugin in METHODS.items() if not plugin.classes_only]
+        raise InputError(f"compare: method {name} cannot be trained here: {reason}; give --methods {','.join(able)}")
     tried = {
         (method.name, data.name): [grid.job(method, data, s, "validation", SEARCH_SEED) for s in method.plugin.search]
         for data in grid.data

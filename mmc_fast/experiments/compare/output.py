@@ -44,7 +44,7 @@ _CSV_COLUMNS = (
     "batch_rows", "difference", "reference", "p", "p_holm", "p_wilcoxon", "pairs",
 )  # fmt: skip
 READING = (
-    "Mean ± s.d. over seeds. **Bold**: the paired 95 % intervals (seeds and test samples) against every other method lie "
+    "Mean ± s.d. over seeds, more is better. **Bold**: the paired 95 % intervals (seeds and test samples) against every other method lie "
     "above 0. Tests: paired by seed, masks and test samples; Holm over all tests of the report; with one seed there is none. A "
     "re-implementation whose score on complete data is below that of vanilla by more than one standard error is marked "
     f"“{UNDER_PERFORMING}”: its numbers say little about the method."
@@ -172,7 +172,7 @@ def tests_table(f: Findings) -> tuple[list[str], list[list[Cell | str]]]:
     titles = {name: facts.title for name, facts in f.methods.items()}
     rows: list[list[Cell | str]] = []
     for t in f.tests:
-        name = f"{titles[t.method]} − {titles[t.reference]}, {t.metric}, {t.condition}"
+        name = f"{titles[t.method]} − {titles[t.reference]}, {metric_name(t.metric)}, {t.condition}"
         clear = t.p_holm is not None and t.p_holm < 0.05
         line: list[Cell | str] = [name, Cell(signed(t.difference), strong=clear), f"{signed(t.low)} … {signed(t.high)}"]
         rows.append([*line, *map(_p, (t.p, t.p_holm, t.p_wilcoxon))] if several else line)

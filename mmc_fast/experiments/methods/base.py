@@ -72,6 +72,7 @@ class Method:
         fixed: settings of every candidate.
         batch_dependent: its prediction for a row depends on the other rows of the batch.
         baseline: a re-implementation of somebody else's method; its results have to pass the sanity threshold.
+        classes_only: it cannot be trained on a task other than classification.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Method:
     fixed: Settings = field(default_factory=dict)
     batch_dependent: bool = False
     baseline: bool = False
+    classes_only: bool = False
 
     def __post_init__(self) -> None:
         if len(self.search) != CANDIDATES:
@@ -125,7 +127,13 @@ class Method:
         Raises what :func:`mmc_fast.experiments.training.train` raises.
         """
         config, options = self.resolve(settings, budget)
+        self.check_kind(dataset.task.kind, dataset.name)
         return self.fitter(Task(dataset, config, options, seed, progress))
+
+    def check_kind(self, kind: str, where: str) -> None:
+        """Raise InputError where this method is for classes and the task of the data ``where`` is another."""
+        if self.classes_only and kind != "classification":
+            raise InputError(f"method {self.name} is for classes and {where} holds a task of {kind}; leave it out")
 
     def with_settings(self, name: str, title: str, fixed: Settings) -> Method:
         """The same method with more fixed settings, under a name of its own."""
@@ -155,14 +163,6 @@ def merged(*tables: Settings) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(before, Mapping)
             result[key] = merged(before, value) if both else merged(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
     return result
-
-
-def check_classes(dataset: MultimodalDataset) -> None:
-    """Raise InputError for a method that needs classes where there are none."""
-    if dataset.task.kind != "classification":
-        raise InputError(
-            f"this method is for classes and {dataset.name} holds a task of {dataset.task.kind}; leave it out"
-        )
 
 
 def prior(dataset: MultimodalDataset) -> Tensor:

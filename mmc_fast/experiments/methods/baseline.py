@@ -28,7 +28,7 @@ from ..training.parts import Batches, fingerprint, task_of
 from ..training.progress import Silent
 from ..training.substitution import ranking_parts, refresh, source_for
 from ..training.unimodal import train_unimodal
-from .base import BATCH_ROWS, Fitted, Task, check_classes, prior
+from .base import BATCH_ROWS, Fitted, Task, prior
 
 __all__ = ["BaselineModel", "Batch", "fit_baseline"]
 
@@ -58,7 +58,6 @@ class BaselineModel(MultimodalModel, ABC):
     """
 
     batch_dependent = False
-    needs_classes = False  # its loss compares the classes of rows
 
     def __init__(self, dims: Mapping[str, int], num_classes: int, config: TrainConfig) -> None:
         super().__init__(dims, num_classes, config)
@@ -147,8 +146,6 @@ class _Fit:
             self.model = build(task)
         self.train, self.validation = task.dataset.part("train"), task.dataset.part("validation")
         self.model.task = task_of(task.dataset, task.config)
-        if self.model.needs_classes:
-            check_classes(task.dataset)
         self.model.prior.copy_(self.model.task.prior(self.train.labels))
         self.unimodal: UnimodalModels | None = None
         self.fitted = Fitted(

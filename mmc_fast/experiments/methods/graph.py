@@ -118,7 +118,6 @@ class Muse(BaselineModel):
     """
 
     batch_dependent = True
-    needs_classes = True
 
     def __init__(
         self,
@@ -179,4 +178,5 @@ MUSE = Method(
     ),
     batch_dependent=True,
     baseline=True,
+    classes_only=True,
 )

@@ -57,7 +57,7 @@ class SubsetTransformer(BaselineModel):
         tasks = subsets(filled.shape[1], batch.random)
         here = (tasks[:, None] & filled).flatten(0, 1)  # [S * b, m]
         rows = here.any(1)
-        labels = batch.labels.repeat(len(tasks))[rows]
+        labels = batch.labels.repeat(len(tasks), *[1] * (batch.labels.dim() - 1))[rows]
         repeated = [z.repeat(len(tasks), 1)[rows] for z in encoded]
         return self.task.loss(self.fuse(repeated, here[rows]), labels, "mean") + extra
 

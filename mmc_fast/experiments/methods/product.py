@@ -15,7 +15,7 @@ from ..training.interrupt import Stage
 from ..training.parts import fingerprint
 from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
-from .base import Fitted, Method, Task, check_classes, prior
+from .base import Fitted, Method, Task, prior
 
 __all__ = ["PRODUCT", "fit_product"]
 
@@ -23,7 +23,6 @@ __all__ = ["PRODUCT", "fit_product"]
 def fit_product(task: Task) -> Fitted:
     """Train one model per modality, then fit the weights of their product on masked validation rows."""
     dataset, config = task.dataset, task.config
-    check_classes(dataset)
     if unknown_options := task.options.keys() - {"penalty"}:
         raise InputError(f"product has the option penalty alone, not {', '.join(sorted(unknown_options))}")
     progress = task.progress or Silent()
@@ -60,4 +59,5 @@ PRODUCT = Method(
     fit_product,
     tuple({"lr": lr, "options": {"penalty": p}} for lr in (1e-3, 3e-4) for p in (0.001, 0.1)),
     {"unimodal_share": 1.0},
+    classes_only=True,
 )

@@ -16,7 +16,7 @@ from mmc_fast._util.seeds import derive_seed, generator
 
 from ..data import Part
 from ..training.masks import training_masks
-from .base import Fitted, Method, Task, check_classes, prior
+from .base import Fitted, Method, Task, prior
 
 __all__ = ["BOOSTING", "BOOSTING_MASKED", "LOGISTIC", "masked_copies"]
 
@@ -34,7 +34,6 @@ def _fit(task: Task, model: Any, absent: float, copies: int = 0) -> Fitted:
     def table(features: Sequence[Tensor], present: Tensor) -> np.ndarray:
         return torch.cat([torch.where(present[:, i, None], x, absent) for i, x in enumerate(features)], -1).numpy()
 
-    check_classes(task.dataset)
     train, validation = task.dataset.part("train"), task.dataset.part("validation")
     train = masked_copies(train, copies, generator(task.seed, "masks"))
     model.fit(table(train.features, train.present), train.labels.numpy())
@@ -65,6 +64,7 @@ LOGISTIC = Method(
     "scikit-learn; absent inputs are zeros",
     _logistic,
     tuple({"options": {"C": c}} for c in (0.1, 0.01, 1.0, 10.0)),
+    classes_only=True,
 )
 _TREES = tuple(
     {"options": {"learning_rate": lr, "max_leaf_nodes": n, "min_samples_leaf": 20}}
@@ -78,6 +78,7 @@ BOOSTING = Method(
     _boosting,
     _TREES,
     {"options": {"copies": 0}},
+    classes_only=True,
 )
 BOOSTING_MASKED = Method(
     "boosting-masked",
@@ -86,4 +87,5 @@ BOOSTING_MASKED = Method(
     _boosting,
     _TREES,
     {"options": {"copies": 4}},
+    classes_only=True,
 )
