@@ -13,6 +13,7 @@ if _TYPE_CHECKING:
     from mmc_fast.integrations import ModelAdapter as ModelAdapter
     from mmc_fast.integrations import apply_ebr as apply_ebr
     from mmc_fast.integrations import load_ebr as load_ebr
+    from mmc_fast.nn.graphs import graphed as graphed
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _LAZY = {
     "apply_ebr": "mmc_fast.integrations",
     "diagnose": "mmc_fast.diagnose",
     "explain": "mmc_fast.agop.explain",
+    "graphed": "mmc_fast.nn.graphs",
     "load_ebr": "mmc_fast.integrations",
 }
 

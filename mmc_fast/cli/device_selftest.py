@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise, product
 
@@ -15,18 +16,25 @@ from mmc_fast.ops.agop import op as agop
 from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.ops.selftest import Check
 
-__all__ = ["device_selftest"]
+__all__ = ["DTYPES", "SIZES", "device_selftest"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # relative error in the norm; a gradient jumps where rounding moves a unit of one of 130 rows across its kink
 # (.006, .043 and .076 at most in 13,000 draws; a row that is left out is .09)
 _LIMITS = {torch.float32: 6e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _GRADIENT_LIMITS = {torch.float32: 2e-2, torch.float16: 8e-2, torch.bfloat16: 1.2e-1}
-_SIZES = ((1, 1, 1), (15, 17, 16), (129, 63, 65), (517, 70, 131), (3000, 33, 257))
+SIZES = ((1, 1, 1), (15, 17, 16), (129, 63, 65), (517, 70, 131), (3000, 33, 257))
 
 
-def device_selftest(device: torch.device) -> list[Check]:
-    """One row per op, backend, dtype and size; ``passed`` is False where a number is wrong or a kernel raises."""
+def device_selftest(
+    device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES, sizes: Sequence[tuple[int, int, int]] = SIZES,
+    deadline: float = float("inf"),
+) -> list[Check]:  # fmt: skip
+    """One row per op, backend, dtype and size; ``passed`` is False where a number is wrong or a kernel raises.
+
+    float32 products are those that torch allows, with TF32's limits where that is TF32. Checks that ``deadline`` (of
+    ``time.monotonic``) leaves no time for are rows that say so.
+    """
     seed = torch.seed() % 2**31
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -35,7 +43,10 @@ def device_selftest(device: torch.device) -> list[Check]:
         for row in backends.explain(op, example):
             if row.backend in ("triton", "cuda") and not row.usable:
                 rows.append(Check(f"{op} {row.backend}", True, f"not run: {row.reason}"))
-    for name, check in _checks(device, generator):
+    for name, check in _checks(device, generator, dtypes, sizes):
+        if time.monotonic() > deadline:
+            rows.append(Check(name, True, "not run: no time left"))
+            continue
         try:
             problem = check()
         except Exception as error:  # a kernel that does not compile or launch is a failed row
@@ -44,9 +55,14 @@ def device_selftest(device: torch.device) -> list[Check]:
     return rows
 
 
-def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _checks(
+    device: torch.device,
+    generator: torch.Generator,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int, int]],
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
     example = torch.ones(2, 2, device=device)
-    for backend, dtype, size in product(("cuda", "triton", "eager"), _DTYPES, _SIZES):
+    for backend, dtype, size in product(("cuda", "triton", "eager"), dtypes, shapes):
         label = f"{backend} {str(dtype).removeprefix('torch.')} {size[0]}x{size[1]}x{size[2]}"
         for op, check in (
             ("relu_coactivation_update", _counts),
@@ -56,7 +72,7 @@ def _checks(device: torch.device, generator: torch.Generator) -> Iterator[tuple[
             offered = {row.backend for row in backends.explain(op, example) if row.usable}
             if backend in offered:
                 yield f"{op} {label}", partial(check, device, generator, backend, dtype, *size)
-    for backend, dtype in product(("triton", "eager"), _DTYPES):
+    for backend, dtype in product(("triton", "eager"), dtypes):
         if any(row.backend == backend and row.usable for row in backends.explain("ebr_step", example)):
             for sizes in (
                 ((20, 33), 24, 16, (16,)),
@@ -141,5 +157,7 @@ def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | 
 
 
 def _far(got: Tensor, expected: Tensor, dtype: torch.dtype, limits: dict[torch.dtype, float] = _LIMITS) -> str | None:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.float16  # TF32 keeps as many bits of the operands
     error = float((got.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
     return None if error <= limits[dtype] else f"relative error {error:.1e}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def test_other_devices_are_refused(name):
 
 
 def test_the_device_selftest_passes_on_torch_and_sees_a_wrong_op(monkeypatch):
-    monkeypatch.setattr(device_selftest, "_SIZES", ((15, 17, 16), (129, 33, 65)))
-    checks = device_selftest.device_selftest(torch.device("cpu"))
+    sizes = ((15, 17, 16), (129, 33, 65))
+    checks = device_selftest.device_selftest(torch.device("cpu"), sizes=sizes)
     assert {check.name.split()[0] for check in checks} == {
         "relu_coactivation_update", "derivative_gram_update", "chain_gram_update", "ebr_step",
     }  # fmt: skip
@@ -47,10 +48,12 @@ def test_the_device_selftest_passes_on_torch_and_sees_a_wrong_op(monkeypatch):
         args[3][0, -1] += 1
 
     monkeypatch.setattr(device_selftest.agop, "relu_coactivation_update", wrong)
-    monkeypatch.setattr(device_selftest, "_DTYPES", (torch.float32,))
-    failed = [check for check in device_selftest.device_selftest(torch.device("cpu")) if not check.passed]
+    checks = device_selftest.device_selftest(torch.device("cpu"), (torch.float32,), sizes)
+    failed = [check for check in checks if not check.passed]
     assert len(failed) == 2
     assert "1 counts differ" in failed[0].detail
+    late = device_selftest.device_selftest(torch.device("cpu"), (torch.float32,), sizes, time.monotonic() - 1)
+    assert {check.detail.split("; ")[0] for check in late[-3:]} == {"not run: no time left"}
 
 
 def test_the_bench_measures_what_is_right_and_refuses_what_is_wrong(monkeypatch):
@@ -58,8 +61,8 @@ def test_the_bench_measures_what_is_right_and_refuses_what_is_wrong(monkeypatch)
         device_bench.Shape("ebr", 32, 12, 16, 2, 8, (8,)),
         device_bench.Shape("agop", 200, 6, 9, outputs=3),
     ]
-    monkeypatch.setattr(torch, "compile", lambda run: run)
-    found = device_bench.device_bench(torch.device("cpu"), shapes, (torch.float32,))
+    monkeypatch.setattr(torch, "compile", lambda run, backend: run)
+    found = device_bench.device_bench(torch.device("cpu"), shapes, ("float32",))
     json.dumps(found, allow_nan=False)
     for row in found["rows"]:
         assert row["problem"] is None, row
@@ -68,7 +71,7 @@ def test_the_bench_measures_what_is_right_and_refuses_what_is_wrong(monkeypatch)
     # 2 modalities, 32 samples: two heads of 12 x 16 and 16 x 8 each way, psi 8-8-2; forward and twice that backward
     assert found["rows"][0]["flops"] == 3 * 2 * 32 * 2 * (2 * (12 * 16 + 16 * 8) + 8 * 8 + 8 * 2)
     monkeypatch.setattr(device_bench.mmc_fast, "agop", lambda head, x, backend: torch.eye(6))
-    wrong = device_bench.device_bench(torch.device("cpu"), shapes[1:], (torch.float32,))["rows"][0]
+    wrong = device_bench.device_bench(torch.device("cpu"), shapes[1:], ("float32",))["rows"][0]
     assert wrong["sides"] == {}
     assert "nothing was timed" in wrong["problem"]
 
