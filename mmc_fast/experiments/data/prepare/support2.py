@@ -23,7 +23,7 @@ VIEWS = {
     "labs": ["wblc", "pafi", "alb", "bili", "crea", "sod", "ph", "glucose", "bun", "urine"],
     "function": ["adlp", "adls"],
 }
-"""Columns of a view; ``NAME=*`` becomes one 0/1 column for each text, an empty one being ``missing``."""
+"""Columns of a view; ``NAME=*`` becomes one 0/1 column for each text, an empty one or ``NA`` being ``missing``."""
 
 
 def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -33,7 +33,10 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     columns (sps, aps, surv2m, surv6m, avtisst) and the physician's own estimates (prg2m, prg6m).
     """
     text = originals.read("support2.csv").decode("utf-8-sig", errors="replace")
-    rows = list(csv.DictReader(io.StringIO(text)))
+    with originals.reading("support2.csv"):
+        head, *lines = [line for line in csv.reader(io.StringIO(text)) if line] or [[]]
+        head = [*["id"] * (bool(lines) and len(lines[0]) == len(head) + 1), *head]  # R: row names without a heading
+        rows = [dict(zip(head, line, strict=True)) for line in lines]
     originals.rows("support2.csv", len(rows), ROWS)
     wanted = ["hospdead", *(entry.removesuffix("=*") for entries in VIEWS.values() for entry in entries)]
     lacking = [name for name in wanted if not rows or name not in rows[0]]
@@ -54,7 +57,7 @@ def build(originals: Originals) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _columns(entry: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
     if not entry.endswith("=*"):
         return np.array([[float(cell) if cell and cell != "NA" else np.nan] for cell in cells]), [entry]
-    texts = np.array([cell or "missing" for cell in cells])
+    texts = np.array(["missing" if cell in ("", "NA") else cell for cell in cells])
     categories = sorted(set(texts.tolist()))
     return texts[:, None] == np.array(categories), [f"{entry.removesuffix('=*')}={c}" for c in categories]
 

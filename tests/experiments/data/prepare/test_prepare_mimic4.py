@@ -175,8 +175,20 @@ def test_the_registry_loads_it_with_and_without_vital_signs(
     whole = data.load("mimic4")
     assert list(whole.features) == ["demographics", "diagnoses", "procedures", "medications", "labs", "vitals"]
     assert not whole.present.all()  # some admission has no procedure
-    survived = data.load("mimic4", task="readmission")
-    assert len(survived.labels) == int((whole.labels == 0).sum())
+    survived = data.load("mimic4", task="readmission", standardise=False)
+    with np.load(tmp_path / "mimic4.npz", allow_pickle=False) as file:
+        lived = file["y_death"] == 0
+        np.testing.assert_array_equal(whole.labels, file["y_death"])
+        np.testing.assert_array_equal(survived.labels, file["y_readmit30"][lived])
+        np.testing.assert_array_equal(survived.split, file["split"][lived])
+        for view in ("procedures", "labs"):
+            wanted = file[f"x_{view}"][lived]
+            columns = [survived.feature_names[view].index(name) for name in file[f"names_{view}"].tolist()]
+            measured = ~np.isnan(wanted) & survived.present[:, list(whole.features).index(view), None].numpy()
+            assert measured.any()
+            np.testing.assert_array_equal(survived.features[view][:, columns].numpy()[measured], wanted[measured])
+            recorded = (wanted != 0) if view == "procedures" else ~np.isnan(wanted)
+            np.testing.assert_array_equal(survived.present[:, list(whole.features).index(view)], recorded.any(1))
     shutil.copytree(database / "hosp", tmp_path / "without")
     prepare("mimic4", tmp_path / "without", tmp_path)
     assert list(data.load("mimic4").features) == list(whole.features)[:-1]

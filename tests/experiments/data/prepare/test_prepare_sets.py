@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import shutil
 import wave
 import zipfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,65 @@ def test_mfeat_and_support2(tmp_path: Path) -> None:
     assert got["x_demographics"][:2].tolist() == [[60.5, 11, 1, 0, 1, 1], [60.5, 11, 0, 1, 1, 1]]
     assert got["y"].tolist() == [int(i % 4 == 0) for i in range(40)]
     assert np.isnan(got["x_labs"]).any(0).tolist() == [False] * 7 + [True] * 3
+
+
+def embedded(name: str) -> dict[str, np.ndarray]:
+    with np.load(str(files("mmc_fast.experiments.data.embedded") / f"{name}.npz"), allow_pickle=False) as file:
+        return {key: file[key] for key in file.files if key != "meta"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mfeat_from_the_files_of_uci(packed: bool, tmp_path: Path) -> None:
+    wanted = embedded("mfeat")
+    folder = tmp_path / "original"
+    folder.mkdir()
+    for view in ("fac", "fou", "kar", "mor", "pix", "zer"):
+        lines = ["   ".join(["", *map(repr, row)]) for row in wanted[f"x_{view}"].astype(float).tolist()]
+        (folder / f"mfeat-{view}").write_text("\n".join(lines) + "\n")
+    (folder / "mfeat.info").write_text("1. Title of Database: Multiple features\n")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "multiple+features.zip", "w") as archive:
+            for path in folder.iterdir():
+                archive.write(path, path.name)
+        shutil.rmtree(folder)
+    got = made("mfeat", tmp_path, verify=True)
+    assert got.keys() - {"meta"} == wanted.keys()
+    for key, array in wanted.items():
+        assert got[key].dtype == array.dtype
+        np.testing.assert_array_equal(got[key], array)
+
+
+SUPPORT2 = (
+    "age,death,sex,hospdead,slos,d.time,dzgroup,dzclass,num.co,edu,income,scoma,charges,totcst,totmcst,avtisst,race,sps,aps,"
+    "surv2m,surv6m,hday,diabetes,dementia,ca,prg2m,prg6m,dnr,dnrday,meanbp,wblc,hrt,resp,temp,pafi,alb,bili,crea,sod,ph,"
+    "glucose,bun,urine,adlp,adls,sfdm2,adlsc"
+)
+
+
+@pytest.mark.parametrize(("first", "gap"), [("id,", ""), ("", ""), ('"",', "NA")])  # UCI; row names of R, with NA
+def test_support2_from_the_csv_of_its_publishers(first: str, gap: str, tmp_path: Path) -> None:
+    wanted = embedded("support2")
+    cells = {name: ["0"] * 9105 for name in SUPPORT2.split(",")} | {"hospdead": [str(y) for y in wanted["y"]]}
+    for view in ("demographics", "disease", "vitals", "labs", "function"):
+        for column, values in zip(wanted[f"names_{view}"].tolist(), wanted[f"x_{view}"].T.astype(float), strict=True):
+            name, _, text = column.partition("=")
+            if text:
+                for row in np.flatnonzero(values):
+                    cells[name][row] = gap if text == "missing" else f'"{text}"'
+            else:
+                cells[name] = [gap if np.isnan(v) else repr(v) for v in values.tolist()]
+    lines = [",".join(line) for line in zip(map(str, range(1, 9106)), *cells.values(), strict=True)]
+    (tmp_path / "support2.csv").write_text("\n".join([first + SUPPORT2, *lines]) + "\n")
+    got = made("support2", tmp_path, verify=True)
+    assert got.keys() - {"meta"} == wanted.keys()
+    for key, array in wanted.items():
+        np.testing.assert_array_equal(got[key], array)
+    cut = (tmp_path / "support2.csv").read_text()[:-20]
+    (tmp_path / "support2.csv").write_text(cut)
+    with pytest.raises(
+        InputError, match=r"^support2: support2\.csv is damaged, incomplete or not the publisher's file"
+    ):
+        prepare("support2", tmp_path, tmp_path)
 
 
 def test_avmnist(tmp_path: Path) -> None:
