@@ -101,6 +101,14 @@ class Task(ABC):
     def answers(self, outputs: Tensor) -> Tensor:
         """Outputs as a user reads them."""
 
+    @abstractmethod
+    def inverse(self, answers: Tensor) -> Tensor:
+        """Outputs that have these answers."""
+
+    def pooled(self, outputs: Tensor) -> Tensor:
+        """Outputs where a product of experts is a weighted sum of them."""
+        return outputs
+
     def ranked(self, outputs: Tensor) -> Tensor:
         """Outputs as the diagnosis takes them."""
         return outputs

@@ -102,6 +102,12 @@ class Classification(Task):
     def answers(self, outputs: Tensor) -> Tensor:
         return torch.softmax(outputs, -1)
 
+    def inverse(self, answers: Tensor) -> Tensor:
+        return answers.clamp(min=1e-12).log()
+
+    def pooled(self, outputs: Tensor) -> Tensor:
+        return outputs.log_softmax(-1)
+
     def scorable(self, labels: Tensor) -> bool:
         return len(labels) > 0 and (self.metric == "accuracy" or len(labels.unique()) == 2)
 

@@ -83,6 +83,9 @@ class MultiLabel(Task):
     def answers(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
 
+    def inverse(self, answers: Tensor) -> Tensor:
+        return answers.logit(1e-7)
+
     def scorable(self, labels: Tensor) -> bool:
         return bool(self._known(labels).any())
 

@@ -74,6 +74,9 @@ class Regression(Task):
         y = outputs.double()
         return y * y.new_tensor(self.std) + y.new_tensor(self.mean)
 
+    def inverse(self, answers: Tensor) -> Tensor:
+        return self.targets(answers)
+
     def scorable(self, labels: Tensor) -> bool:
         return len(labels) > 1 and all(len(y.unique()) > 1 for y in labels.t())
 

@@ -103,6 +103,10 @@ class Survival(Task):
     def answers(self, outputs: Tensor) -> Tensor:
         return F.logsigmoid(-outputs.double()).cumsum(-1).exp()
 
+    def inverse(self, answers: Tensor) -> Tensor:
+        before = F.pad(answers[:, :-1], (1, 0), value=1.0)
+        return (1 - answers / before.clamp(min=1e-12)).logit(1e-7)
+
     def expected(self, answers: Tensor) -> Tensor:
         """Mean time ``[N]`` until the event or the last edge: the area under the curve, linear between edges."""
         curve = F.pad(answers, (1, 0), value=1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mmc_fast._util.seeds import generator
 
@@ -37,11 +36,11 @@ def fit_experts(model: MultimodalModel, validation: Part, rates: Sequence[float]
     if experts is None:
         raise RuntimeError("this model has no experts; set TrainConfig.experts")
     rows, device = masked_rows(validation, rates, seed), model.prior.device
-    fused: Tensor = predict(model, rows.features, rows.present).double().clamp(min=1e-12).log().to(device)
+    fused = model.task.inverse(predict(model, rows.features, rows.present).double()).to(device)
     with torch.no_grad():
         present = rows.present.to(device)
         votes = experts.votes([x.to(device) for x in rows.features], present)
-    experts.product.log_prior.copy_(model.prior.double().log_softmax(-1))
+    experts.product.log_prior.copy_(model.task.pooled(model.prior.double()))
     experts.product.fit(votes, fused, present, rows.labels.to(device), PENALTY)
     experts.product.requires_grad_(False)
     experts.fitted.fill_(True)

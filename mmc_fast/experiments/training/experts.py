@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tasks import Classification, Task
 from .config import TrainConfig
 from .unimodal import UnimodalModel, UnimodalModels
 
@@ -23,13 +23,15 @@ class ExpertProduct(nn.Module):
     """``log p(y | S) = log π_y + Σ_{i in S} w_i s_|S| (log p_i(y) - log π_y) + f_|S| (log p(y) - log π_y) - log Z``.
 
     ``p_i``: expert of modality i, ``p``: the fused model (left out where there is none), π: class shares. All weights are
-    positive; m experts with w = s = 1 and no fused model are naive Bayes.
+    positive; m experts with w = s = 1 and no fused model are naive Bayes. Of other tasks than classification the same with the
+    outputs in place of log p: logits of labels and hazards, and standardised targets (normal densities of one variance).
     """
 
     log_prior: Tensor
 
-    def __init__(self, modalities: int, prior: Tensor, fused: bool) -> None:
+    def __init__(self, modalities: int, prior: Tensor, fused: bool, task: Task | None = None) -> None:
         super().__init__()
+        self.task = task or Classification.of(len(prior))
         self.register_buffer("log_prior", prior.double().clamp(min=1e-12).log())
         self.weight = nn.Parameter(torch.zeros(modalities, dtype=torch.float64))  # log w
         self.size = nn.Parameter(-torch.arange(1.0, modalities + 1).double().log())  # log s: the mean, to begin with
@@ -44,7 +46,7 @@ class ExpertProduct(nn.Module):
         total = prior + torch.einsum("nm,mnc->nc", weight, evidence)
         if fused is not None:
             total = total + self.fused[size].exp()[:, None] * (fused - prior)
-        return total.log_softmax(-1)
+        return self.task.pooled(total)
 
     def penalty(self) -> Tensor:
         """Squared distance of the logarithms of the weights from where they began."""
@@ -53,7 +55,7 @@ class ExpertProduct(nn.Module):
         return self.weight.square().sum() + size.square().sum() + fused
 
     def fit(self, experts: Tensor, fused: Tensor | None, present: Tensor, labels: Tensor, penalty: float) -> None:
-        """Minimise mean cross-entropy + ``penalty`` x :meth:`penalty`."""
+        """Minimise the mean loss of the task + ``penalty`` x :meth:`penalty`."""
         if fused is None:
             self.fused.requires_grad_(False)
         moving = [p for p in self.parameters() if p.requires_grad]
@@ -61,7 +63,7 @@ class ExpertProduct(nn.Module):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.nll_loss(self(experts, fused, present), labels) + penalty * self.penalty()
+            value = self.task.loss(self(experts, fused, present), labels, "mean") + penalty * self.penalty()
             value.backward()
             return value
 
@@ -73,10 +75,10 @@ class Experts(nn.Module):
 
     fitted: Tensor
 
-    def __init__(self, widths: Sequence[int], num_classes: int, config: TrainConfig) -> None:
+    def __init__(self, widths: Sequence[int], num_classes: int, config: TrainConfig, task: Task) -> None:
         super().__init__()
         self.models = nn.ModuleList(UnimodalModel(d, num_classes, config) for d in widths).requires_grad_(False)
-        self.product = ExpertProduct(len(widths), torch.full((num_classes,), 1 / num_classes), fused=True)
+        self.product = ExpertProduct(len(widths), torch.full((num_classes,), 1 / num_classes), True, task)
         self.register_buffer("fitted", torch.tensor(False))
 
     def take(self, unimodal: UnimodalModels) -> None:
@@ -87,11 +89,12 @@ class Experts(nn.Module):
     def votes(self, features: Sequence[Tensor], present: Tensor) -> Tensor:
         """Log-probabilities ``[m, B, C]`` of the experts in float64; those of absent modalities mean nothing."""
         rows = [torch.where(present[:, i, None], x, 0.0) for i, x in enumerate(features)]
-        return torch.stack([model(x).double().log_softmax(-1) for model, x in zip(self.models, rows, strict=True)])
+        pooled = self.product.task.pooled
+        return torch.stack([pooled(model(x).double()) for model, x in zip(self.models, rows, strict=True)])
 
     def forward(self, features: Sequence[Tensor], present: Tensor | None, logits: Tensor) -> Tensor:
         """Log-probabilities of the product with the fused model's ``logits [B, C]``."""
         if present is None:
             present = torch.ones(len(logits), len(features), dtype=torch.bool, device=logits.device)
-        found = self.product(self.votes(features, present), logits.double().log_softmax(-1), present)
+        found = self.product(self.votes(features, present), self.product.task.pooled(logits.double()), present)
         return found.to(logits.dtype)

@@ -117,8 +117,8 @@ class MultimodalModel(nn.Module):
         if self.reweighted is not None and config.reweight_form == "loss":
             self.own = nn.Linear(widths[self.reweighted], num_classes)  # last, so that all else starts as without it
         self.experts: Experts | None = None
-        if config.experts and self.task.kind == "classification":
-            self.experts = Experts(self.input_widths, num_classes, config)
+        if config.experts:
+            self.experts = Experts(self.input_widths, num_classes, config, self.task)
         n = len(self.columns)
         self.register_buffer("similarity", torch.zeros(n, n, dtype=torch.float64))
         self.register_buffer("order", torch.full((n,), -1, dtype=torch.int64))

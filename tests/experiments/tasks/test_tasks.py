@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from mmc_fast.diagnose.statistics import weighted_scores
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.tasks import Classification, MultiLabel, Regression, Survival, task_from_dict
+from mmc_fast.experiments.training.experts import ExpertProduct
 
 NAMES = ("u", "v", "w")
 
@@ -201,3 +202,48 @@ def test_what_a_task_refuses():
         Regression(("y",)).check_part(torch.ones(3, 1, dtype=torch.float64), "test", "d")
     with pytest.raises(InputError, match="'u' is 1 in every training row"):
         MultiLabel(NAMES).check_part(torch.ones(3, 3).long(), "train", "d")
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "times"])
+def test_experts_are_pooled_in_the_outputs_of_the_task(kind, seed):
+    """o = prior + sum_i w_i s (o_i - prior) + f (o - prior) by hand; fitted weights have the least loss nearby."""
+    g, outputs, several = draw(seed)
+    task, labels = {
+        "classes": (Classification(NAMES), several.argmax(1)),
+        "labels": (MultiLabel(NAMES), several),
+        "numbers": (Regression(NAMES), outputs.double() * 3 + 5 + torch.randn(60, 3, generator=g)),
+        "times": (Survival(("days", "died")), times(seed, 60)),
+    }[kind]
+    task = task.fit(labels)
+    votes = torch.randn(3, 60, task.outputs, generator=g, dtype=torch.float64) / 2
+    if kind == "numbers":
+        votes = votes + outputs
+    answers = task.answers(votes[0])
+    torch.testing.assert_close(task.answers(task.inverse(answers)), answers, rtol=1e-5, atol=1e-5)
+    votes = torch.stack([task.pooled(v) for v in votes])
+    present = torch.rand(60, 2, generator=g) < 0.7
+    present[~present.any(1)] = True
+    prior = task.pooled(task.prior(labels).double())
+    product = ExpertProduct(2, torch.full((task.outputs,), 0.5), True, task)
+    product.log_prior.copy_(prior)
+    product.fit(votes[:2], votes[2], present, labels, 0.01)
+    weight, size, fused = (p.detach().exp() for p in (product.weight, product.size, product.fused))
+    wanted = torch.empty_like(votes[2])
+    for n in range(60):
+        here = present[n].nonzero().flatten().tolist()
+        wanted[n] = prior + fused[len(here) - 1] * (votes[2, n] - prior)
+        for i in here:
+            wanted[n] += weight[i] * size[len(here) - 1] * (votes[i, n] - prior)
+    with torch.no_grad():
+        found = product(votes[:2], votes[2], present)
+        torch.testing.assert_close(task.answers(found), task.answers(wanted))
+
+        def cost() -> float:
+            return float(task.loss(product(votes[:2], votes[2], present), labels, "mean") + 0.01 * product.penalty())
+
+        least = cost()
+        for p in product.parameters():
+            for step in (0.05, -0.05):
+                p += step
+                assert cost() > least
+                p -= step

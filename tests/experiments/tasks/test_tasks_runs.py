@@ -88,7 +88,9 @@ def shown(result: TrainResult) -> np.ndarray:
 def test_a_task_goes_through_train_evaluate_and_predict(kind, tmp_path: Path):
     found = tables(0)
     data = dataset(kind, found)
-    result = train(data, settings(), seed=0, run_dir=tmp_path / "run")
+    result = train(data, settings(experts=True), seed=0, run_dir=tmp_path / "run")
+    assert result.model.experts is not None
+    assert bool(result.model.experts.fitted)
     scores = result.results["scores"]
     assert result.results["data"]["task"]["kind"] == kind
     assert scores["complete"] > {"regression": 0.3, "multilabel": 0.7, "classification": 0.5, "survival": 0.7}[kind]
