@@ -44,7 +44,3 @@ class Members(nn.Module):
         """``[count * B, C]`` from what the fusion gives."""
         own = torch.baddbmm(self.bias, fused.relu().unflatten(0, (self.count, -1)), self.weight)
         return own.flatten(0, 1)
-
-    def mean(self, logits: Tensor) -> Tensor:
-        """Logarithm of the mean probabilities ``[B, C]``."""
-        return logits.unflatten(0, (self.count, -1)).log_softmax(-1).logsumexp(0) - math.log(self.count)

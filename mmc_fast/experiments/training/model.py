@@ -101,10 +101,6 @@ class MultimodalModel(nn.Module):
                 backend=e.backend,
             )
         self.members: Members | None = None
-        if config.members > 1 and self.task.kind != "classification":
-            raise InputError(
-                f"config: members average class probabilities and the task is {self.task.kind}; set members to 1"
-            )
         if config.members > 1:
             self.members = Members(self.input_widths, config.encoder_dim, num_classes, config.members)
         self.fusion = _build_fusion(widths, num_classes if self.members is None else config.encoder_dim, config)
@@ -188,12 +184,12 @@ class MultimodalModel(nn.Module):
         ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills absent modalities; a filled one is not masked in the
         fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
         denominators of its losses. With members, rows are those of all members in training, and in evaluation the answer
-        is the logarithm of their mean probabilities. With fitted experts the answer in evaluation is that of the product.
+        is that of their mean probabilities (or answers). With fitted experts the answer in evaluation is that of the product.
         """
         if self.members is not None and not self.training:
             rows = self.members.repeated(features, present, source)
             out = self._answer(*rows, reversal, normalizer)
-            out = ModelOutput(self.members.mean(out.logits), out.ebr, out.own)
+            out = ModelOutput(self.task.average(out.logits.unflatten(0, (self.members.count, -1))), out.ebr, out.own)
         else:
             out = self._answer(features, present, source, reversal, normalizer)
         if self.experts is not None and not self.training and bool(self.experts.fitted):
