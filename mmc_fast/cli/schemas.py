@@ -44,7 +44,7 @@ COMPARISON = thing(
     {"dataset": STRING, "metric": STRING, "seeds": many(COUNT), "scores": by_name(by_name(SCORE)), "differences": many(OBJECT)}
 )  # fmt: skip
 FINDINGS = thing({"data": STRING, "comparisons": by_name(COMPARISON), "methods": OBJECT})
-SHIFT = {"differences": {}, "shift": {}}
+SHIFT: dict[str, Schema] = {"differences": {}, "shift": {}}
 
 SCHEMAS: dict[str, Schema] = {
     "train": thing(

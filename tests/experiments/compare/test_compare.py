@@ -260,8 +260,7 @@ def test_a_method_that_diverges_is_a_result(tmp_path, seed):
 
 def test_every_stored_config_can_be_read():
     names = sorted(p.stem for p in (configs_folder() / "methods").glob("*.toml"))
-    assert set(names) >= set(METHODS)
-    for method in load_method_configs(names):
+    for method in load_method_configs([*names, *METHODS]):  # one without a file has its defaults
         assert method.title
         for selected in method.selected.values():
             assert dict(selected) in [dict(c) for c in method.plugin.search], (

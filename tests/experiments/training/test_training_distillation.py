@@ -13,6 +13,7 @@ from training_data import small, tiny
 from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import KDConfig, UnimodalModels
 from mmc_fast.experiments.training.distillation import distil, info_nce, teaching_plan
 from mmc_fast.experiments.training.model import MultimodalModel
@@ -42,7 +43,7 @@ def test_info_nce_pair_by_pair(seed):
 
 
 def test_teaching_plans():
-    unimodal = UnimodalModels({}, {"a": 0.9, "b": 0.3, "c": 0.5, "d": 0.7}, {})
+    unimodal = UnimodalModels({}, {"a": 0.9, "b": 0.3, "c": 0.5, "d": 0.7}, {}, Classification.of(2))
     assert teaching_plan(unimodal, KD, 0) == [("a", "b"), ("a", "c"), ("a", "d")]
     several = replace(KD, teachers="stronger")
     expected = [("c", "b"), ("d", "b"), ("a", "b"), ("d", "c"), ("a", "c"), ("a", "d")]
