@@ -168,7 +168,7 @@ def record() -> list[dict[str, Any]]:
     """One entry per distinct specialisation, named after the first workload that launches it."""
     found: dict[str, dict[str, Any]] = {}
     labels: dict[str, int] = {}
-    matrix = {"int8": "int8", "fp32:tf32": "tf32", "bf16": "half"}
+    matrix = {"int8": "int8", "fp32:tf32": "tf32", "fp32:tf32x3": "tf32", "bf16": "half"}
     for workload in workloads():
         with precision(workload.precision, workload.deterministic) as dtype, triton_guard.watch(sample=1) as watch:
             workload.run(dtype)

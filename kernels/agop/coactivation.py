@@ -29,9 +29,10 @@ __all__ = [
     "upper_tile",
 ]
 
-HIDDEN = {  # kind of product (common.product_kind) -> tile
+HIDDEN = {  # kind of product (common.product_kind), or "tf32x3" -> tile
     "ieee": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
+    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),  # three products hold three times the operands
     "half": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
 }
 UNSURE = tl.constexpr(2)
@@ -173,7 +174,8 @@ def hidden_fwd(
     tile, precision = HIDDEN[product_kind(x.dtype)], input_precision()
     constants, norms = (0.0, 0.0, 0.0), (out, out)
     if activation is None:
-        precision = "tf32x3" if precision == "tf32" else precision
+        if product_kind(x.dtype) == "tf32":
+            tile, precision = HIDDEN["tf32x3"], "tf32x3"
         constants = certificate(x.shape[1], product_kind(x.dtype) != "ieee")
         norms = (norm_fwd(x), norm_fwd(weight) if norm is None else norm)
     grid = (triton.cdiv(samples, tile.blocks["BLOCK_N"]) * triton.cdiv(units, tile.blocks["BLOCK_H"]),)

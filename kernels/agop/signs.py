@@ -111,6 +111,7 @@ def _decide_kernel(
     j = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     code = tl.load(sign_ptr + j * stride_sh + n, mask=n < N, other=0)
+    tl.debug_barrier()  # all are read before one is replaced
     pending = tl.where(code == 2, n, N)
     first = tl.min(pending, axis=0)
     lanes = tl.arange(0, BLOCK_K).to(tl.int64)

@@ -98,20 +98,22 @@ class Sizes:
         return not any(n % 16 for n in (*self.dims, self.hidden, *self.psi[:-1]))
 
 
-def _rounded_to_tf32(like: Tensor) -> bool:
-    """Whether this compiler rounds float32 operands on this device although IEEE is asked for."""
-    if like.device.type != "cuda" or like.dtype != torch.float32 or input_precision() != "ieee":
-        return False
-    return triton_version() < (3, 9) and torch.cuda.get_device_capability(like.device)[0] == 10
+def _beyond_the_compiler(like: Tensor) -> bool:
+    """Whether this compiler fails for this device: no code for some forward kernels, TF32 where IEEE float32 is asked for."""
+    return (
+        like.device.type == "cuda"
+        and triton_version() < (3, 9)
+        and torch.cuda.get_device_capability(like.device)[0] == 10
+    )
 
 
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Say which size the kernels cannot run, None where they can."""
     m, dtype = len(features), features[0].dtype
-    if _rounded_to_tf32(features[0]):
+    if _beyond_the_compiler(features[0]):
         return (
-            f"Triton {triton.__version__} compiles some IEEE float32 products to TF32 for compute capability 10; install "
-            "Triton 3.9 or newer, or allow TF32 with torch.set_float32_matmul_precision('high')"
+            f"Triton {triton.__version__} does not compile all of the kernels for compute capability 10 and rounds IEEE float32 "
+            "to TF32 there; install Triton 3.9 or newer, or take backend='eager'"
         )
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 and float16 and features[0] is {dtype}"

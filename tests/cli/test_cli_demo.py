@@ -23,6 +23,7 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import demo as demo_module
 from mmc_fast.experiments.compare.demo import DemoFindings, DemoPlan, demo_config, demo_story, run_demo
 from mmc_fast.experiments.jobs import Job, Result
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import Predictions, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,7 @@ def test_predictions_of_unimodal_models_which_have_gaps_are_left_out(monkeypatch
     shown = {"complete": p, "missing_0.1": p, "alone_a": p * torch.nan}
     found = Predictions("test", torch.tensor([1, 0]), torch.arange(2), shown)
     monkeypatch.setattr(demo_module, "load_predictions", lambda folder: {"test": found})
-    stored = {"data": {"metric": "accuracy"}, "label": "vanilla"}
+    stored = {"data": {"metric": "accuracy", "task": Classification.of(2).to_dict()}, "label": "vanilla"}
     stored |= {"scores": {"missing": [{"rate": 0.1, "realised": [0.1]}]}}
     result = demo_module._scored(Result({}, {}, {}, None, 1.0, 1), stored, Path())
     assert set(result.arrays) == {"labels", "complete", "missing_0.1"}

@@ -153,8 +153,11 @@ def test_instruction_sets_agree():
         for name in exact[isa]:
             assert torch.equal(exact[isa][name], exact[fused[0]][name]), f"{case.describe()}: {name} on {isa}"
     for isa in fused[:1]:
-        for name, value in exact["base"].items():
-            torch.testing.assert_close(value, exact[isa][name], rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1))
+        for name, value in exact["base"].items():  # a unit next to its kink may have another gradient
+            apart = float((value - exact[isa][name]).norm() / (value.norm() + 1e-3))
+            assert apart < (
+                1e-5 if name.startswith(("recovered", "latents", "discrimination_", "reconstruction_")) else 5e-2
+            ), f"{case.describe()}: {name} on {isa}, {apart}"
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq"])

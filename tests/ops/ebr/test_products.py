@@ -15,6 +15,7 @@ import torch
 from ebr_oracle import NO_NATIVE, actual, draw_case
 
 import mmc_fast
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training.runfolder import RunFolder
 from mmc_fast.ops import native as library
 from mmc_fast.ops.ebr import products
@@ -197,7 +198,8 @@ def test_what_was_stored_is_repeated(measured):
 
 def test_a_resumed_run_multiplies_as_it_began(measured, tmp_path):
     measured.favours = RULES["weight gradients"]
-    data = {"name": "d", "fingerprint": "0", "dims": {"a": 1}, "num_classes": 2, "metric": "accuracy"}
+    data = {"name": "d", "fingerprint": "0", "dims": {"a": 1}, "metric": "accuracy"}
+    data["task"] = Classification.of(2).to_dict()
     identity = {"config": {}, "seed": 1, "data": data, "evaluate_on": ["test"], "device": "cpu"}
     RunFolder.open(tmp_path / "run", identity, resume=False).close()
     began = products.stored()
