@@ -32,7 +32,9 @@ __all__ = [
 HIDDEN = {  # kind of product (common.product_kind), or "tf32x3" -> tile
     "ieee": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),  # three products hold three times the operands
+    "tf32x3": Tile(
+        {"BLOCK_H": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3
+    ),  # three products hold three times the operands
     "half": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
 }
 UNSURE = tl.constexpr(2)
