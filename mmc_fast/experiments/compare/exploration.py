@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,9 +94,15 @@ def explore(protocol: Mapping[str, Any], log: Path, only: Sequence[str] = ()) ->
 
 def _commit() -> str | None:
     """Commit of the code, with a + where it was changed since; None outside of a repository."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "-s", ".")
+    return f"{commit}{'+' if changed else ''}" if commit else None
+
+
+def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
