@@ -28,7 +28,13 @@ template <int kR, int kV, bool kPacked>
 void tile(const TileCall& t) {
   constexpr int kWidth = kV * kVector;
   Vector acc[kR][kV];
-  if (t.resume) {
+  if (t.resume && t.lanes < kWidth) {
+    float edge[kWidth] = {};
+    for (int r = 0; r < kR; ++r) {
+      for (int64_t l = 0; l < t.lanes; ++l) edge[l] = t.c[r * t.ldc + l];
+      for (int v = 0; v < kV; ++v) acc[r][v] = load(edge + v * kVector);
+    }
+  } else if (t.resume) {
     for (int r = 0; r < kR; ++r)
       for (int v = 0; v < kV; ++v) acc[r][v] = load(t.c + r * t.ldc + v * kVector);
   } else {
