@@ -13,7 +13,13 @@ import torch
 
 # The folder of the benchmark sets is hidden from every test but those that ask for a set by name (``needs_data``), so that
 # all others run as they do where no data are.
-_FOLDER = Path(os.environ.pop("MMC_DATA", "") or Path(__file__).resolve().parents[2] / "shared" / "data")
+# Parallel workers inherit the environment after it was hidden, so that the folder goes on under a name of the tests.
+_FOLDER = Path(
+    os.environ.pop("MMC_DATA", "")
+    or os.environ.get("MMC_TESTS_DATA", "")
+    or Path(__file__).resolve().parents[2] / "shared" / "data"
+)
+os.environ["MMC_TESTS_DATA"] = str(_FOLDER)
 
 torch.set_num_threads(1)
 
