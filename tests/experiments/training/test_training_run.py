@@ -217,10 +217,10 @@ def test_model_selected_before_the_first_reversed_gradient_is_without_effect(see
 
 
 def test_distance_is_that_of_separately_trained_runs(seed):
-    for seed in range(seed, seed + 8):  # until one has a discriminator whose units are not all dead
-        dataset = tiny(seed)
-        results = train(dataset, small("ebr", selection="last", epochs=2), seed=seed)
-        zero = train(dataset, small("ebr", selection="last", epochs=2, ebr_reversal=0.0), seed=seed)
+    for drawn in range(seed, seed + 8):  # until one has a discriminator whose units are not all dead
+        dataset = tiny(drawn)
+        results = train(dataset, small("ebr", selection="last", epochs=2), seed=drawn)
+        zero = train(dataset, small("ebr", selection="last", epochs=2, ebr_reversal=0.0), seed=drawn)
         a, b = weights(results), weights(zero)
         names = [n for n, _ in results.model.named_parameters() if not n.startswith("head.discriminator")]
         flat = [torch.cat([s[n].double().flatten() for n in names]) for s in (a, b)]
