@@ -24,6 +24,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
 import mutants  # noqa: E402
+from mutant_bench import Bench  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ def problem(defect: Defect) -> str | None:
     return None
 
 
-def run(defect: Defect, bench: mutants.Bench, text: str | None = None) -> tuple[str, str]:
+def run(defect: Defect, bench: Bench, text: str | None = None) -> tuple[str, str]:
     """(verdict, detail); verdict is "caught", "SURVIVED" or "BROKEN". ``text``: of the file, instead of the defect's."""
     if why := problem(defect):
         return "BROKEN", why
     if not defect.build:
         return bench.run(defect.file, text or defect.text(), defect.tests)
-    bench = mutants.Bench()  # of its own: its library is rebuilt
+    bench = Bench()  # of its own: its library is rebuilt
     (bench.tree / defect.file).write_text(text or defect.text())
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if subprocess.run(command, cwd=bench.tree, capture_output=True).returncode:
@@ -116,7 +117,7 @@ def main() -> int:
     options = parser.parse_args()
     only = options.only or [""]
     defects = [d for d in load() if any(text in f"{d.name} {d.file}" for text in only)]
-    bench, start, bad = mutants.Bench(), time.monotonic(), 0
+    bench, start, bad = Bench(), time.monotonic(), 0
     for defect in defects:
         verdict, detail = run(defect, bench)
         bad += verdict != "caught"

@@ -17,9 +17,9 @@ def test_every_planned_defect_still_applies():
 
 def test_a_defect_is_caught_and_a_harmless_change_is_not():
     script = """
-from planned_defects import ROOT, load, mutants, run
+from planned_defects import ROOT, Bench, load, run
 (ties,) = [d for d in load() if d.name == "ties of the ranking go away from the reference"]
-bench = mutants.Bench()
+bench = Bench()
 print(run(ties, bench)[0], run(ties, bench, (ROOT / ties.file).read_text() + "# harmless")[0])
 """
     folder = planned_defects.ROOT / "tests"  # another process: here the package is imported already

@@ -1,8 +1,9 @@
 """Mutation testing of a module that decides numbers: ``make mutants MODULE=mmc_fast/diagnose/statistics.py SEED=1 N=60``.
 
-Single changes of the syntax tree are drawn with a seed and applied one at a time to a copy of the tree, in which the
-tests of the module run: test files of the folder that mirrors the module's, where they name it or one of its public
-names. What survives is printed with file, line and function. ``tests/planned_defects.py`` applies listed changes.
+Single changes of the syntax tree are drawn with a seed from one file or several and made one at a time; the tests that
+reach the change run (``mutant_bench.py``), out of the test files of the folder that mirrors the module's, where they name
+it or one of its public names. What survives is printed with file, line and function. ``tests/planned_defects.py`` applies
+listed changes.
 """
 
 from __future__ import annotations
@@ -10,20 +11,16 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import os
 import random
 import re
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-LEAVE_OUT = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+from mutant_bench import ROOT, Bench, serve
+
 OPERATORS = {
     "+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div, "//": ast.FloorDiv, "**": ast.Pow, "&": ast.BitAnd,
     "|": ast.BitOr, "<": ast.Lt, "<=": ast.LtE, ">": ast.Gt, ">=": ast.GtE, "==": ast.Eq, "!=": ast.NotEq,
@@ -44,16 +41,19 @@ RENAMED = {
     "minimum": "maximum",
 }
 RENAMED |= {new: old for old, new in RENAMED.items() if old != "sum"}
-UNTOUCHED = {"strict", "stacklevel", "extra", "encoding"}  # keywords whose loss changes no number
+UNTOUCHED = {"strict", "stacklevel", "extra", "encoding", "invalid", "divide"}  # keywords whose loss changes no number
 
 
 class Mutant(NamedTuple):
     """A change of one node: where it stands and the text of the whole file with it."""
 
+    file: str
     line: int
     function: str
     change: str
     text: str
+    lines: range  # of the statement around it, or of that statement's head
+    outer: tuple[str, int]  # name and first line of the outermost function around it; ("", 0) outside of functions
 
 
 def nodes(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
@@ -63,7 +63,12 @@ def nodes(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             inside = f"{function}.{child.name}".lstrip(".")
         skipped = [getattr(tree, "annotation", 0), getattr(tree, "returns", 0), *getattr(tree, "decorator_list", ())]
-        if isinstance(child, ast.JoinedStr) or child in skipped or getattr(child, "arg", "") in UNTOUCHED:
+        if (
+            isinstance(child, ast.JoinedStr)
+            or child in skipped
+            or inside.endswith("__repr__")
+            or getattr(child, "arg", "") in UNTOUCHED
+        ):
             continue
         yield inside, child
         if not isinstance(child, ast.Raise):
@@ -86,7 +91,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         for new in [news] if " not" in news or news == "not in" else news.split():
             yield from with_operator(node, old, new)
     match node:
-        case ast.BinOp(left, ast.Sub() | ast.Div() | ast.MatMult(), right):
+        case ast.BinOp(left, ast.Sub() | ast.Div() | ast.MatMult(), right) if not getattr(node, "squared", False):
             yield _changed(node, left=right, right=left)
         case ast.UnaryOp(_, operand):
             yield operand
@@ -135,67 +140,38 @@ def apply(source: str, node: ast.AST, new: ast.AST) -> str:
     return (source.encode()[:start] + text.encode() + source.encode()[end:]).decode()
 
 
-def mutants(source: str) -> list[Mutant]:
+def mutants(source: str, file: str = "") -> list[Mutant]:
     """Every mutant of a source that compiles."""
-    found = {}
-    for function, node in nodes(ast.parse(source)):
+    found, tree = {}, ast.parse(source)
+    outer = list(_functions(tree))
+    heads = sorted((range(n.lineno, _end(n) + 1) for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=len)
+    for function, node in nodes(tree):
         for new in changes(node):
             change = " -> ".join(ast.unparse(n).splitlines()[0] for n in (node, new))
-            mutant = Mutant(node.lineno, function, change, apply(source, node, new))
+            lines = next(head for head in heads if node.lineno in head)
+            around = next(((n.name, start) for n, start in outer if start <= node.lineno <= n.end_lineno), ("", 0))
+            mutant = Mutant(file, node.lineno, function, change, apply(source, node, new), lines, around)
             try:
-                if ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse(source)):
+                if ast.dump(ast.parse(mutant.text)) != ast.dump(tree):
                     found.setdefault(mutant.text, mutant)
             except SyntaxError:
                 continue
     return list(found.values())
 
 
-class Bench:
-    """A copy of the tree in which files are changed, tested and put back. Heavy imports are made once, before the forks."""
+def _end(statement: ast.stmt) -> int:
+    """The last line of a statement, or of its head where it has a body."""
+    body = getattr(statement, "body", None) or [case.pattern for case in getattr(statement, "cases", ())]
+    return max(statement.lineno, body[0].lineno - 1) if body else statement.end_lineno
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mutants-")
-        self.tree = Path(self._folder.name) / "tree"
-        shutil.copytree(ROOT, self.tree, ignore=shutil.ignore_patterns(*LEAVE_OUT))
-        os.environ |= {"PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        os.environ.setdefault("MMC_DATA", str(ROOT.parent / "shared" / "data"))
-        sys.dont_write_bytecode = True
-        for name in ("pytest", "torch", "scipy.stats", "sklearn.linear_model", "sklearn.metrics", "pandas"):
-            __import__(name)
 
-    def run(self, file: str, text: str | None, tests: Sequence[str], limit: float = 600.0) -> tuple[str, str]:
-        """("caught" | "SURVIVED" | "BROKEN", first red test or last line) with ``text`` in the file (None: unchanged)."""
-        path = self.tree / file
-        before = path.read_text()
-        path.write_text(before if text is None else text)
-        try:
-            code, output = self._pytest(tests, limit)
-        finally:
-            path.write_text(before)
-        red = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        if code == -1 or (code in (1, 2, 4) and (red or text is not None)):
-            return "caught", red[0] if red else "no end in sight" if code == -1 else "no import"
-        return ("SURVIVED", "all tests are green") if code == 0 else ("BROKEN", (output.splitlines() or ["?"])[-1])
-
-    def _pytest(self, tests: Sequence[str], limit: float) -> tuple[int, str]:
-        log = self.tree / "mutant.log"
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1), os.dup2(out, 2), os.chdir(self.tree)
-            sys.path[:0] = [str(self.tree)]
-            import pytest
-
-            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
-        end = time.monotonic() + limit
-        while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return -1, log.read_text(errors="replace")
-            time.sleep(0.05)
-        return os.waitstatus_to_exitcode(status[1]), log.read_text(errors="replace")
+def _functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, int]]:
+    """The outermost functions and methods, each with its first line (a decorator's)."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child, min([child.lineno, *(d.lineno for d in child.decorator_list)])
+        else:
+            yield from _functions(child)
 
 
 def tests_of(module: str) -> list[str]:
@@ -216,36 +192,44 @@ def tests_of(module: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("module")
+    parser.add_argument("module", nargs="+", help="a file, a folder, or several with commas; N mutants of each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--number", type=int, default=30)
+    parser.add_argument("--number", type=int, default=60)
     parser.add_argument("--tests", nargs="*", help="instead of those found by name")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests for one mutant, the quickest first")
+    parser.add_argument("--all", action="store_true", help="print those that were caught too")
     options = parser.parse_args()
-    tests = options.tests or tests_of(options.module)
-    source = (ROOT / options.module).read_text()
-    drawn = mutants(source)
-    total = len(drawn)
-    drawn = random.Random(options.seed).sample(drawn, min(options.number, total))
-    bench, start = Bench(), time.monotonic()
-    verdict, detail = bench.run(options.module, None, tests)
-    if verdict != "SURVIVED":
-        print(f"the tests are red before any change: {detail}", file=sys.stderr)
+    drawn: list[Mutant] = []
+    modules, tests = {}, set(options.tests or ())
+    for module in options.module:
+        paths = [p for part in module.split(",") for p in sorted((ROOT / part).rglob("*.py")) or [ROOT / part]]
+        files = [str(p.relative_to(ROOT)) for p in paths]
+        every = [m for f in files for m in mutants((ROOT / f).read_text(), f)]
+        sample = sorted(random.Random(options.seed).sample(every, min(options.number, len(every))))
+        modules[module] = range(len(drawn), len(drawn) + len(sample))
+        drawn += sample
+        tests |= set() if options.tests else {t for f in files for t in tests_of(f)}
+    answers = serve(Bench(), drawn, sorted(tests), options.seconds)
+    first = next(answers)
+    if "red" in first:
+        print(f"the tests are red before any change: {first['red']}", file=sys.stderr)
         return 2
-    limit = 30 + 5 * (time.monotonic() - start)
     print(
-        f"{options.module}: {len(drawn)} of {total} mutants, seed {options.seed}; tests: {' '.join(tests)}", flush=True
+        f"seed {options.seed}; {first['tests']} tests of {first['seconds']:.0f} s: {' '.join(sorted(tests))}",
+        flush=True,
     )
-    survivors = 0
-    for mutant in sorted(drawn):
-        verdict, detail = bench.run(options.module, mutant.text, tests, limit)
-        survivors += verdict != "caught"
-        if verdict != "caught":
-            line = source.splitlines()[mutant.line - 1].strip()
-            print(
-                f"{verdict} {options.module}:{mutant.line} {mutant.function}: {mutant.change}   in: {line}", flush=True
-            )
-    print(f"{len(drawn) - survivors} of {len(drawn)} mutants caught in {time.monotonic() - start:.0f} s")
-    return 1 if survivors else 0
+    caught = []
+    for answer in answers:
+        mutant, verdict = drawn[answer["number"]], answer["verdict"]
+        caught += [answer["number"]] if verdict == "caught" else []
+        if verdict != "caught" or options.all:
+            line = (ROOT / mutant.file).read_text().splitlines()[mutant.line - 1].strip()
+            place = f"{mutant.file}:{mutant.line} {mutant.function}"
+            print(f"{verdict} {place}: {mutant.change}   in: {line}   ({answer['why']})", flush=True)
+    print("rows of tests/kill_rates.csv (module, seed, sampled, killed, equivalent, reasons):")
+    for module, numbers in modules.items():
+        print(f'"{module}",{options.seed},{len(numbers)},{len(set(caught) & set(numbers))},0,')
+    return 0 if len(caught) == len(drawn) else 1
 
 
 if __name__ == "__main__":
