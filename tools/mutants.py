@@ -14,7 +14,6 @@ import copy
 import random
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -148,7 +147,8 @@ def mutants(source: str, file: str = "") -> list[Mutant]:
     for function, node in nodes(tree):
         for new in changes(node):
             change = " -> ".join(ast.unparse(n).splitlines()[0] for n in (node, new))
-            lines = next(head for head in heads if node.lineno in head)
+            around_it = (head for head in heads if node.lineno in head)
+            lines = next(around_it, range(node.lineno, node.end_lineno + 1))
             around = next(((n.name, start) for n, start in outer if start <= node.lineno <= n.end_lineno), ("", 0))
             mutant = Mutant(file, node.lineno, function, change, apply(source, node, new), lines, around)
             try:
