@@ -33,7 +33,7 @@ def test_mutants_change_one_node_and_nothing_else():
         "(g(a, b, strict=True) if not a < 2 else -b)", "if (a <= 2)", "if (a >= 2)", "< (3)", "< (1)", "< (0)",
         "(g(a, strict=True))", "(g(b, a, strict=True))", "else (b)", "return None",
     }  # fmt: skip
-    made = [m.text for m in mutants.mutants(source)]
+    made = [m.text for m in mutants.mutants({"f.py": source})]
     assert all(text.startswith("def f(a, b):  # kept\n") for text in made)
     assert {part for part in wanted if not any(part in text for text in made)} == set()
     assert len(made) == len(wanted)

@@ -14,7 +14,8 @@ import copy
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,24 +140,31 @@ def apply(source: str, node: ast.AST, new: ast.AST) -> str:
     return (source.encode()[:start] + text.encode() + source.encode()[end:]).decode()
 
 
-def mutants(source: str, file: str = "") -> list[Mutant]:
-    """Every mutant of a source that compiles."""
-    found, tree = {}, ast.parse(source)
-    outer = list(_functions(tree))
-    heads = sorted((range(n.lineno, _end(n) + 1) for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=len)
-    for function, node in nodes(tree):
-        for new in changes(node):
-            change = " -> ".join(ast.unparse(n).splitlines()[0] for n in (node, new))
-            around_it = (head for head in heads if node.lineno in head)
-            lines = next(around_it, range(node.lineno, node.end_lineno + 1))
-            around = next(((n.name, start) for n, start in outer if start <= node.lineno <= n.end_lineno), ("", 0))
-            mutant = Mutant(file, node.lineno, function, change, apply(source, node, new), lines, around)
-            try:
-                if ast.dump(ast.parse(mutant.text)) != ast.dump(tree):
-                    found.setdefault(mutant.text, mutant)
-            except SyntaxError:
-                continue
-    return list(found.values())
+def mutants(sources: Mapping[str, str], order: random.Random | None = None) -> Iterator[Mutant]:
+    """Every mutant of the sources (by file) that compiles; in the order of the tree, or in one that is drawn."""
+    places = []
+    for file, source in sources.items():
+        tree = ast.parse(source)
+        outer = list(_functions(tree))
+        heads = sorted((range(n.lineno, _end(n) + 1) for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=len)
+        unchanged = ast.dump(tree)
+        places += [(file, unchanged, outer, heads, *found, new) for found in nodes(tree) for new in changes(found[1])]
+    if order:
+        order.shuffle(places)
+    seen = set()
+    for file, unchanged, outer, heads, function, node, new in places:
+        text = apply(sources[file], node, new)
+        try:
+            same = ast.dump(ast.parse(text)) == unchanged
+        except SyntaxError:
+            continue
+        if same or text in seen:
+            continue
+        seen.add(text)
+        change = " -> ".join(ast.unparse(n).splitlines()[0] for n in (node, new))
+        lines = next((head for head in heads if node.lineno in head), range(node.lineno, node.end_lineno + 1))
+        around = next(((n.name, start) for n, start in outer if start <= node.lineno <= n.end_lineno), ("", 0))
+        yield Mutant(file, node.lineno, function, change, text, lines, around)
 
 
 def _end(statement: ast.stmt) -> int:
@@ -204,8 +212,8 @@ def main() -> int:
     for module in options.module:
         paths = [p for part in module.split(",") for p in sorted((ROOT / part).rglob("*.py")) or [ROOT / part]]
         files = [str(p.relative_to(ROOT)) for p in paths]
-        every = [m for f in files for m in mutants((ROOT / f).read_text(), f)]
-        sample = sorted(random.Random(options.seed).sample(every, min(options.number, len(every))))
+        sources = {f: (ROOT / f).read_text() for f in files}
+        sample = sorted(islice(mutants(sources, random.Random(options.seed)), options.number))
         modules[module] = range(len(drawn), len(drawn) + len(sample))
         drawn += sample
         tests |= set() if options.tests else {t for f in files for t in tests_of(f)}

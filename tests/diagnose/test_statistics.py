@@ -23,9 +23,7 @@ from mmc_fast.errors import InputError
 
 
 @pytest.fixture
-def generator() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
+def generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
@@ -36,7 +34,7 @@ def test_ranked_scores_equal_scikit_learn_with_sample_weights(generator, metric,
     scores = labels * 0.7 + generator.normal(size=62)
     if ties:
         scores = np.round(scores)
-    counts = resample_counts(62, 25, generator)
+    counts = resample_counts(62, 150, generator)  # more than are scored at a time
     got = weighted_scores(metric, labels, scores, counts)
     expected = [truth(labels, scores, sample_weight=row) for row in counts]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
@@ -73,6 +71,7 @@ def test_resample_counts_are_bootstrap_draws(generator):
 
 def test_mean_sd_uses_the_sample_variance():
     assert mean_sd([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert mean_sd([0.5, 1.5]) == (1.0, pytest.approx(np.sqrt(0.5)))
     assert mean_sd([0.5]) == (0.5, None)
 
 
@@ -149,8 +148,11 @@ def test_separated_best_needs_every_comparison(generator):
         assert separated_best({"a": good, "b": also_good, "c": bad}) is None, gap
 
 
-def test_average_keeps_the_pairing(generator):
+def test_average_and_difference_keep_the_pairing(generator):
     parts = [ResampledScores(generator.random(2), generator.random((2, 7))) for _ in range(3)]
+    difference = parts[0] - parts[1]
+    np.testing.assert_array_equal(difference.plain, parts[0].plain - parts[1].plain)
+    np.testing.assert_array_equal(difference.resampled, parts[0].resampled - parts[1].resampled)
     mean = average(parts)
     np.testing.assert_allclose(mean.plain, sum(p.plain for p in parts) / 3)
     np.testing.assert_allclose(mean.resampled, sum(p.resampled for p in parts) / 3)
@@ -167,6 +169,7 @@ def test_average_keeps_the_pairing(generator):
         lambda: resample_counts(0, 10, np.random.default_rng(0)),
         lambda: resample_counts(10, 1, np.random.default_rng(0)),
         lambda: resampled_scores("auroc", [1, 1], [[0.1, 0.2]], np.ones((2, 2), dtype=int)),
+        lambda: resampled_scores("r2", [[0], [1]], [[[0], [1]], [[0], [np.nan]]], np.ones((2, 2), dtype=int)),
         lambda: resampled_scores("auroc", [0, 1], [], np.ones((2, 2), dtype=int)),
         lambda: ResampledScores(np.ones(2), np.ones((2, 3))) - ResampledScores(np.ones(3), np.ones((3, 3))),
         lambda: ResampledScores(np.ones(2), np.ones((2, 3))).interval(level=1),

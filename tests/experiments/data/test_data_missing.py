@@ -94,6 +94,14 @@ def test_seeded(seed: int) -> None:
     assert not torch.equal(one, other)
 
 
+def test_the_realised_rate_of_a_modality_that_one_row_has(seed: int) -> None:
+    natural = torch.tensor([[True, True], [True, False]])
+    for s in range(20):
+        got = data.mcar(natural, (0.5, 0.999), torch.Generator().manual_seed(seed + s))
+        lost = natural & ~got.present
+        assert got.realised == [lost[:, 0].sum().item() / 2, float(lost[0, 1])]
+
+
 def test_no_rows(generator: torch.Generator) -> None:
     got = data.mcar(torch.ones(0, 3, dtype=torch.bool), 0.5, generator)
     assert got.present.shape == (0, 3)

@@ -108,6 +108,7 @@ def test_groups_are_dealt_whole_by_their_highest_label(seed: int, tmp_path: Path
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("count", range(3, 21))
 def test_every_class_of_three_or_more_is_in_every_part(count: int, grouped: bool, seed: int) -> None:
+    """Also where the shares leave a part nothing."""
     labels = np.repeat([0, 1], [50, count])
     ids = np.arange(50 + count) if grouped else None
     if grouped:  # two rows to each group
@@ -119,6 +120,10 @@ def test_every_class_of_three_or_more_is_in_every_part(count: int, grouped: bool
     wanted = count * np.array([0.6, 0.1, 0.3])
     assert (np.abs(parts - wanted) <= 1).all(), parts
     assert np.bincount(code[labels == 0]).tolist() == [30 * (1 + grouped), 5 * (1 + grouped), 15 * (1 + grouped)]
+    for shares, ends in (((0.0, 0.0), (1, 1)), ((0.0, 1.0), (1, count - 2)), ((1.0, 0.0), (count - 2, 1))):
+        code = stratified_split(labels, seed=seed, ids=ids, train=shares[0], validation=shares[1])
+        parts = np.bincount(code[labels == 1], minlength=3) // (1 + grouped)
+        assert parts.tolist() == [*ends, count - sum(ends)]
 
 
 @pytest.mark.parametrize(("count", "lacking"), [(1, "validation and test"), (2, "validation")])

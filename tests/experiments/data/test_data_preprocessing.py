@@ -10,7 +10,9 @@ import torch
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import load
-from mmc_fast.experiments.data.preprocessing import Preprocessing
+from mmc_fast.experiments.data.preprocessing import Preprocessing, ViewColumns, shift
+from mmc_fast.experiments.data.scaler import ViewScaler
+from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import LoadedRun, TrainConfig, load_run, train
 
 LABS, NOTES = ["na", "k", "ph"], ["n1", "n2"]
@@ -56,7 +58,7 @@ def test_columns_in_another_order_and_arrays_give_the_same_predictions(finished:
     turned = new | {"x_labs": np.c_[new["x_labs"][:, [2, 0, 1]], np.ones(40)]}
     other = finished.predict(save(tmp_path / "b.npz", turned, ["ph", "na", "k", "extra"]))
     assert torch.equal(other.answers, same)
-    assert other.differences["new_columns"] == {"labs": ["extra"]}
+    assert (other.differences["new_columns"], other.differences["missing_columns"]) == ({"labs": ["extra"]}, {})
     assert other.rows == [str(i) for i in range(1000, 1040)]
 
 
@@ -121,3 +123,50 @@ def test_what_cannot_be_used_is_refused(finished: LoadedRun, tmp_path: Path, cha
     np.savez(tmp_path / "a.npz", **change(arrays(10, 0)))
     with pytest.raises(InputError, match=said):
         finished.predict(tmp_path / "a.npz")
+
+
+def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: int) -> None:
+    """Against formulas over whole columns, on more rows than are read at a time; each column stands at one side of a limit."""
+    g = np.random.default_rng(seed)
+    columns = [
+        "same",
+        "outside 6 %",
+        "outside 4 %",
+        "far",
+        "near",
+        "gaps",
+        "never here",
+        "never in training",
+        "constant",
+    ]
+    n, d = 10_000, len(columns)
+    trained = g.uniform(-1, 1, (400, d))
+    trained[:, 7], trained[:, 8] = np.nan, 2.0
+    trained[::4, 0] = np.nan
+    scaler = ViewScaler.fit(trained, np.ones(400, bool), indicator=False, standardise=True)
+    new = g.uniform(-0.7, 0.7, (n, d)) + scaler.mean
+    new[:, 8] = 2.0
+    for j, share in ((1, 0.06), (2, 0.04)):
+        ends = np.arange(round(share * n))
+        new[ends, j] = np.where(ends % 2, scaler.low[j] - 1e-3, scaler.high[j] + 1e-3)  # at both ends: the mean stays
+    for j, distance in ((3, 0.30), (4, 0.26)):  # 0.25 and three standard errors are 0.28
+        new[:, j] += distance * scaler.std[j]
+    new[g.random(n) < 0.3, 5] = np.nan
+    new[:, 6] = np.nan
+    present = g.random(n) < 0.95
+    present[: round(0.06 * n)] = True
+    pre = Preprocessing({"v": ViewColumns(columns, scaler)}, "mean", Classification.of(2))
+    found = shift(pre, {"v": new.astype(np.float32)}, {"v": present})
+    rows = new.astype(np.float32).astype(float)[present]
+    assert [e["column"] for e in found] == columns
+    for j, entry in enumerate(found):
+        x, t = rows[~np.isnan(rows[:, j]), j], trained[~np.isnan(trained[:, j]), j]
+        assert entry["measured"] == pytest.approx(len(x) / len(rows), abs=1e-6)
+        assert entry["training_measured"] == pytest.approx(len(t) / 400, abs=1e-6)
+        if len(x) and len(t):
+            assert entry["outside"] == pytest.approx(((x < t.min()) | (x > t.max())).mean(), abs=1e-6)
+        if len(x) and len(t) and t.std() > 0:
+            assert entry["difference"] == pytest.approx((x.mean() - t.mean()) / t.std(), abs=1e-5)
+        else:
+            assert entry["difference"] is None
+    assert [e["column"] for e in found if e["far"]] == ["outside 6 %", "far"]
