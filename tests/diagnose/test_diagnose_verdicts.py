@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmc_fast.diagnose import ModalityVerdict, Thresholds
-from mmc_fast.diagnose.verdict import KINDS, judge, overall
+from mmc_fast.diagnose.verdict import KINDS, carries, judge, kind_of, overall
 
 LIMITS = Thresholds(signal=0.1, loss=0.05, index=0.1, effect=0.1, under=0.3, fair=1.0)
 OTHER = {
@@ -111,6 +114,52 @@ def test_resamples_give_the_interval_and_the_agreement() -> None:
     assert "agreement" not in none.evidence
 
 
+def test_the_thresholds_are_those_of_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "diagnose.md").read_text()
+    (listed,) = re.findall(r"fields of `Thresholds`: ([^(]*)", guide)
+    assert {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+\d|\d)", listed)} == vars(Thresholds())
+
+
+def test_what_is_equal_to_a_threshold() -> None:
+    """ "At most" is said of loss and index, "above" of signal and effect, and an interval holds its ends."""
+    t = Thresholds()
+    e = {"all": 0.9, "chance": 0.5, "shuffled": 0.9, "ability": 0.4, "loss": t.loss, "index": t.index}
+    e |= {"total_effect": t.effect}
+    low, high = math.nextafter(t.index, 0), math.nextafter(t.index, 1)
+    assert kind_of(e) == kind_of(e | {"index_low": t.index, "index_high": t.fair}) == "collapsed"
+    assert kind_of(e | {"loss": math.nextafter(t.loss, 1)}) == kind_of(e | {"index": high}) == "under-used"
+    assert kind_of(e | {"index": t.under}) == kind_of(e | {"index": 0.29, "index_high": t.under}) == "relied on"
+    assert kind_of(e | {"index_low": t.index, "index_high": math.nextafter(t.fair, 2)}) == "undecided"
+    used = e | {"loss": 0.5, "index": 0.5, "index_high": 0.8}
+    assert [kind_of(used | {"index_low": x}) for x in (low, t.index, high)] == ["undecided", "undecided", "relied on"]
+    assert kind_of({k: v for k, v in used.items() if k != "index_high"}) == "relied on"
+    nothing = e | {"all": 1.0, "chance": 0.0, "shuffled": 1.0, "ability": t.signal}
+    assert not carries(nothing)
+    assert carries(nothing | {"ability": math.nextafter(t.signal, 1)})
+    assert kind_of(nothing | {"ability": 0.0}) == "uninformative"
+    assert kind_of(nothing | {"ability": 0.0, "total_effect": math.nextafter(t.effect, 1)}) == "misleading"
+    assert kind_of(nothing | {"all": 0.0}) == "undecided"
+
+
+def test_nothing_used_is_an_index_of_zero() -> None:
+    unused = entry(0.9, 0.5, 0.9, 0.0, 0.2)
+    found = judge({"audio": unused, "image": unused | {"resampled_shapley": -0.1}}, {"all": 0.9, "chance": 0.5})
+    assert [(v.kind, v.evidence["index"]) for v in found] == [("collapsed", 0.0)] * 2
+
+
+@pytest.mark.parametrize("number", [9, 10, 41, 200])
+def test_the_interval_of_the_index_is_that_of_the_nearest_order_statistics(number: int, seed: int) -> None:
+    random, whole = np.random.default_rng(seed), {"all": 0.9, "chance": 0.5}
+    draws = [({"audio": entry(0.9, 0.5, 0.8, v, 0.2), "image": OTHER}, whole) for v in random.uniform(0, 0.4, number)]
+    e = judge({"audio": entry(0.9, 0.5, 0.8, 0.2, 0.2), "image": OTHER}, whole, draws)[0].evidence
+    if number < 10:
+        assert "index_low" not in e
+        return
+    drawn = [judge(scores, w)[0].evidence["index"] for scores, w in draws]
+    ends = np.quantile(drawn, [0.025, 0.975], method="nearest")
+    assert (e["index_low"], e["index_high"]) == tuple(ends)
+
+
 def test_words_for_every_kind() -> None:
     evidence = entry(0.9, 0.5, 0.8, 0.1, 0.25) | {"all": 0.9, "chance": 0.5, "ability": 0.4, "index": 0.4}
     found = [ModalityVerdict(f"m{i}", kind, evidence) for i, kind in enumerate(KINDS)]
@@ -119,3 +168,7 @@ def test_words_for_every_kind() -> None:
     text = overall(found, None, {})
     assert all(f"{word}: m" in text for word in ("Modality collapse", "Misleading", "Under-used", "Undecided"))
     assert overall(found[:1], None, {}) == "Every modality is relied on."
+    assert overall([], None, {}) == ""
+    for entropy, words in ((0.15, "keep the modalities apart"), (0.151, "mix the modalities")):
+        assert words in overall(found, entropy, vars(Thresholds()))
+    assert "neurons" not in overall(found[:1], 0.9, vars(Thresholds()))
