@@ -76,7 +76,7 @@ defects: setup
 
 # make mutants MODULE=mmc_fast/diagnose/statistics.py SEED=1 N=60
 SEED ?= 0
-N    ?= 30
+N    ?= 60
 mutants: setup
 	@$(PY) tools/mutants.py $(MODULE) --seed $(SEED) --number $(N) $(ARGS)
 
