@@ -7,7 +7,7 @@
 
 Candidates of a row run in turn in one process and the best CPU time of each counts: a busy machine disturbs all alike.
 ``NAME_compiled`` is the baseline NAME under torch.compile, compiled before the clock starts; ``--no-compile`` leaves
-those out. ``--memory`` adds the peak memory of each candidate, measured in a process of its own.
+those out. ``--memory`` adds what one run of each candidate adds to the resident memory at most.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import copy
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,7 +28,6 @@ import gate
 import machine
 import torch
 from agop_baselines import BASELINES, sum_trick
-from agop_memory import peak_of
 from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import agop
@@ -208,11 +207,7 @@ def register_rate() -> float:
         return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
-def clock(threads: int) -> float:
-    return time.thread_time() if threads == 1 else time.perf_counter()
-
-
-def measure(row: Row, rounds: int) -> dict:
+def measure(row: Row, rounds: int, memory: bool = False) -> dict:
     """Best time of every candidate, in turn; returns times in milliseconds, ratios, and what ran."""
     check(row)
     torch.set_num_threads(row.threads)
@@ -228,9 +223,9 @@ def measure(row: Row, rounds: int) -> dict:
                 continue
             for threads, taken in ((row.threads, repeats), *(((1, alone),) if row.threads > 1 else ())):
                 torch.set_num_threads(threads)
-                start = clock(row.threads)
+                start = gate.clock(row.threads)
                 run()
-                seconds = clock(row.threads) - start
+                seconds = gate.clock(row.threads) - start
                 if round_index:
                     taken[name].append(seconds)
     load = gate.load_since(begin, row.threads, repeats.values())
@@ -244,16 +239,15 @@ def measure(row: Row, rounds: int) -> dict:
     if row.threads > 1:
         values["ours_scaling"], values["gemm_scaling"] = (min(alone[k]) / min(repeats[k]) for k in ("ours", "forward"))
     ratios = gate.ratios(row.targets, values)
+    peaks = {name: machine.peak_bytes(run) / 2**20 for name, run in runs.items()} if memory and row.d else {}
     return {"row": row.name, "N": row.n, "d": row.d, "h": row.h, "C": row.outputs, "threads": row.threads,
             "isa": library.current_isa(), "ran": ran, "load": load, "milliseconds": values,
-            "ratios": ratios}  # fmt: skip
+            "ratios": ratios, "peak_mib": peaks}  # fmt: skip
 
 
-def measured(row: Row, rounds: int) -> dict:
-    if row.isa is None:
-        return measure(row, rounds)
-    with library.forced_isa(row.isa):
-        return measure(row, rounds)
+def measured(row: Row, rounds: int, memory: bool) -> dict:
+    with nullcontext() if row.isa is None else library.forced_isa(row.isa):
+        return measure(row, rounds, memory)
 
 
 def show(result: dict) -> None:
@@ -267,7 +261,7 @@ def show(result: dict) -> None:
             f"{k.removesuffix('_rate')} {1e-9 / v:.2f}e12 MAC/s" for k, v in result["milliseconds"].items() if v > 0
         )
     print(f"{result['row']} ({shape}, {result['threads']} thread(s), {result['isa']}): {times}")
-    if "peak_mib" in result:
+    if result["peak_mib"]:
         print("    peak memory, MiB: " + ", ".join(f"{k} {v:.0f}" for k, v in result["peak_mib"].items()))
     print(f"    ran: {result['ran']}")
 
@@ -277,25 +271,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each candidate of the table")
     options = gate.begin(parser, argv, library.unavailable_reason())
     results = []
-    for row in ROWS:
-        if (options.row and row.name not in options.row) or (options.one_thread and row.threads > 1):
-            continue
+    for row in gate.chosen(ROWS, options):
         if row.isa and row.isa not in library.supported_isas():
             print(f"{row.name}: skipped, this processor has no {row.isa}")
             continue
         chosen = replace(row, compiled=()) if options.no_compile else row
-        result = gate.tried(partial(measured, chosen, options.rounds), "agop", options.record)
-        if options.memory and row.d:
-            result["peak_mib"] = {name: peak_of(row.name, name) for name in row.names if name in result["milliseconds"]}
-        results.append(result)
+        results.append(gate.tried(partial(measured, chosen, options.rounds, options.memory), "agop", options.record))
         show(results[-1])
-    return gate.finish("agop", results, options, ("N", "d", "h", "C", "threads", "isa"), ("peak_mib",))
+    return gate.finish("agop", results, options)
 
 
 def pytest_generate_tests(metafunc) -> None:
-    if {"row", "candidate"} <= set(metafunc.fixturenames):
-        pairs = [(row, name) for row in ROWS for name in row.names]
-        metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
+    gate.by_candidate(metafunc, [(row, name) for row in ROWS for name in row.names])
 
 
 def test_speed(benchmark, row: Row, candidate: str) -> None:

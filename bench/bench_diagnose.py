@@ -13,9 +13,9 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
@@ -105,7 +105,7 @@ def main() -> None:
             phases[last[0]] = now - last[1] - (stream.drawing - last[2])
             last[:] = [phase, now, stream.drawing]
         if done in (8, total):
-            memory[f"{phase} {done}"] = resident()
+            memory[f"{phase} {done}"] = machine.resident() // 2**20
 
     started, worked = time.perf_counter(), time.process_time()
     options: dict[str, Any] = {"groups": arguments.groups, "resamples": arguments.resamples}
@@ -130,12 +130,6 @@ def main() -> None:
             }
         )
     )
-
-
-def resident() -> int:
-    """MiB of this process in memory now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() // 2**20
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ candidate is what one step adds to the resident memory of the process at most.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import correctness
 import gate
@@ -179,11 +177,7 @@ class Job:
         run()
         for leaf in run.leaves:  # type: ignore[attr-defined]
             leaf.grad = None
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-        before = resident("VmRSS")
-        run()
-        return max(0, resident("VmHWM") - before)
+        return machine.peak_bytes(run)
 
     def saved_bytes(self, name: str) -> int:
         """Bytes that the forward pass keeps for backward, parameters left out."""
@@ -199,12 +193,6 @@ class Job:
             kept = self.step(name)(self.x)
         del kept
         return sum(size for pointer, size in seen.items() if pointer not in parameters)
-
-
-def resident(mark: str) -> int:
-    """Bytes of resident memory of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(mark))
 
 
 def training_step(row: Row, eager: bool) -> Candidate:
@@ -250,10 +238,6 @@ def check(job: Job, names: tuple[str, ...]) -> None:
     job.truths.clear()
 
 
-def clock(threads: int) -> float:
-    return time.thread_time() if threads == 1 else time.perf_counter()
-
-
 def measure(row: Row, rounds: int, seconds: float) -> dict:
     """Best time of every candidate, in turn, for ``rounds`` rounds or ``seconds``, whichever is longer (at most x 40)."""
     job = Job(row)
@@ -270,9 +254,9 @@ def measure(row: Row, rounds: int, seconds: float) -> dict:
                 torch.set_num_threads(threads)
                 left = BURST
                 while left > 0:  # a short step runs often, so that it finds its code and data in cache, as in training
-                    start = clock(row.threads)
+                    start = gate.clock(row.threads)
                     run()
-                    taken = clock(row.threads) - start
+                    taken = gate.clock(row.threads) - start
                     left -= taken
                     if done:  # the first round warms up
                         repeats[name, threads].append(taken)
@@ -339,21 +323,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="measure short steps at least that long")
     options = gate.begin(parser, argv, ebr_ops._native_reason)
     results = grid(options) if options.grid else []
-    for row in () if options.grid else ROWS:
-        if (options.row and row.name not in options.row) or (options.one_thread and row.threads > 1):
-            continue
+    for row in () if options.grid else gate.chosen(ROWS, options):
         chosen = without_compiled(row) if options.no_compile else row
         measured = partial(measure, chosen, options.rounds, options.seconds)
         results.append(gate.tried(measured, "ebr", options.record))
         show(results[-1])
-    columns = ("m", "d", "h", "k", "batch", "threads", "isa")
-    return gate.finish("ebr", results, options, columns, ("saved_bytes", "peak_bytes"))
+    return gate.finish("ebr", results, options)
 
 
 def pytest_generate_tests(metafunc) -> None:
-    if {"row", "candidate"} <= set(metafunc.fixturenames):
-        pairs = [(row, name) for row in ROWS for name in row.candidates]
-        metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
+    gate.by_candidate(metafunc, [(row, name) for row in ROWS for name in row.candidates])
 
 
 def test_speed(benchmark, row: Row, candidate: str) -> None:

@@ -7,7 +7,6 @@ machine; where nothing was recorded it is shown and compared with nothing. Targe
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -151,7 +150,6 @@ def parser(doc: str | None, rows: Sequence[str], rounds: int) -> argparse.Argume
     made.add_argument("--no-compile", action="store_true", help="without the baselines under torch.compile")
     made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--json", type=Path)
-    made.add_argument("--csv", type=Path)
     return made
 
 
@@ -171,23 +169,24 @@ def begin(made: argparse.ArgumentParser, argv: list[str] | None, missing: str | 
     return options
 
 
-def finish(
-    bench: str, results: list[dict], options: argparse.Namespace, columns: Sequence[str], per_candidate: Sequence[str]
-) -> int:
-    """Print the report and write the files; exit code 1 where the gate is asked for and a ratio is above it, or where a
+def chosen(rows: Iterable[Any], options: argparse.Namespace) -> list[Any]:
+    """The rows that the options leave."""
+    named = [row for row in rows if not options.row or row.name in options.row]
+    return [row for row in named if row.threads == 1 or not options.one_thread]
+
+
+def clock(threads: int) -> float:
+    """CPU time of one thread, the clock on the wall for several."""
+    return time.thread_time() if threads == 1 else time.perf_counter()
+
+
+def finish(bench: str, results: list[dict], options: argparse.Namespace) -> int:
+    """Print the report and write the file; exit code 1 where the gate is asked for and a ratio is above it, or where a
     row that should be recorded was not."""
     if any(r["ratios"] for r in results):
         print(report(bench, results))
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1, default=str))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", *columns, "candidate", "milliseconds", *per_candidate])
-            for r in results:
-                for name, value in r["milliseconds"].items():
-                    extra = (r.get(key, {}).get(name) for key in per_candidate)
-                    writer.writerow([r["row"], *(r[key] for key in columns), name, value, *extra])
     if options.record:
         left = record(bench, results, datetime.date.today().isoformat())
         for row in left:
@@ -195,6 +194,12 @@ def finish(
         return 1 if left else 0
     above = any(q["state"] == "above" for r in results for q in r["ratios"])
     return 1 if options.gate and above else 0
+
+
+def by_candidate(metafunc: Any, pairs: Sequence[tuple[Any, str]]) -> None:
+    """One test for each (row, candidate), where a test asks for both."""
+    if {"row", "candidate"} <= set(metafunc.fixturenames):
+        metafunc.parametrize(("row", "candidate"), pairs, ids=[f"{row.name}-{name}" for row, name in pairs])
 
 
 def benchmarked(benchmark: Any, run: Callable[[], object], threads: int, rounds: int, warm: bool = True) -> None:

@@ -11,16 +11,16 @@ candidate in turn.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import recorded
 import torch
 
 TABLE = Path(__file__).with_name("grid.csv")
@@ -60,26 +60,18 @@ class Entry:
     compiled: float | None = None
     stacked: float | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.bench, self.row, self.processors
+
 
 def read(path: Path = TABLE) -> list[Entry]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    numbers = ("ours", *AGAINST)
-    return [Entry(**{k: (float(v) if v else None) if k in numbers else v for k, v in r.items()}) for r in rows]  # type: ignore[arg-type]
+    return list(recorded.read(path, Entry).values())
 
 
 def write(entries: Iterable[Entry], path: Path = TABLE) -> None:
     """Put entries in the place of those of the same class and row."""
-    found = {(e.bench, e.row, e.processors): e for e in (*(read(path) if path.exists() else ()), *entries)}
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Entry)], lineterminator="\n")
-        writer.writeheader()
-        for e in found.values():
-            writer.writerow(
-                {k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(e).items()}
-            )
-    partial_path.replace(path)
+    recorded.write(entries, path, Entry, digits=4)
 
 
 def entries_of(bench: str, result: dict, place: tuple[str, str, str], products: str) -> list[Entry]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def name() -> str:
     model = found.get("model name") or platform.processor() or platform.machine()
     family = f" (family {found['cpu family']}, model {found['model']})" if {"cpu family", "model"} <= set(found) else ""
     return model + family
+
+
+def resident(mark: str = "VmRSS") -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since :func:`peak_bytes` began (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(mark))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """What one call adds to the resident memory at its highest; what earlier calls have freed goes back to the system first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    before = resident()
+    kept = run()
+    peak = max(0, resident("VmHWM") - before)
+    del kept
+    return peak
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def finished(argv: list[str], series: list[dict], bench: str = "ebr") -> int:
     options = gate.parser(None, ["row"], 1).parse_args(argv)
     feed = iter(series)
     result = gate.tried(lambda: next(feed), bench, options.record)
-    return gate.finish(bench, [result], options, (), ())
+    return gate.finish(bench, [result], options)
 
 
 def test_only_the_gate_by_hand_fails(records, capsys):
