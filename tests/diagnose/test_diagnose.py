@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from mmc_fast.diagnose import diagnose
-from mmc_fast.diagnose.measures import blocks, similarity
+from mmc_fast.diagnose.measures import blocks, similarity, weights
 from mmc_fast.testing import planted_head
 
 
@@ -31,7 +31,8 @@ def test_noise_of_another_modality_in_neurons(seed: int) -> None:
 
 def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     head, loader = chain(generator), batches(generator)
-    d = diagnose(Toy(head, head), loader, resamples=20)
+    start = torch.randn(12, 10, generator=generator)  # weights before training
+    d = diagnose(Toy(head, head), loader, resamples=20, initial_weight=start)
     image, audio, _ = whole(loader)
     x = torch.cat([image, audio], 1).double()
     double = chain(generator).double()
@@ -46,7 +47,10 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
         values = blocks.spectrum(blocks.whitened(gram, sigma, split))
         assert d.value(f"agop.{index}.effective_rank") == pytest.approx(blocks.effective_rank(values), rel=1e-4)
         assert d.value(f"agop.{index}.stable_rank") == pytest.approx(blocks.stable_rank(values), rel=1e-4)
-        w = double[2 * index].weight.detach()
+        assert d.value(f"agop.{index}.numerical_rank") == int((values > 1e-3 * values[0]).sum())
+        shown = np.pad(d.arrays[f"spectrum.{index}"], (0, len(values)))[: len(values)]
+        np.testing.assert_allclose(shown, values / values.sum(), rtol=1e-4, atol=1e-6)
+        w = double[2 * index].weight.detach() - (start.double() if index == 0 else 0)
         cosine = float((w.t() @ w).flatten() @ gram.flatten() / (w.t() @ w).norm() / gram.norm())
         assert d.value(f"agop.{index}.nfm_cosine") == pytest.approx(cosine, rel=1e-5)
         if index == 0:
@@ -63,6 +67,13 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     assert d.value("fused.vif") == pytest.approx(inverse.mean(), rel=1e-4)
     singular = torch.linalg.svdvals(fused - fused.mean(0))
     assert d.value("fused.effective_rank") == pytest.approx(blocks.effective_rank(singular), rel=1e-4)
+    assert d.value("fused.stable_rank") == pytest.approx(blocks.stable_rank(singular), rel=1e-4)
+    assert d.value("fused.numerical_rank") == int((singular > 1e-3 * singular[0]).sum())
+    np.testing.assert_allclose(d.arrays["spectrum.fused"], singular / singular.sum(), rtol=1e-4)
+    dictionary = weights.pca_dictionary(torch.from_numpy(np.cov(x.numpy().T, bias=True)), dict(WIDTHS))[0]
+    degree = weights.degree_of_polysemanticity(double[0].weight.detach(), dictionary).gamma
+    assert d.value("polysemanticity_degree") == pytest.approx(degree)
+    assert d["polysemanticity_degree"].error is not None
     assert re.match(r"co-activation|row chain", d.settings["agop"])
     assert d.n_samples == 500
 

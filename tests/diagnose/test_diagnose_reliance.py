@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -131,44 +132,107 @@ def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Ge
 
 
 def outputs_and_labels(random: np.random.Generator, kind: str) -> tuple[Tensor, Tensor]:
-    outputs = torch.from_numpy(random.integers(-5, 5, size=(2, 300, 2)).astype(np.float32))  # ties
+    """Of four conditions or draws."""
+    outputs = torch.from_numpy(random.integers(-5, 5, size=(4, 300, 2)).astype(np.float32))  # ties
     if kind == "classes":
         return outputs, torch.from_numpy(random.integers(2, size=300))
+    if kind == "survival":  # time and event, with ties
+        return outputs[:, :, :1], torch.from_numpy(
+            np.stack([random.integers(9, size=300), random.integers(2, size=300)], 1)
+        )
     labels = torch.from_numpy(random.integers(2, size=(300, 2)))
     return outputs, labels if kind == "labels" else labels + torch.from_numpy(random.standard_normal((300, 2))).float()
+
+
+def harrell(risk: np.ndarray, labels: np.ndarray) -> float:
+    """Pair by pair."""
+    right = pairs = 0.0
+    for (t, event), r in zip(labels, risk, strict=True):
+        if event:
+            longer = (labels[:, 0] > t) | ((labels[:, 0] == t) & (labels[:, 1] == 0))
+            pairs += longer.sum()
+            right += ((risk < r) & longer).sum() + ((risk == r) & longer).sum() / 2
+    return right / pairs
 
 
 ORACLES = {
     "auroc": lambda y, t: roc_auc_score(t, y[:, 1] - y[:, 0]),
     "accuracy": lambda y, t: float((y.argmax(1) == t).mean()),
     "f1": lambda y, t: f1_score(t, y > 0, average="micro"),
+    "macro_auroc": lambda y, t: roc_auc_score(t, y, average="macro"),
     "r2": lambda y, t: r2_score(t, y, multioutput="uniform_average"),
-    "mse": lambda y, t: float(np.square(y - t).mean()),
+    "concordance": lambda y, t: harrell(y[:, 0], t),
+    "own": lambda y, t: float((np.square(y - t) * (1 + t**2)).mean()),
 }
+KINDS = {"f1": "labels", "macro_auroc": "labels", "r2": "numbers", "own": "numbers", "concordance": "survival"}
 
 
 @pytest.mark.parametrize("metric", list(ORACLES))
 def test_weighted_scores_of_groups_are_those_of_the_repeated_rows(metric: str, seed: int) -> None:
     random = np.random.default_rng(seed)
-    kind = {"f1": "labels", "r2": "numbers", "mse": "numbers"}.get(metric, "classes")
+    kind = KINDS.get(metric, "classes")
     outputs, labels = outputs_and_labels(random, kind)
     places = torch.from_numpy(random.integers(4, size=300))
-    function = (lambda y, t: ORACLES["mse"](y.numpy(), t.numpy())) if metric == "mse" else None
-    scores = ConditionScores(Task(kind, metric, 2, function), {"coalition.0": 1, "coalition.1": 1}, 4, 300, seed)
+    function = (lambda y, t: ORACLES["own"](y.numpy(), t.numpy())) if metric == "own" else None
+    task = Task(kind, metric, outputs.shape[2], function)
+    drawn = [("coalition.0", 0), ("shuffled.0", 0), ("shuffled.0", 1), ("coalition.1", 0)]
+    scores = ConditionScores(task, {"coalition.0": 1, "shuffled.0": 2, "coalition.1": 1}, 4, 300, seed)
     for index, rows in enumerate(torch.arange(300).split(70)):
-        found = {(f"coalition.{c}", 0): outputs[c][rows] for c in range(2)}
-        scores.add(index, found, labels[rows], places[rows])
+        scores.add(index, {d: y[rows] for d, y in zip(drawn, outputs, strict=True)}, labels[rows], places[rows])
     weights = np.array([[2.0, 0, 1, 1], [1, 1, 1, 1]])
-    found = scores.scores(weights)
+    found, effects = scores.scores(weights), scores.total_effects(weights)
+    answers = [task.answers(y).double().numpy() for y in outputs]
+    assert list(effects) == ["shuffled.0"]
     for r, w in enumerate(weights):
         rows = np.concatenate([np.flatnonzero(places.numpy() == k).repeat(int(w[k])) for k in range(4)])
-        for c in range(2):
-            expected = ORACLES[metric](outputs[c].numpy()[rows], labels.numpy()[rows])
-            assert found[f"coalition.{c}"][r] == pytest.approx(expected)
+        truth = labels.numpy()[rows]
+        one = [ORACLES[metric](y[rows], truth) for y in outputs.numpy()]
+        assert (found["coalition.0"][r], found["coalition.1"][r]) == pytest.approx((one[0], one[3]))
+        if metric == "f1":  # of the hits of both draws together
+            both = f1_score(
+                np.tile(truth, (2, 1)), np.concatenate([y[rows] > 0 for y in outputs[1:3]]), average="micro"
+            )
+        assert found["shuffled.0"][r] == pytest.approx(both if metric == "f1" else (one[1] + one[2]) / 2)
+        moved = np.mean([np.square(answers[d][rows] - answers[3][rows]).sum(1).mean() for d in (1, 2)])
+        assert effects["shuffled.0"][r] == pytest.approx(moved / (2 * answers[3][rows].var(0).sum()))
         if metric == "f1":
             constant = [np.tile(answer, (len(rows), 1)) for answer in ([1, -1], [-1, 1], [1, 1])]
-            best = max(ORACLES["f1"](y, labels.numpy()[rows]) for y in constant)
+            best = max(ORACLES["f1"](y, truth) for y in constant)
             assert scores.chance(weights)[r] == pytest.approx(best)
+        if metric == "accuracy":
+            assert scores.chance(weights)[r] == pytest.approx(max(truth.mean(), 1 - truth.mean()))
+
+
+def test_outputs_that_are_alike_but_for_rounding(seed: int) -> None:
+    """Without any modality the order of batches must not look like knowledge, and outputs that do not vary move nowhere."""
+    random = np.random.default_rng(seed)
+    labels = torch.from_numpy(np.r_[0, 1, random.integers(2, size=98)])
+    same = torch.full((100, 2), 3.0)
+    for rounding, expected in ((1e-6, 0.5), (1e-2, 1.0)):
+        near = same.clone()
+        near[:, 1] += rounding * labels
+        scores = ConditionScores(
+            Task("classes", "auroc", 2), {"coalition.0": 1, "shuffled.0": 1, "coalition.1": 1}, 1, 9, seed
+        )
+        scores.add(
+            0, {("coalition.0", 0): near, ("shuffled.0", 0): near + 1, ("coalition.1", 0): same}, labels, labels * 0
+        )
+        assert scores.scores(np.ones((1, 1)))["coalition.0"] == [expected]
+        assert scores.total_effects(np.ones((1, 1)))["shuffled.0"] == [0.0]
+
+
+def test_recall_under_weights_counts_each_candidate_once(generator: torch.Generator) -> None:
+    x = torch.randn(40, 6, generator=generator)
+    x[:, 3:] = x[:, :3] + 0.5 * x[:, 3:]
+    queries, candidates = (torch.nn.functional.normalize(part, dim=1) for part in x.chunk(2, 1))
+    better = (queries @ candidates.t() > (queries * candidates).sum(1, keepdim=True)).sum(1).numpy()
+    places = torch.arange(40) % 3
+    task = Task("pairs", "recall@5", 6, lambda y, _: float(y.sum()))
+    scores = ConditionScores(task, {"coalition.1": 1}, 3, 40, 0)
+    scores.add(0, {("coalition.1", 0): x}, torch.zeros(40, 1), places)
+    weights = np.array([[1.0, 1, 1], [0, 2, 1]])
+    expected = [np.average(better < 5, weights=w[places.numpy()]) for w in weights]
+    np.testing.assert_allclose(scores.scores(weights)["coalition.1"], expected)
 
 
 def test_labels_in_every_form(generator: torch.Generator) -> None:
@@ -241,19 +305,38 @@ def test_ability_from_raw_inputs_and_from_models_of_the_adapter(generator: torch
     assert told.value("alone.audio") == pytest.approx(roc_auc_score(labels, audio[:, 0]))
 
 
-def test_error_of_chance_is_that_of_drawn_guesses(seed: int) -> None:
-    """A model within two of these of chance is not judged."""
+@pytest.mark.parametrize("metric", ["auroc", "macro_auroc", "concordance"])
+def test_error_of_chance_is_that_over_all_orders(metric: str) -> None:
+    """A model within three of these of chance is not judged. No two samples are alike, and every order is as likely."""
+    positive = {"auroc": [2], "macro_auroc": [2, 3, 0], "concordance": []}[metric]
+    n, kind = 6, KINDS.get(metric, "classes")
+    columns = [torch.arange(n) < p for p in positive]
+    labels = (
+        torch.stack([torch.arange(n), torch.ones(n)], 1) if metric == "concordance" else torch.stack(columns, 1).long()
+    )
+    outputs = {"auroc": 2, "macro_auroc": 3, "concordance": 1}[metric]
+    scores = ConditionScores(Task(kind, metric, outputs), {"coalition.1": 1}, 1, n, 0)
+    scores.add(
+        0,
+        {("coalition.1", 0): torch.zeros(n, outputs)},
+        labels[:, 0] if metric == "auroc" else labels,
+        torch.zeros(n).long(),
+    )
+    orders = [np.array(order) for order in itertools.permutations(range(n))]
+    if metric == "concordance":
+        expected = np.std([harrell(order, labels.numpy()) for order in orders])
+    else:  # a label that nobody has says nothing
+        expected = np.mean([np.std([roc_auc_score(c, order) for order in orders]) for c in columns if c.any()])
+    assert scores.chance_error() == pytest.approx(expected, rel=1e-9)
+
+
+def test_error_of_chance_of_sums(seed: int) -> None:
     random = np.random.default_rng(seed)
     labels = torch.from_numpy((random.random(400) < 0.3).astype(np.int64))
-    places = torch.zeros(400, dtype=torch.int64)
-    found = {}
-    for metric in ("auroc", "accuracy"):
-        found[metric] = ConditionScores(Task("classes", metric, 2), {"coalition.1": 1}, 1, 400, seed)
-        found[metric].add(0, {("coalition.1", 0): torch.zeros(400, 2)}, labels, places)
-    drawn = [roc_auc_score(labels, random.random(400)) for _ in range(400)]
-    assert found["auroc"].chance_error() == pytest.approx(np.std(drawn), rel=0.15)
+    found = ConditionScores(Task("classes", "accuracy", 2), {"coalition.1": 1}, 1, 400, seed)
+    found.add(0, {("coalition.1", 0): torch.zeros(400, 2)}, labels, labels * 0)
     share = float((labels == 0).double().mean())
-    assert found["accuracy"].chance_error() == pytest.approx(math.sqrt(share * (1 - share) / 400))
+    assert found.chance_error() == pytest.approx(math.sqrt(share * (1 - share) / 400))
 
 
 def test_a_model_at_chance_is_not_judged(seed: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
+from mmc_fast.diagnose.estimates import affordable, interval
 from mmc_fast.diagnose.statistics import (
     ResampledScores,
     average,
@@ -156,6 +157,27 @@ def test_average_and_difference_keep_the_pairing(generator):
     mean = average(parts)
     np.testing.assert_allclose(mean.plain, sum(p.plain for p in parts) / 3)
     np.testing.assert_allclose(mean.resampled, sum(p.resampled for p in parts) / 3)
+
+
+@pytest.mark.parametrize(("groups", "finite"), [(2, 30), (3, 9), (3, 10), (3, 30), (20, 30)])
+def test_interval_of_group_resamples(generator, groups, finite):
+    """Student's t on the groups, with the spread that K groups would have if their variance were divided by K - 1."""
+    draws = np.r_[generator.normal(5, 2, finite), np.full(4, np.nan)]
+    found = interval(5.0, draws, groups, 0.9)
+    if groups < 3 or finite < 10:
+        assert (found.value, found.error, found.low, found.high) == (5.0, None, None, None)
+        return
+    error = np.nanstd(draws, ddof=1) * np.sqrt(groups / (groups - 1))
+    ends = stats.t.interval(0.9, groups - 1, 5.0, error)
+    assert (found.error, found.low, found.high) == pytest.approx((error, *ends))
+    cut = interval(5.0, draws, groups, 0.9, (4.999, 5.001))
+    assert (cut.error, cut.low, cut.high) == (found.error, 4.999, 5.001)
+
+
+def test_interval_of_what_is_no_number_or_was_not_drawn(generator):
+    assert interval(np.nan, generator.normal(size=30), 9, 0.95).value is None
+    assert interval(1.0, None, 9, 0.95).error is None
+    assert [affordable(r, [4, width]) for r, width in ((500, 256), (500, 257), (20, 257))] == [500, 24, 20]
 
 
 @pytest.mark.parametrize(
