@@ -1,11 +1,9 @@
-"""Files that are either whole or not there: written beside their place, synchronised, then renamed."""
+"""JSON, arrays and tensors in files that are either whole or not there, and what is told where one cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["SaveFailed", "read_tensors", "save_errors", "write_file", "write_json", "write_npz", "write_tensors"]
+from .files import write_file
+
+__all__ = ["SaveFailed", "read_tensors", "save_errors", "write_json", "write_npz", "write_tensors"]
 
 
 class SaveFailed(RuntimeError):
@@ -33,29 +33,6 @@ def save_errors(what: Path, kept: Callable[[], str]) -> Iterator[None]:
         raise SaveFailed(
             f"{what} could not be written ({reason}); {kept()}; make room or fix the folder, then resume"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk; a no-op for folders where they cannot be opened."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path in the same folder, then rename the file to ``path``."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

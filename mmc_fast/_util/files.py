@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import stat
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_regular", "check_tree", "command_line", "open_regular", "replace_file", "user_path"]
+__all__ = ["check_regular", "check_tree", "command_line", "open_regular", "replace_file", "user_path", "write_file"]
 
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
@@ -71,22 +72,36 @@ def check_tree(folder: Path) -> None:
                     check_regular(path, follow=False)
 
 
-def replace_file(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Write ``content`` (text as UTF-8) beside ``path``, flush it, and rename it to ``path``. Makes missing folders.
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path in the same folder, flush what it wrote, and rename the file to ``path``.
 
     Raises OSError where the folder cannot be written; the old file then stays as it was.
     """
-    target = user_path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """:func:`write_file` with ``content`` (text as UTF-8) at a path that somebody gave. Makes missing folders."""
+    target = user_path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    write_file(target, lambda temporary: temporary.write_bytes(data))
     return target
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk; a no-op for folders where they cannot be opened."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

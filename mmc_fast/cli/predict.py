@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmc_fast._util.atomic import save_errors, write_file
+from mmc_fast._util.atomic import save_errors
+from mmc_fast._util.files import write_file
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import load_run
 

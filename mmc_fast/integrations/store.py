@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc_fast._util.extras import require
+from mmc_fast._util.files import write_file
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRHead
 from mmc_fast.nn.ebr import read_options
@@ -20,30 +21,16 @@ __all__ = ["find", "load", "read", "save"]
 _MARK = "_extra_state"
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a .safetensors file needs safetensors; install it with: pip install safetensors"
-        ) from error
-    return safetensors
-
-
 def save(head: EBRHead, path: Path) -> None:
     """Weights and options of ``head``, written beside ``path`` and renamed."""
     state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in head.state_dict().items()}
     state = {key: t.detach().cpu().contiguous() for key, t in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            about = {"format": "pt", "mmc_fast": json.dumps(head.options())}
-            _safetensors().torch.save_file(state, temporary, metadata=about)
-        else:
-            torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        about = {"format": "pt", "mmc_fast": json.dumps(head.options())}
+        content = require("safetensors.torch", extra="experiments").save(state, metadata=about)
+        write_file(path, lambda temporary: temporary.write_bytes(content))
+    else:
+        write_file(path, lambda temporary: torch.save(state, temporary))
 
 
 def read(path: Path) -> Mapping[str, Any]:
@@ -60,7 +47,7 @@ def read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"load_ebr: there is no file {path}")
     if path.suffix == ".safetensors":
-        return _safetensors().torch.load_file(path)
+        return require("safetensors.torch", extra="experiments").load_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -226,7 +226,7 @@ def test_a_kill_between_any_two_renames_of_a_run_resumes_bitwise(tmp_path, monke
 
         folder = tmp_path / f"{limit}-{after}"
         with monkeypatch.context() as m:
-            m.setattr("mmc_fast._util.atomic.os.replace", replace)
+            m.setattr("mmc_fast._util.files.os.replace", replace)
             try:
                 train(dataset, config, seed=0, run_dir=folder)
                 return False

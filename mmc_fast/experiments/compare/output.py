@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmc_fast import __version__
-from mmc_fast._util.atomic import write_file, write_json
+from mmc_fast._util.atomic import write_json
+from mmc_fast._util.files import replace_file
 from mmc_fast.diagnose.document import (
     Block,
     Callout,
@@ -34,7 +35,7 @@ from ..report.drawings import draw_rates, metric_name
 from .findings import UNDER_PERFORMING, Findings
 
 __all__ = ["READING", "csv_text", "footnotes", "list_files", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
-           "write_outputs", "write_text"]  # fmt: skip
+           "write_outputs"]  # fmt: skip
 
 SCHEMA_VERSION = 2
 _P_COLUMNS = ("p", "p (Holm)", "p (signed ranks)")
@@ -70,8 +71,8 @@ def write_outputs(
     """
     head = {"schema_version": SCHEMA_VERSION, "mmc_fast_version": __version__}
     write_json(folder / "results.json", {**head, **about, "data_sets": [f.to_dict() for f in findings]})
-    write_text(folder / "results.csv", _csv(findings))
-    write_text(folder / "results.md", markdown(findings, title))
+    replace_file(folder / "results.csv", _csv(findings))
+    replace_file(folder / "results.md", markdown(findings, title))
     page = Report(
         title,
         opening[0] if opening else _lead(findings),
@@ -223,15 +224,6 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     for row in rows:
         writer.writerow(["" if v is None else v for v in [*row, *[None] * (len(columns) - len(row))]])
     return buffer.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-    write_file(path, write)
 
 
 def _csv(findings: Sequence[Findings]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from mmc_fast import __version__
 from mmc_fast._util.atomic import write_json
+from mmc_fast._util.files import replace_file
 from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Panels, Report, Section, Table, Text, signed
 
-from ..compare.output import csv_text, list_files, markdown_table, write_text
+from ..compare.output import csv_text, list_files, markdown_table
 from .base import Direction, Experiment, Outcome, ResultTable, Value
 
 __all__ = ["DIRECTION_COLUMNS", "direction_rows", "markdown", "table_columns", "table_rows", "to_dict", "write_outcome"]
@@ -127,8 +128,8 @@ def write_outcome(experiment: Experiment, outcome: Outcome, folder: Path, about:
     """Write result.json, result.csv, result.md, report.html and figures/ into ``folder``, each in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", to_dict(experiment, outcome, about))
-    write_text(folder / "result.csv", _csv(experiment, outcome))
-    write_text(folder / "result.md", markdown(experiment, outcome))
+    replace_file(folder / "result.csv", _csv(experiment, outcome))
+    replace_file(folder / "result.md", markdown(experiment, outcome))
     for name, drawing in outcome.drawings.items():
         drawing.save_png(folder / "figures" / f"{name}.png")
     page(experiment, outcome).save(folder / "report.html")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from training_data import check_one_line, same_numbers, small, store_at, tiny
 
-from mmc_fast._util import atomic as atomic_module
+from mmc_fast._util import files as files_module
 from mmc_fast._util.lock import LOCK_NAME, FolderLock
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import Interrupted, SaveFailed, load_predictions, load_run, train
@@ -129,7 +129,7 @@ def test_what_a_kill_leaves_of_a_new_folder_does_not_stop_a_new_start(seed, tmp_
 def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path, monkeypatch):
     """Saves two steps; stops before the n-th rename or synchronisation, for every n."""
     operations = ["os.replace", "os.fsync"]
-    real = {name: eval(f"atomic_module.{name}", {"atomic_module": atomic_module}) for name in operations}
+    real = {name: eval(f"files_module.{name}", {"files_module": files_module}) for name in operations}
 
     def run(limit: int | None) -> int:
         folder = tmp_path / f"run-{limit}" / "train"
@@ -149,7 +149,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_readable_store(tmp_path
 
         with monkeypatch.context() as m:
             for name in operations:
-                m.setattr(f"mmc_fast._util.atomic.{name}", counting(name))
+                m.setattr(f"mmc_fast._util.files.{name}", counting(name))
             with contextlib.suppress(Killed):
                 store.save(state(2), 1, 1)
         found = store_at(folder, keep=1).latest()
@@ -282,7 +282,7 @@ def test_after_a_fall_back_the_damaged_future_is_dropped_not_the_new_state(tmp_p
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_good_state(seed, tmp_path, monkeypatch):
     dataset, config, folder = tiny(seed), small("vanilla", epochs=4), tmp_path / "run"
-    saves, real = [], atomic_module._sync
+    saves, real = [], files_module._sync
 
     def full(path):
         saves.extend([path] if "checkpoints/train" in str(path) else [])
@@ -290,12 +290,12 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_state(seed, tmp_path, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path)
 
-    monkeypatch.setattr("mmc_fast._util.atomic._sync", full)
+    monkeypatch.setattr("mmc_fast._util.files._sync", full)
     with pytest.raises(SaveFailed, match=r"No space left on device\); last good checkpoint: .*epoch-00000\d") as error:
         train(dataset, config, seed=seed, run_dir=folder)
     assert "\n" not in str(error.value)
     assert not [p for p in folder.rglob(".*") if p.name != ".lock"]  # no half-written files
-    monkeypatch.setattr("mmc_fast._util.atomic._sync", real)
+    monkeypatch.setattr("mmc_fast._util.files._sync", real)
     assert equal(train(dataset, config, seed=seed, run_dir=folder, resume=True), train(dataset, config, seed=seed))
 
 

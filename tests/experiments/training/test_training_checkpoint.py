@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_data import small, store_at, tiny
 
-from mmc_fast._util import atomic
+from mmc_fast._util import files
 from mmc_fast._util.atomic import write_json, write_npz, write_tensors
 from mmc_fast.experiments.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from mmc_fast.experiments.training.loop import train
@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(write, tmp_path, mo
 
     for point in ("_sync", "os.replace"):
         with monkeypatch.context() as m:
-            m.setattr(f"mmc_fast._util.atomic.{point}", fail)
+            m.setattr(f"mmc_fast._util.files.{point}", fail)
             with pytest.raises(Broken):
                 write(path, 2)
         assert path.read_bytes() == before
@@ -56,9 +56,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(write, tmp_path, mo
 
 def test_contents_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(atomic, "_sync", lambda p: events.append("folder" if p.is_dir() else "file"))
-    replace = atomic.os.replace
-    monkeypatch.setattr(atomic.os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    monkeypatch.setattr(files, "_sync", lambda p: events.append("folder" if p.is_dir() else "file"))
+    replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     write_json(tmp_path / "a.json", {})
     assert events == ["file", "rename", "folder"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmc_fast._util.atomic import write_file
+from mmc_fast._util.files import write_file
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.archive import Archive
 from mmc_fast.experiments.data.prepare.originals import Originals, Progress
