@@ -12,7 +12,11 @@ from mmc_fast._util.numbers import shown
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
-from ..training import Progress, TrainConfig
+from ..training import Progress, TrainConfig, UnimodalModels
+from ..training.interrupt import InterruptGuard, Stage
+from ..training.parts import fingerprint
+from ..training.progress import Silent
+from ..training.unimodal import train_unimodal
 
 __all__ = ["BATCH_ROWS", "CANDIDATES", "Fitted", "Method", "Task", "merged"]
 
@@ -163,6 +167,21 @@ def merged(*tables: Settings) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(before, Mapping)
             result[key] = merged(before, value) if both else merged(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
     return result
+
+
+def unimodal_models(task: Task, guard: InterruptGuard | None = None) -> UnimodalModels:
+    """One model for each modality, trained with the settings of the task."""
+    on_epoch = (task.progress or Silent()).on_epoch
+    stage = Stage("unimodal", on_epoch, guard=guard or InterruptGuard())
+    data = task.dataset
+    return train_unimodal(data, task.config, seed=task.seed, fingerprint=fingerprint(data), stage=stage)
+
+
+def with_val_score(fitted: Fitted, dataset: MultimodalDataset) -> Fitted:
+    """The same with the score on the validation part in its record."""
+    held = dataset.part("validation")
+    fitted.record["val_score"] = dataset.task.score(fitted.predict(held.features, held.present), held.labels)
+    return fitted
 
 
 def prior(dataset: MultimodalDataset) -> Tensor:

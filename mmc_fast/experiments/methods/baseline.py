@@ -24,11 +24,10 @@ from ..training.interrupt import InterruptGuard, Stage
 from ..training.masks import epoch_order, training_masks
 from ..training.model import MultimodalModel
 from ..training.optim import build_optimizer, set_learning_rate
-from ..training.parts import Batches, fingerprint, task_of
+from ..training.parts import Batches, task_of
 from ..training.progress import Silent
 from ..training.substitution import ranking_parts, refresh, source_for
-from ..training.unimodal import train_unimodal
-from .base import BATCH_ROWS, Fitted, Task, prior
+from .base import BATCH_ROWS, Fitted, Task, prior, unimodal_models
 
 __all__ = ["BaselineModel", "Batch", "fit_baseline"]
 
@@ -51,7 +50,7 @@ class Batch:
 
 
 class BaselineModel(MultimodalModel, ABC):
-    """Base of the re-implemented methods: ``filled`` gives their modality features, they add fusion and loss.
+    """Base of the re-implemented methods: ``filled`` gives their modality features, they add a fusion and, some, a loss.
 
     The encoders are those of the standard model; with an ``ebr`` section its heads stand behind them and fill absent
     modalities by its substitution rule, so that EBR can be put under any of these methods.
@@ -77,12 +76,18 @@ class BaselineModel(MultimodalModel, ABC):
         return encoded, present if visible is None else visible, loss
 
     @abstractmethod
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
+        """Logits ``[b, C]`` from features of the modalities in ``filled`` bool ``[b, m]``."""
+
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
         """Logits ``[b, C]``."""
+        encoded, filled, _ = self.filled(features, present)
+        return self.fuse(encoded, filled)
 
-    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """What a step descends; may call for gradients of its own."""
+        """What a step descends, the task's loss unless a method says otherwise; may call for gradients of its own."""
+        encoded, filled, extra = self.filled(batch.features, batch.present)
+        return self.task.loss(self.fuse(encoded, filled), batch.labels, "mean") + extra
 
     def begin_epoch(self, train: Part) -> None:
         """Before the steps of an epoch."""
@@ -172,22 +177,10 @@ class _Fit:
         """Unimodal models where they are needed, and distillation into the encoders."""
         if self.config.unimodal_epochs == 0:
             return
-        self.unimodal = train_unimodal(
-            self.dataset,
-            self.config,
-            seed=self.task.seed,
-            fingerprint=fingerprint(self.dataset),
-            stage=Stage("unimodal", self.progress.on_epoch, guard=self.guard),
-        )
+        self.unimodal = unimodal_models(self.task, self.guard)
         if self.config.kd is not None:
-            pairs = distil(
-                self.model,
-                self.dataset,
-                self.unimodal,
-                self.config.kd,
-                seed=self.task.seed,
-                stage=Stage(guard=self.guard),
-            )
+            stage, seed = Stage(guard=self.guard), self.task.seed
+            pairs = distil(self.model, self.dataset, self.unimodal, self.config.kd, seed=seed, stage=stage)
             self.fitted.record["distillation"] = {"pairs": pairs}
 
     def _epochs(self) -> None:

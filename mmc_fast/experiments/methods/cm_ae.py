@@ -33,8 +33,7 @@ class CrossModalAutoencoder(BaselineModel):
         self.decoders = nn.ModuleList(MLPEncoder(code, config.encoder_width, d) for d in dims.values())
         self.classifier = nn.Linear(code, num_classes)
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         return self.classifier(self.code(encoded, filled))
 
     def code(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmc_fast._util.seeds import derive_seed
 
-from .base import Fitted, Method, Task, prior
+from .base import Fitted, Method, Task, prior, with_val_score
 from .standard import LEARNING_RATES, STANDARD, fit_standard
 
 __all__ = ["ENSEMBLES", "ORACLES", "fit_ensemble", "fit_subset_oracle"]
@@ -25,9 +25,7 @@ def fit_ensemble(task: Task) -> Fitted:
     seeds = [derive_seed(task.seed, "member", n) % 2**31 for n in range(task.options["members"])]
     members = [fit_standard(replace(task, seed=seed)) for seed in seeds]
     fitted = Fitted(_mean(members), prior(task.dataset), None, {"members": [m.record for m in members]})
-    held = task.dataset.part("validation")
-    fitted.record["val_score"] = task.dataset.task.score(fitted.predict(held.features, held.present), held.labels)
-    return fitted
+    return with_val_score(fitted, task.dataset)
 
 
 def fit_subset_oracle(task: Task) -> Fitted:
@@ -55,10 +53,7 @@ def fit_subset_oracle(task: Task) -> Fitted:
             result[rows] = of(tuple(row.tolist())).answer(chosen, every)
         return result
 
-    fitted = Fitted(answer, prior(dataset), None, {})
-    held = dataset.part("validation")
-    fitted.record["val_score"] = dataset.task.score(fitted.predict(held.features, held.present), held.labels)
-    return fitted
+    return with_val_score(Fitted(answer, prior(dataset), None, {}), dataset)
 
 
 def _of(name: str) -> Method:

@@ -66,7 +66,7 @@ class BipartiteGraph(nn.Module):
         self.start_modality = nn.Parameter(torch.randn(len(widths), width))
         self.rounds = nn.ModuleList(SageLayer(width, width, width) for _ in range(layers))
 
-    def forward(self, encoded: list[Tensor], here: Tensor) -> Tensor:
+    def forward(self, encoded: Sequence[Tensor], here: Tensor) -> Tensor:
         """Sample embeddings ``[b, width]`` from features ``[b, width_i]`` of which those in ``here`` are edges."""
         masked = [torch.where(here[:, i, None], z, 0.0) for i, z in enumerate(encoded)]
         edges = torch.stack([enter(z) for enter, z in zip(self.enter, masked, strict=True)], 1)
@@ -90,13 +90,8 @@ class Grape(BaselineModel):
         self.graph = BipartiteGraph(self.widths, width, layers)
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         return self.classifier(self.graph(encoded, filled))
-
-    def loss(self, batch: Batch) -> Tensor:
-        encoded, filled, extra = self.filled(batch.features, batch.present)
-        return self.task.loss(self.classifier(self.graph(encoded, filled)), batch.labels, "mean") + extra
 
 
 GRAPE = Method(
@@ -133,8 +128,7 @@ class Muse(BaselineModel):
         self.graph = BipartiteGraph(self.widths, config.fusion_hidden[0], layers=2)
         self.classifier = nn.Linear(config.fusion_hidden[0], num_classes)
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         return self.classifier(self.graph(encoded, filled))
 
     def loss(self, batch: Batch) -> Tensor:

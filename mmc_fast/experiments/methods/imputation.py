@@ -34,10 +34,11 @@ class ImputedConcat(BaselineModel):
         self.register_buffer("mean", torch.zeros(sum(self.widths)))
 
     def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        if self.fill == "zeros":
-            inputs = [torch.where(present[:, i, None], x, 0.0) for i, x in enumerate(features)]
-            return self.layers(self.encode(inputs))
-        encoded, filled, _ = self.filled(features, present)
+        if self.fill == "mean":
+            return super().forward(features, present)
+        return self.layers(self.encode([torch.where(present[:, i, None], x, 0.0) for i, x in enumerate(features)]))
+
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         means = self.mean.split(self.widths)
         return self.layers([torch.where(filled[:, i, None], z, means[i]) for i, z in enumerate(encoded)])
 

@@ -14,7 +14,7 @@ from mmc_fast.nn.fusion import TransformerFusion
 
 from ..training import TrainConfig
 from .base import Method
-from .baseline import BaselineModel, Batch, fit_baseline
+from .baseline import BaselineModel, fit_baseline
 
 __all__ = ["M3CARE", "M3Care"]
 
@@ -68,10 +68,6 @@ class M3Care(BaselineModel):
             found.append(total[:, 0] > 0)
         return result, torch.stack(found, 1)
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
-        return self.fuse(encoded, filled)
-
     def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """Logits: own and gathered features mixed by a gate where both are there."""
         gathered, found = self.gather(encoded, filled)
@@ -82,10 +78,6 @@ class M3Care(BaselineModel):
             share = torch.where(near, torch.sigmoid(gate(torch.cat([own, others], -1))), 1.0)
             mixed.append(torch.where(here, share * own + (1 - share) * others, others))
         return self.transformer(mixed, filled | found)
-
-    def loss(self, batch: Batch) -> Tensor:
-        encoded, filled, extra = self.filled(batch.features, batch.present)
-        return self.task.loss(self.fuse(encoded, filled), batch.labels, "mean") + extra
 
 
 M3CARE = Method(

@@ -36,10 +36,6 @@ class SubsetTransformer(BaselineModel):
         depth = config.fusion_depth + fusion_layer
         self.transformer = TransformerFusion(self.widths, num_classes, config.fusion_dim, config.fusion_heads, depth)
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
-        return self.fuse(encoded, filled)
-
     def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
         """Logits from the modalities in ``filled`` ``[b, m]``."""
         t, batch = self.transformer, len(filled)

@@ -11,11 +11,8 @@ from mmc_fast.errors import InputError
 
 from ..training.expert_weights import masked_rows
 from ..training.experts import ExpertProduct
-from ..training.interrupt import Stage
-from ..training.parts import fingerprint
 from ..training.progress import Silent
-from ..training.unimodal import train_unimodal
-from .base import Fitted, Method, Task, prior
+from .base import Fitted, Method, Task, prior, unimodal_models, with_val_score
 
 __all__ = ["PRODUCT", "fit_product"]
 
@@ -25,10 +22,8 @@ def fit_product(task: Task) -> Fitted:
     dataset, config = task.dataset, task.config
     if unknown_options := task.options.keys() - {"penalty"}:
         raise InputError(f"product has the option penalty alone, not {', '.join(sorted(unknown_options))}")
-    progress = task.progress or Silent()
-    progress.on_start(config.unimodal_epochs, "unimodal")
-    stage = Stage("unimodal", progress.on_epoch)
-    models = train_unimodal(dataset, config, seed=task.seed, fingerprint=fingerprint(dataset), stage=stage)
+    (task.progress or Silent()).on_start(config.unimodal_epochs, "unimodal")
+    models = unimodal_models(task)
     product = ExpertProduct(len(dataset.modalities), prior(dataset), fused=False)
 
     def votes(features: Sequence[Tensor], present: Tensor) -> Tensor:
@@ -43,13 +38,11 @@ def fit_product(task: Task) -> Fitted:
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
         return product(votes(features, present), None, present).exp().float()
 
-    held = dataset.part("validation")
-    rows = masked_rows(held, config.rates, task.seed)
+    rows = masked_rows(dataset.part("validation"), config.rates, task.seed)
     product.fit(votes(rows.features, rows.present), None, rows.present, rows.labels, task.options["penalty"])
     fitted = Fitted(answer, prior(dataset), None, {"unimodal": models.scores})
     fitted.record |= {name: p.detach().exp().tolist() for name, p in product.named_parameters()}
-    fitted.record["val_score"] = dataset.task.score(fitted.predict(held.features, held.present), held.labels)
-    return fitted
+    return with_val_score(fitted, dataset)
 
 
 PRODUCT = Method(

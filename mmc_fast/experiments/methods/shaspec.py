@@ -51,21 +51,20 @@ class ShaSpec(BaselineModel):
         specific = torch.stack([p(e) for p, e in zip(self.specific, entered, strict=True)])
         return shared, specific
 
-    def fuse(self, shared: Tensor, specific: Tensor, filled: Tensor) -> Tensor:
+    def mixed(self, shared: Tensor, specific: Tensor, filled: Tensor) -> Tensor:
         """Logits; an absent modality takes the mean shared feature of the others."""
         here = filled.t().unsqueeze(-1)
         own = self.project(torch.cat([shared, specific], -1)) + shared
         mean = torch.where(here, shared, 0.0).sum(0) / here.sum(0).clamp(min=1)
         return self.layers(list(torch.where(here, own, mean)))
 
-    def forward(self, features: Sequence[Tensor], present: Tensor) -> Tensor:  # type: ignore[override]
-        encoded, filled, _ = self.filled(features, present)
-        return self.fuse(*self.parts(encoded), filled)
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor) -> Tensor:
+        return self.mixed(*self.parts(encoded), filled)
 
     def loss(self, batch: Batch) -> Tensor:
         encoded, filled, extra = self.filled(batch.features, batch.present)
         shared, specific = self.parts(encoded)
-        task = self.task.loss(self.fuse(shared, specific, filled), batch.labels, "mean")
+        task = self.task.loss(self.mixed(shared, specific, filled), batch.labels, "mean")
         here = filled.t()
         names = torch.arange(len(encoded))[:, None].expand_as(here)[here]
         domain = F.cross_entropy(self.name_modality(specific[here]), names)

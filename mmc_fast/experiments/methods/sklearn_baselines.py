@@ -16,7 +16,7 @@ from mmc_fast._util.seeds import derive_seed, generator
 
 from ..data import Part
 from ..training.masks import training_masks
-from .base import Fitted, Method, Task, prior
+from .base import Fitted, Method, Task, prior, with_val_score
 
 __all__ = ["BOOSTING", "BOOSTING_MASKED", "LOGISTIC", "masked_copies"]
 
@@ -34,17 +34,13 @@ def _fit(task: Task, model: Any, absent: float, copies: int = 0) -> Fitted:
     def table(features: Sequence[Tensor], present: Tensor) -> np.ndarray:
         return torch.cat([torch.where(present[:, i, None], x, absent) for i, x in enumerate(features)], -1).numpy()
 
-    train, validation = task.dataset.part("train"), task.dataset.part("validation")
-    train = masked_copies(train, copies, generator(task.seed, "masks"))
+    train = masked_copies(task.dataset.part("train"), copies, generator(task.seed, "masks"))
     model.fit(table(train.features, train.present), train.labels.numpy())
 
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
         return torch.as_tensor(model.predict_proba(table(features, present)), dtype=torch.float32)
 
-    fitted = Fitted(answer, prior(task.dataset), None, {})
-    found = fitted.predict(validation.features, validation.present)
-    fitted.record["val_score"] = task.dataset.task.score(found, validation.labels)
-    return fitted
+    return with_val_score(Fitted(answer, prior(task.dataset), None, {}), task.dataset)
 
 
 def _logistic(task: Task) -> Fitted:

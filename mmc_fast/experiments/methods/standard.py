@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from ..training import TrainConfig, predict, train
-from ..training.interrupt import Stage
-from ..training.parts import fingerprint
 from ..training.progress import Silent
-from ..training.unimodal import train_unimodal
-from .base import Fitted, Method, Settings, Task, prior
+from .base import Fitted, Method, Settings, Task, prior, unimodal_models
 
 __all__ = ["KD", "LEARNING_RATES", "STANDARD", "distilled", "robust_heads"]
 
@@ -41,10 +38,8 @@ def fit_standard(task: Task) -> Fitted:
 def fit_unimodal(task: Task) -> Fitted:
     """One model per modality; the strongest one that a row has answers for it."""
     dataset = task.dataset
-    progress = task.progress or Silent()
-    progress.on_start(task.config.unimodal_epochs, "unimodal")
-    stage = Stage("unimodal", progress.on_epoch)
-    models = train_unimodal(dataset, task.config, seed=task.seed, fingerprint=fingerprint(dataset), stage=stage)
+    (task.progress or Silent()).on_start(task.config.unimodal_epochs, "unimodal")
+    models = unimodal_models(task)
 
     def answer(features: Sequence[Tensor], present: Tensor) -> Tensor:
         result = models.task.answers(torch.zeros(len(present), dataset.task.outputs))
