@@ -86,13 +86,16 @@ class Smil(BaselineModel):
         if natural is None:
             return logits
         clean, known, _ = self.filled(features, natural)
-        complete = self._classify(clean, self.impute(clean, known), known, epsilon)
+        complete = self.fuse(clean, known, epsilon)
         hidden = known & ~filled
         error = sum(
             ((guess - z.detach()).square().mean(-1) * hidden[:, i]).sum()
             for i, (guess, z) in enumerate(zip(guesses, clean, strict=True))
         )
         return logits, complete, error / hidden.sum().clamp(min=1), extra
+
+    def fuse(self, encoded: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None = None) -> Tensor:
+        return self._classify(encoded, self.impute(encoded, filled), filled, epsilon)
 
     def _classify(
         self, encoded: Sequence[Tensor], guesses: Sequence[Tensor], filled: Tensor, epsilon: Tensor | None
