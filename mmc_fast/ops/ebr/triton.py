@@ -35,10 +35,10 @@ def step(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]
     from mmc_fast.kernels.ebr import launch as kernels
 
     record("ebr_step", "triton")
-    features, present, source, _, normalizer, params, residual, normalize, recompute, _ = call
-    if source is not None and not source.is_floating_point():
-        check_source_range(source, len(features))
-    return kernels.forward(features, present, source, normalizer, params, residual, normalize, not recompute)
+    if call.source is not None and not call.source.is_floating_point():
+        check_source_range(call.source, len(call.features))
+    tensors = call.features, call.present, call.source, call.normalizer, call.params
+    return kernels.forward(*tensors, call.residual, call.normalize, not call.recompute)
 
 
 def saved_like(call: Call) -> list[Tensor]:
