@@ -252,7 +252,7 @@ def all_reduce_sums(
     """Replace ``states`` and ``nonfinite`` by their sums over a process group; returns the total number of samples.
 
     One all-reduce of one float64 vector, symmetric matrices as triangles. Each process also writes a hash of its head
-    and its probe seed into a slot of its own, so that the same all-reduce shows to all whether the sums belong together.
+    and its probe seed into a place of its own, so that the same all-reduce shows to all whether the sums belong together.
     """
     import torch.distributed as dist
 
@@ -261,11 +261,11 @@ def all_reduce_sums(
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     if n >= _EXACT // world:
         raise RuntimeError(f"agop: {n} samples in each of {world} processes exceed 2^53, where counts stop being exact")
-    slots = torch.zeros(3, world, dtype=torch.float64, device=nonfinite.device)
-    slots[0, rank] = int(fingerprint[:12], 16)  # 48 bits
-    slots[1, rank] = 0 if seed is None else seed % 2**52
-    slots[2, rank] = n
-    parts = [slots.reshape(-1), nonfinite.double()]
+    places = torch.zeros(3, world, dtype=torch.float64, device=nonfinite.device)
+    places[0, rank] = int(fingerprint[:12], 16)  # 48 bits
+    places[1, rank] = 0 if seed is None else seed % 2**52
+    places[2, rank] = n
+    parts = [places.reshape(-1), nonfinite.double()]
     parts += [part.reshape(-1) for state in states for part in state.to_sums()]
     packed = torch.cat(parts)
     dist.all_reduce(packed, group=group)

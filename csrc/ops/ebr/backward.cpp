@@ -156,7 +156,7 @@ class Backward {
   }
   const T* narrowed(const float* src, int64_t count) { return narrowed_impl(src, count, static_cast<const T*>(nullptr)); }
 
-  // gradient of slot i's decoder output: from the recovered features and from the reconstruction loss
+  // gradient of target i's decoder output: from the recovered features and from the reconstruction loss
   const T* output_gradient(int64_t i) {
     const RowList& rows = plan_.decoded[i];
     const int64_t d = step_.width(i);
@@ -218,7 +218,7 @@ class Backward {
     filled_[i] = true;
   }
 
-  // the gradient of slot i's mixed latents into the latents and the weights; in one slot each row has targets of its own
+  // the gradient of target i's mixed latents into the latents and the weights; each row of a target goes to latents of its own
   void adjoint(int64_t i, const T* d_mixed) {
     const RowList& rows = plan_.decoded[i];
     const int64_t m = plan_.m;

@@ -73,7 +73,7 @@ float finish_element(T decoded, T target, bool residual, T& out) {
 
 // recovered = decoded (+ x); returns the sum of the squared errors of the rows that count, each over its width
 template <class T>
-double finish_slot(const Step<T>& step, int64_t i, const T* decoded, T* recovered) {
+double finish_target(const Step<T>& step, int64_t i, const T* decoded, T* recovered) {
   const Plan& plan = step.plan;
   const RowList& rows = plan.decoded[i];
   const int64_t d = step.width(i), batch = step.batch();
@@ -132,7 +132,7 @@ double decode(const Step<T>& step, Kept<T>& kept, const T* latents, const std::v
     linear(first, mix(step, i, latents, arena), rows.count, true, hidden, step.pool);
     T* decoded = rows.all ? recovered[i] : arena.take<T>(rows.count * second.out);
     linear(second, dense<T>(hidden, first.out), rows.count, false, decoded, step.pool);
-    sum += finish_slot(step, i, decoded, recovered[i]);
+    sum += finish_target(step, i, decoded, recovered[i]);
   }
   return sum;
 }

@@ -1,4 +1,4 @@
-// Which rows of an EBR step are computed: the present ones, compactly, and the slots that have a source. No torch in here.
+// Which rows of an EBR step are computed: the present ones, compactly, and the targets that have a source. No torch in here.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -30,7 +30,7 @@ struct Plan {
   const float* weights = nullptr;  // weighted source [B, m, m], or null
 
   std::vector<RowList> encoded;  // rows of modality i that are present
-  std::vector<RowList> decoded;  // rows of slot i that have a present source
+  std::vector<RowList> decoded;  // rows of target i that have a present source
   std::vector<int64_t> offset;   // first compact row of modality i, latents stored one modality after the other; [m] = all
   std::vector<int32_t> place;    // compact row of (i, b) at i * B + b, -1 where absent; only with a source and absent rows
   int64_t loss_rows = 0;         // present and with a source

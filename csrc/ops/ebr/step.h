@@ -123,7 +123,7 @@ void scatter(const T* from, const RowList& rows, int64_t batch, int64_t width, T
   });
 }
 
-// The mixed latents of slot i, [decoded rows, k]: in place for each modality's own source.
+// The mixed latents of target modality i, [decoded rows, k]: in place under identity routing.
 template <class T>
 View<T> mix(const Step<T>& step, int64_t i, const T* latents, Arena& arena) {
   const Plan& plan = step.plan;

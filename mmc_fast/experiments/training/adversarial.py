@@ -17,9 +17,9 @@ from .model import MultimodalModel
 from .parts import stream_rows
 from .processes import Processes
 
-__all__ = ["fresh_discriminator", "parameter_distance", "probe"]
+__all__ = ["parameter_distance", "post_hoc_probe", "probe"]
 
-_FRESH_EPOCHS, _FRESH_ROWS = 200, 4096
+_PROBE_EPOCHS, _PROBE_TRAIN_ROWS = 200, 4096
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> float:
@@ -93,7 +93,7 @@ def _latent_rows(model: MultimodalModel, part: Part) -> tuple[Tensor, Tensor, Te
     return latents[modality, sample], modality, sample
 
 
-def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, seed: int) -> dict[str, Any] | None:
+def post_hoc_probe(model: MultimodalModel, train: Part, held_out: Part, seed: int) -> dict[str, Any] | None:
     """Train a new discriminator of psi's shape on frozen latents to convergence; judge it on held-out rows.
 
     A weak psi also has a high loss, so invariance is judged by this one: "balanced_accuracy" near "chance" (1 / number
@@ -105,12 +105,12 @@ def fresh_discriminator(model: MultimodalModel, train: Part, held_out: Part, see
     if model.head is None or heads < 2:
         return None
     random = generator(seed, "fresh", "order")
-    if len(train) > _FRESH_ROWS:
-        train = train.select(torch.randperm(len(train), generator=random)[:_FRESH_ROWS].to(train.labels.device))
+    if len(train) > _PROBE_TRAIN_ROWS:
+        train = train.select(torch.randperm(len(train), generator=random)[:_PROBE_TRAIN_ROWS].to(train.labels.device))
     held_x, held_y, _ = _latent_rows(model, held_out)
     psi = model.head.psi_dims
     return fit_modality_probe(
-        *_latent_rows(model, train), held_x, held_y, psi, heads, seed, random=random, epochs=_FRESH_EPOCHS
+        *_latent_rows(model, train), held_x, held_y, psi, heads, seed, random=random, epochs=_PROBE_EPOCHS
     )
 
 

@@ -11,7 +11,7 @@ class Progress(Protocol):
     """Callbacks of one run.
 
     ``on_start`` comes once, with the number of epochs of all stages together (unimodal models, distillation, the run
-    itself, its control run). ``on_epoch`` comes after each of these epochs; ``record["stage"]`` names the stage
+    itself, its λ = 0 control). ``on_epoch`` comes after each of these epochs; ``record["stage"]`` names the stage
     (``"unimodal"``, ``"distillation"``, ``"train"``, ``"control"``) and ``record["epoch"]`` counts from 1 within it.
     A resumed run starts counting where it stopped: ``on_start`` gets the epochs that are left.
     ``on_end`` comes once, with the finished results.

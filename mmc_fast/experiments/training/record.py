@@ -18,7 +18,7 @@ from mmc_fast.ops.dispatch import ran
 from mmc_fast.ops.ebr import products
 
 from ..data.dataset import PARTS
-from .adversarial import fresh_discriminator, parameter_distance
+from .adversarial import parameter_distance, post_hoc_probe
 from .distillation import teaching_plan
 from .model import MultimodalModel
 from .parts import to_device
@@ -85,7 +85,7 @@ def adversarial_figures(run: Trainer, control: Trainer | None, trivial: bool) ->
     parts = [to_device(run.dataset.part(name), run.device) for name in ("train", "validation")]
 
     def probed(model: MultimodalModel) -> dict[str, Any] | None:
-        return fresh_discriminator(model, parts[0], parts[1], run.seed)
+        return post_hoc_probe(model, parts[0], parts[1], run.seed)
 
     distance: float | None = 0.0 if trivial else None
     found = None

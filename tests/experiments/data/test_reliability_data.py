@@ -21,7 +21,7 @@ from mmc_fast.experiments.training import train
 
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
 
 
 def own_file(path: Path, seed: int, rows: int = 400, *, packed: bool = True, shuffled: bool = True) -> Path:

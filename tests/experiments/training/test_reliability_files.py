@@ -194,7 +194,7 @@ def damage(path: Path, draw: random.Random) -> str:
 @pytest.mark.parametrize("method", ["kd", "ebr"])
 def test_random_damage_of_an_interrupted_run_is_repaired_or_one_line(method, seed, tmp_path, monkeypatch):
     """A resumed run equals the undisturbed one bit for bit, or says in one line what is wrong; never anything else."""
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
     draw = random.Random(seed)
     config = small(method, epochs=3, control=False, keep_checkpoints=3)
     if method == "kd":

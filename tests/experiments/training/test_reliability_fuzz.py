@@ -52,7 +52,7 @@ def runs_or_says_why(dataset, config, seed):
 @pytest.fixture(autouse=True, scope="module")
 def _brief_probe():
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+        m.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
         yield
 
 

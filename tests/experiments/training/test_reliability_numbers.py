@@ -20,7 +20,7 @@ from mmc_fast.experiments.training.steps import Rows, Stepper
 
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
 
 
 def poisoned(monkeypatch, calls: set[int], value: float) -> None:

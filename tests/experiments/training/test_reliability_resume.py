@@ -15,7 +15,7 @@ from mmc_fast.experiments.training.checkpoint import CheckpointStore
 
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
 
 
 class Killed(BaseException):

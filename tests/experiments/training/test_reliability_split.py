@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 2)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 2)
 
 
 def distance(a: dict, b: dict) -> float:

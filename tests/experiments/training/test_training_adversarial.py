@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator
-from mmc_fast.experiments.training.adversarial import fresh_discriminator, parameter_distance, probe
+from mmc_fast.experiments.training.adversarial import parameter_distance, post_hoc_probe, probe
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
@@ -37,39 +37,39 @@ def with_latents(model, monkeypatch, shift: float, seed: int) -> None:
     monkeypatch.setattr(model, "latents", latents)
 
 
-def test_fresh_discriminator_finds_what_is_there(seed, monkeypatch):
+def test_post_hoc_probe_finds_what_is_there(seed, monkeypatch):
     dataset = tiny(seed, sizes=(400, 400, 30))
     model = model_of(seed, dataset)
     with_latents(model, monkeypatch, 8.0, seed)
-    told = fresh_discriminator(model, dataset.part("train"), dataset.part("validation"), seed)
+    told = post_hoc_probe(model, dataset.part("train"), dataset.part("validation"), seed)
     assert told["balanced_accuracy"] > 0.95
     assert told["chance"] == pytest.approx(1 / 3)
     assert told["rows"] == 1200
 
 
-def test_fresh_discriminator_is_at_chance_on_invariant_latents(seed, monkeypatch):
+def test_post_hoc_probe_is_at_chance_on_invariant_latents(seed, monkeypatch):
     dataset = tiny(seed, sizes=(400, 1500, 30))
     model = model_of(seed, dataset)
     with_latents(model, monkeypatch, 0.0, seed)
-    told = fresh_discriminator(model, dataset.part("train"), dataset.part("validation"), seed)
+    told = post_hoc_probe(model, dataset.part("train"), dataset.part("validation"), seed)
     assert abs(told["balanced_accuracy"] - 1 / 3) < 0.05
 
 
-def test_fresh_discriminator_sees_present_rows_of_train_and_validation_only(seed):
+def test_post_hoc_probe_sees_present_rows_of_train_and_validation_only(seed):
     dataset = tiny(seed, absent=0.4)
     model = model_of(seed, dataset)
     train, held_out = dataset.part("train"), dataset.part("validation")
-    told = fresh_discriminator(model, train, held_out, seed)
+    told = post_hoc_probe(model, train, held_out, seed)
     assert told["rows"] == int(held_out.present.sum())
     for part in (train, held_out):
         for i, x in enumerate(part.features):
             x[~part.present[:, i]] = float("nan")
-    assert fresh_discriminator(model, train, held_out, seed) == told
+    assert post_hoc_probe(model, train, held_out, seed) == told
 
 
-def test_fresh_discriminator_needs_two_heads(seed):
+def test_post_hoc_probe_needs_two_heads(seed):
     dataset = tiny(seed, dims=(5,))
-    assert fresh_discriminator(model_of(seed, dataset), dataset.part("train"), dataset.part("validation"), 0) is None
+    assert post_hoc_probe(model_of(seed, dataset), dataset.part("train"), dataset.part("validation"), 0) is None
 
 
 def test_probe_equals_gradients_written_out(seed):

@@ -23,7 +23,7 @@ from mmc_fast.experiments.training.steps import Stepper
 @pytest.fixture(autouse=True)
 def _brief_probe(monkeypatch):
     """The modality probe has tests of its own; here it need not converge."""
-    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._FRESH_EPOCHS", 3)
+    monkeypatch.setattr("mmc_fast.experiments.training.adversarial._PROBE_EPOCHS", 3)
 
 
 class At(Silent):
