@@ -179,7 +179,7 @@ def agop_case(samples: int, inputs: int, units: int, outputs: int, limits: dict[
 def cases() -> Iterator[Case]:
     from gpu_scenes import Ebr
 
-    yield agop_case(65536, 256, 512, 10, {"bytes": 0.05})
+    yield agop_case(65536, 256, 512, 10, {"whole": 6, "bytes": 0.05})
     launches = {"forward": 8, "backward": 7}
     yield ebr_case("m 5 d 128 h 256 k 64 B 4096", Ebr(5, 128, 256, 64, (64,), 4096), launches | {"bytes": 0.5})
     paper = Ebr(4, 128, 1024, 512, (512, 256), 512)

@@ -68,6 +68,15 @@ def relu_agop(samples: int, inputs: int, units: int, dtype: torch.dtype) -> None
     agop.relu_coactivation_update(x, weight, bias, counts, flag, backend="triton")
 
 
+def finished_agop(units: int, width: int, outputs: int, sums: torch.dtype, dtype: torch.dtype) -> None:
+    """The final product of an AGOP from its sums."""
+    from mmc_fast.ops.agop import op as agop
+
+    weight, outer = torch.randn(units, width).to(dtype), torch.randn(outputs, units).to(dtype)
+    inner, flag = torch.zeros(units, units, dtype=sums), torch.zeros(1, dtype=torch.int64)
+    agop.agop_finalise(weight, outer, inner, nonfinite=flag, backend="triton")
+
+
 def gelu_agop(samples: int, inputs: int, units: int, dtype: torch.dtype) -> None:
     """Gram matrix of the derivatives of one hidden layer."""
     from mmc_fast.ops.agop import op as agop
@@ -150,6 +159,9 @@ def workloads() -> Iterator[Workload]:
     """Together they launch every shipped tile. float16 takes the paths of bfloat16."""
     for name in PRECISIONS:
         yield Workload(f"agop relu {name}", name, False, partial(relu_agop, 128, 64, 144))
+        for edge, outputs, sums in ((144, 10, torch.int64), (1088, 10, torch.int64), (144, 200, torch.float64)):
+            work = partial(finished_agop, edge, edge, outputs, sums)
+            yield Workload(f"agop finish {edge} {outputs} {name}", name, False, work)
         for mode in ("atomic", "ordered"):
             yield Workload(f"agop gelu {mode} {name}", name, mode == "ordered", partial(gelu_agop, 128, 64, 80))
             yield Workload(f"agop chain {mode} {name}", name, mode == "ordered", partial(chain_agop, 64, 10, 64, 64))

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BFLOAT16_PRODUCTS = os.environ.get("TRITON_INTERPRET") != "1"  # the stock interpreter multiplies their bits as integers
 PROGRAMS = 264  # about two per multiprocessor of an H100; fewer tiles than this are split along the samples
 
 

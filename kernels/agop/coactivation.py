@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import common
 from ..common import Tile, input_precision, launch, product_kind, splits
-from .signs import certificate, decide_fwd, norm_fwd
+from .signs import certificate, decide_fwd
 
 __all__ = [
     "MAX_ROWS",
@@ -29,16 +30,15 @@ __all__ = [
     "upper_tile",
 ]
 
-HIDDEN = {  # kind of product (common.product_kind), or "tf32x3" -> tile
+HIDDEN = {  # kind of product (common.product_kind), or signs of float32 and of 16 bits -> tile
     "ieee": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-    "tf32x3": Tile(
-        {"BLOCK_H": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3
-    ),  # three products hold three times the operands
+    "signs": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 16}, 8, 4),
+    "half signs": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 4),
     "half": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
 }
 UNSURE = tl.constexpr(2)
-COACTIVATION = Tile({"BLOCK_H": 64, "BLOCK_N": 128}, 4, 3)
+COACTIVATION = Tile({"BLOCK_H": 128, "BLOCK_N": 128}, 8, 3)
 
 MAX_ROWS = 1 << 20  # samples of one co-activation launch: int32 sums cannot overflow
 CHUNK_BYTES = 32 << 20  # of a mask or derivative between two launches: it stays in the second-level cache
@@ -82,16 +82,26 @@ def _derivative(z, alpha, beta, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _bounded(squares, growth, least):
+    """An upper bound of a norm from the sum of its squares; infinite from 2⁶² on and for NaN."""
+    norm = tl.sqrt(squares) * growth + least
+    return tl.where(norm < 4611686018427387904.0, norm, float("inf"))
+
+
+@triton.jit
 def _hidden_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, flag_ptr, x_norm_ptr, w_norm_ptr, N, D, H,
-    stride_xn, stride_xd, stride_wh, stride_wd, stride_oh, alpha, beta, gamma, loss, least, ACTIVATION: tl.constexpr, SIGNS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, out_ptr, flag_ptr, N, D, H,
+    stride_xn, stride_xd, stride_wh, stride_wd, stride_oh, alpha, beta, gamma, loss, least, growth, least_norm,
+    ACTIVATION: tl.constexpr, SIGNS: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out[j, n] = [z_nj > 0]`` or UNSURE (SIGNS, int8) or ``s'(z_nj)`` (float32), ``z = x Wᵀ + b``; counts non-finite z.
 
     In: ``x [N, D]``, ``w [H, D]`` with any strides, one of fp32, bf16, fp16; ``bias [H]``. Out: ``[H, N]`` with rows
     ``stride_oh`` apart; ``flag`` int64 ``[1]`` grows where a z is not finite (by how much is not deterministic; not with
-    SIGNS, for which it is UNSURE). Accumulates in fp32 along D. With SIGNS: norms fp32 of the rows of x and w.
+    SIGNS, for which it is UNSURE). Accumulates in fp32 along D; with SIGNS the squares of the rows of x and w too, whose
+    norms, made larger by ``growth`` and ``least_norm``, are upper bounds and scale that of the error. SPLIT: products of
+    the upper and lower halves of fp32 operands in bf16, without that of the lower halves.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     program = tl.program_id(0)  # tiles of one group of samples are neighbours: x is read from memory once
@@ -99,6 +109,9 @@ def _hidden_fwd_kernel(
     n = (program // tiles_h).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     z = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
+    if SIGNS:
+        w_squares = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.float32)
+        x_squares = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for k0 in tl.range(0, D, BLOCK_K):
         inside = k0 + k < D
         w = tl.load(
@@ -109,7 +122,19 @@ def _hidden_fwd_kernel(
             x_ptr + n[None, :] * stride_xn + (k0 + k)[:, None] * stride_xd,
             mask=(n[None, :] < N) & inside[:, None], other=0.0,
         )  # [BLOCK_K, BLOCK_N]  # fmt: skip
-        z = tl.dot(w, x, z, input_precision=PRECISION)
+        if SPLIT:
+            w_high, x_high = w.to(tl.bfloat16), x.to(tl.bfloat16)
+            w_low, x_low = (w - w_high.to(tl.float32)).to(tl.bfloat16), (x - x_high.to(tl.float32)).to(tl.bfloat16)
+            part = tl.dot(w_low, x_high, input_precision="ieee")
+            part = tl.dot(w_high, x_low, part, input_precision="ieee")
+            z += tl.dot(
+                w_high, x_high, part, input_precision="ieee"
+            )  # an addition of its own: it rounds where matrix units truncate
+        else:
+            z = tl.dot(w, x, z, input_precision=PRECISION)
+        if SIGNS:
+            w_squares += w.to(tl.float32) * w.to(tl.float32)
+            x_squares += x.to(tl.float32) * x.to(tl.float32)
     bias = tl.zeros((BLOCK_H,), dtype=tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
@@ -117,12 +142,12 @@ def _hidden_fwd_kernel(
     keep = (h[:, None] < H) & (n[None, :] < N)
     out = out_ptr + h[:, None] * stride_oh + n[None, :]
     if SIGNS:
-        norm = tl.load(w_norm_ptr + h, mask=h < H, other=0.0)
+        norm = _bounded(tl.sum(w_squares, axis=1), growth, least_norm)
+        x_norm = _bounded(tl.sum(x_squares, axis=0), growth, least_norm)
         size = tl.abs(bias)
-        large = (norm >= 4611686018427387904.0) | (size >= 2e37)  # infinite: a sum may overflow
+        large = (norm == float("inf")) | (size >= 2e37)  # a sum may overflow
         scale = tl.where(large, float("inf"), gamma * norm + loss)
         offset = tl.where(large, float("inf"), gamma * size + loss * norm + least)
-        x_norm = tl.load(x_norm_ptr + n, mask=n < N, other=0.0)
         bound = scale[:, None] * x_norm[None, :] + offset[:, None]
         sign = tl.where(z > bound, 1, tl.where(z < -bound, 0, UNSURE))
         tl.store(out, sign.to(tl.int8), mask=keep)
@@ -130,6 +155,13 @@ def _hidden_fwd_kernel(
         bad = tl.sum(tl.where(keep & (z - z != 0.0), 1, 0))
         tl.atomic_add(flag_ptr, bad.to(tl.int64), mask=bad > 0, sem="relaxed")
         tl.store(out, _derivative(z, alpha, beta, ACTIVATION), mask=keep)
+
+
+@triton.jit
+def _signs(a_ptr, h, n, H, end, stride_ah, stride_an):
+    """``[BLOCK_H, BLOCK_N]`` of ``a [H, N]``, zeros outside."""
+    inside = (h[:, None] < H) & (n[None, :] < end)
+    return tl.load(a_ptr + h[:, None] * stride_ah + n[None, :] * stride_an, mask=inside, other=0)
 
 
 @triton.jit
@@ -148,44 +180,40 @@ def _coactivation_fwd_kernel(
     begin = tl.program_id(1) * split_rows
     end = tl.minimum(begin + split_rows, N)
     acc = tl.zeros((BLOCK_H, BLOCK_H), dtype=tl.int32)
-    for n0 in tl.range(begin, end, BLOCK_N):
-        n = n0 + samples
-        left = tl.load(
-            a_ptr + rows[:, None] * stride_ah + n[None, :] * stride_an,
-            mask=(rows[:, None] < H) & (n[None, :] < end), other=0,
-        )  # [BLOCK_H, BLOCK_N]  # fmt: skip
-        right = tl.load(
-            a_ptr + cols[None, :] * stride_ah + n[:, None] * stride_an,
-            mask=(cols[None, :] < H) & (n[:, None] < end), other=0,
-        )  # [BLOCK_N, BLOCK_H]  # fmt: skip
-        acc = tl.dot(left, right, acc, out_dtype=tl.int32)
+    if i == j:  # both operands are one tile
+        for n0 in tl.range(begin, end, BLOCK_N):
+            own = _signs(a_ptr, rows, n0 + samples, H, end, stride_ah, stride_an)
+            acc = tl.dot(own, tl.trans(own), acc, out_dtype=tl.int32)
+    else:
+        for n0 in tl.range(begin, end, BLOCK_N):
+            left = _signs(a_ptr, rows, n0 + samples, H, end, stride_ah, stride_an)
+            right = _signs(a_ptr, cols, n0 + samples, H, end, stride_ah, stride_an)
+            acc = tl.dot(left, tl.trans(right), acc, out_dtype=tl.int32)
     keep = (rows[:, None] <= cols[None, :]) & (cols[None, :] < H)
     tl.atomic_add(c_ptr + rows[:, None] * stride_ci + cols[None, :], acc.to(tl.int64), mask=keep, sem="relaxed")
 
 
 def hidden_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, nonfinite: Tensor,
-    activation: str | None, alpha: float = 0.0, beta: float = 20.0, norm: Tensor | None = None,
+    activation: str | None, alpha: float = 0.0, beta: float = 20.0,
 ) -> Tensor:  # fmt: skip
     """Signs (``activation=None``, int8) or derivatives (float32) of ``z = x Wᵀ + b``: ``[N, d] -> [h, N]``.
 
-    ``norm``: for signs, those of the rows of weight. TF32 products, where they are allowed, are corrected for signs.
+    Signs of float32 come from three products of bfloat16 halves, whatever precision products may have: their bound says
+    which are left open.
     """
     samples, units = x.shape[0], weight.shape[0]
     out = torch.empty(units, -(-samples // 16) * 16, dtype=torch.float32 if activation else torch.int8, device=x.device)
-    tile, precision = HIDDEN[product_kind(x.dtype)], input_precision()
-    constants, norms = (0.0, 0.0, 0.0), (out, out)
-    if activation is None:
-        if product_kind(x.dtype) == "tf32":
-            tile, precision = HIDDEN["tf32x3"], "tf32x3"
-        constants = certificate(x.shape[1], product_kind(x.dtype) != "ieee")
-        norms = (norm_fwd(x), norm_fwd(weight) if norm is None else norm)
+    signs, split = activation is None, activation is None and x.dtype == torch.float32
+    tile = HIDDEN["signs" if split else "half signs" if signs else product_kind(x.dtype)]
+    constants = certificate(x.shape[1], tile.blocks["BLOCK_K"] if split else x.shape[1])
     grid = (triton.cdiv(samples, tile.blocks["BLOCK_N"]) * triton.cdiv(units, tile.blocks["BLOCK_H"]),)
     launch(
         _hidden_fwd_kernel, grid, x.device,
-        x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, *norms, samples, x.shape[1], units,
+        x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, samples, x.shape[1], units,
         x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), out.stride(0), alpha, beta, *constants,
-        ACTIVATION=activation, SIGNS=activation is None, HAS_BIAS=bias is not None, PRECISION=precision,
+        ACTIVATION=activation, SIGNS=signs, SPLIT=split and common.BFLOAT16_PRODUCTS,
+        HAS_BIAS=bias is not None, PRECISION="ieee" if split else input_precision(),
         **tile.options,
     )  # fmt: skip
     return out[:, :samples]
@@ -207,11 +235,9 @@ def coactivation_fwd(active: Tensor, counts: Tensor) -> None:
 def relu_coactivation_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
 ) -> None:
-    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``: four launches a chunk."""
-    norm = None
+    """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``: three launches a chunk."""
     for part in chunks(x, weight, 1, chunk_rows):
-        norm = norm_fwd(weight) if norm is None else norm
-        active = hidden_fwd(part, weight, bias, nonfinite, None, norm=norm)
+        active = hidden_fwd(part, weight, bias, nonfinite, None)
         decide_fwd(part, weight, bias, active, nonfinite)
         coactivation_fwd(active, counts)
 

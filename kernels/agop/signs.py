@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from math import sqrt
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common import Tile, launch
 
-__all__ = ["certificate", "decide_fwd", "norm_fwd"]
+__all__ = ["certificate", "decide_fwd"]
 
-NORM = Tile({"BLOCK_R": 32, "BLOCK_K": 64}, 4, 2)
-DECIDE = Tile({"BLOCK_N": 512, "BLOCK_K": 64}, 4, 1)
+DECIDE = Tile({"BLOCK_N": 512, "BLOCK_K": 64}, 4, 1, 96)
 
 _DIGITS = tl.constexpr(21)
 _PADDED_DIGITS = tl.constexpr(32)
@@ -30,39 +28,20 @@ _LIMIT_HIGH = tl.constexpr(((1 << 25) - 1) << 17 >> 32)
 _SMALLEST = 2.0**-126
 
 
-def certificate(depth: int, matrix_units: bool) -> tuple[float, float, float]:
-    """Constants (gamma, loss, least) of the bound of ``|z − exact|`` where the two differ in sign:
+def certificate(depth: int, block: int) -> tuple[float, float, float, float, float]:
+    """Constants (gamma, loss, least) of the bound of ``|z − exact|``, and (growth, least norm) of that of a norm.
 
-    ``‖x‖ (gamma ‖w‖ + loss) + gamma |b| + loss ‖w‖ + least``, for any order of summation. Additions round to the nearest
-    float32, so an error is at most ``2⁻²⁴`` of a partial sum, itself at most half of ``|x|·|w| + |b|`` and |z|/2. Matrix
-    units truncate relative to the largest number of a block: ``2⁻²²`` of ``|x|·|w| + |b|`` each, and ``2⁻¹⁹`` once for
-    what the three products of split float32 numbers leave out.
+    ``|z − exact| <= ‖x‖ (gamma ‖w‖ + loss) + gamma |b| + loss ‖w‖ + least``; a computed norm times growth plus the least
+    one is an upper bound. Matrix units add ``block`` products at a time and truncate each relative to the largest of them:
+    ``2⁻²²`` of ``|x|·|w|`` for each term, ``1 + 2⁻⁵`` times for the small products of halves and for ``|z|``; blocks are added
+    with an error of ``2⁻²⁴`` of the sum. Products of bfloat16 halves leave out ``3 · 2⁻¹⁸`` of ``|x|·|w|``, here ``2⁻¹⁶``.
     """
-    n = depth + 1
-    unit = 2.0**-22 if matrix_units else 2.0**-24
-    if n * unit > 0.25:
-        return float("inf"), 0.0, 0.0
-    grown = n * unit / (1 - n * unit)
-    gamma = grown + unit + 2.0**-19 if matrix_units else (n / 2 + 1) * unit * (1 + 2 * grown)
-    return gamma * (1 + 2.0**-10), 2 * sqrt(depth) * _SMALLEST, (4 * n + 8) * _SMALLEST
-
-
-@triton.jit
-def _norm_kernel(
-    a_ptr, out_ptr, R, D, stride_r, stride_d, growth, loss, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """``out[r] >= ‖a_r‖``, fp32 ``[R]``, for ``a [R, D]`` of fp32, bf16 or fp16, any strides; infinite from 2⁶² on and for NaN."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    squares = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    for k0 in tl.range(0, D, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
-        a = tl.load(
-            a_ptr + r[:, None] * stride_r + k[None, :] * stride_d,
-            mask=(r[:, None] < R) & (k[None, :] < D), other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        squares += a * a
-    norm = tl.sqrt(tl.sum(squares, axis=1)) * growth + loss
-    tl.store(out_ptr + r, tl.where(norm < 4611686018427387904.0, norm, float("inf")), mask=r < R)
+    blocks = -(-depth // max(1, block))
+    gamma = ((block + 1) * 2.0**-22 + (blocks + 1) * 2.0**-24) * (1 + 2.0**-5) + 2.0**-16
+    if gamma > 0.25:
+        gamma = float("inf")
+    loss, least = 2 * sqrt(depth) * _SMALLEST, (4 * depth + 12) * _SMALLEST
+    return gamma, loss, least, 1 + (depth + 8) * 2.0**-23, sqrt(depth) * 2.0**-62
 
 
 @triton.jit
@@ -160,18 +139,6 @@ def _decide_kernel(
         pending = tl.where(n == first, N, pending)
         first = tl.min(pending, axis=0)
     tl.atomic_add(flag_ptr, tl.cast(bad, tl.int64), mask=bad > 0, sem="relaxed")
-
-
-def norm_fwd(rows: Tensor) -> Tensor:
-    """Upper bounds of the norms of ``rows [R, d]``, float32 ``[R]``."""
-    count, depth = rows.shape
-    out = torch.empty(count, dtype=torch.float32, device=rows.device)
-    growth, loss = 1 + (depth + 8) * 2.0**-23, sqrt(depth) * 2.0**-62
-    launch(
-        _norm_kernel, (triton.cdiv(count, NORM.blocks["BLOCK_R"]),), rows.device,
-        rows, out, count, depth, rows.stride(0), rows.stride(1), growth, loss, **NORM.options,
-    )  # fmt: skip
-    return out
 
 
 def decide_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, signs: Tensor, nonfinite: Tensor) -> None:

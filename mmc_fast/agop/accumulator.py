@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
+from mmc_fast.ops.agop import op as primitives
 
 from .head import Affine, parse_head, refuse_training_mode
 from .methods import AutogradMethod, Method, Options, choose_method
@@ -249,14 +250,13 @@ class AGOPAccumulator:
         if options.reduction == "mean" and not self._n:
             raise InputError("agop: reduction='mean' over 0 samples has no value; pass data, or reduction='sum'")
         self._shared = True
-        finite = not int(method.nonfinite)
-        covariance, mean = self._input_moments(finite)
+        covariance, mean = self._input_moments(method.nonfinite)
         factored, *halves = method.factored(self._n, 1.0 / self._n if options.reduction == "mean" else 1.0)
         return AGOPResult(
             n=self._n, layer=parsed.layer, output=options.output, centered=options.center,
             reduction=options.reduction, blocks=resolve_blocks(self._blocks, method.inputs), probes=options.probes,
             method=method.name, backend=method.backend if self._n else None, input_cov=covariance, input_mean=mean,
-            _factored=factored, _halves=halves, _dtype=parsed.dtype or method.dtype, _finite=finite,
+            _factored=factored, _halves=halves, _dtype=parsed.dtype or method.dtype, _nonfinite=method.nonfinite,
         )  # fmt: skip
 
     @property
@@ -372,12 +372,12 @@ class AGOPAccumulator:
             method.unshare()
             self._shared = False
 
-    def _input_moments(self, finite: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _input_moments(self, nonfinite: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self._covariance is None or self._covariance.mean is None or not self._n:
             return None, None
         upper = self._covariance.gram.triu()
         covariance = (upper + upper.triu(1).t()) / self._n
-        return covariance if finite else covariance.fill_(float("nan")), self._covariance.mean[0].clone()
+        return primitives.nan_where(nonfinite, covariance), self._covariance.mean[0].clone()
 
     def _check_head(self) -> None:
         if _tensor_versions(self._head) != self._versions:
@@ -403,6 +403,8 @@ class AGOPAccumulator:
         """Perturb one row, for heads with parts of unknown make; check the promise of ``agop_layers()`` as well."""
         self._checked = True
         prefix, name = self._parsed.prefix, type(self._head).__name__
+        if not prefix and not isinstance(method, AutogradMethod) and not hasattr(self._head, "agop_layers"):
+            return
         unused = torch.zeros_like(method.nonfinite)
         if isinstance(method, AutogradMethod):
             check_independent_rows(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmc_fast._util.numbers import integer, make_plain
 from mmc_fast.errors import InputError
 from mmc_fast.ops.agop import op as primitives
-from mmc_fast.ops.dispatch import choose
+from mmc_fast.ops.dispatch import choose, explain
 
 from .head import Affine
 from .result import Factored
@@ -119,10 +119,11 @@ class Method:
     outputs = 0
 
     def __init__(
-        self, inputs: int, dtype: torch.dtype, device: torch.device, w1: Tensor | None = None, w2: Tensor | None = None
-    ) -> None:
+        self, inputs: int, dtype: torch.dtype, device: torch.device, w1: Tensor | None = None,
+        w2: Tensor | None = None, nonfinite: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.inputs, self.dtype, self.device, self._w1, self._w2 = inputs, dtype, device, w1, w2
-        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device) if nonfinite is None else nonfinite
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         """Add the samples ``u [n, d]``; ``chunk_rows`` is for methods of whole batches, 0 lets them choose."""
@@ -130,22 +131,22 @@ class Method:
 
     def unshare(self) -> None:
         """Go on with a copy of the sums, since a result keeps those it was made from."""
-        self.state = copy.deepcopy(self.state)
+        self.state, self.nonfinite = copy.deepcopy(self.state), self.nonfinite.clone()
 
     def factored(self, n: int, scale: float) -> list[Factored]:
         """The factors of G, then those of independent estimates of it, if there are any."""
         width = self.inputs if self._w1 is None else len(self._w1)
         return [
-            Factored(width, panel, self._w2, self._w1, scale, self.dtype, self.device, self._whole())
+            Factored(width, panel, self._w2, self._w1, scale, self.dtype, self.device, *self._whole())
             for panel in self._panels(n)
         ]
 
     def _panels(self, n: int) -> list[Panel]:
         return self.state.panels(n)
 
-    def _whole(self) -> Tensor | None:
-        """The sums themselves where the native final product may read them."""
-        return None
+    def _whole(self) -> tuple[Tensor, str] | tuple[()]:
+        """The sums themselves where a final product may read them, and its backend."""
+        return ()
 
 
 class _ConstantMethod(Method):
@@ -175,16 +176,21 @@ class _OneActivation(Method):
     whole_batches = True
     _floats_per_unit: int
 
-    def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
-        super().__init__(chain[0].weight.shape[1], w1.dtype, w1.device, w1, w2)
+    def __init__(
+        self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options, nonfinite: Tensor | None = None
+    ) -> None:
+        super().__init__(chain[0].weight.shape[1], w1.dtype, w1.device, w1, w2, nonfinite)
         index = next(i for i, affine in enumerate(chain) if affine.activation is not None)
         self._lead, self._affine = chain[:index], chain[index]
         self._center, self._request = options.center, options.backend
         units, columns = self._affine.weight.shape
         self.floats_per_sample = columns + self._floats_per_unit * units
 
-    def _finishes_natively(self) -> bool:
-        return self._request in ("auto", "cpp") and choose("agop_finalise", "auto", self._w1) == "cpp"
+    def _finished(self, sums: Tensor) -> tuple[Tensor, str] | tuple[()]:
+        """The sums and the backend of the final product; nothing where panels by torch take less memory."""
+        usable = [row.backend for row in explain("agop_finalise", self._w1) if row.usable]
+        backend = next((name for name in usable if self._request in ("auto", name)), "eager")
+        return () if backend == "eager" else (sums, backend)
 
 
 class _CountMethod(_OneActivation):
@@ -195,10 +201,12 @@ class _CountMethod(_OneActivation):
     _floats_per_unit = 3
 
     def __init__(self, chain: Sequence[Affine], w1: Tensor, w2: Tensor, options: Options) -> None:
-        super().__init__(chain, w1, w2, options)
+        width = len(w1)
+        zeros = torch.zeros(width * width + 2, dtype=torch.int64, device=w1.device)  # one fill for both
+        super().__init__(chain, w1, w2, options, zeros[-1:] if width % 2 else zeros[-2:-1])  # 16 divides its address
         activation = self._affine.activation
         self._slope = activation.alpha if activation is not None and activation.kind == "leaky_relu" else 0.0
-        self.state: CountState = CountState(len(w1), w1.device, self._slope, options.center)
+        self.state: CountState = CountState(zeros[:-2].view(width, width), self._slope, options.center)
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         for affine in self._lead:
@@ -208,9 +216,8 @@ class _CountMethod(_OneActivation):
             chunk_rows=chunk_rows, backend=self._request,
         )  # fmt: skip
 
-    def _whole(self) -> Tensor | None:
-        plain = self._slope == 0 and not self._center and self._finishes_natively()
-        return self.state.counts if plain else None
+    def _whole(self) -> tuple[Tensor, str] | tuple[()]:
+        return () if self._slope or self._center else self._finished(self.state.counts)
 
 
 class _SmoothMethod(_OneActivation):
@@ -274,8 +281,8 @@ class _SmoothMethod(_OneActivation):
         mean = u.new_zeros(len(self._affine.weight)) if a is None else a.mean(dim=0)
         return torch.nan_to_num(mean, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _whole(self) -> Tensor | None:
-        return self.state.gram if self._finishes_natively() else None
+    def _whole(self) -> tuple[Tensor, str] | tuple[()]:
+        return self._finished(self.state.gram)
 
 
 class _RowMethod(Method):

@@ -60,7 +60,7 @@ class AGOPResult:
     _factored: Factored
     _halves: Sequence[Factored]  # two independent estimates, or none
     _dtype: torch.dtype
-    _finite: bool
+    _nonfinite: Tensor  # int64 [1], above zero once a pre-activation was not finite
 
     def __repr__(self) -> str:
         d = self._factored.size
@@ -72,7 +72,12 @@ class AGOPResult:
     @cached_property
     def matrix(self) -> Tensor:
         """G, ``[d, d]`` in the head's dtype, exactly symmetric. All NaN where any pre-activation was not finite."""
-        return self._guard(self._factored.matrix()).to(self._dtype)
+        return self._factored.matrix(self._nonfinite).to(self._dtype)
+
+    @cached_property
+    def _finite(self) -> bool:
+        """Read on the host, which waits for the device."""
+        return not int(self._nonfinite)
 
     @cached_property
     def probe_error(self) -> float | None:
@@ -93,7 +98,7 @@ class AGOPResult:
 
     def diagonal(self) -> Tensor:
         """The diagonal of G, ``[d]`` float64, without forming G."""
-        return self._guard(self._factored.diagonal())
+        return primitives.nan_where(self._nonfinite, self._factored.diagonal())
 
     def block_traces(self) -> Tensor:
         """``tr(G_ii)`` per entry of ``blocks``, ``[m]`` float64, without forming G. Raw traces change with units."""
@@ -123,9 +128,6 @@ class AGOPResult:
         peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
         return values, vectors * torch.where(peaks < 0, -1.0, 1.0)
 
-    def _guard(self, values: Tensor) -> Tensor:
-        return values if self._finite else values.fill_(float("nan"))
-
 
 def resolve_blocks(blocks: Mapping[str, int] | Sequence[int] | None, width: int) -> dict[str, int]:
     """Name -> width of the modality blocks, which must add up to the layer's input; one block by default."""
@@ -143,13 +145,13 @@ def resolve_blocks(blocks: Mapping[str, int] | Sequence[int] | None, width: int)
     return named
 
 
-def _as_written(method: Callable[[Factored], Any]) -> Callable[[Factored], Any]:
+def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
     """Run a method without autograd and autocast, whatever the caller's context."""
 
     @wraps(method)
-    def run(self: Factored) -> Any:
+    def run(self: Factored, *arguments: Any) -> Any:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return method(self)
+            return method(self, *arguments)
 
     return run
 
@@ -168,7 +170,8 @@ class Factored:
     scale: float
     dtype: torch.dtype
     device: torch.device
-    whole: Tensor | None = None  # AᵀA itself, contiguous, where the native final product may read it
+    whole: Tensor | None = None  # AᵀA itself, contiguous, where a final product may read it
+    finish: str = "auto"  # the backend of that product
 
     @property
     def size(self) -> int:
@@ -176,21 +179,23 @@ class Factored:
         return self.width if self.w1 is None else self.w1.shape[1]
 
     @_as_written
-    def matrix(self) -> Tensor:
-        """G in the working precision, ``[d, d]``, exactly symmetric.
+    def matrix(self, nonfinite: Tensor | None = None) -> Tensor:
+        """G in the working precision, ``[d, d]``, exactly symmetric; NaN where ``nonfinite[0]`` is above zero.
 
         Only the upper triangle of S is formed, a panel at a time: with U = S above the diagonal plus half of the
         diagonal, ``G = X + Xᵀ``, ``X = W1ᵀ U W1``.
         """
         if self.whole is not None and self.w1 is not None:
-            return primitives.agop_finalise(self.w1, self.w2, self.whole, backend="cpp").mul_(self.scale)
+            return primitives.agop_finalise(
+                self.w1, self.w2, self.whole, scale=self.scale, nonfinite=nonfinite, backend=self.finish
+            )
         g = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         for start, stop, s in self._upper_panels(self.dtype):
             if self.w1 is None:
                 g[start:stop, start:] = s
             else:
                 g.addmm_(self.w1[start:stop].t(), s @ self.w1[start:])
-        return g.add_(g.t().clone()).mul_(self.scale)
+        return primitives.nan_where(nonfinite, g.add_(g.t().clone()).mul_(self.scale))
 
     @_as_written
     def diagonal(self) -> Tensor:

@@ -27,8 +27,8 @@ class CountState:
     ``α² N + α (1 − α)(n_i + n_j) + (1 − α)² c_ij``; centred ``(1 − α)² (c_ij − n_i n_j / N)``.
     """
 
-    def __init__(self, width: int, device: torch.device, slope: float = 0.0, center: bool = False) -> None:
-        self.counts = torch.zeros(width, width, dtype=torch.int64, device=device)  # upper triangle
+    def __init__(self, zeros: Tensor, slope: float = 0.0, center: bool = False) -> None:
+        self.counts = zeros  # upper triangle
         self._slope, self._center = slope, center
 
     def panels(self, n: int) -> list[Panel]:

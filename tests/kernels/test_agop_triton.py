@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import mmc_fast
 from mmc_fast.agop import reference as definition
+from mmc_fast.ops import native
 from mmc_fast.ops.agop import op as agop
 from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.testing import assert_as_accurate
@@ -18,8 +21,12 @@ from mmc_fast.testing import assert_as_accurate
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from mmc_fast.kernels.agop import coactivation as kernels  # noqa: E402
+from mmc_fast.kernels.agop import finish  # noqa: E402
 from mmc_fast.kernels.agop import gram as gram_kernels  # noqa: E402
 from mmc_fast.kernels.agop.signs import certificate  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+from gpu_audit import OperatorCount  # noqa: E402
 
 SIZES = (1, 15, 16, 17, 63, 65, 127, 129)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +77,7 @@ def test_counts_equal_those_of_the_reference(case, seed):
     assert torch.equal(counts.triu(), (before + active.t() @ active).triu()), (samples, inputs, units)
     assert torch.equal(counts.tril(-1), before.tril(-1)), "below the diagonal nothing may change"
     assert flag.item() == 0
-    names = ["_norm_kernel", "_norm_kernel", "_hidden_fwd_kernel", "_decide_kernel", "_coactivation_fwd_kernel"]
+    names = ["_hidden_fwd_kernel", "_decide_kernel", "_coactivation_fwd_kernel"]
     assert [launch.name for launch in watch.launches] == names
     assert watch.launches[-1].dot_flops.keys() == {"int8"}
 
@@ -124,17 +131,22 @@ def lossy(d, places, lost):
     return x, weight
 
 
-@pytest.mark.parametrize("d", [100, 1000])
-def test_the_bound_holds_for_the_worst_order(d):
-    x, weight = lossy(d, slice(None), 0.75)
-    total = torch.zeros(())
-    for product in (x * weight)[0]:
-        total += product
-    assert total < 0 < (x.double() @ weight.double().t()).item()
-    gamma, loss, least = certificate(d, matrix_units=False)
-    x_norm, w_norm = x.double().norm(), weight.double().norm()
-    assert -total.double() <= x_norm * (gamma * w_norm + loss) + loss * w_norm + least
-    assert certificate(d, matrix_units=True)[0] > gamma
+@pytest.mark.parametrize(("depth", "block"), [(100, 16), (1000, 16), (70, 70)])
+def test_the_bound_covers_truncated_blocks_and_lost_halves(depth, block):
+    """Units that truncate 22 bits below the largest term of a block, and numbers whose bfloat16 halves leave out the most."""
+    gamma, loss, least, growth, least_norm = certificate(depth, block)
+    blocks = -(-depth // block)
+    assert gamma >= (block + 1) * 2.0**-22 + (blocks + 1) * 2.0**-24 + 3 * 2.0**-18
+    x = torch.full((depth,), 1 + 2.0**-9 + 2.0**-18 - 2.0**-23)  # half a unit above 1, and again in the rest
+    high = x.bfloat16().float()
+    low = (x - high).bfloat16().float()
+    left_out = (x.double() ** 2 - (high * high + 2 * high * low).double()).abs().sum()
+    assert 2.0**-18 * depth < left_out <= 3 * 2.0**-18 * depth
+    small = torch.full((depth,), 2.0**-62, dtype=torch.float64)  # squares that float32 flushes
+    assert torch.zeros(()).sqrt().double() * growth + least_norm >= small.norm()
+    ones = torch.ones(depth).cumsum(0)[-1].sqrt().double() * (1 - (depth + 8) * 2.0**-24)
+    assert ones * growth >= depth**0.5
+    assert loss > 0 < least
 
 
 def test_a_float32_sum_that_is_wrong_is_not_trusted():
@@ -175,7 +187,7 @@ def test_counts_do_not_depend_on_chunks_or_splits(generator, monkeypatch):
         with triton_guard.watch() as watch:
             agop.relu_coactivation_update(x, weight, bias, results[-1], flag, chunk, backend="triton")
     assert all(torch.equal(results[0], counts) for counts in results[1:])
-    assert len(watch.launches) == 4 + 4
+    assert len(watch.launches) == 2 + 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -309,6 +321,52 @@ def test_agop_by_triton_equals_the_definition(sizes, activation, options, genera
     truth = definition.agop(model.double(), x.double(), **options)
     plain = definition.agop(model.float(), x, **options)
     assert_as_accurate(got, plain, truth, amplification=10 if options.get("center") else 1)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_the_finished_matrix_is_as_accurate_as_plain_torch(case, seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed + case)
+    units, width, outputs = (draw(SIZES, generator) for _ in range(3))
+    monkeypatch.setattr(finish, "PROGRAMS", draw((1, 264), generator))  # both tiles
+    monkeypatch.setattr(finish, "OUTER_ROWS", draw((8, 200), generator))  # multiplied before, or for each tile
+    weight, outer = (torch.randn(rows, n, generator=generator) for rows, n in ((units, width), (outputs, units)))
+    rows = torch.randn(40, units, generator=generator)
+    counts = ((rows > 0).long().t() @ (rows > 0).long()) if case % 2 else (rows.double().t() @ rows.double())
+    inner = counts.triu() + torch.full_like(counts, 7).tril(-1)  # below the diagonal nothing is read
+    flag = torch.zeros(1, dtype=torch.int64)
+    arguments = (strided(weight, generator), strided(outer, generator) if case % 3 else None, inner)
+    with triton_guard.watch(seed) as watch:
+        got = agop.agop_finalise(*arguments, scale=0.25, nonfinite=flag, backend="triton")
+        bad = agop.agop_finalise(*arguments, nonfinite=flag + 3, backend="triton")
+    assert [launch.name for launch in watch.launches] == 2 * ["_half_product_kernel", "_symmetric_product_kernel"]
+    assert torch.equal(got, got.t())
+    assert bad.isnan().all()
+
+    def plain(dtype):
+        s = counts.to(dtype) if case % 3 == 0 else counts.to(dtype) * (outer.to(dtype).t() @ outer.to(dtype))
+        return 0.25 * (weight.to(dtype).t() @ s @ weight.to(dtype))
+
+    assert_as_accurate(got, plain(torch.float32), plain(torch.float64), what=f"{units} {width} {outputs}")
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_whole_agop_takes_six_launches_and_reads_nothing_on_the_host(chunks, generator):
+    """The exact counts of the CPU, and no number that the host waits for before the result is asked for."""
+    model, x = head(20, 130, 5, generator=generator), torch.randn(150, 20, generator=generator)
+    size = {"chunk_size": 128} if chunks == 2 else {}
+    with triton_guard.watch() as watch, OperatorCount() as count:
+        accumulator = mmc_fast.AGOPAccumulator(model, backend="triton", **size).update(x)
+        got = accumulator.compute().matrix
+    assert [name for name, _ in count.operators] == ["zeros"]
+    assert len(watch.launches) == 2 + 3 * chunks
+    theirs = mmc_fast.AGOPAccumulator(model, backend="cpp" if native.unavailable_reason() is None else "eager").update(
+        x
+    )
+    assert torch.equal(accumulator.method.state.counts, theirs.method.state.counts)
+    assert_as_accurate(got, theirs.compute().matrix, definition.agop(model.double(), x.double()))
+    x[3, 2] = float("nan")
+    with triton_guard.watch():
+        assert mmc_fast.agop(model.float(), x, backend="triton").isnan().all()
 
 
 @triton.jit

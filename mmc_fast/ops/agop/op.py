@@ -25,6 +25,7 @@ __all__ = [
     "agop_finalise",
     "chain_gram_update",
     "derivative_gram_update",
+    "nan_where",
     "relu_coactivation_update",
     "syrk_update",
 ]
@@ -99,12 +100,10 @@ def _always(*tensors: Tensor | None) -> str | None:
     return None
 
 
-_TRITON = ("relu_coactivation_update", "derivative_gram_update", "syrk_update", "chain_gram_update")
 for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name in _SCHEMAS:
         register(_name, "cpp", _cpp_check)
-    if _name in _TRITON:
-        register(_name, "triton", _triton_check, note="not measured on this device")
+    register(_name, "triton", _triton_check, note="not measured on this device")
     if _name == "relu_coactivation_update":  # after Triton: its product is float64
         register(_name, "cuda", _cuda_check)
     register(_name, "eager", _always)
@@ -113,9 +112,10 @@ for _name in (*_SCHEMAS, "chain_gram_update"):
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function of an op on a backend other than the native library; all have the op's arguments and its name."""
     if backend == "triton":
-        from mmc_fast.kernels.agop import coactivation, gram
+        from mmc_fast.kernels.agop import coactivation, finish, gram
 
-        return getattr(coactivation if op == "relu_coactivation_update" else gram, op)
+        modules = {"relu_coactivation_update": coactivation, "agop_finalise": finish}
+        return getattr(modules.get(op, gram), op)
     return getattr(cuda if backend == "cuda" else reference, op)
 
 
@@ -251,12 +251,21 @@ def chain_gram_update(
 
 
 @torch.no_grad()
-def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return ``G = Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij``; ``S = inner`` where ``outer`` is None.
+def agop_finalise(
+    weight: Tensor,
+    outer: Tensor | None,
+    inner: Tensor,
+    *,
+    scale: float = 1.0,
+    nonfinite: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return ``G = scale Wᵀ S W`` with ``S_ij = (outerᵀ outer)_ij · inner_ij``; ``S = inner`` where ``outer`` is None.
 
     Args:
         weight: ``[h, d]``. outer: ``[C, h]`` or None.
         inner: int64 or float64 ``[h, h]``; only its upper triangle is read.
+        nonfinite: int64 ``[1]``; where it is above zero, G is NaN throughout. It is not read on the host.
 
     The result ``[d, d]`` has the dtype of weight and is exactly symmetric. With ``S = U + Uᵀ``, U triangular, the cost
     is ``h² d + 2 h d²`` (+ ``C h²``) flops instead of ``2 h² d + 2 h d²``.
@@ -269,7 +278,17 @@ def agop_finalise(weight: Tensor, outer: Tensor | None, inner: Tensor, *, backen
     if inner.dtype not in (torch.int64, torch.float64):
         raise InputError(f"agop_finalise: inner is {_describe(inner)}; pass an int64 or float64 [{units}, {units}]")
     _check_accumulator("agop_finalise", "inner", inner, units, inner.dtype)
-    return _run("agop_finalise", backend, (weight, outer), weight, outer, inner)[1]
+    if nonfinite is not None:
+        _check_flag("agop_finalise", nonfinite)
+    if choose("agop_finalise", backend, weight, outer) == "triton":
+        return _run("agop_finalise", "triton", (weight, outer), weight, outer, inner, scale, nonfinite)[1]
+    g = _run("agop_finalise", backend, (weight, outer), weight, outer, inner)[1]
+    return nan_where(nonfinite, g if scale == 1.0 else g.mul_(scale))
+
+
+def nan_where(nonfinite: Tensor | None, values: Tensor) -> Tensor:
+    """NaN throughout ``values``, in place, where ``nonfinite[0]`` is above zero; the host does not wait for it."""
+    return values if nonfinite is None else values.masked_fill_(nonfinite > 0, float("nan"))
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

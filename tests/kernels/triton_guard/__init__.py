@@ -32,11 +32,14 @@ if not isinstance(_tl.cdiv, _InterpretedFunction):
         "triton_guard: Triton was imported for compilation in this process; start it with TRITON_INTERPRET=1"
     )
 
+from mmc_fast.kernels import common as _common
+
 from triton_guard import launches as _launches
 from triton_guard import numerics as _numerics
 from triton_guard.launches import Launch, Watch, watch
 from triton_guard.memory import GuardFault
 
+_common.BFLOAT16_PRODUCTS = True
 _numerics.install()
 _launches.install()
 
