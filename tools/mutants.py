@@ -204,7 +204,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=60)
     parser.add_argument("--tests", nargs="*", help="instead of those found by name")
-    parser.add_argument("--seconds", type=float, default=60, help="of tests for one mutant, the quickest first")
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="CPU seconds of tests for one mutant, the quickest first"
+    )
     parser.add_argument("--all", action="store_true", help="print those that were caught too")
     options = parser.parse_args()
     drawn: list[Mutant] = []
