@@ -13,6 +13,7 @@ from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
 
 from ..jobs import Result
+from ..methods.base import merged
 from ..report.comparison import AVERAGE, COMPLETE, Comparison, Score, compare
 from .configs import MethodConfig
 from .grid import Finished, Run
@@ -169,7 +170,7 @@ def _facts(
         method.title,
         method.method,
         method.plugin.source,
-        {**finished.selected[method.name, runs[0].data], **method.settings},
+        merged(finished.selected[method.name, runs[0].data], method.settings),
         threshold,
         tuple(run.seed for run in runs if run.result.failed),
         next((run.result.values["batch_rows"] for run in runs if not run.result.failed), None),

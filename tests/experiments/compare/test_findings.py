@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,20 +16,22 @@ from scipy import stats
 from mmc_fast.cli.compare import print_comparison
 from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.compare import findings as findings_module
+from mmc_fast.experiments.compare import output
 from mmc_fast.experiments.compare.configs import MethodConfig
 from mmc_fast.experiments.compare.findings import UNDER_PERFORMING, find
 from mmc_fast.experiments.compare.grid import Finished, Run
 from mmc_fast.experiments.compare.output import READING, markdown, write_outputs
 from mmc_fast.experiments.compare.runs import score
 from mmc_fast.experiments.jobs import Job, Result
-from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE
+from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Score
 from mmc_fast.experiments.tasks import Classification
 
 METHODS = [MethodConfig.parse(n, {"method": n}) for n in ("vanilla", "dropout", "muse", "shaspec")]
 QUALITY = {"vanilla": 1.5, "dropout": 2.5, "muse": 1.52, "shaspec": 0.4}
 
 
-def fabricated(seed: int, seeds: int = 4, methods=METHODS, selected=None) -> Finished:
+def fabricated(seed: int, seeds: int = 4, methods=METHODS, selected=None, data: str = "made") -> Finished:
     """Runs whose predictions are made, not trained: signal of the method's quality plus noise."""
     g = np.random.default_rng(seed)
     labels = np.arange(600) % 2
@@ -45,9 +47,9 @@ def fabricated(seed: int, seeds: int = 4, methods=METHODS, selected=None) -> Fin
                 found[name] = Classification.of(2).scores(torch.tensor(arrays[name]), torch.tensor(labels))
             values = {"metric": "auroc", "batch_rows": None, "scores": found}
             values |= {"realised": {"missing_0.3": [0.3], "missing_0.6": [0.5]}}
-            job = Job(f"runs/made/{method.name}-{s}", score, {})
-            runs.append(Run(method.name, "made", s, job, Result({}, values, arrays, None, 1.0, 1)))
-    return Finished({(m.name, "made"): selected or {} for m in methods}, runs)
+            job = Job(f"runs/{data}/{method.name}-{s}", score, {})
+            runs.append(Run(method.name, data, s, job, Result({}, values, arrays, None, 1.0 + s, 1)))
+    return Finished({(m.name, data): selected or {} for m in methods}, runs)
 
 
 def test_threshold_tests_and_family(seed):
@@ -78,6 +80,71 @@ def test_threshold_tests_and_family(seed):
     assert test.pairs == 4
     assert test.p_wilcoxon >= 2 / 2**4
     assert test.low < test.difference < test.high
+
+
+def test_holm_is_over_all_tests_of_all_data_sets(seed):
+    parts = [fabricated(seed + i, data=name) for i, name in enumerate(("one", "two"))]
+    both = Finished(parts[0].selected | parts[1].selected, parts[0].runs + parts[1].runs)
+    found = find(both, METHODS, resamples=50)
+    alone = [find(part, METHODS, resamples=50)[0] for part in parts]
+    assert [f.data for f in found] == ["one", "two"]
+    tests = [t for f in found for t in f.tests]
+    assert [t.p for t in tests] == [t.p for f in alone for t in f.tests]
+    assert {t.family for t in tests} == {24}
+    raw = np.array([t.p for t in tests])
+    order = np.argsort(raw)
+    adjusted = np.minimum(np.maximum.accumulate(raw[order] * np.arange(24, 0, -1)), 1)
+    np.testing.assert_allclose(np.array([t.p_holm for t in tests])[order], adjusted)
+
+
+def test_each_test_is_of_its_own_metric_and_condition(seed):
+    finished = fabricated(seed)
+    (found,) = find(finished, METHODS, reference="muse", resamples=50)
+    assert {t.reference for t in found.tests} == {"muse"}
+    for t in found.tests:
+        names = ["complete"] if t.condition == COMPLETE else ["missing_0.3", "missing_0.6"]
+        key = {"auroc": "score", "auprc": "auprc"}[t.metric]
+        values = {
+            m: [np.mean([r.result.values["scores"][n][key] for n in names]) for r in finished.runs if r.method == m]
+            for m in (t.method, "muse")
+        }
+        difference = np.subtract(values[t.method], values["muse"])
+        assert t.difference == pytest.approx(difference.mean(), abs=1e-9)
+        assert t.p_wilcoxon == pytest.approx(stats.wilcoxon(difference).pvalue)
+
+
+def test_the_threshold_is_one_standard_error(seed):
+    """Of vanilla on complete data, its end included; the standard deviation is several times larger."""
+    finished = fabricated(seed, seeds=1)
+    bound = Score(0.8, 0.06, 0.7, 0.9, False, 0.02)
+    runs = [run for run in finished.runs if run.method == "muse"]
+    for mean, expected in ((0.79, "passed"), (0.8 - 0.02, "passed"), (0.7799, UNDER_PERFORMING)):
+        scores = {COMPLETE: Score(mean, 0.06, 0.7, 0.9, False, 0.02), AVERAGE: Score(0.0, 0.0, 0.0, 0.0, False, 0.0)}
+        assert findings_module._facts(METHODS[2], runs, finished, scores, bound).threshold == expected
+    assert findings_module._facts(METHODS[2], runs, finished, None, bound).threshold == "not judged"
+
+
+def test_facts_of_the_runs(seed):
+    """Mean time, the seeds that diverged or changed nothing, rows predicted together, and the settings that were used."""
+    method = MethodConfig.parse("muse", {"method": "muse", "settings": {"lr": 0.2, "options": {"classes": 0.5}}})
+    finished = fabricated(seed, methods=[METHODS[2]], selected={"lr": 0.1, "epochs": 7, "options": {"agreement": 0.2}})
+    runs = list(finished.runs)
+    runs[1] = runs[1]._replace(result=replace(runs[1].result, failed="diverged", values={}))
+    runs[2].result.values.update(without_effect=True, batch_rows=64)
+    runs[0].result.values["batch_rows"] = 64
+    facts = findings_module._facts(method, runs, finished, None, None)
+    assert (facts.diverged, facts.without_effect, facts.batch_rows, facts.seconds) == ((1,), (2,), 64, 2.5)
+    assert facts.settings == {"lr": 0.2, "epochs": 7, "options": {"agreement": 0.2, "classes": 0.5}}
+    assert list(facts.notes) == ["†", "‡", "§", "¶"]
+
+
+def test_bold_is_by_the_adjusted_p_value(seed):
+    (found,) = find(fabricated(seed), METHODS, resamples=50)
+    for p, p_holm, bold in ((0.001, 0.06, False), (0.001, 0.05, False), (0.001, 0.049, True)):
+        tests = [replace(t, p=p, p_holm=p_holm, p_wilcoxon=0.2) for t in found.tests]
+        rows = output.tests_table(replace(found, tests=tests))[1]
+        assert {row[1].strong for row in rows} == {bold}
+        assert {tuple(row[3:]) for row in rows} == {("0.001", f"{p_holm:.3f}", "0.200")}
 
 
 def test_without_vanilla_the_first_method_is_the_reference(seed):
@@ -135,8 +202,16 @@ def test_all_outputs_say_the_same(tmp_path, seed):
     text, page = markdown(findings), (tmp_path / "report.html").read_text()
     for line in lines:
         score = stored["comparisons"][line["metric"]]["scores"][line["method"]][line["condition"]]
-        assert float(line["mean"]) == score["mean"]
-        assert math.isfinite(float(line["se"]))
+        for name in ("mean", "sd", "se", "low", "high"):
+            assert float(line[name]) == score[name]
+        assert bool(line["best"]) == score["best"]
+        facts = stored["methods"][line["method"]]
+        assert (line["plug_in"], line["threshold"], line["seeds"]) == (facts["method"], facts["threshold"], "4")
+        same = ("metric", "condition", "method")
+        for test in (t for t in stored["tests"] if [t[k] for k in same] == [line[k] for k in same]):
+            for name in ("difference", "p", "p_holm", "p_wilcoxon"):
+                assert float(line[name]) == test[name]
+            assert (line["reference"], line["pairs"]) == ("vanilla", "4")
         shown = f"{score['mean']:.3f} ± {score['sd']:.3f}"
         assert shown in text
         assert shown in page

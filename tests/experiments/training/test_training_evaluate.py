@@ -203,6 +203,9 @@ def test_rows_with_nothing_present(seed):
     torch.testing.assert_close(probabilities[[3, 5]], prior.expand(2, 3))
     rest = [n for n in range(30) if n not in (3, 5)]
     torch.testing.assert_close(probabilities[rest], predict(model, part.features, part.present)[rest])
+    model.train()
+    predict(model, part.features, part.present)
+    assert model.training, "as it was"
     with pytest.raises(InputError, match="Did you mean 'prior'"):
         predict(model, part.features, present, on_empty="priors")
 

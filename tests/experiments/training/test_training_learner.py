@@ -37,6 +37,14 @@ def test_uniform_masks_keep_every_size_and_every_subset_of_a_size_alike(seed):
     assert chisquare(observed, [40_000 * p for p in expected]).pvalue > 1e-6
 
 
+@pytest.mark.parametrize("sizes", ["binomial", "uniform"])
+def test_masks_are_a_function_of_the_generator(sizes, seed):
+    present = torch.ones(200, 3, dtype=torch.bool)
+    drawn = [training_masks(present, 0.5, torch.Generator().manual_seed(seed + s), sizes) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_uniform_masks_leave_rows_with_one_or_nothing_as_they_are(seed):
     present = torch.eye(3, dtype=torch.bool)[torch.arange(30) % 3]
     present[0] = False
