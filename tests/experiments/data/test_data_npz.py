@@ -126,6 +126,11 @@ def test_every_class_of_three_or_more_is_in_every_part(count: int, grouped: bool
         assert parts.tolist() == [*ends, count - sum(ends)]
 
 
+def test_no_rows_have_an_empty_split() -> None:
+    nothing = np.zeros(0, np.int64)
+    assert [len(stratified_split(nothing, seed=0, ids=ids)) for ids in (None, nothing)] == [0, 0]
+
+
 @pytest.mark.parametrize(("count", "lacking"), [(1, "validation and test"), (2, "validation")])
 def test_a_class_that_a_part_lacks_is_told_and_reaches_train(count: int, lacking: str, seed: int) -> None:
     labels = np.repeat([0, 7], [50, count])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import trapezoid
-from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, mean_absolute_error, r2_score, roc_auc_score
 from sklearn.utils.class_weight import compute_class_weight
-from torch.distributions import Bernoulli, kl_divergence
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from mmc_fast.diagnose.statistics import weighted_scores
 from mmc_fast.errors import InputError
@@ -50,6 +50,7 @@ def test_several_labels_have_the_loss_and_scores_of_their_own_classifiers(seed):
     assert found["score"] == pytest.approx(np.mean(auc))
     assert found["macro_auprc"] == pytest.approx(np.mean([average_precision_score(y[:, j], p[:, j]) for j in range(3)]))
     assert found["micro_auprc"] == pytest.approx(average_precision_score(y.ravel(), p.numpy().ravel()))
+    assert found["f1"] == pytest.approx(f1_score(y, outputs.numpy() > 0, average="micro"))
     without = labels.clone()
     without[:, 1] = 0  # a label without positives has no AUC
     assert task.score(p, without) == pytest.approx((auc[0] + auc[2]) / 2)
@@ -180,6 +181,120 @@ def test_concordance_by_counting_pairs_also_with_weights(seed):
         task.score(answers[:2], torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
 
 
+def fitted(kind: str, seed: int):
+    """A task, its labels and outputs of two models."""
+    g, outputs, several = draw(seed)
+    task, labels = {
+        "classes": (Classification(NAMES), several.argmax(1)),
+        "labels": (MultiLabel(NAMES), several),
+        "numbers": (Regression(NAMES), outputs.double() * 3 + 5 + torch.randn(60, 3, generator=g)),
+        "times": (Survival(("days", "died")), times(seed, 60)),
+    }[kind]
+    task = task.fit(labels)
+    return task, labels, torch.randn(2, 60, task.outputs, generator=g)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "times"])
+def test_an_average_has_the_mean_answers_and_no_divergence_from_itself(kind, seed):
+    task, _, outputs = fitted(kind, seed)
+    mean = (task.answers(outputs[0]) + task.answers(outputs[1])) / 2
+    torch.testing.assert_close(task.answers(task.average(outputs)), mean, rtol=1e-4, atol=1e-5)
+    assert float(task.divergence(outputs[0], outputs[0])) == pytest.approx(0, abs=1e-4)
+    parts = [float(task.divergence(outputs[0, n : n + 1], outputs[1, n : n + 1])) for n in range(60)]
+    assert min(parts) > 0
+    assert float(task.divergence(*outputs)) == pytest.approx(sum(parts), rel=1e-4)
+    if kind == "classes":
+        wanted = kl_divergence(Categorical(logits=outputs[1]), Categorical(logits=outputs[0])).sum()
+        assert sum(parts) == pytest.approx(float(wanted), rel=1e-4)
+    if kind == "numbers":
+        assert sum(parts) == pytest.approx(float(np.square(np.subtract(*outputs.numpy())).mean(1).sum()), rel=1e-4)
+
+
+def test_what_a_drawn_split_holds_in_equal_shares(seed):
+    task, labels, _ = fitted("numbers", seed)
+    fifths = task.strata(labels.numpy())
+    assert np.bincount(fifths).tolist() == [12] * 5
+    assert (np.diff(fifths[np.argsort(labels[:, 0].numpy())]) >= 0).all()
+    task, labels, _ = fitted("labels", seed)
+    y = labels.numpy() * np.array([1, 0, 1]) + np.eye(60, 3, dtype=int)[:, [1, 0, 2]] * np.array([0, 1, 0])
+    rare = sorted(range(3), key=lambda j: (y[:, j].sum(), j))
+    wanted = [next((n for n, j in enumerate(rare, start=1) if row[j]), 0) for row in y]
+    assert task.strata(y).tolist() == wanted
+    assert fitted("times", seed)[0].strata(np.array([[3.0, 1.0], [1.0, 0.0]])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "times"])
+def test_columns_of_a_table_are_named_and_in_order(kind, seed):
+    task, _, outputs = fitted(kind, seed)
+    answers = task.answers(outputs[0])
+    found = task.columns(answers)
+    p = answers.numpy()
+    if kind == "times":
+        assert found["prediction"].tolist() == pytest.approx((-task.scored(answers)).tolist())
+        assert list(found)[1:] == [f"s_{edge:g}" for edge in task.edges]
+    elif kind == "numbers":
+        assert list(found) == [f"prediction_{name}" for name in NAMES]
+        assert list(Regression(("y",)).columns(answers[:, :1])) == ["prediction"]
+    else:
+        assert list(found) == ["prediction", *(f"p_{name}" for name in NAMES)]
+        guess = {
+            "classes": [NAMES[n] for n in p.argmax(1)],
+            "labels": ["+".join(np.array(NAMES)[row > 0.5]) for row in p],
+        }[kind]
+        assert found["prediction"] == guess
+    values = list(found.values())[0 if kind == "numbers" else 1 :]
+    np.testing.assert_array_equal(np.stack(values, 1), p)
+
+
+def test_where_a_score_is_defined():
+    yes = torch.tensor
+    assert [Classification.of(2).scorable(yes(y).long()) for y in ([], [1], [1, 1], [0, 1])] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert [Classification.of(3).scorable(yes(y).long()) for y in ([], [1])] == [False, True]
+    assert [t.unscored for t in (Classification.of(2), Classification.of(3), Regression(("y",)), MultiLabel(NAMES))] == [
+        0.5, 0.0, 0.0, 0.5
+    ]  # fmt: skip
+    both, one = yes([[0, 1], [1, 1]]), yes([[0, 1], [0, 1]])
+    assert [MultiLabel(("u", "v")).scorable(y) for y in (both, one)] == [True, False]
+    assert [Regression(("y", "z")).scorable(y.double()) for y in (both, both.t(), yes([[0, 1], [1, 0]]))] == [
+        False, False, True
+    ]  # fmt: skip
+    survival = Survival(("t", "e"))
+    for rows, defined in (
+        ([[1, 1], [2, 0]], True), ([[1, 1], [1, 0]], True), ([[1, 1], [1, 1]], False), ([[2, 1], [1, 0]], False),
+        ([[1, 0], [2, 0]], False), ([[1, 1], [2, 1]], True),
+    ):  # fmt: skip
+        assert survival.scorable(yes(rows).double()) == defined, rows
+
+
+def test_labels_at_the_ends_of_their_range():
+    three = Classification.of(3)
+    three.check(torch.tensor([0, 2]), "d")
+    for wrong in ([0, 3], [-1, 2]):
+        with pytest.raises(InputError, match="is out of range; allowed are 0 to 2"):
+            three.check(torch.tensor(wrong), "d")
+    with pytest.raises(InputError, match="needs at least 2"):
+        Classification.of(1).check(torch.tensor([0]), "d")
+    with pytest.raises(InputError, match="is for 2 classes and there are 3"):
+        Classification.of(3, "auroc").check(torch.tensor([0]), "d")
+    survival = Survival(("t", "e"))
+    survival.check(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64), "d")
+    for wrong in ([1.0, 0.5], [-0.1, 1.0], [1.0, 2.0]):
+        with pytest.raises(InputError, match="in row 1; a time is at least 0"):
+            survival.check(torch.tensor([[0.0, 1.0], wrong], dtype=torch.float64), "d")
+    three.check_part(torch.tensor([0, 2]), "test", "d")
+    for task, part in ((three, "train"), (Classification.of(2, "auroc"), "test")):
+        with pytest.raises(InputError, match=f"class 1 has no row in the {part} part"):
+            task.check_part(torch.tensor([0, 0]), part, "d")
+    absent = Classification.of(3).prior(torch.tensor([0, 0, 2]))  # a class without rows is improbable, not impossible
+    assert torch.isfinite(absent).all()
+    assert Classification.of(3).answers(absent).tolist() == pytest.approx([2 / 3, 0, 1 / 3], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "task", [Classification(("a", "b"), "accuracy", (0.5, 1.5)), MultiLabel(NAMES, (1.0, 2.0, 0.1)), Regression(NAMES)]
 )
@@ -207,14 +322,8 @@ def test_what_a_task_refuses():
 @pytest.mark.parametrize("kind", ["classes", "labels", "numbers", "times"])
 def test_experts_are_pooled_in_the_outputs_of_the_task(kind, seed):
     """o = prior + sum_i w_i s (o_i - prior) + f (o - prior) by hand; fitted weights have the least loss nearby."""
-    g, outputs, several = draw(seed)
-    task, labels = {
-        "classes": (Classification(NAMES), several.argmax(1)),
-        "labels": (MultiLabel(NAMES), several),
-        "numbers": (Regression(NAMES), outputs.double() * 3 + 5 + torch.randn(60, 3, generator=g)),
-        "times": (Survival(("days", "died")), times(seed, 60)),
-    }[kind]
-    task = task.fit(labels)
+    g, outputs, _ = draw(seed)
+    task, labels, _ = fitted(kind, seed)
     votes = torch.randn(3, 60, task.outputs, generator=g, dtype=torch.float64) / 2
     if kind == "numbers":
         votes = votes + outputs
