@@ -147,7 +147,7 @@ def test_nothing_used_is_an_index_of_zero() -> None:
     assert [(v.kind, v.evidence["index"]) for v in found] == [("collapsed", 0.0)] * 2
 
 
-@pytest.mark.parametrize("number", [9, 10, 41, 200])
+@pytest.mark.parametrize("number", [9, 10, 21, 200])
 def test_the_interval_of_the_index_is_that_of_the_nearest_order_statistics(number: int, seed: int) -> None:
     random, whole = np.random.default_rng(seed), {"all": 0.9, "chance": 0.5}
     draws = [({"audio": entry(0.9, 0.5, 0.8, v, 0.2), "image": OTHER}, whole) for v in random.uniform(0, 0.4, number)]
@@ -156,6 +156,8 @@ def test_the_interval_of_the_index_is_that_of_the_nearest_order_statistics(numbe
         assert "index_low" not in e
         return
     drawn = [judge(scores, w)[0].evidence["index"] for scores, w in draws]
+    draws += [({"audio": entry(0.5, 0.5, 0.8, 0.1, 0.2), "image": OTHER}, whole)]  # without ability there is no index
+    e = judge({"audio": entry(0.9, 0.5, 0.8, 0.2, 0.2), "image": OTHER}, whole, draws)[0].evidence
     ends = np.quantile(drawn, [0.025, 0.975], method="nearest")
     assert (e["index_low"], e["index_high"]) == tuple(ends)
 
@@ -169,6 +171,8 @@ def test_words_for_every_kind() -> None:
     assert all(f"{word}: m" in text for word in ("Modality collapse", "Misleading", "Under-used", "Undecided"))
     assert overall(found[:1], None, {}) == "Every modality is relied on."
     assert overall([], None, {}) == ""
+    assert "Every modality" not in overall(found[:3], None, {})
+    assert "neurons" in overall(found[:2], 0.9, vars(Thresholds()))
     for entropy, words in ((0.15, "keep the modalities apart"), (0.151, "mix the modalities")):
         assert words in overall(found, entropy, vars(Thresholds()))
     assert "neurons" not in overall(found[:1], 0.9, vars(Thresholds()))

@@ -64,6 +64,7 @@ def test_a_resample_without_one_class_is_undefined_not_wrong():
 
 
 def test_resample_counts_are_bootstrap_draws(generator):
+    assert resample_counts(1, 2, generator).tolist() == [[1], [1]]
     counts = resample_counts(30, 4000, generator)
     assert (counts.sum(axis=1) == 30).all()
     assert abs(counts.mean() - 1) < 1e-12
@@ -113,6 +114,7 @@ def test_interval_with_one_seed_is_the_bootstrap_of_the_test_set(generator):
     interval = resampled_scores("accuracy", labels, [predicted], resample_counts(400, 4000, generator)).interval()
     rate = (predicted == labels).mean()
     assert interval.sd_seeds is None
+    assert interval.se == interval.sd_samples
     assert interval.sd_samples == pytest.approx(np.sqrt(rate * (1 - rate) / 400), rel=0.08)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * interval.sd_samples, rel=1e-3)
 

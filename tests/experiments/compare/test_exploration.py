@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -113,3 +114,7 @@ def test_gains_are_paired_by_seed(seed):
         assert found[option].missing == pytest.approx((missing.mean(), sem(missing)))
         assert found[option].complete == pytest.approx((complete.mean(), sem(complete)))
     assert f"{found['recipe'].complete[0]:+.4f} ± " in table(list(found.values()))
+    (once,) = gains([line for line in lines if line["seed"] == 0 and line["option"] != "recipe-more"])
+    assert (once.seeds, once.complete[0]) == (1, scores["recipe"][0, 0] - scores["base"][0, 0])
+    assert math.isnan(once.complete[1])
+    assert "±" not in table([once])

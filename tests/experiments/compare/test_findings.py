@@ -14,6 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from mmc_fast.cli.compare import print_comparison
+from mmc_fast.diagnose.document import Cell
 from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import findings as findings_module
@@ -134,8 +135,47 @@ def test_facts_of_the_runs(seed):
     runs[0].result.values["batch_rows"] = 64
     facts = findings_module._facts(method, runs, finished, None, None)
     assert (facts.diverged, facts.without_effect, facts.batch_rows, facts.seconds) == ((1,), (2,), 64, 2.5)
+    assert (facts.name, facts.method, facts.title) == ("muse", "muse", method.title)
+    assert facts.source == method.plugin.source != facts.title
     assert facts.settings == {"lr": 0.2, "epochs": 7, "options": {"agreement": 0.2, "classes": 0.5}}
     assert list(facts.notes) == ["†", "‡", "§", "¶"]
+
+
+def test_vanilla_is_the_reference_wherever_it_stands_and_without_it_nothing_is_tested(seed):
+    methods = [METHODS[1], METHODS[0], METHODS[2]]
+    finished = fabricated(seed, methods=methods)
+    assert {t.reference for t in find(finished, methods, resamples=20)[0].tests} == {"vanilla"}
+    failed = [
+        run._replace(result=replace(run.result, failed="diverged", values={})) if run.method == "vanilla" else run
+        for run in finished.runs
+    ]
+    (found,) = find(finished._replace(runs=failed), methods, resamples=20)
+    assert (list(found.tests), list(found.main.scores)) == ([], ["dropout", "muse"])
+    assert found.methods["vanilla"].diverged == (0, 1, 2, 3)
+
+
+def test_a_drawing_holds_at_most_eight_methods(seed, monkeypatch):
+    (found,) = find(fabricated(seed, seeds=1), METHODS, resamples=20)
+    monkeypatch.setattr(output, "draw_rates", lambda comparison, titles: list(titles))
+    for count in (8, 9, 17):
+        names = [f"m{n}" for n in range(count)]
+        main = replace(found.main, scores=dict.fromkeys(names))
+        methods = dict.fromkeys(names, found.methods["muse"])
+        drawn = output._rate_drawings(replace(found, comparisons={"auroc": main}, methods=methods))
+        assert [n for some in drawn.values() for n in some] == names
+        assert max(map(len, drawn.values())) == 8
+        numbered = [f"missing-rates-{n}" for n in range(1, len(drawn) + 1)]
+        assert list(drawn) == (["missing-rates"] if count == 8 else numbered)
+
+
+def test_tables_have_a_head_and_as_many_fields_in_every_line(seed):
+    assert output.csv_text(["a", "b", "c"], [[1], [None, "x", 0]]) == "a,b,c\n1,,\n,x,0\n"
+    assert output.markdown_table(["m", "x", "y"], [["*a*", Cell("1", strong=True), "2"]]).splitlines() == [
+        "| m | x | y |", "| ---|---:|---: |", r"| \*a\* | **1** | 2 |"
+    ]  # fmt: skip
+    text = markdown(find(fabricated(seed, seeds=1), METHODS, resamples=20), "Some title")
+    assert text.startswith("# Some title\n\n")
+    assert "\n## made\n" in text
 
 
 def test_bold_is_by_the_adjusted_p_value(seed):

@@ -162,6 +162,10 @@ def test_best_only_where_intervals_separate_from_every_other_method_and_seeds_ar
     alone = compare("toy", "accuracy", LABELS, one, seeds=[0], resamples=50, generator=np.random.default_rng(1))
     assert not any(s.best for by in alone.scores.values() for s in by.values())
     assert {d.p for d in alone.differences} == {None}
+    two = {m: runs[:2] for m, runs in predictions({"vanilla": 0.3, "ebr": 0.95}).items()}
+    pair = compare("toy", "accuracy", LABELS, two, seeds=[0, 1], resamples=50, generator=np.random.default_rng(1))
+    assert pair.scores["ebr"][COMPLETE].best
+    assert all(d.p is not None for d in pair.differences)
 
 
 def test_comparison_refuses_what_does_not_pair():
