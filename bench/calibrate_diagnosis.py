@@ -9,8 +9,8 @@ done, so that a stopped run goes on; ``--seeds`` without a number only judges it
   and untouched in the test; "collapsed" is right where the modality carries something;
 - noise: the modality is standard normal noise everywhere; "uninformative" is right, and so is "misleading", where the model answers it.
 
-Ability comes from unimodal models trained on the untouched data. Each model is judged twice: modalities removed by its own mask, and
-by the features of other samples. The rule and its thresholds were set on the seeds 0 and 1 and are judged on the other seeds.
+Ability comes from unimodal models trained on the untouched data. The rule and its thresholds were set on the seeds 0 to 2 and are
+judged on the other seeds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SETS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "eicu_demo": ("eicu_demo", {}, ("demographics", "bedside", "labs", "bp_series", "diagnoses")),
 }
 """Name here -> data set, options, the modalities that are kept (none: all)."""
-SETTING = (0, 1)
+SETTING = (0, 1, 2)
 """Seeds that the rule was set on; the others judge it."""
 FUSIONS = ("concat", "late", "transformer")
 ROWS = {"diabetes130": (8000, 4000, 4)}
@@ -59,8 +59,19 @@ USUAL, DROPOUT = (2500, 1500, 12), 0.5
 
 EVIDENCE = (
     "all", "chance", "chance_error", "alone", "alone_error", "only", "ability", "shuffled", "lost_error", "total_effect", "loss",
-    "index", "index_low", "index_high",
+    "index", "index_low", "index_high", "alignment",
 )  # fmt: skip
+
+
+RATES = (
+    ("healthy", "healthy: collapsed or misleading", ("collapsed", "misleading")),
+    ("healthy", "healthy: under-used", ("under-used",)),
+    ("healthy", "healthy: undecided", ("undecided",)),
+    ("collapsed", "shuffled in training: collapsed", ("collapsed",)),
+    ("noise", "noise: uninformative or misleading", ("uninformative", "misleading")),
+    ("noise", "noise: misleading", ("misleading",)),
+)
+"""What is planted, the name of a rate, and the verdicts that count in it."""
 
 
 class Job(NamedTuple):
@@ -124,7 +135,7 @@ def fit(dataset: MultimodalDataset, config: TrainConfig, seed: int) -> Multimoda
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MultimodalModel(dataset.dims, dataset.num_classes, config)
-    model.class_prior.copy_(torch.bincount(part.labels, minlength=dataset.num_classes) / len(part.labels))
+    model.prior.copy_(model.task.prior(part.labels))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(part), generator=random).split(64):
@@ -140,7 +151,7 @@ def fit(dataset: MultimodalDataset, config: TrainConfig, seed: int) -> Multimoda
 
 
 def measure(job: Job, known: dict[tuple[str, int], tuple[MultimodalDataset, UnimodalModels]]) -> dict[str, Any]:
-    """Train one model and diagnose it twice."""
+    """Train one model and diagnose it: by modality the evidence that the rule reads, of the planted one or of all of a healthy one."""
     epochs = ROWS.get(job.data, USUAL)[2]
     if (job.data, job.seed) not in known:
         known.clear()
@@ -156,27 +167,19 @@ def measure(job: Job, known: dict[tuple[str, int], tuple[MultimodalDataset, Unim
     if job.planted == "noise":  # what the noise allows by itself
         alone = train_unimodal(judged.keep([modality]), TrainConfig(epochs=epochs, batch_size=64), seed=job.seed,
                                fingerprint="")  # fmt: skip
-        unimodal = UnimodalModels(unimodal.models | alone.models, unimodal.scores | alone.scores, {})
+        unimodal = replace(unimodal, models=unimodal.models | alone.models, scores=unimodal.scores | alone.scores)
     adapter = RunAdapter(fit(trained_on, config, job.seed), unimodal)
-    found: dict[str, Any] = {"modality": None if job.planted == "healthy" else modality}
-    for absence in ("model", "resample"):
-        d = diagnose(adapter, judged, absence=absence, agop=False, probes=False, metric=dataset.metric)
-        found[absence] = {v.modality: v.evidence for v in d.verdicts}
-    return recorded(found)
-
-
-def recorded(row: dict[str, Any]) -> dict[str, Any]:
-    """What is judged of a model: the modality that was planted, or all of a healthy one, and the evidence that the rule reads."""
-    found: dict[str, Any] = {"modality": row["modality"]}
-    for absence in ("model", "resample"):
-        chosen = row[absence] if row["modality"] is None else {row["modality"]: row[absence][row["modality"]]}
-        found[absence] = {name: {k: round(e[k], 5) for k in EVIDENCE if k in e} for name, e in chosen.items()}
-    return found
+    found = diagnose(adapter, judged, agop=False, probes=False, metric=dataset.metric).verdicts
+    return {
+        v.modality: {k: round(v.evidence[k], 5) for k in EVIDENCE if k in v.evidence}
+        for v in found if job.planted == "healthy" or v.modality == modality
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--rows", type=Path, help="file that keeps what is done")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--document", type=Path, help="page whose table, between two markers, is written anew")
@@ -189,7 +192,7 @@ def main() -> None:
             done[Job(*job)] = row
     known: dict[tuple[str, int], Any] = {}
     for job in sorted(jobs(arguments.seeds), key=lambda j: (arguments.seeds.index(j.seed), list(SETS).index(j.data))):
-        if job not in done:
+        if job not in done and job.data in arguments.sets:
             done[job] = measure(job, known)
             if arguments.rows:
                 with arguments.rows.open("a", encoding="utf-8") as file:
@@ -210,58 +213,40 @@ def main() -> None:
 
 
 def judged(done: dict[Job, Any], thresholds: Thresholds = THRESHOLDS) -> list[dict[str, Any]]:
-    """Rates of right and wrong verdicts with exact 95 % intervals (Clopper and Pearson), for both halves and absences."""
+    """Rates of right and wrong verdicts with exact 95 % intervals (Clopper and Pearson), for both halves."""
     table = []
     for half in ("setting", "judging"):
         chosen = {j: r for j, r in done.items() if (j.seed in SETTING) == (half == "setting")}
-        for absence in ("model", "resample"):
-            healthy = [e for j, r in chosen.items() if j.planted == "healthy" for e in r[absence].values()]
-            kinds = [kind_of(e, thresholds) for e in healthy]
-            table += [
-                _rate(
-                    half, absence, "healthy: collapsed or misleading", [k in ("collapsed", "misleading") for k in kinds]
-                ),
-                _rate(half, absence, "healthy: under-used", [k == "under-used" for k in kinds]),
-                _rate(half, absence, "healthy: undecided", [k == "undecided" for k in kinds]),
-            ]
-            lost = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "collapsed"]
-            kinds = [kind_of(e, thresholds) for e in lost if carries(e, thresholds)]
-            table.append(_rate(half, absence, "shuffled in training: collapsed", [k == "collapsed" for k in kinds]))
-            noise = [r[absence][r["modality"]] for j, r in chosen.items() if j.planted == "noise"]
-            kinds = [kind_of(e, thresholds) for e in noise]
-            table += [
-                _rate(
-                    half,
-                    absence,
-                    "noise: uninformative or misleading",
-                    [k in ("uninformative", "misleading") for k in kinds],
-                ),
-                _rate(half, absence, "noise: misleading", [k == "misleading" for k in kinds]),
-            ]
+        found = {
+            planted: [e for j, r in chosen.items() if j.planted == planted for e in r.values()]
+            for planted in ("healthy", "collapsed", "noise")
+        }
+        found["collapsed"] = [e for e in found["collapsed"] if carries(e, thresholds)]
+        for planted, name, kinds in RATES:
+            table.append(_rate(half, name, [kind_of(e, thresholds) in kinds for e in found[planted]]))
     return table
 
 
 def rendered(table: list[dict[str, Any]], done: Iterable[Job]) -> str:
-    """The table as Markdown: one line per kind of verdict, setting and judging side by side, absence by the model's own mask."""
-    lines = ["| planted: verdict | seeds 0 and 1, which set the rule | other seeds |", "|---|---|---|"]
-    chosen = [row for row in table if row["absence"] == "model"]
-    for name in dict.fromkeys(row["verdict"] for row in chosen):
+    """The table as Markdown: one line per kind of verdict, setting and judging side by side."""
+    lines = ["| planted: verdict | models that set the rule | models that judge it |", "|---|---|---|"]
+    for name in dict.fromkeys(row["verdict"] for row in table):
         cells = [
             f"{row['count']} of {row['of']}: {row['share']} [{row['low']}, {row['high']}]" if row["of"] else "–"
-            for row in chosen
+            for row in table
             if row["verdict"] == name
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    for half, inside in (("which set the rule", True), ("which judge it", False)):
+    for half, inside in (("that set the rule", True), ("that judge it", False)):
         counts = Counter(job.data for job in done if (job.seed in SETTING) == inside)
         lines += ["", f"Models {half}: {', '.join(f'{name} {counts[name]}' for name in SETS)}."]
     return "\n".join(lines)
 
 
-def _rate(half: str, absence: str, what: str, hits: list[bool]) -> dict[str, Any]:
+def _rate(half: str, what: str, hits: list[bool]) -> dict[str, Any]:
     low, high = stats.binomtest(sum(hits), len(hits)).proportion_ci() if hits else (0.0, 1.0)
     share = sum(hits) / len(hits) if hits else float("nan")
-    found = {"half": half, "absence": absence, "verdict": what, "count": sum(hits), "of": len(hits)}
+    found = {"half": half, "verdict": what, "count": sum(hits), "of": len(hits)}
     return found | {"share": f"{share:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}"}
 
 

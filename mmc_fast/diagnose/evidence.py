@@ -15,7 +15,7 @@ from .verdict import ModalityVerdict, judge
 
 __all__ = ["verdicts_of"]
 
-_SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect")
+_SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect", "alignment")
 
 
 def verdicts_of(

@@ -23,6 +23,7 @@ from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of, draws_for
 from .adapter import Adapter, flat
+from .alignment import EffectRows
 from .collect import Collector
 from .features import checked_features
 from .groups import stream
@@ -36,7 +37,7 @@ __all__ = [
     "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
 ]  # fmt: skip
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -175,7 +176,7 @@ def first_pass(adapter: Adapter, batches: Batches, o: DiagnoseOptions, stored: S
 def second_pass(
     adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, stored: Stored,
     report: Progress,
-) -> tuple[ConditionScores, SubsetRows]:  # fmt: skip
+) -> tuple[ConditionScores, SubsetRows, EffectRows]:  # fmt: skip
     """Scores of the coalitions, of each modality resampled, and of the adapter's unimodal models; answers on a sample of rows."""
     assert collector.task is not None
     draws = draws_for(collector.samples, o.draws)
@@ -186,10 +187,12 @@ def second_pass(
     remover = Remover(adapter.fuse, collector.widths, collector.reservoir.columns, collector.groups)
     scores, done = ConditionScores(collector.task, counts, collector.groups, o.sample_rows, o.seed), 0
     answers = SubsetRows(collector.task, list(collector.widths), o.sample_rows, o.seed)
+    effects = EffectRows(collector.task, list(collector.widths), o.sample_rows, o.seed)
     found = stored.found.get("scores")
     if found is not None:
         scores.load_state(found)
         answers.load_state(stored.found["answers"])
+        effects.load_state(stored.found["effects"])
         done = stored.found["scored"]
     report("score", done, batches.total)
     for index, batch in batches:
@@ -218,6 +221,7 @@ def second_pass(
         if unimodal is not None:
             outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}
         scores.add(index, outputs, labels, places)
+        effects.add(index, outputs)
         if o.agop and len(collector.widths) <= MAX_MODALITIES:
             answers.add(
                 index,
@@ -226,9 +230,9 @@ def second_pass(
             )
         report("score", index + 1, batches.total)
         if stored.due():
-            parts = {"scores": scores.to_state(), "answers": answers.to_state(), "scored": index + 1}
-            stored.write({"collector": collector.to_state()} | parts)
-    return scores, answers
+            parts: dict[str, Any] = {"scores": scores, "answers": answers, "effects": effects, "collector": collector}
+            stored.write({name: part.to_state() for name, part in parts.items()} | {"scored": index + 1})
+    return scores, answers, effects
 
 
 def training_rows(adapter: Adapter, batches: Batches, collector: Collector, report: Progress) -> Reservoir:

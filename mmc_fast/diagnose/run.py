@@ -15,6 +15,7 @@ from mmc_fast.errors import InputError
 
 from .absence import absence_of, draws_for, has_own_mask
 from .adapter import Adapter, HasAdapter, adapter_of, model_of
+from .alignment import EffectRows
 from .collect import Collector
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
@@ -23,7 +24,7 @@ from .further import emap_measures, information_measures, remaining_measures, un
 from .groups import draw_weights
 from .heads import head_measures
 from .measures import weights
-from .measures.reliance import MAX_MODALITIES
+from .measures.reliance import MAX_MODALITIES, Afresh
 from .options import DiagnoseOptions
 from .passes import Batches, HasBatches, Progress, Stored, first_pass, second_pass, training_batches, training_rows
 from .predictions import ConditionScores
@@ -103,18 +104,21 @@ def diagnose(
     with stored.blamed():
         collector = first_pass(adapter, batches, o, stored, report)
         notes = list(collector.notes)
-        scores, answers = _scores(adapter, batches, collector, absence, o, notes, stored, report)
+        scores, answers, effects = _scores(adapter, batches, collector, absence, o, notes, stored, report)
     report("numbers", 0, None)
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:
         head_measures(adapter, batches, collector, o, measures, arrays, notes)
+    probes: dict[str, Afresh] = {}
     if scores is not None and scores.task.kind != "pairs" and (o.probes or o.alone):
         given = _given(o.alone, collector, o.probes)
         known = [name for name in collector.widths if name in given or f"alone.{name}" in measures]
         rows = None
         if training is not None and (o.control or len(known) < len(collector.widths)):
             rows = training_rows(adapter, training, collector, report)
-        probe_measures(measures, notes, collector, o.control, given, o.seed, rows)
+        probes = probe_measures(measures, notes, collector, o.control, given, o.seed, rows)
+    if effects is not None:
+        measures |= effects.measures(probes, o.resamples, o.level)
     if o.agop:
         neuron_measures(measures, arrays, collector)
         latent_measures(measures, collector.reservoir, o.seed)
@@ -164,22 +168,23 @@ def _further(
 def _scores(
     adapter: Adapter, batches: Batches, collector: Collector, absence: str, o: DiagnoseOptions, notes: list[str],
     stored: Stored, report: Progress,
-) -> tuple[ConditionScores | None, SubsetRows | None]:  # fmt: skip
+) -> tuple[ConditionScores | None, SubsetRows | None, EffectRows | None]:  # fmt: skip
     """Scores of the conditions and answers on a sample of rows, or None and a note that says why there are none."""
     if not o.reliance:
-        return None, None
+        return None, None, None
     if not _can_score(collector, notes):
         few = len(collector.widths) <= MAX_MODALITIES
-        return None, unlabelled_pass(adapter, batches, collector, absence, o.sample_rows, o.seed) if few else None
-    scores, answers = second_pass(adapter, batches, collector, absence, o, stored, report)
+        rows = unlabelled_pass(adapter, batches, collector, absence, o.sample_rows, o.seed) if few else None
+        return None, rows, None
+    scores, answers, effects = second_pass(adapter, batches, collector, absence, o, stored, report)
     if scores.task.kind == "classes":
         seen = scores.seen_classes()
         if 1 < seen < collector.outputs:
             notes.append(f"The labels hold {seen} classes and there are {collector.outputs} outputs.")
         if seen < 2:
             notes.append("The labels hold a single class, so nothing can be scored.")
-            return None, None
-    return scores, answers
+            return None, None, None
+    return scores, answers, effects
 
 
 def _can_score(collector: Collector, notes: list[str]) -> bool:

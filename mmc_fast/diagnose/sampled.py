@@ -17,7 +17,7 @@ from .layers import ChainSums, jacobian_rows
 from .measures import weights
 from .measures.polysemanticity import NeuronResponse, neuron_response
 from .measures.probes import modality_probe
-from .measures.reliance import train_afresh
+from .measures.reliance import Afresh, train_afresh
 from .reservoir import Reservoir
 from .result import Measure
 from .tasks import BOUNDED
@@ -41,8 +41,10 @@ def probe_measures(
     given: Mapping[str, float],
     seed: int,
     training: Reservoir | None,
-) -> None:
+) -> dict[str, Afresh]:
     """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over.
+
+    Returns by modality the network that tells its ability.
 
     They train on the rows of ``training``, where there are such, and the diagnosed ones judge; else these do both. A modality is
     probed on its raw inputs, where these are kept, and on its features; the better network tells its ability.
@@ -77,21 +79,24 @@ def probe_measures(
         raise
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
-        return
+        return {}
     lowest, highest = (0.0, 1.0) if collector.task.metric in BOUNDED else (-math.inf, math.inf)
     for name, subset in wanted.items():
         s = found[subset]
         low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
         measures[name] = Measure(s.score, s.error, max(lowest, low), min(highest, high))
+    best = {}
     for name in names:
-        probes = [measures[f"{p}.{name}"] for p in ("probe_features", "probe_inputs") if f"{p}.{name}" in measures]
-        if probes and f"alone.{name}" not in measures:
-            measures[f"alone.{name}"] = max(probes, key=lambda m: m.value or 0.0)
+        probes = [p for p in (f"probe_features.{name}", f"probe_inputs.{name}") if p in wanted]
+        if probes:
+            chosen = max(probes, key=lambda p: found[wanted[p]].score)
+            measures[f"alone.{name}"], best[name] = measures[chosen], found[wanted[chosen]]
     if any(f"probe_features.{name}" in measures and f"probe_inputs.{name}" not in measures for name in names):
         notes.append(
             "Ability was probed on the encoders' features, which bounds it from below: a collapsed modality's own encoder may "
             "never have learned. Give alone= or an adapter with inputs(batch) or unimodal(batch)."
         )
+    return best
 
 
 def latent_measures(measures: dict[str, Measure], reservoir: Reservoir, seed: int) -> None:

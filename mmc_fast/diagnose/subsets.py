@@ -15,7 +15,7 @@ from .reservoir import Reservoir
 from .result import Measure
 from .tasks import Task
 
-__all__ = ["CONFIDENT", "SubsetRows"]
+__all__ = ["CONFIDENT", "SubsetRows", "bootstrap_interval", "resampled_rows"]
 
 CONFIDENT = 0.9
 _MOST_RESAMPLES = 200
@@ -80,10 +80,12 @@ class SubsetRows:
         if not columns:
             return {}, {}
         moved = columns["moved"].double().numpy()
-        counts = _resampled(len(moved), min(resamples, _MOST_RESAMPLES), self.seed)
+        counts = resampled_rows(len(moved), resamples, self.seed)
         shares = output_shapley(moved.mean(0))
         drawn = np.array([output_shapley(row) for row in counts @ moved]).reshape(len(counts), len(self.names))
-        measures = {f"output_share.{n}": _interval(shares[i], drawn[:, i], level) for i, n in enumerate(self.names)}
+        measures = {
+            f"output_share.{n}": bootstrap_interval(shares[i], drawn[:, i], level) for i, n in enumerate(self.names)
+        }
         if "label" not in columns:
             return measures, {}
         right = columns["predicted"] == columns["label"][:, None]
@@ -95,7 +97,7 @@ class SubsetRows:
             without = full & ~(1 << i)
             silent = silent_failures(right[:, full], right[:, without], columns["confidence"][:, without], CONFIDENT)
             rate = silent.double().numpy()
-            measures[f"silent_failures.{name}"] = _interval(rate.mean(), counts @ rate / len(rate), level)
+            measures[f"silent_failures.{name}"] = bootstrap_interval(rate.mean(), counts @ rate / len(rate), level)
             samples |= {
                 f"predicted_without.{name}": columns["predicted"][:, without].tolist(),
                 f"confidence_without.{name}": _rounded(columns["confidence"][:, without]),
@@ -122,12 +124,13 @@ class SubsetRows:
         self.rows = int(state["rows"])
 
 
-def _resampled(rows: int, resamples: int, seed: int) -> np.ndarray:
+def resampled_rows(rows: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of so many resamples holds each row, ``[R, N]``."""
     random = np.random.default_rng([seed, 17])
-    return random.multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
+    return random.multinomial(rows, np.full(rows, 1 / rows), size=min(resamples, _MOST_RESAMPLES)).astype(np.float64)
 
 
-def _interval(value: float, drawn: np.ndarray, level: float) -> Measure:
+def bootstrap_interval(value: float, drawn: np.ndarray, level: float) -> Measure:
     """Percentiles of the bootstrap over rows."""
     if not np.isfinite(value):
         return Measure(None)

@@ -25,8 +25,11 @@ class Thresholds:
     chance is not judged.
     loss, index: it has collapsed where at most these parts of its ability are lost when it is resampled, and used.
     under: it is under-used where its use over its ability is below this, with the whole interval.
-    fair: nothing is said where the interval of the index holds both ``index`` and this, nor of a modality whose interval holds
-    ``index`` and whose loss is within two standard errors of nothing: it could be used a little or not at all.
+    fair: it has collapsed by the score only where the whole interval of the index is below this.
+    aligned: the score leaves the use open where the interval of the index reaches below ``under`` and no more than ``errors``
+    standard errors are lost. Then it has collapsed where what it moves is aligned at most this much with what it would answer
+    by itself (:func:`~mmc_fast.diagnose.measures.outputs.alignment`). Where that is not known, nothing is said of an interval that
+    holds ``index`` and ``fair``, or ``index`` with a loss within two standard errors of nothing.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -36,6 +39,7 @@ class Thresholds:
     index: float = 0.2
     under: float = 0.3
     fair: float = 1.0
+    aligned: float = 0.3
     effect: float = 0.1
     entropy: float = 0.15
     errors: float = 3.0
@@ -56,7 +60,7 @@ class ModalityVerdict:
     "shapley", "loss" = (all − shuffled) / ability, "index" = share of the use / share of the abilities, where use is
     "resampled_shapley" (other samples in place of what is absent: what a model answers to a single modality by its own mask may be right
     by accident), with "index_low" and
-    "index_high", "total_effect", "use_share", "alone_error", "chance_error", "lost_error" (of all − shuffled), "agreement" = share of resamples with the same verdict; what was not measured is
+    "index_high", "alignment", "total_effect", "use_share", "alone_error", "chance_error", "lost_error" (of all − shuffled), "agreement" = share of resamples with the same verdict; what was not measured is
     left out.
     """
 
@@ -151,14 +155,17 @@ def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
             return "relied on"  # it helps only beside others
         error = max(e.get("alone_error", 0.0), chance_error)
         return "misleading" if e["total_effect"] > t.effect and e["ability"] <= error else "uninformative"
-    if e.get("index_low", math.inf) <= t.index and e.get("index_high", 0.0) > t.fair:
-        return "undecided"
-    if e["loss"] <= t.loss and e["index"] <= t.index:
+    low, high = e.get("index_low", e["index"]), e.get("index_high", e["index"])
+    if e["loss"] <= t.loss and e["index"] <= t.index and high <= t.fair:
         return "collapsed"
-    if e.get("index_high", e["index"]) < t.under:
+    if high < t.under:
         return "under-used"
-    missed = e["all"] - e["shuffled"] > 2 * e.get("lost_error", chance_error)
-    return "undecided" if e.get("index_low", math.inf) <= t.index and not missed else "relied on"
+    missed = (e["all"] - e["shuffled"]) / max(e.get("lost_error", chance_error), 1e-12)
+    if low > t.under or missed > t.errors:
+        return "relied on"
+    if "alignment" in e:
+        return "collapsed" if e["alignment"] <= t.aligned else "relied on"
+    return "undecided" if low <= t.index and (high > t.fair or missed <= 2) else "relied on"
 
 
 def overall(verdicts: Sequence[ModalityVerdict], entropy: float | None, thresholds: Mapping[str, float]) -> str:

@@ -303,6 +303,8 @@ def test_ability_from_raw_inputs_and_from_models_of_the_adapter(generator: torch
     assert seeing.value("probe_features.image") == blind.value("alone.image")
     assert told.value("alone.image") == pytest.approx(1)
     assert told.value("alone.audio") == pytest.approx(roc_auc_score(labels, audio[:, 0]))
+    found = told.verdicts[0].evidence["alignment"]
+    assert found == told.value("alignment.image"), "it is evidence of the verdict"
 
 
 @pytest.mark.parametrize("metric", ["auroc", "macro_auroc", "concordance"])

@@ -109,6 +109,14 @@ def test_resamples_give_the_interval_and_the_agreement() -> None:
             for r in range(100)
         ]
         assert judge({"audio": some, "image": OTHER}, whole, draws, LIMITS)[0].kind == kind
+        for aligned, told in (
+            (0.29, "collapsed"),
+            (0.31, "relied on"),
+        ):  # what the outputs follow decides, where the score cannot
+            first, *more = (
+                {"audio": s | {"alignment": aligned}, "image": OTHER} for s in (some, *(d[0]["audio"] for d in draws))
+            )
+            assert judge(first, whole, [(d, whole) for d in more], LIMITS)[0].kind == told
     bad = entry(0.9, 0.5, math.nan, 0.0, 0.2)
     none = judge({"audio": lost, "image": OTHER}, whole, [({"audio": bad, "image": OTHER}, whole)] * 20, LIMITS)[0]
     assert "agreement" not in none.evidence

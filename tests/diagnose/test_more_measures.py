@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose.alignment import EffectRows
 from mmc_fast.diagnose.measures.calibration import brier_score, expected_calibration_error, silent_failures
 from mmc_fast.diagnose.measures.information import (
     components,
@@ -18,9 +19,11 @@ from mmc_fast.diagnose.measures.information import (
     gaussian_pid,
     one_hot,
 )  # fmt: skip
-from mmc_fast.diagnose.measures.outputs import emap_outputs, output_shapley
+from mmc_fast.diagnose.measures.outputs import alignment, emap_outputs, output_shapley
 from mmc_fast.diagnose.measures.refitted import class_variance_share, conditional_utilisation
+from mmc_fast.diagnose.measures.reliance import Afresh
 from mmc_fast.diagnose.measures.retrieval import recalled
+from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
 
 
@@ -71,6 +74,56 @@ def test_output_shapley_averages_over_orders(generator: torch.Generator) -> None
     np.testing.assert_allclose(output_shapley(moved), expected / 2.0)
     assert output_shapley(moved).sum() == pytest.approx(1)
     assert np.isnan(output_shapley(np.zeros(4))).all()
+
+
+def test_alignment_is_a_correlation_without_the_noise_of_the_replacements(generator: torch.Generator) -> None:
+    """Against numpy on clipped columns, and against the correlation that no replacement disturbs."""
+    e, a = torch.randn(500, 3, generator=generator), torch.randn(500, 3, generator=generator).exp()
+    e += 0.2 * a
+
+    def clipped(x: torch.Tensor) -> np.ndarray:
+        x = x.double().numpy()
+        return np.clip(x, *np.quantile(x, [0.05, 0.95], axis=0))
+
+    x, y = clipped(e), clipped(a)
+    x, y = (v - v.mean(0) for v in (x, y))
+    expected = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    counts = np.random.default_rng(3).multinomial(500, np.full(500, 1 / 500), size=4)
+    value, drawn = alignment(e, a, 4, counts)
+    assert value == pytest.approx(expected * math.sqrt(1.25))
+    rows = [np.repeat(np.arange(500), c) for c in counts]
+    again = [(x[i] * y[i]).sum() / np.linalg.norm(x[i]) / np.linalg.norm(y[i]) * math.sqrt(1.25) for i in rows]
+    np.testing.assert_allclose(drawn, again)
+    signal, rest = torch.randn(2, 40_000, 1, generator=generator)
+    effect = signal + rest
+    other = effect[torch.randperm(40_000, generator=generator)]
+    assert alignment(effect - other, signal)[0] == pytest.approx(math.sqrt(0.5), abs=0.03)
+    assert math.isnan(alignment(torch.zeros(9, 2), torch.randn(9, 2))[0])
+    assert alignment(-a, a, 1)[0] == -1, "cut off at what a correlation can be"
+
+
+@pytest.mark.parametrize("kind", ["classes", "one logit", "labels", "numbers"])
+def test_effects_meet_the_answers_of_a_probe_on_the_same_scale(kind: str, generator: torch.Generator) -> None:
+    """What moves the outputs is what the probe says, so the alignment is 1, whichever scale the probe answers on."""
+    logits = torch.randn(400, 2, generator=generator)[:, : 1 if kind == "one logit" else 2]
+    task = {
+        "classes": Task("classes", "accuracy", 2), "one logit": Task("classes", "auroc", 1),
+        "labels": Task("labels", "f1", 2), "numbers": Task("numbers", "r2", 2),
+    }[kind]  # fmt: skip
+    both = torch.cat([torch.zeros_like(logits), logits], 1) if kind == "one logit" else logits
+    answers = logits if kind in ("labels", "numbers") else both.softmax(1)
+    rows, beside = EffectRows(task, ["a", "b"], 300, 0), torch.randn(logits.shape, generator=generator)
+    for index, part in enumerate(torch.arange(400).split(100)):
+        outputs = {("coalition.3", 0): (logits + beside)[part]}
+        outputs |= {("shuffled.0", draw): beside[part] for draw in range(2)} | {("shuffled.1", 0): logits[part]}
+        rows.add(index, outputs)
+    kept = torch.cat([rows.kept._drawn(i, 100) for i in range(4)]).argsort()[:300]
+    half = torch.arange(0, 300, 2)
+    probes = {"a": Afresh(0.9, 0.1, answers[kept[half]], half)}
+    assert rows.measures(probes, 20, 0.95)["alignment.a"].value == pytest.approx(1, abs=1e-3)
+    assert "alignment.b" not in rows.measures(probes, 20, 0.95)
+    probes["b"] = Afresh(0.5, 0.1, answers[kept], torch.arange(300))
+    assert abs(rows.measures(probes, 20, 0.95)["alignment.b"].value or 0.0) < 0.35
 
 
 def test_emap_is_the_additive_part(generator: torch.Generator) -> None:

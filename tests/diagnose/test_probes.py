@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -180,6 +180,11 @@ def test_networks_trained_afresh_on_some_modalities(generator: torch.Generator) 
     assert reliance.train_afresh(features, numbers, ["noise"], task=regression).score < 0.1
     labels = (informative[:, :3] > 0.5).long()
     assert reliance.train_afresh(features, labels, ["good"], task=Task("labels", "f1", 3)).score > 0.9
+    rare = ((informative[:, :3] + 2 * torch.randn(1500, 3, generator=generator)) > 3).long()
+    several = reliance.train_afresh(features, rare, ["good"], task=Task("labels", "f1", 3))
+    given, truth = several.outputs > 0, rare[several.rows]
+    assert several.score == pytest.approx(f1_score(truth, given, average="micro"))
+    assert given.sum() > truth.sum() / 2, "the cut is that of the best F1: few of such labels reach one half"
     own = Task("numbers", "mse", 1, lambda outputs, truth: -float((outputs - truth).square().mean()))
     assert -0.2 < reliance.train_afresh(features, numbers, ["good"], task=own).score < 0
 

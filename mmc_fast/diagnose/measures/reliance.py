@@ -63,10 +63,12 @@ def shapley_values(scores: Sequence[float] | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Afresh:
-    """Held-out score of a small network trained afresh, and its standard error over the held-out rows (bootstrap)."""
+    """Held-out score of a small network trained afresh, its standard error (bootstrap), its outputs ``[n, C]`` and their rows."""
 
     score: float
     error: float
+    outputs: Tensor
+    rows: Tensor
 
 
 def train_afresh(
@@ -113,15 +115,17 @@ def train_afresh(
     outputs = _fitted(
         np.concatenate(x, 1) if x else np.zeros((len(y), 0)), y, train, test, hidden, max_iter, seed, task
     )
+    given, rows_of = torch.from_numpy(outputs).float(), torch.from_numpy(test if judged is None else test - rows)
     draws = resample_counts(len(test), 100, np.random.default_rng([seed, 1]))
     if task.metric in ("accuracy", "auroc") and task.score is None:
         predicted = outputs[:, 1] if task.metric == "auroc" else outputs.argmax(1)
         scored = resampled_scores(task.metric, y[test], [predicted], draws)
-        return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)))
-    answers, truth = torch.from_numpy(outputs).float(), torch.from_numpy(y[test])
-    plain = task.evaluate(answers, truth)
+        return Afresh(float(scored.plain[0]), float(np.nanstd(scored.resampled[0], ddof=1)), given, rows_of)
+    truth = torch.from_numpy(y[test])
+    plain = task.evaluate(given, truth)
     again = [np.repeat(np.arange(len(test)), counts.astype(int)) for counts in np.asarray(draws)]
-    return Afresh(plain, float(np.nanstd([task.evaluate(answers[i], truth[i]) for i in again], ddof=1)))
+    error = float(np.nanstd([task.evaluate(given[i], truth[i]) for i in again], ddof=1))
+    return Afresh(plain, error, given, rows_of)
 
 
 def _fitted(
@@ -144,7 +148,7 @@ def _fitted(
     # The stopping rows are drawn by class, which needs enough of each.
     stop = task.kind != "classes" or bool(np.unique(y[train], return_counts=True)[1].min() >= 20)
     width = max(2, task.outputs, int(seen.max()) + 1) if task.kind == "classes" else y.shape[1]
-    found = np.zeros((len(test), width))
+    found = np.zeros((len(x), width))
     numbers = task.kind == "numbers"
     centre, spread = (y[train].mean(0), y[train].std(0) + 1e-12) if numbers else (0.0, 1.0)
     for start in range(_NETWORKS):
@@ -157,9 +161,21 @@ def _fitted(
             if numbers:
                 target = (y[train] - centre) / spread
                 network.fit(x[train], target[:, 0] if target.shape[1] == 1 else target)
-                found += network.predict(x[test]).reshape(len(test), -1) * spread + centre
+                found += network.predict(x).reshape(len(x), -1) * spread + centre
             else:
                 network.fit(x[train], y[train])
-                found[:, seen] += network.predict_proba(x[test])
+                found[:, seen] += network.predict_proba(x)
     found /= _NETWORKS
-    return found - 0.5 if task.kind == "labels" else found
+    if task.kind != "labels":
+        return found[test]
+    cut = _best_cut(found[train], y[train]) if task.metric == "f1" else 0.5
+    odds = np.clip(found[test], 1e-6, 1 - 1e-6)
+    return np.log(odds / (1 - odds)) - math.log(cut / (1 - cut))
+
+
+def _best_cut(found: np.ndarray, y: np.ndarray) -> float:
+    """The probability, common to all labels, above which they are given for the best F1: one half is too high for rare labels."""
+    order = np.argsort(-found, axis=None)
+    hits, p = np.cumsum(y.reshape(-1)[order]), found.reshape(-1)[order]
+    best = int((2 * hits / (np.arange(1, len(p) + 1) + y.sum())).argmax())
+    return float(np.clip((p[best] + p[min(best + 1, len(p) - 1)]) / 2, 1e-6, 1 - 1e-6))
