@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from strategies import ACTIVATIONS
 from torch import Tensor, nn
-
-from mmc_fast.testing.strategies import ACTIVATIONS
 
 
 def chain(

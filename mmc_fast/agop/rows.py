@@ -71,7 +71,7 @@ class ChainRows:
     """
 
     def __init__(self, w1: Tensor, v: Sequence[Tensor], output: str, probes: int | None, dtype: torch.dtype) -> None:
-        self._output, self._probes, self.outputs = output, probes, (v[-1] if v else w1).shape[0]
+        self._output, self.outputs = output, (v[-1] if v else w1).shape[0]
         backwards = list(v[::-1])
         if v and output == "logits" and probes is None and self.outputs > v[-1].shape[1]:
             backwards[0] = torch.linalg.qr(v[-1].double(), mode="r").R.to(v[-1].dtype)

@@ -1,4 +1,4 @@
-"""Public helpers for tests: the tolerance rule; heads with a known diagnosis; shape strategies in ``mmc_fast.testing.strategies`` (hypothesis)."""
+"""Public helpers for tests: the tolerance rule; heads with a known diagnosis."""
 
 from .planted import PlantedHead, planted_head
 from .tolerance import assert_as_accurate, relative_error

@@ -10,6 +10,7 @@ import torch
 from agop_heads import away_from_kinks, chain, jacrev_agop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import ACTIVATIONS, heads, sample_counts
 from torch import nn
 
 from mmc_fast.agop import result as agop_result
@@ -18,7 +19,6 @@ from mmc_fast.agop.reference import agop as reference_agop
 from mmc_fast.agop.reference import jacobians
 from mmc_fast.ops import native as library
 from mmc_fast.testing import assert_as_accurate, relative_error
-from mmc_fast.testing.strategies import ACTIVATIONS, heads, sample_counts
 
 NATIVE = library.unavailable_reason() is None
 BACKENDS = [

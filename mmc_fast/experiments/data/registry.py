@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,8 @@ def load(
     name_or_path = _placed(name_or_path)
     if not isinstance(name_or_path, str | Path) and preprocessing is not None:
         return build(from_memory(name_or_path, preprocessing, purpose), preprocessing=preprocessing, purpose=purpose)
-    check_options(
-        name_or_path,
-        task=task,
-        variant=variant,
-        nan_policy=nan_policy,
-        split_seed=split_seed,
-        memory_budget=memory_budget,
-        columns=columns,
-        kind=kind,
-    )
+    options = {"task": task, "variant": variant, "nan_policy": nan_policy, "split_seed": split_seed, "kind": kind}
+    check_options(name_or_path, **options, memory_budget=memory_budget, columns=columns)
     room = None if memory_budget is None else Scratch(budget_bytes(memory_budget), scratch)
     if scratch is not None and room is None:
         raise InputError("scratch is the folder of data that exceed a memory_budget; give one, such as 2GB")
@@ -125,64 +117,61 @@ def load(
     )
 
 
-def check_options(
-    name_or_path: str | Path,
-    *,
-    task: str | None = None,
-    variant: str | None = None,
-    nan_policy: str | None = None,
-    split_seed: int | None = None,
-    memory_budget: int | str | None = None,
-    modalities: Sequence[str] | None = None,
-    columns: Mapping[str, Any] | str | Path | None = None,
-    kind: str | None = None,
-) -> None:
+_REFUSED = {
+    "table": {
+        "task": "it is for npz files; leave it out for tables (their label is a column).",
+        "memory_budget": "it is for npz files; leave it out for tables (their label is a column).",
+        "variant": "a file has no variants; leave it out.",
+    },
+    "npz file": {
+        "columns": "they are for tables, and this is none; leave it out.",
+        "variant": "a file has no variants; leave it out.",
+    },
+    "set": {
+        "columns": "they are for tables, and this is none; leave it out.",
+        "memory_budget": "it is for npz files, and this set is small; leave it out.",
+        "split_seed": "the set has a fixed split; leave it out.",
+        "kind": "it is for files, and the labels of this set are known; leave it out.",
+    },
+}
+"""What data come from -> options that have no meaning there, and why."""
+
+
+def check_options(name_or_path: str | Path, **options: Any) -> None:
     """Refuse options of :func:`load` that are wrong whether or not the data are here; no file is looked for.
 
     Raises InputError; ``modalities``, and the ``task`` of a file, are left to :func:`load`, which knows the data.
     """
-    name_or_path = _placed(name_or_path)
-    if not isinstance(name_or_path, str | Path):
-        raise TypeError(f"load: a name or a path is needed, got {type(name_or_path).__name__}.")
-    if nan_policy is not None:
-        choose("nan_policy", nan_policy, NAN_POLICIES)
-    if split_seed is not None:
-        check_seed(split_seed)
-    if memory_budget is not None:
-        budget_bytes(memory_budget)
-    if kind is not None:
-        choose("kind", kind, tuple(KINDS))
-    table = is_table(name_or_path)
-    for option, value in (("task", task), ("memory_budget", memory_budget)):
-        if table and value is not None:
-            raise InputError(
-                f"{option} {value!r}: it is for npz files; leave it out for tables (their label is a column)."
-            )
-    if columns is not None and not table:
-        raise InputError(f"columns {columns!r}: they are for tables, and {name_or_path} is none; leave it out.")
-    if table or isinstance(name_or_path, Path) or _is_path(name_or_path):
-        if variant is not None:
-            raise InputError(f"variant {variant!r}: a file has no variants; leave it out.")
-        return
-    name = name_or_path
-    if name not in _ENTRIES:
-        guess = nearest(name, _ENTRIES)
+    name = _placed(name_or_path)
+    if not isinstance(name, str | Path):
+        raise TypeError(f"load: a name or a path is needed, got {type(name).__name__}.")
+    given = {option: value for option, value in options.items() if value is not None}
+    checks: dict[str, Callable[[Any], object]] = {
+        "nan_policy": lambda value: choose("nan_policy", value, NAN_POLICIES),
+        "split_seed": check_seed,
+        "memory_budget": budget_bytes,
+        "kind": lambda value: choose("kind", value, tuple(KINDS)),
+    }
+    for option, check in checks.items():
+        if option in given:
+            check(given[option])
+    file = isinstance(name, Path) or _is_path(name)
+    source = "table" if is_table(name) else "npz file" if file else "set"
+    if source == "set" and name not in _ENTRIES:
+        guess = nearest(str(name), _ENTRIES)
         hint = f" Did you mean {guess!r}?" if guess else ""
         raise InputError(
             f"Unknown data set {name!r}.{hint} Allowed: {', '.join(_ENTRIES)}, or the path of an npz file, a table or a folder."
         )
-    if memory_budget is not None:
-        raise InputError(f"{name}: memory_budget is for npz files; this set is small, leave it out.")
-    if split_seed is not None:
-        raise InputError(f"{name}: the set has a fixed split; leave split_seed out.")
-    if kind is not None:
-        raise InputError(f"{name}: kind is for files; the labels of this set are known, leave it out.")
-    info, _ = _ENTRIES[name]
-    choose(f"task of {name}", task, info.tasks)
-    if variant is not None and not info.variants:
-        raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
-    if info.variants:
-        choose(f"variant of {name}", variant, info.variants)
+    for option, reason in _REFUSED[source].items():
+        if option in given:
+            raise InputError(f"{name}: {option} {given[option]!r}: {reason}")
+    if source == "set":
+        info, variant = _ENTRIES[str(name)][0], given.get("variant")
+        choose(f"task of {name}", given.get("task"), info.tasks)
+        if variant is not None and not info.variants:
+            raise InputError(f"{name} has no variants, got variant {variant!r}; leave it out.")
+        choose(f"variant of {name}", variant, info.variants or ("",))
 
 
 def _placed(name_or_path: Any) -> Any:

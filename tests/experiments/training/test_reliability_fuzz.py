@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import configs, datasets
 from training_data import check_one_line, same_numbers
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import TrainConfig, TrainingDiverged, train
 from mmc_fast.experiments.training.size import check_size
-from mmc_fast.testing.strategies import configs, datasets
 
 SLOW = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 FAST = settings(SLOW, max_examples=12)
