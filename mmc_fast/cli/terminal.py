@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -62,12 +70,14 @@ def describe_epoch(record: Mapping[str, Any]) -> str:
 
 
 class _Bars:
-    """A rich progress display that is silent where standard error is not a terminal."""
+    """A rich progress display that is silent where standard error is not a terminal; ``more``: columns at its end."""
 
-    def __init__(self, console: Console, *columns: Any) -> None:
+    def __init__(self, console: Console, *more: ProgressColumn) -> None:
+        usual = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self.bars = Progress(
-            *columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=5
-        )
+            *usual, *more, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=5,
+            speed_estimate_period=3600,  # a step may take minutes
+        )  # fmt: skip
 
     def __enter__(self) -> Any:
         self.bars.start()
@@ -81,30 +91,17 @@ class _Steps(_Bars):
     """One bar over counted steps, with the time left and a note."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
+        super().__init__(console, TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
         self.task: TaskID | None = None
-        self.clock, self.done, self.total = Countdown(), 0, 1
 
     def begin(self, label: str, total: int) -> None:
         """A new bar; the clock starts again."""
-        self.clock, self.done, self.total = Countdown(), 0, max(1, total)
-        self.task = self.bars.add_task(label, total=total, note="", left="")
+        self.task = self.bars.add_task(label, total=total, note="")
 
-    def step(self, note: str) -> None:
-        self.done += 1
-        self.note(note, completed=self.done, left=self.clock.left(self.done / self.total))
-
-    def note(self, note: str, **values: Any) -> None:
+    def step(self, note: str, advance: int = 1) -> None:
+        """One step done, or with ``advance=0`` a note alone."""
         if self.task is not None:
-            self.bars.update(self.task, note=note, **values)
+            self.bars.update(self.task, note=note, advance=advance)
 
 
 class RunDisplay(_Steps):
@@ -130,38 +127,17 @@ class JobsDisplay(_Steps):
         elif kind == "done":
             self.step(job.name)
         elif kind == "epoch":
-            self.note(f"{job.name}  {describe_epoch(value)}")
+            self.step(f"{job.name}  {describe_epoch(value)}", advance=0)
 
 
 class PassDisplay(_Bars):
     """Progress of passes over data: one bar per phase."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
+        super().__init__(console)
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, total=total)
         self.bars.update(self.tasks[phase], completed=done, total=total)
-
-
-class Countdown:
-    """Remaining time from the share that is done."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    def left(self, share: float) -> str:
-        """Minutes and seconds that are left at the pace so far; empty before there is one."""
-        elapsed = time.monotonic() - self.started
-        if share < 0.01 or elapsed < 1:
-            return ""
-        seconds = round(elapsed * (1 - share) / share)
-        return f"{seconds // 60}:{seconds % 60:02d} left"
