@@ -27,7 +27,7 @@ VIEWS = {
     "spambase": {"words": range(48), "characters": range(48, 54), "capitals": range(54, 57)},
 }
 
-BUDGETS = {name: (20, 128) for name in VIEWS} | {"segment": (30, 64)}  # epochs, batch: about 600 steps, as on mfeat
+BUDGETS = dict.fromkeys(VIEWS, (20, 128)) | {"segment": (30, 64)}  # epochs, batch: about 600 steps, as on mfeat
 
 
 def build(wheel: Path, name: str) -> dict[str, np.ndarray]:
@@ -38,7 +38,9 @@ def build(wheel: Path, name: str) -> dict[str, np.ndarray]:
     table = table[np.sort(first)]
     y = np.unique(table[:, -1], return_inverse=True)[1]
     views = VIEWS[name]
-    meta = {"name": name, "views": list(views), "source": f"KEEL repository, {wheel.name}", "licence": "not stated"} | {"num_classes": int(y.max()) + 1}
+    meta = {"name": name, "views": list(views), "source": f"KEEL repository, {wheel.name}", "licence": "not stated"} | {
+        "num_classes": int(y.max()) + 1
+    }
     arrays = {f"x_{view}": table[:, list(columns)].astype(np.float32) for view, columns in views.items()}
     return {**arrays, "y": y.astype(np.int64), "split": stratified_split(y, seed=0), "meta": np.array(json.dumps(meta))}
 
