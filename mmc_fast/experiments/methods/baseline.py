@@ -112,7 +112,6 @@ def fit_baseline(kind: Callable[..., BaselineModel], **fixed: Any) -> Callable[[
 
 
 _REFUSED = (
-    "members",
     "weight_average",
     "encoder_dropout",
     "consistency",

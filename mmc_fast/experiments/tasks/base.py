@@ -105,10 +105,6 @@ class Task(ABC):
     def inverse(self, answers: Tensor) -> Tensor:
         """Outputs that have these answers."""
 
-    def average(self, outputs: Tensor) -> Tensor:
-        """Outputs ``[N, C]`` whose answers are the mean of those of ``outputs [n, N, C]``."""
-        return self.inverse(self.answers(outputs).mean(0)).to(outputs.dtype)
-
     def pooled(self, outputs: Tensor) -> Tensor:
         """Outputs where a product of experts is a weighted sum of them."""
         return outputs

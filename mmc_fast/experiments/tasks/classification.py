@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -105,9 +104,6 @@ class Classification(Task):
 
     def inverse(self, answers: Tensor) -> Tensor:
         return answers.clamp(min=1e-12).log()
-
-    def average(self, outputs: Tensor) -> Tensor:
-        return outputs.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
 
     def pooled(self, outputs: Tensor) -> Tensor:
         return outputs.log_softmax(-1)

@@ -20,7 +20,7 @@ class RunAdapter:
 
     The features are what the fusion receives: with EBR heads the recovered ones, substituted where a modality is absent. With
     ``present`` the model handles absent modalities by its own rule, and answers with the prior where nothing is left.
-    Of a model with members or experts, which answers with more than its fusion, the features are the inputs.
+    Of a model with experts, which answers with more than its fusion, the features are the inputs.
     ``metric``: the score of its data. ``unimodal_models``: those of the run; their first layers ``[h_i, d_i]`` are the unimodal weights.
     """
 

@@ -47,17 +47,13 @@ def probe(
         part = Part([x[mine] for x in part.features], part.present[mine], part.labels[mine], part.index[mine])
         normalizer = pairs.float()
     present = None if bool(part.present.all()) else part.present
-    features: Sequence[Tensor] = part.features
-    if model.members is not None:
-        features, present, _ = model.members.repeated(features, present)
-    out = model.apply_head(model.encode(features, present), present, None, reversal, normalizer)
+    out = model.apply_head(model.encode(part.features, present), present, None, reversal, normalizer)
     gradients: Sequence[Tensor | None] = torch.autograd.grad(out.discrimination_loss, parameters, allow_unused=True)
     with torch.no_grad():
         guess = model.head.discriminator(out.latents).argmax(-1)  # [h, B]
         truth = torch.arange(guess.shape[0], device=guess.device)[:, None]
         here = model.head_present(part.present).t()
-        times = guess.shape[1] // here.shape[1]  # rows of all members
-        right = (guess == truth)[here.repeat(1, times)].double().sum() / times
+        right = (guess == truth)[here].double().sum()
     if processes.size > 1:
         gradients, right = _over_processes(gradients, parameters, right, processes)
     n = len(groups["discriminator"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +25,6 @@ class WeightAverage:
     def update(self) -> None:
         """After a step."""
         self._average(list(self.mean.values()), [p.detach() for p in self.live.values()], 0)
-
-    @torch.no_grad()
-    def __call__(self, *args: Any) -> Any:
-        """The model's answer with the averaged weights, without dropout."""
-        training = self.model.training
-        self.model.eval()
-        found = torch.func.functional_call(self.model, self.mean, args)
-        self.model.train(training)
-        return found
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -101,14 +101,9 @@ class TrainConfig:
             classifier on its encoder, over the rows that have it, divided by all rows of the step.
         ebr, kd: settings of the parts, None where the method has none.
         encoder_norm, encoder_dropout: layer normalisation and dropout behind each layer of the MLP encoders.
-        members: number k of members of an implicit ensemble (TabM-mini; Gorishniy et al., ICLR 2025): each scales the inputs by
-            learned factors of its own and has its own output layer, shares all else, and is trained with masks of its own; class
-            probabilities are averaged.
         experts: the answer is the product of the fused model and the unimodal ones, with weights fitted on masked validation rows
             (:class:`mmc_fast.experiments.training.experts.ExpertProduct`). Needs unimodal models;
             for classes only, other tasks are answered by the fused model alone.
-        teacher: what consistency holds masked predictions to: those of the "model" itself or of the "average" of weights, on
-            complete data.
         weight_average: decay a of the average of weights, θ̄ ← a θ̄ + (1 - a) θ after every step, that validation, selection
             and the finished model use; 0 for none.
         class_weights: "balanced": each class counts alike in the loss, N / (C n_c) a row; of several labels, the positives as
@@ -164,8 +159,6 @@ class TrainConfig:
     encoder_norm: bool = False
     encoder_dropout: Share = 0.0
     weight_average: Share = 0.0
-    members: Depth = 1
-    teacher: Literal["model", "average"] = "model"
     class_weights: Literal["none", "balanced"] = "none"
     experts: bool = False
 
@@ -182,16 +175,6 @@ class TrainConfig:
             (
                 self.selection == "masked" and not self.rates,
                 "selection is 'masked' but rates is empty; give missing rates to select by",
-            ),
-            (
-                self.teacher == "average" and (not self.consistency or not self.weight_average or self.members > 1),
-                "teacher 'average' needs consistency and weight_average above 0, and one member",
-            ),
-            (
-                self.members > 1
-                and self.ebr is not None
-                and (self.ebr.substitute, self.ebr.alignment) != ("mean", "none"),
-                "members above 1 need ebr.substitute 'mean' and no alignment",
             ),
             (
                 self.momentum > 0 and self.optimizer != "sgd",

@@ -17,7 +17,6 @@ from ..tasks import Classification, Task
 from .config import TrainConfig
 from .encoder import build_encoder
 from .experts import Experts
-from .members import Members
 
 __all__ = ["ModelOutput", "MultimodalModel", "select_modalities"]
 
@@ -100,10 +99,7 @@ class MultimodalModel(nn.Module):
                 normalize=e.normalize,
                 backend=e.backend,
             )
-        self.members: Members | None = None
-        if config.members > 1:
-            self.members = Members(self.input_widths, config.encoder_dim, num_classes, config.members)
-        self.fusion = _build_fusion(widths, num_classes if self.members is None else config.encoder_dim, config)
+        self.fusion = _build_fusion(widths, num_classes, config)
         self.reweighted: int | None = None
         if config.reweight_modality is not None:
             if config.reweight_modality not in self.modalities:
@@ -122,20 +118,15 @@ class MultimodalModel(nn.Module):
 
     @property
     def beyond_fusion(self) -> bool:
-        """Whether the answer is more than the fusion of encoded features: members, or experts."""
-        return self.members is not None or self.experts is not None
+        """Whether the answer is more than the fusion of encoded features: experts."""
+        return self.experts is not None
 
     @property
     def all_have_heads(self) -> bool:
         return self.head is not None and len(self.columns) == len(self.modalities)
 
     def encode(self, features: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
-        """Features ``z_i`` ``[B, width_i]``; rows of an absent modality are never read and come out as zeros.
-
-        With members, rows are those of all members, one member after another.
-        """
-        if self.members is not None:
-            features = self.members.scaled(features)
+        """Features ``z_i`` ``[B, width_i]``; rows of an absent modality are never read and come out as zeros."""
         if present is None:
             return [encoder(x) for encoder, x in zip(self.encoders, features, strict=True)]
         encoded = []
@@ -165,11 +156,8 @@ class MultimodalModel(nn.Module):
         return self.head(inputs, present=available, source=source, reversal=reversal, normalizer=normalizer)
 
     def latents(self, features: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
-        """Latents ``g`` ``[h, B, k]`` of the modalities with a head, the mean over members; zeros where absent."""
-        if self.members is not None:
-            features, present, _ = self.members.repeated(features, present)
-        found = self.apply_head(self.encode(features, present), present).latents
-        return found if self.members is None else found.unflatten(1, (self.members.count, -1)).mean(1)
+        """Latents ``g`` ``[h, B, k]`` of the modalities with a head; zeros where absent."""
+        return self.apply_head(self.encode(features, present), present).latents
 
     def forward(
         self,
@@ -183,15 +171,9 @@ class MultimodalModel(nn.Module):
 
         ``source`` (see :class:`mmc_fast.nn.EBRHead`) fills absent modalities; a filled one is not masked in the
         fusion. ``reversal`` is the lambda of the gradient reversal inside the head, ``normalizer`` the
-        denominators of its losses. With members, rows are those of all members in training, and in evaluation the answer
-        is that of their mean probabilities (or answers). With fitted experts the answer in evaluation is that of the product.
+        denominators of its losses. With fitted experts the answer in evaluation is that of the product.
         """
-        if self.members is not None and not self.training:
-            rows = self.members.repeated(features, present, source)
-            out = self._answer(*rows, reversal, normalizer)
-            out = ModelOutput(self.task.average(out.logits.unflatten(0, (self.members.count, -1))), out.ebr, out.own)
-        else:
-            out = self._answer(features, present, source, reversal, normalizer)
+        out = self._answer(features, present, source, reversal, normalizer)
         if self.experts is not None and not self.training and bool(self.experts.fitted):
             return ModelOutput(self.experts(features, present, out.logits), out.ebr, out.own)
         return out
@@ -214,8 +196,7 @@ class MultimodalModel(nn.Module):
         return ModelOutput(self._logits(encoded, self._visible(present, source)), out, own)
 
     def _logits(self, received: Sequence[Tensor], visible: Tensor | None) -> Tensor:
-        fused = self.fusion(self.weighted(received), visible)
-        return fused if self.members is None else self.members.logits(fused)
+        return self.fusion(self.weighted(received), visible)
 
     def weighted(self, received: Sequence[Tensor]) -> list[Tensor]:
         """What the fusion receives, with that of the re-weighted modality scaled by 1 + β where the form is "features"."""
@@ -243,9 +224,6 @@ class MultimodalModel(nn.Module):
         """Parameter groups: "encoders" (f and h), "task" (decoders and fusion), "discriminator" (psi)."""
         encoders = list(self.encoders.parameters())
         task = list(self.fusion.parameters())
-        if self.members is not None:
-            encoders += self.members.scales
-            task += [self.members.weight, self.members.bias]
         discriminator: list[nn.Parameter] = []
         if self.own is not None:
             task += self.own.parameters()

@@ -20,7 +20,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.nn.alignment import contrastive_alignment
 from mmc_fast.nn.substitution import foreign_source
 
-from .average import WeightAverage
 from .config import TrainConfig
 from .model import MultimodalModel
 from .processes import Processes
@@ -102,14 +101,12 @@ class Stepper:
                 "ebr.alignment 'contrastive' compares all rows of a batch with each other, so a step cannot be split; "
                 "use one process and accumulate=1, or alignment 'none'"
             )
-        for name, there in (("encoder_dropout", config.encoder_dropout > 0), ("members", config.members > 1)):
-            if self.split and there:
-                raise InputError(
-                    f"{name} takes all rows of a step at once, so a step cannot be split; use one process and "
-                    f"accumulate=1, or leave {name} out"
-                )
+        if self.split and config.encoder_dropout > 0:
+            raise InputError(
+                "encoder_dropout takes all rows of a step at once, so a step cannot be split; use one process and "
+                "accumulate=1, or leave encoder_dropout out"
+            )
         self.groups = model.groups()
-        self.teacher: WeightAverage | None = None  # what consistency holds to, in place of the model
         self.reversal = torch.zeros((), device=model.prior.device)
         self.random = torch.Generator(device=self.reversal.device)  # of the sources of cross-modal reconstruction
         self.clipped = 0  # gradients that clip_grad_norm has scaled down
@@ -198,8 +195,7 @@ class Stepper:
         natural = rows.natural
         source = None if natural is None or self.model.head is None else source_for(self.model, natural)
         complete = self.model(rows.features, natural, source).logits
-        held = complete.detach() if self.teacher is None else self.teacher(rows.features, natural, source).logits
-        divergence = self.model.task.divergence(masked, held) / counts.rows
+        divergence = self.model.task.divergence(masked, complete.detach()) / counts.rows
         return self._semantic(complete, rows, counts), self.config.consistency * divergence
 
     def _semantic(self, outputs: Tensor, rows: Rows, counts: Counts) -> Tensor:

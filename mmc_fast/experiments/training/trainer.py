@@ -121,7 +121,6 @@ class Trainer:
         self.generators = {name: generator(seed, name) for name in ("order", "masks", "noise", "foreign")}
         # "foreign": whose latent each modality is rebuilt from
         self.stepper.random = self.generators["foreign"]
-        self.stepper.teacher = self.average if config.teacher == "average" else None
         self.noisy = _noisy_column(dataset, config)
         if self.noisy is not None:
             self.noise_scale = self.train_part.features[self.noisy].std(0)
@@ -170,15 +169,12 @@ class Trainer:
         rate = set_learning_rate(self.optimizer, config, self.epoch)
         if self.order is None or self.masks is None:
             self.order = epoch_order(len(part), self.generators["order"])
-            every = part.present.cpu().repeat(config.members, 1)
-            drawn = training_masks(every, config.modality_dropout, self.generators["masks"])
-            self.masks = drawn.unflatten(0, (config.members, -1)).transpose(0, 1).flatten(1)  # [N, members * m]
+            self.masks = training_masks(part.present.cpu(), config.modality_dropout, self.generators["masks"])
             self.sums.zero_()
             if self.ranked and (config.substitute_in_training or config.consistency > 0):
                 self._refresh()
         self._run_steps(phase, self.order, self.masks.to(self.device))
-        seen = self.masks.unflatten(1, (config.members, -1)).flatten(0, 1)
-        entropy = presence_entropy(self.model.head_present(seen)) if config.ebr is not None else 0.0
+        entropy = presence_entropy(self.model.head_present(self.masks)) if config.ebr is not None else 0.0
         self.order = self.masks = None
         self.step, self.epoch = 0, self.epoch + 1
         self._finish_epoch(phase, rate, entropy)
@@ -196,12 +192,11 @@ class Trainer:
             progress = (self.epoch + n / steps) / config.epochs
             if config.ebr is not None:
                 self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
-            here = None if present is None else self._member_rows(present[n])
+            here = None if present is None else present[n]
             source = None
             if config.substitute_in_training and here is not None:
                 source = source_for(self.model, here, self.generators["foreign"])
-            everything = None if natural is None else natural[n].repeat(config.members, 1)
-            self._take_step(phase, batches, here, source, everything)
+            self._take_step(phase, batches, here, source, None if natural is None else natural[n])
             self.ranking_current = False
             self.step += 1
             self.autosave.after_step()
@@ -212,18 +207,18 @@ class Trainer:
     ) -> None:
         """One step on all rows of its batch."""
         skip, n = self.config.nonfinite == "skip", self.step
-        labels, members = batches.labels[n], self.config.members
+        labels = batches.labels[n]
         noise = None if self.noisy is None else self._draw_noise(len(labels))
 
         def load(rows: slice) -> list[Tensor]:
             features = batches.features(n, rows)
             if self.noisy is not None and noise is not None:
                 features[self.noisy] = self._with_noise(features[self.noisy], noise[rows])
-            return features if members == 1 else [x.repeat(members, 1) for x in features]
+            return features
 
         with self._dropout():
             total, parts, stop = self.stepper.backward(
-                phase, torch.cat([labels] * members), load, present, source, natural, self.guard.requested
+                phase, labels, load, present, source, natural, self.guard.requested
             )
         if self.processes.size > 1:
             self.guard.agreed = stop
@@ -244,10 +239,6 @@ class Trainer:
         if self.config.nonfinite == "stop":
             self._diverged(f"the gradient became infinite or NaN in epoch {self.epoch + 1}, step {self.step + 1}")
         self.skipped, self.skipped_rows = self.skipped + 1, self.skipped_rows + rows
-
-    def _member_rows(self, masks: Tensor) -> Tensor:
-        """Presence ``[members * B, m]``, member after member, of a batch ``[B, members * m]``."""
-        return masks.unflatten(1, (self.config.members, -1)).transpose(0, 1).flatten(0, 1)
 
     def _dropout(self) -> AbstractContextManager[None]:
         """Dropout reads the global generator: seeded by the step, so that a resumed run draws the same."""
@@ -428,7 +419,7 @@ class Trainer:
         expected |= prefixed("optimizer", moments_like(self.optimizer, moments))
         expected |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
         expected |= {"sums": self.sums, "reversal": self.stepper.reversal}
-        expected["masks"] = self.train_part.present.repeat(1, self.config.members)
+        expected["masks"] = self.train_part.present
         expected |= {} if self.average is None else prefixed("average", self.average.tensors())
         expected["order"] = torch.zeros(rows, dtype=torch.int64)
         check_like(tensors, expected, optional=("order", "masks"))

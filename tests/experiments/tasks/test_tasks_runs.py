@@ -13,7 +13,7 @@ from training_data import small
 
 from mmc_fast.experiments.data import MultimodalDataset
 from mmc_fast.experiments.training import TrainConfig, TrainResult, load_run, train
-from mmc_fast.experiments.training.evaluate import evaluate, predict
+from mmc_fast.experiments.training.evaluate import evaluate
 
 ROWS = 150
 ROLES: dict[str, dict[str, Any]] = {
@@ -146,15 +146,3 @@ def test_nothing_of_other_rows_enters_a_run(kind, tmp_path: Path):
     other = {"labs": new["labs"].assign(na=new["labs"]["na"].where(new["labs"]["id"] == "p007", 9e9))}
     where = sorted(new["labs"]["id"]).index("p007")
     torch.testing.assert_close(load_run(tmp_path / "0").predict(other).answers[where], whole[where], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["regression", "multilabel", "survival"])
-def test_the_answers_of_members_are_averaged(kind):
-    data = dataset(kind, tables(2))
-    model = train(data, settings(epochs=1, members=3, ebr_substitute="mean"), seed=0, evaluate_on=()).model
-    part = data.part("test").select(data.part("test").present.all(1).nonzero().flatten())
-    with torch.no_grad():
-        rows, _, _ = model.members.repeated(part.features, None)
-        every = model._answer(rows, None, None, 0.0, None).logits.unflatten(0, (3, -1))
-    wanted = torch.stack([model.task.answers(outputs) for outputs in every]).mean(0)
-    torch.testing.assert_close(predict(model, part.features, part.present), wanted, rtol=1e-4, atol=1e-5)

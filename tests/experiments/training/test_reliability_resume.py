@@ -29,7 +29,7 @@ def config_of(kind: str) -> TrainConfig:
         return replace(config, kd=replace(config.kd, epochs=2, batch_size=16, embedding_dim=4))
     if kind == "interleave":
         sgd = {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9}
-        learner = {"members": 2, "modality_dropout": 0.3, "ebr_substitute": "mean"}
+        learner = {"modality_dropout": 0.3, "ebr_substitute": "mean"}
         return small("ebr", ebr_schedule="interleave", ebr_interleave_epochs=1, **learner, **sgd, **always)
     heads = {"ebr_cross_recovery": 0.2, "ebr_patience": 2}
     noise = {"noise_modality": "b", "noise_rate": 0.2, "modality_dropout": 0.3, "consistency": 1.0}

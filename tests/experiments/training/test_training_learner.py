@@ -16,10 +16,8 @@ from mmc_fast.experiments.training.average import WeightAverage
 from mmc_fast.experiments.training.masks import training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
-from mmc_fast.experiments.training.steps import Rows, Stepper
-from mmc_fast.experiments.training.trainer import Trainer
+from mmc_fast.experiments.training.steps import Stepper
 from mmc_fast.nn.encoders import MLPEncoder
-from mmc_fast.nn.substitution import mean_source
 
 
 def test_uniform_masks_keep_every_size_and_every_subset_of_a_size_alike(seed):
@@ -97,74 +95,9 @@ def test_a_step_with_dropout_is_not_split(seed):
         Stepper(model, build_optimizer(model.groups(), config), config)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"teacher": "average"}, "needs consistency and weight_average"), ({"weight_average": 1.0}, "below 1")],
-)  # fmt: skip
-def test_settings_that_cannot_be(values, message):
-    with pytest.raises(InputError, match=message):
-        replace(TrainConfig(), **values)
-
-
-def test_members_share_all_but_scales_and_output(seed):
-    """The mean of models that are built by hand from the shared parts."""
-    config, part = small("ebr", members=3, ebr_substitute="mean"), tiny(seed).part("test")
-    model = MultimodalModel({"a": 5, "b": 3, "c": 4}, 3, config)
-    members = model.members
-    for r in members.scales:
-        torch.nn.init.normal_(r)
-    present = torch.rand(len(part), 3, generator=torch.Generator().manual_seed(seed)) < 0.6
-    present[:, 1] |= ~present.any(1)
-    source = mean_source(present)
-    found = []
-    for j in range(3):
-        x = [r[j] * x for r, x in zip(members.scales, part.features, strict=True)]
-        z = [
-            torch.where(present[:, i, None], e(v), 0.0) for i, (e, v) in enumerate(zip(model.encoders, x, strict=True))
-        ]
-        fused = model.fusion(model.head(z, present=present, source=source).recovered)
-        found.append((fused.relu() @ members.weight[j] + members.bias[j]).softmax(-1))
-    expected = torch.stack(found).mean(0)
-    torch.testing.assert_close(predict(model, part.features, present), expected.detach(), rtol=1e-4, atol=1e-6)
-
-
-def test_each_member_is_trained_with_masks_of_its_own(seed):
-    """The rows of a step are those of all members; the labels follow them."""
-    dataset, seen = tiny(seed, absent=0.2), []
-    config = small("vanilla", members=4, modality_dropout=0.5, epochs=1, batch_size=20)
-    trainer = Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed)
-    real = trainer.stepper.losses
-
-    def losses(phase, rows, counts=None):
-        seen.append(rows)
-        return real(phase, rows, counts)
-
-    trainer.stepper.losses = losses
-    trainer.fit()
-    for rows in seen:
-        assert len(rows.labels) == 80
-        assert not bool((rows.present & ~rows.natural).any()), "a mask of another row"
-        masks = rows.present.unflatten(0, (4, 20))
-        assert not torch.equal(masks[0], masks[1])
-        assert torch.equal(rows.labels, rows.labels[:20].repeat(4))
-        assert all(torch.equal(x, x[:20].repeat(4, 1)) for x in rows.features)
-        assert torch.equal(rows.natural, rows.natural[:20].repeat(4, 1))
-
-
-def test_the_teacher_is_the_averaged_model_on_complete_data(seed):
-    config, part = small("dropout", consistency=2.0, weight_average=0.5, teacher="average"), tiny(seed).part("train")
-    dataset = tiny(seed)
-    trainer = Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed)
-    with torch.no_grad():
-        for mean in trainer.average.mean.values():
-            mean.normal_()
-    present = training_masks(part.present, 0.5, torch.Generator().manual_seed(seed))
-    total, parts = trainer.stepper.losses("semantic", Rows(part.features, part.labels, present))
-    masked = trainer.model(part.features, present).logits.log_softmax(-1)
-    with trainer.average.applied():
-        held = trainer.model(part.features).logits.log_softmax(-1)
-    divergence = (held.exp() * (held - masked)).sum(1).mean()
-    assert float((total - parts[0]).detach()) == pytest.approx(2 * float(divergence.detach()), rel=1e-4)
+def test_an_average_that_never_moves_is_refused():
+    with pytest.raises(InputError, match="below 1"):
+        replace(TrainConfig(), weight_average=1.0)
 
 
 def test_several_fills_are_each_present_latent_and_their_mean(seed):
