@@ -295,6 +295,39 @@ def test_labels_at_the_ends_of_their_range():
     assert Classification.of(3).answers(absent).tolist() == pytest.approx([2 / 3, 0, 1 / 3], abs=1e-6)
 
 
+def test_the_first_bad_row_is_told_and_every_condition_counts():
+    with pytest.raises(InputError, match="label 7 in row 1 is out of range"):
+        Classification.of(3).check(torch.tensor([0, 7, 1, 9]), "d")
+    number = Regression(("y", "z"))
+    number.check(torch.zeros(3, 2, dtype=torch.float64), "d")
+    for wrong in (torch.zeros(3, 2), torch.zeros(6, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)):
+        with pytest.raises(InputError, match=r"labels must be float64 of shape \[any, 2\]"):
+            number.check(wrong, "d")
+    labels = MultiLabel(("u", "v"))
+    labels.check_part(torch.tensor([[0, 1], [1, 1]]), "test", "d")
+    with pytest.raises(InputError, match="macro_auroc is undefined on the labels of the test part"):
+        labels.check_part(torch.tensor([[0, 1], [0, 1]]), "test", "d")
+
+
+def test_rows_without_labels_have_labels_of_the_same_form(seed):
+    for kind in ("classes", "labels", "numbers", "times"):
+        task, labels, _ = fitted(kind, seed)
+        none = task.tensor(task.unknown(4))
+        assert (none.dtype, none.shape[1:], len(none)) == (labels.dtype, labels.shape[1:], 4)
+    assert (Classification.of(2).unknown(3) < 0).all()  # no class
+
+
+def test_intervals_of_survival_hold_about_as_many_events(seed):
+    time = torch.rand(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    event = (torch.arange(200) % 2).double()
+    task = Survival(("t", "e")).fit(torch.stack([time, event], 1))
+    deaths = np.histogram(time[event == 1], [0.0, *np.nextafter(task.edges, 2)])[0]
+    assert (len(deaths), deaths.sum()) == (20, 100)
+    assert abs(deaths - 5).max() <= 1
+    few = Survival(("t", "e")).fit(torch.tensor([[3.0, 1], [1, 1], [3, 1], [9, 0]], dtype=torch.float64))
+    assert few.edges == (1.0, 3.0)
+
+
 @pytest.mark.parametrize(
     "task", [Classification(("a", "b"), "accuracy", (0.5, 1.5)), MultiLabel(NAMES, (1.0, 2.0, 0.1)), Regression(NAMES)]
 )
