@@ -258,7 +258,7 @@ def _tensors(layers: nn.Module) -> list[Tensor] | None:
         if layer is None or _hooked(layer):
             return None
         kind = type(layer)
-        if kind is nn.Linear and "weight" in layer._parameters and "bias" in layer._parameters:
+        if kind is nn.Linear and "weight" in layer._parameters and layer._parameters.get("bias") is not None:
             out += layer._parameters.values()  # type: ignore[arg-type]  # several times faster than the attributes
         elif isinstance(layer, nn.Linear) and kind.forward is nn.Linear.forward and layer.bias is not None:
             out += (layer.weight, layer.bias)

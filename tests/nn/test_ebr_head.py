@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mmc_fast.functional import ebr_step
 from mmc_fast.nn import EBRConfig, EBRHead
 
 
@@ -72,3 +75,94 @@ def test_meta_device():
     assert out.latents.shape == (2, 4, 5)
     assert out.latents.is_meta
     assert head.encoders[0][0].weight.grad.shape == (16, 8)
+
+
+def called(head: EBRHead, x: list[torch.Tensor], **arguments) -> list[torch.Tensor]:
+    """Outputs of a step and the gradients of parameters and features."""
+    inputs = [None if f is None else f.clone().requires_grad_() for f in x]
+    out = head(inputs, **arguments)
+    wanted = [p for p in (*inputs, *head.parameters()) if p is not None]
+    total = out.discrimination_loss + 0.7 * out.reconstruction_loss + sum(r.square().sum() for r in out.recovered)
+    grads = torch.autograd.grad(total, wanted, allow_unused=True)
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)]
+    return [*out.recovered, out.latents, out.discrimination_loss, out.reconstruction_loss, *zeros]
+
+
+@pytest.mark.parametrize(("residual", "normalize"), [(False, False), (True, True)])
+@pytest.mark.parametrize("source", ["own", "index", "weights"])
+def test_layers_one_after_another_give_what_the_step_gives(source, residual, normalize, generator):
+    """A hook on a layer keeps it out of the op. With absent rows that hold NaN, an absent modality, every normaliser."""
+    head = EBRHead([3, 2, 4], 4, 5, (6,), residual=residual, normalize=normalize, backend="reference").double()
+    hooked = copy.deepcopy(head)
+    hooked.decoders[1][0].register_forward_hook(lambda module, inputs, output: output)
+    x = [torch.randn(9, d, generator=generator, dtype=torch.float64) for d in (3, 2, 4)]
+    present = torch.rand(9, 3, generator=generator) < 0.6
+    present[0] = False
+    x = [torch.where(present[:, i, None], f, torch.nan) for i, f in enumerate(x)]
+    sources = {
+        "own": None,
+        "index": torch.randint(-1, 3, (9, 3), generator=generator),
+        "weights": torch.rand(9, 3, 3, generator=generator, dtype=torch.float64).round(decimals=1),
+    }
+    for normalizer in (None, torch.tensor([7.0]).double(), torch.tensor([7.0, 5.0]).double()):
+        for rows in (x, [x[0], None, x[2]]):
+            given = {"present": present, "source": sources[source], "reversal": 0.3, "normalizer": normalizer}
+            for a, b in zip(called(hooked, rows, **given), called(head, rows, **given), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_a_weight_that_is_no_parameter_is_used(generator):
+    """As adapters leave it that compute a layer's weight before each call."""
+    head = EBRHead([3, 2], 4, 5, (6,))
+    changed, layer = copy.deepcopy(head), head.encoders[0][0]
+    changed.encoders[0][0].weight.data += 1
+    weight = layer.weight.detach() + 1
+    del layer.weight
+    layer.weight = weight
+    x = [torch.randn(7, d, generator=generator) for d in (3, 2)]
+    torch.testing.assert_close(head(x).latents, changed(x).latents)
+
+
+def test_layers_without_bias(generator):
+    head = EBRHead([3, 2], 4, 5, (6,))
+    same = copy.deepcopy(head)
+    same.encoders[0][0].bias.data.zero_()
+    head.encoders[0][0] = nn.Linear(3, 5, bias=False)
+    head.encoders[0][0].weight.data.copy_(same.encoders[0][0].weight.data)
+    x = [torch.randn(7, d, generator=generator) for d in (3, 2)]
+    torch.testing.assert_close(head(x).latents, same(x).latents)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.3, 2.0])
+def test_a_number_and_a_tensor_are_the_same_reversal(lambda_, generator):
+    head = EBRHead([3, 2], 4, 5, (6,))
+    x = [torch.randn(7, d, generator=generator) for d in (3, 2)]
+    for a, b in zip(*(called(head, x, reversal=r) for r in (lambda_, torch.tensor(lambda_))), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_documented_defaults_of_the_published_readings():
+    """``EBRConfig`` by its docstrings: sizes of the paper, 10 epochs a phase, and what the robust form changes."""
+    assert EBRConfig.paper() == EBRConfig(schedule="interleave", interleave_epochs=10)
+    assert (EBRConfig().reversal, EBRConfig().substitute, EBRConfig().ranking) == (1.0, "ranked", "reference")
+    robust = EBRConfig.robust()
+    assert (robust.residual, robust.normalize, robust.substitute) == (True, True, "mean")
+    assert 0 < robust.reversal < 1
+    assert robust.cross_recovery > 0
+    head = EBRHead([3])
+    assert (head.latent_dim, head.hidden_dim, tuple(head.psi_dims)) == (512, 1024, (512, 256))
+    assert [type(layer) for layer in head.encoders[0]] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_step_tells_what_does_not_fit(backend):
+    head, x = EBRHead([3, 2], 4, 5, (6,)), [torch.randn(7, 3), torch.randn(7, 2)]
+    parts = [[p for layer in part for p in layer.parameters()] for part in (*head.encoders, *head.decoders)]
+    psi = list(head.discriminator.parameters())
+    ebr_step(x, parts[:2], parts[2:], psi, backend=backend)
+    with pytest.raises(ValueError, match="got 1 decoders for 2 modalities"):
+        ebr_step(x, parts[:2], parts[2:3], psi, backend=backend)
+    with pytest.raises(TypeError, match=r"features\[1\] is torch.float16 .*cast them to one dtype"):
+        ebr_step([x[0], x[1].half()], parts[:2], parts[2:], psi, backend=backend)
+    with pytest.raises(TypeError, match="parameter 0 is torch.float32"):
+        ebr_step([f.half() for f in x], parts[:2], parts[2:], psi, backend=backend)

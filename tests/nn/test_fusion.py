@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmc_fast.errors import InputError
+from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 from mmc_fast.nn.fusion import ConcatFusion, LateFusion, TransformerFusion
 
 DIMS = (3, 5, 2)
@@ -99,13 +100,21 @@ def test_transformer_with_nothing_present_is_finite(batch):
     assert torch.isfinite(make("transformer")(features, torch.zeros(9, 3, dtype=torch.bool))).all()
 
 
+def test_encoders_of_one_unit_and_of_nothing(generator):
+    x = torch.randn(4, 1, generator=generator)
+    assert MLPEncoder(1, 1, 1)(x).shape == (4, 1)
+    assert IdentityEncoder(1)(x) is x
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: ConcatFusion((), 3), "dims is"),
         (lambda: ConcatFusion((3, 0), 3), "dims is"),
         (lambda: LateFusion((3,), 0), "num_classes is 0"),
-        (lambda: ConcatFusion((3,), 3, (0,)), "hidden is"),
+        (lambda: ConcatFusion((3,), 3, (4, 0)), "hidden is"),
+        (lambda: MLPEncoder(3, 0, 2), "width is 0"),
+        (lambda: IdentityEncoder(0), "dim is 0"),
         (lambda: TransformerFusion((3,), 3, dim=6, heads=4), "multiple of heads"),
         (lambda: TransformerFusion((3,), 3, depth=0), "depth is 0"),
         (lambda: ConcatFusion((3, 2), 3)([torch.zeros(1, 3), torch.zeros(1, 3)]), "widths"),
