@@ -164,5 +164,5 @@ def test_a_step_tells_what_does_not_fit(backend):
         ebr_step(x, parts[:2], parts[2:3], psi, backend=backend)
     with pytest.raises(TypeError, match=r"features\[1\] is torch.float16 .*cast them to one dtype"):
         ebr_step([x[0], x[1].half()], parts[:2], parts[2:], psi, backend=backend)
-    with pytest.raises(TypeError, match="parameter 0 is torch.float32"):
+    with pytest.raises(TypeError, match=r"parameter 0 is torch\.float32"):
         ebr_step([f.half() for f in x], parts[:2], parts[2:], psi, backend=backend)

@@ -298,12 +298,16 @@ def test_labels_at_the_ends_of_their_range():
 def test_the_first_bad_row_is_told_and_every_condition_counts():
     with pytest.raises(InputError, match="label 7 in row 1 is out of range"):
         Classification.of(3).check(torch.tensor([0, 7, 1, 9]), "d")
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]])):
+        with pytest.raises(InputError, match="labels must be int64"):
+            Classification.of(3).check(wrong, "d")
     number = Regression(("y", "z"))
     number.check(torch.zeros(3, 2, dtype=torch.float64), "d")
     for wrong in (torch.zeros(3, 2), torch.zeros(6, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)):
         with pytest.raises(InputError, match=r"labels must be float64 of shape \[any, 2\]"):
             number.check(wrong, "d")
     labels = MultiLabel(("u", "v"))
+    labels.check_part(torch.tensor([[0, 1], [1, 0]]), "train", "d")
     labels.check_part(torch.tensor([[0, 1], [1, 1]]), "test", "d")
     with pytest.raises(InputError, match="macro_auroc is undefined on the labels of the test part"):
         labels.check_part(torch.tensor([[0, 1], [0, 1]]), "test", "d")
