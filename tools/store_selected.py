@@ -12,10 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mmc_fast._util.toml import read_toml
 
 METHODS = Path(__file__).resolve().parent.parent / "mmc_fast" / "experiments" / "configs" / "methods"
 
@@ -40,7 +37,7 @@ def main(folder: Path) -> int:
         if not path.is_file():
             print(f"{record['method']}: no file in configs/methods, left out")
             continue
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
         values.setdefault("selected", {})[record["data"]] = record["selected"]
         path.write_text(toml(values) + "\n", encoding="utf-8")
         stored += 1

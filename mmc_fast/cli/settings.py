@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmc_fast._util.toml import read_toml
+from mmc_fast._util.toml import merged, parse_toml, read_toml
 from mmc_fast.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["collect_settings", "parse_assignments"]
 
@@ -27,7 +21,7 @@ def collect_settings(
         values["method"] = method
     if epochs is not None:
         values["epochs"] = epochs
-    merge(values, parse_assignments(assignments))
+    values = merged(values, parse_assignments(assignments))
     if "method" not in values and values.get("ebr") is None and values.get("kd") is None:
         values["method"] = "dropout" if values.get("modality_dropout") else "ebr"
     return values
@@ -43,19 +37,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set {assignment!r} is no assignment; write KEY=VALUE, such as ebr.reversal=0.1")
         value: Any
         try:
-            value = tomllib.loads(f"value = {text.strip()}")["value"]
+            value = parse_toml(f"value = {text.strip()}")["value"]
         except (ValueError, RecursionError):
             value = None if text.strip() in ("none", "None") else text.strip()
         for name in reversed(names):
             value = {name: value}
-        merge(result, value)
+        result = merged(result, value)
     return result
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Put ``changes`` on top of ``base``, table by table."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
-        else:
-            base[key] = value

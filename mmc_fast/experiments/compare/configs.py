@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmc_fast._util.names import unknown
-from mmc_fast._util.toml import read_toml
+from mmc_fast._util.toml import merged, read_toml
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset, load
 from ..data.registry import check_options, is_table, why_missing
 from ..methods import METHODS, Method, get
-from ..methods.base import merged
 from ..training import TrainConfig
 from ..training.parts import fingerprint
 

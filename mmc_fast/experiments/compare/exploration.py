@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mmc_fast._util.schema import from_mapping, to_plain
-from mmc_fast._util.toml import read_toml
+from mmc_fast._util.toml import merged, read_toml
 from mmc_fast.nn import EBRConfig
 
 from ..jobs import Job, perform
-from ..methods.base import merged
 from ..training import TrainConfig
 from .configs import configs_folder, load_data_configs
 from .runs import read_line, score, settings_of

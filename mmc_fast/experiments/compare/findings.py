@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
+from mmc_fast._util.toml import merged
 from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
 
 from ..jobs import Result
-from ..methods.base import merged
 from ..report.comparison import AVERAGE, COMPLETE, Comparison, Score, compare
 from .configs import MethodConfig
 from .grid import Finished, Run

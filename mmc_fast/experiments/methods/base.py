@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmc_fast._util.numbers import shown
+from mmc_fast._util.toml import merged
 from mmc_fast.errors import InputError
 
 from ..data import MultimodalDataset
@@ -18,7 +19,7 @@ from ..training.parts import fingerprint
 from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
 
-__all__ = ["BATCH_ROWS", "CANDIDATES", "Fitted", "Method", "Task", "merged"]
+__all__ = ["BATCH_ROWS", "CANDIDATES", "Fitted", "Method", "Task"]
 
 CANDIDATES = 4  # settings in every declared search: the same budget for all
 BATCH_ROWS = 256  # rows that a method whose prediction depends on its batch is evaluated on together
@@ -156,17 +157,6 @@ def _check_option(where: str, value: Any, declared: Sequence[Any]) -> None:
         most = 1000 * max(1, *map(abs, declared))
         if not (min(0, *declared) <= value <= most):
             raise InputError(f"{where} is {shown(value)}; give a number from {min(0, *declared)} to {most:g}")
-
-
-def merged(*tables: Settings) -> dict[str, Any]:
-    """Tables on top of each other, nested ones too; the arguments stay as they are."""
-    result: dict[str, Any] = {}
-    for table in tables:
-        for key, value in table.items():
-            before = result.get(key)
-            both = isinstance(value, Mapping) and isinstance(before, Mapping)
-            result[key] = merged(before, value) if both else merged(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
-    return result
 
 
 def unimodal_models(task: Task, guard: InterruptGuard | None = None) -> UnimodalModels:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmc_fast._util.toml import merged
 from mmc_fast.diagnose.adapter import flat
 from mmc_fast.diagnose.figures import Drawing, Line, bars, lines
 from mmc_fast.diagnose.statistics import ResampledScores, resample_counts, weighted_scores
@@ -20,7 +21,6 @@ from ..compare.configs import DataConfig, load_data, load_data_configs, load_met
 from ..compare.runs import settings_of, train_and_keep
 from ..data import MultimodalDataset, Part
 from ..jobs import Job, Result, Values, Workspace, finish
-from ..methods.base import merged
 from ..training import LoadedRun, MultimodalModel, UnimodalModels, load_run
 from ..training.adapter import RunAdapter
 from .base import Direction, Estimate, Outcome, Plan, Value, paired
