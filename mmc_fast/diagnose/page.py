@@ -35,7 +35,8 @@ READING_TABLE = (
     "**Need**: what networks trained without it lose (measured with `control=True`).\n\n"
     "**Robustness**: how much of its ability the model keeps when it is all there is, the others taken away {absence}; a property "
     "of the model, no collapse.\n\n"
-    "The verdict compares use with ability. Redundant modalities share their use, so that each can have little of it."
+    "The verdict compares use with ability. Alignment: how far the modality moves the outputs the way that it would answer alone (−1 "
+    "to 1; near 0 the model learned nothing from it); it decides where the score is too noisy. Redundant modalities share their use, so that each can have little of it."
 )
 SECTIONS = {
     "What the model loses without a modality": ("reliance", "shapley", "subsets"),
@@ -162,7 +163,9 @@ def _sentence(verdict: ModalityVerdict) -> Cell:
     notes = []
     if "index" in e:
         interval = f" [{e['index_low']:.2f}, {e['index_high']:.2f}]" if "index_low" in e else ""
-        notes.append(f"use over ability {e['index']:.2f}{interval}")
+        notes.append(f"use over ability {e['index']:.2f}{interval}".replace("-", "−"))
+    if "alignment" in e and "index" in e:
+        notes.append(f"alignment {e['alignment']:.2f}".replace("-", "−"))
     if e.get("agreement", 1.0) < 0.95:
         notes.append(f"the same verdict in {e['agreement']:.0%} of resamples")
     accused = verdict.kind in ("collapsed", "misleading")
@@ -191,7 +194,7 @@ def _gain(d: DiagnosisData, title: str, name: str) -> Cell:
         note = f"only it {only:.3g}"
     if value is None or not span > 0:
         return Cell("–")
-    return Cell(f"{value / span:.0%}".replace("-", "−"), note=note, bar=value / span)
+    return Cell(f"{value / span:.0%}".replace("-0%", "0%").replace("-", "−"), note=note, bar=value / span)
 
 
 def _share(d: DiagnosisData, kind: str, name: str) -> Cell:

@@ -84,6 +84,7 @@ def _spectra(d: DiagnosisData, ax: Axes) -> None:
             colour = series_colour(index + 1)
             ax.plot(np.arange(1, len(shown) + 1), shown, label=label, color=colour, marker=marker, markersize=3)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers as mathematics are no text in an SVG
     ax.set_xlabel("position")
     ax.set_ylabel("share of the sum")
     ax.legend(loc="upper right")

@@ -54,6 +54,7 @@ def test_page(found: Diagnosis, tmp_path) -> None:
         assert f"<summary>{summary}" in page
     assert page.count("<svg ") == len(PLOTS)
     assert page.count("Cannot show.") >= 5
+    assert "mathdefault" not in page, "labels of an axis are plain text"
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower().split()
     parser = Balanced()

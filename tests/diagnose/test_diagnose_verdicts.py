@@ -110,8 +110,8 @@ def test_resamples_give_the_interval_and_the_agreement() -> None:
         ]
         assert judge({"audio": some, "image": OTHER}, whole, draws, LIMITS)[0].kind == kind
         for aligned, told in (
-            (0.29, "collapsed"),
-            (0.31, "relied on"),
+            (0.34, "collapsed"),
+            (0.36, "relied on"),
         ):  # what the outputs follow decides, where the score cannot
             first, *more = (
                 {"audio": s | {"alignment": aligned}, "image": OTHER} for s in (some, *(d[0]["audio"] for d in draws))
@@ -138,6 +138,10 @@ def test_what_is_equal_to_a_threshold() -> None:
     assert kind_of(e | {"loss": math.nextafter(t.loss, 1)}) == kind_of(e | {"index": high}) == "under-used"
     assert kind_of(e | {"index": t.under}) == kind_of(e | {"index": 0.29, "index_high": t.under}) == "relied on"
     assert kind_of(e | {"index_low": t.index, "index_high": math.nextafter(t.fair, 2)}) == "undecided"
+    follows = e | {"alignment": math.nextafter(t.aligned, 1), "total_effect": t.moved}
+    assert kind_of(follows) == "under-used"
+    assert kind_of(follows | {"alignment": t.aligned}) == "collapsed"
+    assert kind_of(follows | {"total_effect": math.nextafter(t.moved, 0)}) == "collapsed"
     used = e | {"loss": 0.5, "index": 0.5, "index_high": 0.8}
     assert [kind_of(used | {"index_low": x}) for x in (low, t.index, high)] == ["undecided", "undecided", "relied on"]
     assert kind_of({k: v for k, v in used.items() if k != "index_high"}) == "relied on"
