@@ -330,6 +330,11 @@ def test_error_of_chance_is_that_over_all_orders(metric: str) -> None:
     else:  # a label that nobody has says nothing
         expected = np.mean([np.std([roc_auc_score(c, order) for order in orders]) for c in columns if c.any()])
     assert scores.chance_error() == pytest.approx(expected, rel=1e-9)
+    if metric == "concordance":  # a single event tells next to nothing
+        one = ConditionScores(Task(kind, metric, outputs), {"coalition.1": 1}, 1, n, 0)
+        labels[1:, 1] = 0
+        one.add(0, {("coalition.1", 0): torch.zeros(n, outputs)}, labels, torch.zeros(n).long())
+        assert 0.3 < one.chance_error() <= 0.5
 
 
 def test_error_of_chance_of_sums(seed: int) -> None:

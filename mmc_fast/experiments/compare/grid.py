@@ -59,6 +59,8 @@ class Grid:
         check_once("data", [d.name for d in self.data])
         object.__setattr__(self, "seeds", [check_seed(seed) for seed in self.seeds])
         check_once("seeds", self.seeds)
+        if SEARCH_SEED in self.seeds:
+            raise InputError(f"compare: seed {SEARCH_SEED} is that of the search of hyper-parameters; give other seeds")
         for data in self.data:  # refuse settings that do not fit each other before any data are looked for
             budget = data.budget_with(self.changes)
             for method in self.methods:

@@ -143,6 +143,13 @@ def test_a_finished_run_is_never_repeated_and_a_claimed_one_is_left_alone(tmp_pa
         jobs_module._work((job, out), silent)
 
 
+def test_the_seed_of_the_search_is_none_of_a_test_run(tmp_path, seed):
+    method, data = MethodConfig.parse("vanilla", {"method": "vanilla"}), data_config(tmp_path, seed)
+    Grid([method], [data], range(SEARCH_SEED))
+    with pytest.raises(InputError, match="that of the search"):
+        Grid([method], [data], [0, SEARCH_SEED])
+
+
 def test_another_seed_setting_part_or_content_is_another_run(tmp_path, seed):
     data, method = data_config(tmp_path, seed), MethodConfig.parse("vanilla", {"method": "vanilla"})
     grid = Grid([method], [data], [0])

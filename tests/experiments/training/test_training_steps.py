@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from training_data import small, tiny
 
+from mmc_fast.experiments.training.evaluate import masks_at, predict
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -261,3 +262,36 @@ def test_stepper_leaves_inputs_alone(seed):
     kept = copy.deepcopy(features)
     step(stepper, "joint", features, labels)
     assert all(torch.equal(a, b) for a, b in zip(features, kept, strict=True))
+
+
+@pytest.mark.parametrize(("selection", "expected"), [("complete", 2), ("masked", 3), ("last", 5)])
+def test_the_first_of_the_best_epochs_is_kept(selection, expected, seed):
+    """By the score that the selection names; its weights are those at the end of that epoch."""
+    scores = {"val_score": [0.5, 0.7, 0.7, 0.6, 0.7], "val_score_masked": [0.4, 0.1, 0.6, 0.6, 0.5]}
+    dataset, config = tiny(seed), small("vanilla", epochs=5, selection=selection)
+    states = []
+    trainer = Trainer(
+        MultimodalModel(dataset.dims, dataset.num_classes, config), dataset, config, seed=seed,
+        stage=Stage(on_epoch=lambda r: states.append(copy.deepcopy(trainer.model.state_dict()))),
+    )  # fmt: skip
+    each = iter(zip(*scores.values(), strict=True))
+    trainer._validate = lambda: dict(zip(scores, next(each), strict=True))
+    trainer.fit()
+    assert trainer.best_epoch == expected
+    assert all(torch.equal(v, states[expected - 1][k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_the_masked_score_is_the_mean_over_the_rates_of_the_validation_part(seed):
+    dataset, config = tiny(seed), small("vanilla", selection="masked", rates=(0.2, 0.5, 0.7))
+    trainer = Trainer(MultimodalModel(dataset.dims, dataset.num_classes, config), dataset, config, seed=seed)
+    part = dataset.part("validation")
+    found = []
+    for rate in config.rates:
+        masks = {name: masks_at(part.present, rate, seed, name)[0] for name in ("validation", "test", "train")}
+        assert not torch.equal(masks["validation"], masks["test"])
+        answers = predict(trainer.model, part.features, masks["validation"])
+        found.append(float((answers.argmax(1) == part.labels).double().mean()))
+    record = trainer._validate()
+    assert record["val_score_masked"] == pytest.approx(sum(found) / 3)
+    complete = predict(trainer.model, part.features, part.present).argmax(1)
+    assert record["val_score"] == pytest.approx(float((complete == part.labels).double().mean()))
