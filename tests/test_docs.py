@@ -114,6 +114,15 @@ def test_code_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     CHECKS.get(page.stem, lambda names: None)(names)
 
 
+def test_python_on_a_page_is_marked_as_such():
+    """Blocks without a language are commands and output; Python hidden there would never run."""
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        fences = re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for language, text in fences:
+            if language != "python":
+                assert not re.search(r"^(import|from) \w+|^\w+ = \w+\(", text, re.MULTILINE), (page.name, text)
+
+
 # The API pages
 
 LISTED = [

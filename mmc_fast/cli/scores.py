@@ -49,9 +49,9 @@ def print_scores(console: Console, title: str, scores: Mapping[str, Any], modali
     if scores.get("reliance"):
         kinds = {
             "unimodal": "unimodal",
-            "shuffled": "that of other samples",
+            "shuffled": "shuffled",
             "leave_one_out": "leave-one-out",
-            "single_modality": "nothing else",
+            "single_modality": "only this one",
         }
         rows = [
             [modality, entry["verdict"], *("–" if entry.get(kind) is None else f"{entry[kind]:.3f}" for kind in kinds)]

@@ -231,7 +231,7 @@ class ResampledScores:
 
 
 def resampled_scores(
-    metric: str, labels: ArrayLike, predictions: Sequence[ArrayLike], counts: NDArray[np.int64]
+    metric: str, labels: ArrayLike, predictions: Sequence[ArrayLike], counts: NDArray
 ) -> ResampledScores:
     """Score every seed's predictions on the test set and on its bootstrap resamples.
 

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ from .training import Interrupted
 __all__ = ["Emit", "WorkerLost", "check_workers", "run_pool"]
 
 _MOST_WORKERS = 1024
+# A fork server imports what every worker needs once; workers start from it in milliseconds, without the parent's threads.
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_PRELOADED = ["mmc_fast.experiments.compare.runs", "sklearn.metrics", "torch._dynamo"]
 Work = TypeVar("Work")
 Emit = Callable[[Any], None]
 
@@ -47,7 +50,9 @@ def run_pool(
             for job in jobs:
                 work(job, on_event)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(_START)
+    if _START == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     events: Any = context.Queue()
     stop = context.Event()
     executor, futures = _start(context, jobs, work, min(workers, len(jobs)), events, stop)
@@ -75,16 +80,14 @@ def check_workers(workers: int, name: str = "workers") -> None:
 
 
 def _start(
-    context: SpawnContext,
+    context: BaseContext,
     jobs: Sequence[Work],
     work: Callable[[Work, Emit], None],
     workers: int,
     events: Any,
     stop: Any,
 ) -> tuple[ProcessPoolExecutor, list[Future[None]]]:
-    executor = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(events, stop, os.getpid())
-    )
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(events, stop))
     # Workers inherit the ignored signal, so that Ctrl-C cannot break them while they start.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -146,11 +149,11 @@ def _one_thread() -> Iterator[None]:
 _worker: dict[str, Any] = {}
 
 
-def _begin(events: Any, stop: Any, parent: int) -> None:
+def _begin(events: Any, stop: Any) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C in a terminal reaches only the parent, which passes it on once
     torch.set_num_threads(1)
-    _worker.update(events=events, stop=stop, parent=parent)
+    _worker.update(events=events, stop=stop)
 
 
 def _call(work: Callable[[Any, Emit], None], job: Any) -> None:
@@ -160,7 +163,8 @@ def _call(work: Callable[[Any, Emit], None], job: Any) -> None:
 
 
 def _emit(event: Any) -> None:
-    if os.getppid() != _worker["parent"]:
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
         os._exit(1)  # nobody is left to work for
     _worker["events"].put(event)
     if _worker["stop"].is_set() and not _worker.get("asked"):

@@ -220,7 +220,7 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
     finished = Finished({(m, d.name): {} for m in plan.methods for d in data_sets}, runs)
     return [
         _one(f, [m for m in plan.methods if m in f.main.scores], runs, stored)
-        for f in find(finished, [_METHODS[m] for m in plan.methods])
+        for f in find(finished, [_METHODS[m] for m in plan.methods], resamples=100 if plan.quick else 1000)
     ]
 
 

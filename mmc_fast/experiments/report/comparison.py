@@ -105,7 +105,8 @@ def compare(
         )
     if any(len(runs) != len(seeds) for runs in predictions.values()):
         raise InputError(f"{dataset}: every method needs one run for each of the seeds {list(seeds)}")
-    counts = resample_counts(len(np.asarray(labels)), resamples, generator)
+    drawn = resample_counts(len(np.asarray(labels)), resamples, generator)
+    counts = np.asfortranarray(drawn, dtype=np.float64)  # once, in the layout that the scores read
     by_method: dict[str, dict[str, ResampledScores]] = {}
     for method, runs in predictions.items():
         scored = {

@@ -41,11 +41,11 @@ def draw_rates(comparison: Comparison, names: Mapping[str, str]) -> Drawing:
 
 
 def draw_reliance(runs: Sequence[Results], title: str, chance: float) -> Drawing:
-    """Per modality: its unimodal model, the fused model with that of other samples, and the fused model with nothing else."""
+    """Per modality: its unimodal model, the fused model with it shuffled across samples, and the fused model with it only."""
     everything, scored = reliance(runs)
-    kinds = {"unimodal": "unimodal", "shuffled": "that of other samples", "single_modality": "nothing else"}
+    kinds = {"unimodal": "unimodal", "shuffled": "this one shuffled", "single_modality": "only this one"}
     described = "; ".join(
-        f"{m} unimodal {s['unimodal']:.3f}, shuffled {s['shuffled']:.3f}, nothing else {s['single_modality']:.3f}"
+        f"{m} unimodal {s['unimodal']:.3f}, shuffled {s['shuffled']:.3f}, only this one {s['single_modality']:.3f}"
         for m, s in scored.items()
     )
     data = runs[0]["data"]
@@ -75,7 +75,7 @@ def draw_repair(before: Sequence[Results], after: Sequence[Results], titles: tup
         {label: list(s.values()) for label, s in zip(labels, (unimodal, kept, repaired), strict=True)},
         y_label=f"test {metric_name(data['metric'])}",
         alt=f"{data['name']}, score with one modality alone ({', '.join(labels)}): {described}; chance {chance:.3f}.",
-        caption=f"Mean over {len(before)} training(s) each.",
+        caption=f"Mean over {len(before)} trainings each." if len(before) > 1 else "One training each.",
         references=[Reference("chance", chance)],
         colours={labels[0]: _OTHER_COLOURS, labels[1]: 0, labels[2]: 4},
     )

@@ -94,13 +94,13 @@ def reliance_table(by_method: Mapping[str, Sequence[Results]]) -> Table:
     first = next(iter(judged.values()))
     lines: list[list[Cell | str]] = [[m, _score(first[m].evidence.get("alone"))] for m in modalities]
     for title, found in judged.items():
-        columns += [f"{title}: with that of other samples", "nothing else", "use over ability", "verdict"]
+        columns += [f"{title}: shuffled", "only this one", "use over ability", "verdict"]
         for line in lines:
             verdict = found[str(line[0])]
             line += [_score(verdict.evidence.get(kind)) for kind in ("shuffled", "only", "index")]
             line.append(Cell(verdict.kind, strong=verdict.kind in ("collapsed", "misleading")))
     caption = (
-        "Scores of a unimodal model, of the fused model when a modality is that of other samples, and when it is all there is; "
+        "Scores of a unimodal model, of the fused model when the modality is shuffled across samples, and when it is the only one; "
         "the share of the use over the share of the ability; the verdict of the diagnosis in most runs."
     )
     return Table(columns, lines, caption)

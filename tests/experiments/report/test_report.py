@@ -342,6 +342,6 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     reliance_of = draw_reliance(toy_runs("vanilla"), "vanilla", 0.25)
     heights = [round(bar.get_height(), 3) for bar in reliance_of.canvas.axes[0].patches]
     assert heights == [0.88, 0.6, 0.4, 0.89, 0.85, 0.3]
-    assert "faint unimodal 0.600, shuffled 0.890, nothing else 0.300" in reliance_of.alt
+    assert "faint unimodal 0.600, shuffled 0.890, only this one 0.300" in reliance_of.alt
     reliance_of.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
