@@ -10,7 +10,8 @@ namespace mmc {
 namespace {
 
 constexpr int64_t kChain = 1024;           // longest float32 chain, and depth of a packed panel
-constexpr int64_t kBlockRows = 384;        // rows that use a packed panel before it is packed again
+constexpr int64_t kBlockFloats = 128 * 1024;  // of a that stay in L2 while the panels of b pass by
+constexpr int64_t kSlabFloats = 256 * 1024;   // of packed b that all blocks of rows share
 constexpr int64_t kThin = 4;               // so few rows, or so short sums, do not pay for packing
 constexpr int64_t kThinDepth = 128;        // a panel of that depth stays in L1 between packing and use
 constexpr double kParallelFlops = 2e6;     // below that a second thread costs more than it brings
@@ -46,9 +47,14 @@ float* panel_buffer(int64_t size) {
   return kept.get(size);
 }
 
-constexpr int64_t kKeptRows = 64 * 1024;  // floats; larger packed rows are allocated and given back
+constexpr int64_t kKeptFloats = 512 * 1024;  // larger packed rows are allocated and given back
 
 float* rows_buffer(int64_t size) {
+  thread_local Kept kept;
+  return kept.get(size);
+}
+
+float* slab_buffer(int64_t size) {
   thread_local Kept kept;
   return kept.get(size);
 }
@@ -59,19 +65,32 @@ struct Product {
   int64_t m, n, depth;
   Strided a, b;          // at the block's first k
   const float* packed_a;  // rows panels [tile][depth][rows], or null: a is read in place
+  const float* packed_b;  // lanes panels of full width from `panel_begin` on, or null: packed by run
+  int64_t panel_begin;
   float* c;
   int64_t ldc;
   Epilogue epilogue;
 
+  // of the panel from column j on: half as wide where that is enough
+  int64_t width_of(int64_t j) const { return n - j <= table.lanes / 2 ? table.lanes / 2 : table.lanes; }
+
+  // panels [begin, end) of b, packed for all rows
+  void pack_panels(int64_t begin, int64_t end, float* out) const {
+    const int64_t L = table.lanes;
+    for (int64_t p = begin; p < end; ++p)
+      table.pack(b.data + p * L * b.col, b.row, b.col, depth, std::min(L, n - p * L), width_of(p * L),
+                 out + (p - panel_begin) * L * depth);
+  }
+
   // columns [j, j + lanes) for rows [begin, end)
   void run(int64_t panel, int64_t begin, int64_t end) const {
     const int64_t L = table.lanes, R = table.rows, j = panel * L, lanes = std::min(L, n - j);
-    const int64_t width = lanes <= L / 2 ? L / 2 : L;
-    const bool thin = end - begin <= kThin && b.row == 1 && !epilogue.add && depth > kThinDepth;
+    const int64_t width = width_of(j);
+    const bool thin = !packed_b && end - begin <= kThin && b.row == 1 && !epilogue.add && depth > kThinDepth;
     const int64_t step = thin ? kThinDepth : depth;
-    float* packed = panel_buffer(step * width);
+    float* packed = packed_b ? nullptr : panel_buffer(step * width);
     TileCall t{};
-    t.b = packed;
+    t.b = packed_b ? packed_b + (panel - panel_begin) * L * depth : packed;
     t.ldc = ldc;
     t.lanes = lanes;
     t.width = width;
@@ -82,7 +101,7 @@ struct Product {
       t.depth = std::min(step, depth - k);
       t.resume = k > 0;
       if (k + step >= depth) set_epilogue(t, j);
-      table.pack(b.data + k * b.row + j * b.col, b.row, b.col, t.depth, lanes, width, packed);
+      if (packed) table.pack(b.data + k * b.row + j * b.col, b.row, b.col, t.depth, lanes, width, packed);
       for (int64_t i = begin; i < end; i += R) {
         t.rows = std::min(R, end - i);
         t.a = packed_a ? packed_a + i * depth + k * R : a.data + i * a.row + k;
@@ -130,7 +149,7 @@ struct Product {
 void thin_product(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,
                   const Epilogue& epilogue, float* row_sums, const Pool& pool) {
   const KernelTable& table = current_kernels();
-  const Product p{table, unit_of(table), m, n, k, a, b, nullptr, c, ldc, epilogue};
+  const Product p{table, unit_of(table), m, n, k, a, b, nullptr, nullptr, 0, c, ldc, epilogue};
   const Pool used = 2.0 * m * n * std::max<int64_t>(1, k) < kParallelFlops / 4 ? serial_pool() : pool;
   const int64_t rows = m <= kThin ? m : round_up(ceil_div(m, used.threads), 4);
   const int64_t columns = m <= kThin ? round_up(std::max<int64_t>(256, ceil_div(n, used.threads)), 64) : n;
@@ -177,20 +196,22 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
   const int64_t depth = std::max<int64_t>(1, ceil_div(k, chunks));
   const int64_t row_tiles = ceil_div(m, R), panels = ceil_div(n, L);
   const int64_t packed_size = pack_a ? row_tiles * R * depth : 0;
-  const Buffer<float> own = packed_size > kKeptRows ? Buffer<float>(packed_size) : Buffer<float>();
-  float* packed_a = packed_size > kKeptRows ? own.get() : pack_a ? rows_buffer(packed_size) : nullptr;
+  const Buffer<float> own = packed_size > kKeptFloats ? Buffer<float>(packed_size) : Buffer<float>();
+  float* packed_a = packed_size > kKeptFloats ? own.get() : pack_a ? rows_buffer(packed_size) : nullptr;
 
   // enough tasks for every thread, and rows in blocks of whole tiles
   const Pool used = 2.0 * m * n * std::max<int64_t>(1, k) < kParallelFlops ? serial_pool() : pool;
-  int64_t blocks = std::max<int64_t>(1, ceil_div(m, kBlockRows));
+  int64_t blocks = ceil_div(m, std::max(8 * R, kBlockFloats / depth));
   if (used.threads > 1) blocks = std::max(blocks, ceil_div(2 * used.threads, panels));
   const int64_t block = round_up(ceil_div(m, blocks), R);
   blocks = ceil_div(m, block);
+  const int64_t slab = blocks > 1 ? std::min(panels, std::max<int64_t>(1, kSlabFloats / (depth * L))) : panels;
+  float* packed_b = blocks > 1 ? slab_buffer(slab * L * depth) : nullptr;
 
   for (int64_t k0 = 0; k0 < std::max<int64_t>(1, k); k0 += depth) {
     const int64_t size = std::max<int64_t>(0, std::min(depth, k - k0));
     const bool last = k0 + depth >= k;
-    Product p{table, unit, m, n, size, a, b, nullptr, c, ldc, epilogue};
+    Product p{table, unit, m, n, size, a, b, nullptr, nullptr, 0, c, ldc, epilogue};
     p.a.data += k0 * a.col;
     p.b.data += k0 * b.row;
     p.epilogue.add = epilogue.add || k0 > 0;
@@ -209,12 +230,20 @@ void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, 
         }
       });
     }
-    parallel_for(used, panels * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = t % blocks * block;
-        p.run(t / blocks, first, std::min(m, first + block));
+    for (int64_t first = 0; first < panels; first += slab) {
+      const int64_t count = std::min(slab, panels - first);
+      p.panel_begin = first;
+      if (packed_b) {
+        parallel_for(used, count, 1, [&](int64_t begin, int64_t end) { p.pack_panels(first + begin, first + end, packed_b); });
+        p.packed_b = packed_b;
       }
-    });
+      parallel_for(used, count * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t row = t / count * block;
+          p.run(first + t % count, row, std::min(m, row + block));
+        }
+      });
+    }
   }
 }
 

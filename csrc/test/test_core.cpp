@@ -236,6 +236,8 @@ int main() {
     mmc::select_isa(isa.c_str());
     for (const auto& shape : products)
       for (int order = 0; order < 4; ++order) check_product(shape[0], shape[1], shape[2], order & 1, order & 2, first);
+    check_product(140, 260, 1024, true, false, first);  // blocks of rows that share packed panels, in two slabs
+    check_product(1321, 33, 1000, false, true, first);  // the last block is one row
   }
   expect(!mmc::select_isa("pentium").empty(), "an unknown instruction set is refused", first, 0, 0, 0);
   for (const auto& isa : mmc::supported_isas()) {  // a pre-activation that is not finite is reported, wherever it stands
