@@ -74,6 +74,20 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     degree = weights.degree_of_polysemanticity(double[0].weight.detach(), dictionary).gamma
     assert d.value("polysemanticity_degree") == pytest.approx(degree)
     assert d["polysemanticity_degree"].error is not None
+    w, sigma = double[0].weight.detach(), torch.from_numpy(np.cov(x.numpy().T, bias=True))
+    shares = torch.stack(
+        [torch.einsum("ni,ij,nj->n", w[:, s], sigma[s, s], w[:, s]) for s in (slice(6), slice(6, 10))], 1
+    )
+    shares = shares / shares.sum(1, keepdim=True)
+    entropy = -(shares * shares.log()).sum(1) / np.log(2)
+    assert d.value("neuron_entropy") == pytest.approx(float(entropy.mean()), rel=1e-4)
+    assert d.value("mixed_neurons") == pytest.approx(float((entropy > 0.5).double().mean()), abs=1 / 12)
+    for name, m in (("feature_capacity", w.t()), ("neuron_overlap", w)):
+        products = (m @ m.t()).square()
+        capacity = products.diagonal() / products.sum(1)
+        assert d.value(name) == pytest.approx(float(capacity.mean()))
+    assert d.value("collision_exact") == pytest.approx(6 * 4 / 45)
+    assert d.value("collision_bound") == pytest.approx(2 * 4**2 / 10**2)
     assert re.match(r"co-activation|row chain", d.settings["agop"])
     assert d.n_samples == 500
 

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, r2_score, roc_auc_score
 from torch import Tensor
 
 from mmc_fast.diagnose import diagnose
-from mmc_fast.diagnose.absence import Condition, Remover, conditions_of, draws_for
+from mmc_fast.diagnose.absence import Condition, Remover, coalitions_scored, conditions_of, draws_for
 from mmc_fast.diagnose.measures import reliance
 from mmc_fast.diagnose.predictions import ConditionScores
 from mmc_fast.diagnose.tasks import Task
@@ -100,6 +100,8 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     torch.testing.assert_close(one, torch.cat([donors[:, :2], donors[drawn][:, 2:]], 1))
     assert [draws_for(n, None) for n in (100, 600, 2048, 10**6)] == [4, 4, 1, 1]
     assert draws_for(10**6, 3) == 3
+    assert [coalitions_scored(m) for m in (1, 3)] == [[0, 1], list(range(8))]
+    assert coalitions_scored(7) == [0, *(2**i for i in range(7)), *(127 - 2**i for i in range(7)), 127]
     plan = conditions_of(2, "resample", 3)
     assert [len(plan[f"coalition.{c}"]) for c in range(4)] == [3, 3, 3, 1]
     assert plan["shuffled.0"] == plan["coalition.2"]

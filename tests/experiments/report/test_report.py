@@ -141,6 +141,8 @@ def toy_runs(method: str, **changes) -> list[dict]:
 def test_comparison_means_and_differences_are_those_of_the_predictions():
     made = predictions({"vanilla": 0.7, "ebr": 0.8})
     result = comparison_of({"vanilla": 0.7, "ebr": 0.8})
+    assert (result.dataset, result.metric, result.seeds, result.resamples) == ("toy", "accuracy", (0, 1, 2), 200)
+    assert result.conditions == (COMPLETE, "0.2 missing", "0.5 missing", AVERAGE)
     scores = {m: [[(run[r] == LABELS).mean() for r in RATES] for run in runs] for m, runs in made.items()}
     for method in made:
         table = np.array(scores[method])  # [seeds, rates]
