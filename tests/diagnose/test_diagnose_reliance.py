@@ -17,6 +17,7 @@ from mmc_fast.diagnose import diagnose
 from mmc_fast.diagnose.absence import Condition, Remover, coalitions_scored, conditions_of, draws_for
 from mmc_fast.diagnose.measures import reliance
 from mmc_fast.diagnose.predictions import ConditionScores
+from mmc_fast.diagnose.reservoir import Reservoir
 from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import data
@@ -264,6 +265,50 @@ def test_labels_in_every_form(generator: torch.Generator) -> None:
     assert (d.metric, {v.kind for v in d.verdicts}) == ("auroc", {"relied on"}), (
         "each tower counts beside the other alone"
     )
+
+
+def test_what_is_put_together_from_other_measures(generator: torch.Generator) -> None:
+    """Need, robustness, index and margin of distillation, each by its formula from scores worked out here."""
+    image, audio = torch.randn(1200, 6, generator=generator), torch.randn(1200, 4, generator=generator)
+    audio[:, 0] += image[:, 0]
+    head = chain(generator, 2)
+    toy = Masked(head, head)
+    with torch.no_grad():
+        y = toy.fuse({"image": image, "audio": audio})
+    margin = y[:, 1] - y[:, 0]
+    labels = (margin + 0.5 * margin.std() * torch.randn(1200, generator=generator) > margin.median()).long()
+    d = diagnose(toy, [(image, audio, labels)], resamples=20, control=True)
+    truth, features = labels.numpy(), {"image": image, "audio": audio}
+    with torch.no_grad():
+        y = toy.fuse(features, torch.tensor([[True, False]]).expand(1200, 2))
+    only = roc_auc_score(truth, (y[:, 1] - y[:, 0]).numpy())
+    able = {n: max(d.value(f"alone.{n}"), d.value(f"only.{n}")) - 0.5 for n in features}
+    assert d.value("robustness.image") == pytest.approx((only - 0.5) / able["image"], abs=1e-4)
+    used = {n: max(d.value(f"resampled_shapley.{n}"), 0.0) for n in features}
+    index = d.value("resampled_shapley.image") / sum(used.values()) * sum(able.values()) / able["image"]
+    assert d.value("use_index.image") == pytest.approx(index)
+    assert d.settings["sample_rows"] == 1200, "all rows are kept, in another order"
+    kept = Reservoir(4096, 0)
+    kept.add(0, {"row": torch.arange(1200)})
+    order = kept.columns["row"]
+    task, shuffled = Task("classes", "auroc", 2), {n: x[order] for n, x in features.items()}
+    whole_score, without = (
+        reliance.train_afresh(shuffled, labels[order], names, task=task) for names in (("image", "audio"), ("audio",))
+    )
+    need = d["need.image"]
+    assert need.value == pytest.approx(whole_score.score - without.score)
+    half = 1.96 * math.hypot(whole_score.error, without.error)
+    assert (need.low, need.high) == pytest.approx((need.value - half, need.value + half))
+    centred = [x.double() - x.double().mean(0) for x in (image, audio, labels[:, None])]
+
+    def log_det(*chosen: int) -> float:
+        x = torch.cat([centred[i] for i in chosen], 1)
+        return float(torch.logdet(x.t() @ x / 1199))
+
+    shared, told = ((log_det(a) + log_det(b) - log_det(a, b)) / 2 for a, b in ((1, 0), (0, 2)))
+    assert d.value("distillation.image") == pytest.approx(
+        shared - told, abs=0.02
+    )  # the correction of the bias is about d/N
 
 
 def test_scores_of_unimodal_models_take_the_place_of_probes() -> None:
