@@ -295,3 +295,26 @@ def test_the_masked_score_is_the_mean_over_the_rates_of_the_validation_part(seed
     assert record["val_score_masked"] == pytest.approx(sum(found) / 3)
     complete = predict(trainer.model, part.features, part.present).argmax(1)
     assert record["val_score"] == pytest.approx(float((complete == part.labels).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "momentum"), [("adam", torch.optim.Adam, 0), ("adamw", torch.optim.AdamW, 0),
+                                        ("sgd", torch.optim.SGD, 0.9), ("sgd", torch.optim.SGD, 0)],
+)  # fmt: skip
+def test_an_optimizer_is_that_of_torch_by_its_name(optimizer, kind, momentum, seed):
+    """Step by step, also for a parameter that has its first gradient later than the others."""
+    config = small("vanilla", optimizer=optimizer, lr=0.1, weight_decay=0.05, momentum=float(momentum))
+    g = torch.Generator().manual_seed(seed)
+    start, gradients = torch.randn(2, 4, generator=g), torch.randn(4, 2, 4, generator=g)
+    ours, theirs = ([x.clone().requires_grad_() for x in start] for _ in range(2))
+    built = build_optimizer({"encoders": ours, "empty": []}, config)
+    options = {"momentum": momentum} if optimizer == "sgd" else {}
+    plain = kind(theirs, lr=0.1, weight_decay=0.05, foreach=False, **options)
+    assert [group["name"] for group in built.param_groups] == ["encoders"]
+    for n, step in enumerate(gradients):
+        for params, one in ((ours, built), (theirs, plain)):
+            for i, p in enumerate(params):
+                p.grad = step[i].clone() if i == 0 or n >= 2 else None
+            one.step()
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours[0], start[0])
