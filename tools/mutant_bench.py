@@ -116,10 +116,10 @@ class Reach:
     def off(self) -> None:
         sys.settrace(None), threading.settrace(None)
 
-    def tests(self, file: str, lines: range, budget: float) -> list[str]:
-        """The tests that run one of the lines: files with the least to do first, and no more than ``budget`` seconds."""
-        wanted = {(file, line) for line in lines}
-        found = [t for t in self.seconds if wanted & (self.lines[t] | self.lines[t.split("::")[0]])]
+    def tests(self, file: str, lines: range | None, budget: float) -> list[str]:
+        """The tests that run one of the lines (None: all): files with the least to do first, and no more than ``budget`` seconds."""
+        wanted = {(file, line) for line in lines or ()}
+        found = [t for t in self.seconds if lines is None or wanted & (self.lines[t] | self.lines[t.split("::")[0]])]
         total: dict[str, float] = defaultdict(float)
         for test in found:
             total[test.split("::")[0]] += self.seconds[test]
@@ -173,7 +173,7 @@ class _Server:
         old = by_line[(path, *mutant.outer)] if new else ()
         at_import = any((path, line) in imported for line in mutant.lines)
         if at_import or not old or any(len(f.__code__.co_freevars) != len(new.co_freevars) for f in old):
-            return {"whole": self.reach.tests(path, range(100_000), self.budget)}
+            return {"whole": self.reach.tests(path, None, self.budget)}
         tests = self.reach.tests(path, mutant.lines, self.budget)
         if not tests:
             return {"verdict": "SURVIVED", "why": "no test runs it"}

@@ -19,6 +19,7 @@ def filled(seed: int, size: int, near: bool = False, stored: bool = False) -> Re
     for index, count in enumerate(SIZES):
         rows = torch.arange(start, start + count)
         start += count
+        assert kept.near(index, count).dtype == torch.bool
         columns = {"row": rows, "double": 2.0 * rows[:, None]}
         chosen = kept.near(index, count) if near else None
         kept.add(index, columns if chosen is None else {n: x[chosen] for n, x in columns.items()}, chosen)

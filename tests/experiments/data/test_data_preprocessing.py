@@ -140,10 +140,10 @@ def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: in
         "constant",
     ]
     n, d = 10_000, len(columns)
-    trained = g.uniform(-1, 1, (400, d))
+    trained = g.uniform(-1, 1, (397, d))
     trained[:, 7], trained[:, 8] = np.nan, 2.0
     trained[::4, 0] = np.nan
-    scaler = ViewScaler.fit(trained, np.ones(400, bool), indicator=False, standardise=True)
+    scaler = ViewScaler.fit(trained, np.ones(397, bool), indicator=False, standardise=True)
     new = g.uniform(-0.7, 0.7, (n, d)) + scaler.mean
     new[:, 8] = 2.0
     for j, share in ((1, 0.06), (2, 0.04)):
@@ -161,8 +161,8 @@ def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: in
     assert [e["column"] for e in found] == columns
     for j, entry in enumerate(found):
         x, t = rows[~np.isnan(rows[:, j]), j], trained[~np.isnan(trained[:, j]), j]
-        assert entry["measured"] == pytest.approx(len(x) / len(rows), abs=1e-6)
-        assert entry["training_measured"] == pytest.approx(len(t) / 400, abs=1e-6)
+        assert entry["measured"] == round(len(x) / len(rows), 6)
+        assert entry["training_measured"] == round(len(t) / 397, 6)
         if len(x) and len(t):
             assert entry["outside"] == pytest.approx(((x < t.min()) | (x > t.max())).mean(), abs=1e-6)
         if len(x) and len(t) and t.std() > 0:
