@@ -153,6 +153,18 @@ def test_what_is_equal_to_a_threshold() -> None:
     assert kind_of(nothing | {"all": 0.0}) == "undecided"
 
 
+def test_ability_is_above_chance_and_none_counts_against_the_others() -> None:
+    for chance in (0.0, 0.5):
+        e = {"all": 0.4 + chance, "chance": chance, "ability": 0.03}
+        assert carries(e)  # 0.05 of 0.4 is 0.02
+        assert not carries(e | {"ability": 0.019})
+    useful = {k: v for k, v in OTHER.items() if k != "alone"}  # no probe: what the model makes of it alone
+    useless = entry(0.3, 0.2, 0.9, -0.1, 0.2)
+    found = judge({"image": useful, "audio": useless}, {"all": 0.9, "chance": 0.5})
+    assert [v.evidence["ability"] for v in found] == pytest.approx([0.4, -0.2])
+    assert found[0].evidence["index"] == pytest.approx(1)  # all of the use and all of the ability
+
+
 def test_nothing_used_is_an_index_of_zero() -> None:
     unused = entry(0.9, 0.5, 0.9, 0.0, 0.2)
     found = judge({"audio": unused, "image": unused | {"resampled_shapley": -0.1}}, {"all": 0.9, "chance": 0.5})
