@@ -1,4 +1,4 @@
-"""Four open problems of the talk on multimodal collapse, as numbers (docs/experiments/open-problems.md).
+"""Four open problems of the talk on multimodal collapse, as numbers (docs/results/open-problems.md).
 
 ``python bench/open_problems.py docs/results/open-problems.jsonl --seeds 5`` runs the (set, seed) pairs that the log lacks, appends a
 line for each, and prints the table: paired differences with Student's 95 % interval over seeds.
