@@ -13,18 +13,21 @@ from torch import Tensor
 __all__ = [
     "DTYPES",
     "Tile",
+    "active_driver",
     "cdiv",
     "input_precision",
     "launch",
     "padded",
     "product_kind",
+    "relaunch",
     "splits",
     "triton_version",
     "usable",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BFLOAT16_PRODUCTS = os.environ.get("TRITON_INTERPRET") != "1"  # the stock interpreter multiplies their bits as integers
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BFLOAT16_PRODUCTS = not _INTERPRETED  # the stock interpreter multiplies their bits as integers
 PROGRAMS = 264  # about two per multiprocessor of an H100; fewer tiles than this are split along the samples
 
 
@@ -99,14 +102,35 @@ def splits(tiles: int, rows: int, smallest: int) -> int:
 
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, reaches: Sequence[Tensor] = (), **options: Any
-) -> None:
-    """Launch on ``device`` and its current stream. Triton by itself launches on torch's current device.
+) -> Any:
+    """Launch on ``device`` and its current stream; returns the compiled kernel, None in the interpreter.
 
-    ``reaches``: tensors whose addresses lie in memory that the kernel reads; they must outlive the launch, and the
+    Triton by itself launches on torch's current device. ``reaches``: tensors whose addresses lie in memory that the kernel reads; they must outlive the launch, and the
     sanitizer of the tests looks at them.
     """
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
-        return
+        return kernel[grid](*args, **options)
     with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        return kernel[grid](*args, **options)
+
+
+def active_driver() -> Any:
+    """Triton's driver, to whose device and context compiled kernels belong; None in the interpreter, which has none."""
+    return None if _INTERPRETED else triton.runtime.driver.active
+
+
+def relaunch(compiled: Any, grid: tuple[int, int, int], device: torch.device, args: tuple[Any, ...]) -> None:
+    """Launch a compiled kernel with all arguments in order, constants too, of the types and alignments that it has.
+
+    What ``kernel[grid]`` does after it has found the compiled kernel, which takes it longer than all the rest.
+    """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            relaunch(compiled, grid, device, args)
+        return
+    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
+    stream = driver.get_current_stream(driver.get_current_device())
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, compiled.launch_metadata(grid, stream, *args),
+        hooks.launch_enter_hook, hooks.launch_exit_hook, *args,
+    )  # fmt: skip

@@ -30,10 +30,11 @@ class _Driver:
 
 
 class Recorder:
-    """``launches``: names in order; ``compiled``: name and key of each specialisation, once."""
+    """``launches``: names in order; ``calls``: name, grid and arguments; ``compiled``: name and key of each, once."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
+        self.calls: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
         self.compiled: list[tuple[str, str]] = []
 
 
@@ -48,6 +49,7 @@ class _Compiled:
 
     def run(self, *args: Any) -> None:
         self.recorder.launches.append(self.name)
+        self.recorder.calls.append((self.name, args[:3], args[9:]))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def forward(
     Seven launches; one more for each of: widths that 16 does not divide, normalisation, a source, a hidden layer of the
     discriminator beyond the second.
     """
-    call = Call(features, present, source, params, residual, normalize)
+    call = Call(features, present, source, params, residual, normalize, ("forward", keep), (normalizer,))
     sizes, m, batch = call.sizes, call.sizes.m, call.batch
     recovered = [call.empty(batch, d) for d in sizes.dims]
     call.address(recovered)
@@ -63,20 +63,28 @@ def forward(
     def layer(number: int, a: Tensor, c: Tensor, psi: int = -1) -> None:
         """A layer of the heads, with layer ``psi`` of the discriminator if there is such; number −1: that alone."""
         nonlocal squared
-        rides, alone = 0 <= psi < len(acts), number < 0
-        widths = [*([] if alone else _outputs(sizes, number)), *([sizes.psi[psi + 1]] if rides else [])]
-        tile = product_tile(call.kind, max(_outputs(sizes, number)) if not alone else sizes.psi[psi + 1])
-        blocks = tile.blocks
-        tiles = cdiv(batch, blocks["BM"]) * max(cdiv(round16(w), blocks["BN"]) for w in widths)
-        programs = tiles * m * (2 if rides and not alone else 1)
+        programs, options = call.once((number, psi), lambda: constants(number, psi))
+        rides = 0 <= psi < len(acts)
         if number == 3:
             squared = call.floats(programs)
         below = ([g, *acts])[psi] if rides else a
         call.launch(
             ebr_fwd_kernel, programs, call.table, a, c, below, acts[psi] if rides else c, squared, call.present,
-            call.source, batch, sizes.hidden, sizes.latent, psi, M=m, LAYERS=call.layers, LAYER=max(number, 1 if alone else 0),
-            FIRST=int(alone), PSI=rides, RESIDUAL=residual, EVEN=sizes.even, PREC=call.precision, **tile.options,
+            call.source, batch, sizes.hidden, sizes.latent, psi, **options,
         )  # fmt: skip
+
+    def constants(number: int, psi: int) -> tuple[int, dict[str, Any]]:
+        """How many programs a layer takes, and what its kernel is compiled for."""
+        rides, alone = 0 <= psi < len(acts), number < 0
+        widths = [*([] if alone else _outputs(sizes, number)), *([sizes.psi[psi + 1]] if rides else [])]
+        tile = product_tile(call.kind, max(_outputs(sizes, number)) if not alone else sizes.psi[psi + 1])
+        blocks = tile.blocks
+        tiles = cdiv(batch, blocks["BM"]) * max(cdiv(round16(w), blocks["BN"]) for w in widths)
+        options = {
+            "M": m, "LAYERS": call.layers, "LAYER": max(number, 1 if alone else 0), "FIRST": int(alone), "PSI": rides,
+            "RESIDUAL": residual, "EVEN": sizes.even, "PREC": call.precision, **tile.options,
+        }  # fmt: skip
+        return tiles * m * (2 if rides and not alone else 1), options
 
     layer(0, g, h1)
     layer(1, h1, g)
@@ -158,7 +166,9 @@ def backward(
         recovered, latents, _, _, saved = forward(
             features, present, source, normalizer, params, residual, normalize, keep=True
         )
-    call = Call(features, present, source, params, residual, normalize)
+    outside = (reversal, *upstream.recovered, *upstream[1:])
+    inside = (*recovered, latents, *saved)
+    call = Call(features, present, source, params, residual, normalize, ("backward", needs), outside, inside)
     sizes, m, batch = call.sizes, call.sizes.m, call.batch
     counts, *rest = saved
     rstd = rest.pop(0) if normalize else None
@@ -171,7 +181,9 @@ def backward(
     losses = (reversal, d_md, counts)
 
     d_features = [torch.empty_like(r) for r in recovered] if needs.features else [None] * m
-    d_params: list[Any] = [call.empty(*p.shape) for p in call.params] if needs.params else [None] * len(params)
+    d_params: list[Any] = [None] * len(params)
+    if needs.params:
+        d_params = [torch.empty_like(p) if p.is_contiguous() else call.empty(*p.shape) for p in call.params]
     d_source = None
     if source is not None and needs.source:
         d_source = torch.empty(batch, m, m, dtype=source.dtype, device=call.device)
@@ -179,14 +191,22 @@ def backward(
         return d_features, d_source, [None if d is None else d.zero_() for d in d_params]
     d_y = [call.empty(batch, round16(d)) for d in sizes.dims]
     above = [0 if d is None else d for d in upstream.recovered]
-    column = [d_params[(c // 4) * 4 * m + 4 * i + c % 4] for c in range(8) for i in range(m)]
-    nothing = [0 if t is None else t for t in (*column, *d_features)]
-    strides = [0 if d is None else d.stride(n) for n in (0, 1) for d in upstream.recovered]
-    ends = [0 if t is None else t for t in d_params[8 * m :]]
-    call.address(recovered, *nothing, *d_y, *above, *strides, *ends)
+    strides = call.once(
+        "strides", lambda: [0 if d is None else d.stride(n) for n in (0, 1) for d in upstream.recovered]
+    )
+    ours = d_params if needs.params else [0] * len(params)
+    call.address(
+        recovered,
+        *call.plan.heads(ours),
+        *(d_features if needs.features else [0] * m),
+        *d_y,
+        *above,
+        *strides,
+        *ours[8 * m :],
+    )
 
     blocks = {"BR": 32, "BC": 64}
-    columns = max(cdiv(round16(d), blocks["BC"]) for d in sizes.dims)
+    columns = call.once("columns", lambda: max(cdiv(round16(d), blocks["BC"]) for d in sizes.dims))
     call.launch(
         ebr_output_grad_kernel, (cdiv(batch, blocks["BR"]) * columns, m), call.table, g, upstream.reconstruction,
         counts, call.present, call.source, batch, M=m, LAYERS=call.layers, RESIDUAL=residual, HAND_DOWN=needs.features, **blocks,
@@ -195,10 +215,7 @@ def backward(
     kind = call.kind
     n_shares, per = shares(batch, _SHARE, 64, _MOST_SHARES)
     psi_shares, psi_per = shares(batch * m, _PSI_SHARE, 64, 2 * _MOST_SHARES)
-    high, wide = max(sizes.hidden, *sizes.dims, sizes.latent), round16(sizes.hidden)
-    slab_size = round16(max(sizes.latent, *sizes.dims)) * wide + round16(high)
-    psi_widths = [round16(w) for w in sizes.psi[:-1]]
-    psi_slab = max([a * b + b for a, b in itertools.pairwise(psi_widths)], default=0)
+    slab_size, psi_slab = call.once("slabs", lambda: _slabs(sizes))
     folded = needs.params and (n_shares > 1 or not sizes.even)
     slabs = call.floats(4 * m * n_shares, slab_size) if folded else counts
     psi_slabs = call.floats(len(acts) * psi_shares, psi_slab) if needs.params and psi_slab else counts
@@ -206,7 +223,19 @@ def backward(
 
     def layer(number: int, d: Tensor, s: Tensor, c: Tensor | None, psi: int = -1, psi_d=d_top, psi_c=None) -> None:
         """Gradients of a layer of the heads, with layer ``psi`` of the discriminator; number −1: that alone."""
-        alone, rides = number < 0, 0 <= psi < len(sizes.psi) - 2 and d_md is not None
+        rides = 0 <= psi < len(sizes.psi) - 2 and d_md is not None
+        programs, region, options = call.once(
+            (number, psi), lambda: constants(number, psi, rides, c is not None, psi_c is not None)
+        )
+        call.launch(
+            ebr_bwd_kernel, programs, call.table, (d, s, d if c is None else c), (psi_d, acts[psi] if rides else g, psi_c),
+            (slabs, slab_size, psi_slabs, psi_slab), d_latents, losses, call.present, call.source, batch, sizes.hidden,
+            sizes.latent, psi, per, n_shares, psi_per, psi_shares, region, **options,
+        )  # fmt: skip
+
+    def constants(number: int, psi: int, rides: bool, below: bool, psi_below: bool) -> tuple[int, int, dict[str, Any]]:
+        """How many programs a layer takes, those of weight gradients among them, and what its kernel is compiled for."""
+        alone = number < 0
         ins = [] if alone else _inputs(sizes, number)
         outs = [] if alone else _outputs(sizes, number)
         tile = product_tile(kind, max(ins or [sizes.psi[psi]]), round16(min(outs or [sizes.psi[psi + 1]])))
@@ -223,17 +252,15 @@ def backward(
             )
         if needs.params and rides:
             region = max(region, cdiv(psi_shares * weight_programs(sizes.psi[psi + 1], sizes.psi[psi]), m))
-        widths = [*(ins if c is not None else []), *([sizes.psi[psi]] if rides and psi_c is not None else [])]
+        widths = [*(ins if below else []), *([sizes.psi[psi]] if rides and psi_below else [])]
         if widths:
             rows = cdiv(batch, bm) * max(cdiv(round16(w), bn) for w in widths)
-        programs = (region + rows) * m * (2 if rides and not alone else 1)
-        call.launch(
-            ebr_bwd_kernel, programs, call.table, (d, s, d if c is None else c), (psi_d, acts[psi] if rides else g, psi_c),
-            (slabs, slab_size, psi_slabs, psi_slab), d_latents, losses, call.present, call.source, batch, sizes.hidden,
-            sizes.latent, psi, per, n_shares, psi_per, psi_shares, region, M=m, LAYERS=call.layers,
-            LAYER=1 if alone else number, FIRST=int(alone), PSI=rides, DIRECT=direct and number == 2, RESIDUAL=residual,
-            EVEN=sizes.even, PREC=call.precision, **tile.options,
-        )  # fmt: skip
+        options = {
+            "M": m, "LAYERS": call.layers, "LAYER": 1 if alone else number, "FIRST": int(alone), "PSI": rides,
+            "DIRECT": direct and number == 2, "RESIDUAL": residual, "EVEN": sizes.even, "PREC": call.precision,
+            **tile.options,
+        }  # fmt: skip
+        return (region + rows) * m * (2 if rides and not alone else 1), region, options
 
     d_h3, d_u = torch.empty_like(h3), torch.empty_like(u)
     layers = list(range(len(acts) - 1, 0, -1))  # hidden layers of the discriminator above its first, top first
@@ -266,13 +293,22 @@ def backward(
     layer(0, d_h1, h1, h1 if needs.features else None)
     if needs.params:
         skipped = 0 if folded else 4 * m
-        most = max(p.numel() + p.shape[0] for p in (call.params if folded else call.params[8 * m :]))
+        some = call.params if folded else call.params[8 * m :]
+        most = call.once("most", lambda: max(p.numel() + p.shape[0] for p in some))
         call.launch(
             ebr_fold_kernel, (cdiv(most, _FOLD), 4 * m + call.layers - skipped), call.table, g, slabs, slab_size,
             n_shares, psi_slabs, psi_slab, psi_shares, last, last.shape[0], d_md, counts, sizes.hidden, sizes.latent,
             skipped, M=m, LAYERS=call.layers, BLOCK=_FOLD,
         )  # fmt: skip
     return d_features, d_source, d_params
+
+
+def _slabs(sizes: Sizes) -> tuple[int, int]:
+    """Elements of one share of a layer's gradient, at most: of the heads, and of the discriminator."""
+    heads = round16(max(sizes.latent, *sizes.dims)) * round16(sizes.hidden)
+    psi = [round16(w) for w in sizes.psi[:-1]]
+    widest = max(sizes.hidden, *sizes.dims, sizes.latent)
+    return heads + round16(widest), max([a * b + b for a, b in itertools.pairwise(psi)], default=0)
 
 
 def _outputs(sizes: Sizes, layer: int, each: bool = False) -> list[int]:

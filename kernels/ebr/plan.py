@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .. import common
-from ..common import DTYPES, Tile, cdiv, input_precision, product_kind, triton_version
+from ..common import DTYPES, Tile, cdiv, input_precision, triton_version
 from .rows import ebr_pack_kernel, ebr_table_kernel
 
 __all__ = [
@@ -145,8 +146,33 @@ class Upstream(NamedTuple):
     reconstruction: Tensor | None
 
 
+class Plan:
+    """What calls of equal sizes, dtypes, strides, device and options share.
+
+    ``made``: what was computed from the sizes; ``compiled``: by the number of a launch, its compiled kernel, grid and constants;
+    ``regular``: whether the kernels read all where it lies; ``heads``: parameters of the heads in the table's order.
+    """
+
+    def __init__(self, sizes: Sizes, strides: Sequence[int]) -> None:
+        m = sizes.m
+        self.sizes, self.numbers = sizes, (*strides, *sizes.dims)
+        self.heads = itemgetter(*((c // 4) * 4 * m + 4 * i + c % 4 for c in range(8) for i in range(m)))
+        self.made: dict[Any, Any] = {}
+        self.compiled: dict[int, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
+        self.regular = False
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 256
+# what a launch does after the look-up is an internal of Triton: other versions look up every time
+_RELAUNCHES = triton_version() in ((3, 7), (3, 8))
+
+
 class Call:
-    """Tensors of a call as the kernels take them, and its table of addresses.
+    """Tensors of a call as the kernels take them, its plan, and its table of addresses.
+
+    ``what``: further options of the call; ``outside``: further tensors that come from outside, ``inside``: such that a
+    forward of ours made.
 
     The table, in int64: for each modality 0-7 the head's parameters, 8 features and 9 their row stride, 10 width, 11
     ``recovered``; then the discriminator's 2 L parameters and L + 1 widths. For a backward follow 0-7 the gradients of the
@@ -154,17 +180,45 @@ class Call:
     discriminator's 2 L gradients.
     """
 
-    def __init__(self, features, present, source, params, residual: bool, normalize: bool) -> None:
+    def __init__(
+        self, features, present, source, params, residual: bool, normalize: bool, what: tuple[Any, ...],
+        outside: Sequence[Tensor | None], inside: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         self.features, self.params = tuple(features), tuple(params)
-        self.sizes, self.residual, self.normalize = Sizes.of(features, params), residual, normalize
+        self.residual, self.normalize = residual, normalize
         self.present = None if present is None else present.contiguous().view(torch.uint8)
         self.source = None if source is None else source.contiguous()
         like = self.features[0]
         self.batch, self.dtype, self.device = like.shape[0], like.dtype, like.device
-        self.kind, self.precision = product_kind(self.dtype), input_precision(self.dtype)
+        self.precision = input_precision(self.dtype)
+        self.kind = self.precision if self.dtype == torch.float32 else "half"
+        outside = (present, source, *outside)
+        psi = self.params[8 * len(self.features) :: 2]
+        key = (
+            what, *((f.shape, f.stride()) for f in self.features), self.params[0].shape[0], *(w.shape for w in psi),
+            self.dtype, self.device, self.precision, residual, normalize, common.active_driver(),
+            *(None if t is None else (t.dtype, t.stride()) for t in outside),
+        )  # fmt: skip
+        plan = _plans.get(key)
+        if plan is None:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            plan = _plans[key] = Plan(Sizes.of(self.features, self.params), [f.stride(0) for f in self.features])
+        self.plan, self.sizes = plan, plan.sizes
         self.layers = len(self.sizes.psi) - 1
+        given = (*self.features, *self.params, *(t for t in outside if t is not None), *inside)
+        aligned = not functools.reduce(or_, map(Tensor.data_ptr, given)) & 15
+        self.relaunches = _RELAUNCHES and aligned and all(map(Tensor.is_contiguous, self.params))
+        self.launched = 0
         self.reached: list[Tensor] = []
         self.table = like
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned for this key in the first call of the plan."""
+        made = self.plan.made.get(key)
+        if made is None:
+            made = self.plan.made[key] = make()
+        return made
 
     def empty(self, *shape: int) -> Tensor:
         """A buffer in the dtype of the features."""
@@ -180,14 +234,28 @@ class Call:
 
     def launch(self, kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:
         """Launch on the device of the call; the table reaches tensors that are no arguments."""
+        number, self.launched = self.launched, self.launched + 1
+        if self.relaunches and (ready := self.plan.compiled.get(number)) is not None:
+            common.relaunch(ready[0], ready[1], self.device, args + ready[2])
+            return
         grid = (programs,) if isinstance(programs, int) else programs
-        if all(grid):
-            common.launch(kernel, grid, self.device, *args, reaches=self.reached, **options)
+        if not all(grid):
+            return
+        compiled = common.launch(kernel, grid, self.device, *args, reaches=self.reached, **options)
+        if self.relaunches and compiled is not None:
+            constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+            self.plan.compiled[number] = compiled, (*grid, 1, 1)[:3], constants
 
     def address(self, recovered: Sequence[Tensor], *more: Any) -> None:
         """Write the table: the forward's part, then ``more``. Copies what the kernels cannot read where it lies."""
-        sizes, m = self.sizes, self.sizes.m
+        sizes, m, plan = self.sizes, self.sizes.m, self.plan
         copies: list[Any] = []
+        if self.relaunches and plan.regular:
+            own = (*plan.heads(self.params), *self.features, *plan.numbers, *recovered)
+            values = (*own, *self.params[8 * m :], *sizes.psi, *more)
+            self.table = torch.empty(len(values), dtype=torch.int64, device=self.device)
+            self.launch(ebr_table_kernel, 1, self.table, values, N=len(values), num_warps=1)
+            return
         self.reached = [*self.features, *self.params, *recovered, *(t for t in more if isinstance(t, Tensor))]
 
         def readable(t: Tensor, rows: int = 0, modality: int = -1) -> Tensor:
@@ -207,11 +275,18 @@ class Call:
             params = [readable(p, p.shape[0] if p.dim() == 2 else 0) for p in params[:-2]]
             params += [readable(self.params[-2]), self.params[-1].contiguous()]
             self.reached.append(params[-1])
-        columns = [[params[(c // 4) * 4 * m + 4 * i + c % 4] for i in range(m)] for c in range(8)]
         x = [readable(f, modality=i) for i, f in enumerate(self.features)]
-        values = [t for column in columns for t in column]
-        values += [*x, *(t.stride(0) for t in x), *sizes.dims, *recovered, *params[8 * m :], *sizes.psi, *more]
-        at = len(values)
+        values = [
+            *plan.heads(params),
+            *x,
+            *(t.stride(0) for t in x),
+            *sizes.dims,
+            *recovered,
+            *params[8 * m :],
+            *sizes.psi,
+            *more,
+        ]
+        at, plan.regular = len(values), not copies
         self.table = torch.empty(at + len(copies), dtype=torch.int64, device=self.device)
         self.launch(ebr_table_kernel, 1, self.table, (*values, *copies), N=at + len(copies), num_warps=1)
         if copies:

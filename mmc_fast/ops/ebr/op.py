@@ -21,7 +21,7 @@ from mmc_fast.errors import InputError
 
 from .. import native
 from ..dispatch import record, register
-from . import eager, products, reference, triton
+from . import eager, function, products, reference, triton
 from .reference import Call
 
 __all__ = ["SCHEMA_VERSION", "ebr_step"]
@@ -195,6 +195,8 @@ def ebr_step(call: Call, backend: str) -> tuple[list[Tensor], Tensor, Tensor, Te
         if not torch.compiler.is_compiling():
             record("ebr_step", "reference")
         return reference.ebr_step(call)
+    if backend == "triton" and function.applies(call):
+        return function.apply(call)
     recompute = (
         call.recompute or not torch.is_grad_enabled()
     )  # nothing will be asked for again, so nothing need be kept
