@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 from mmc_fast._util.atomic import write_json  # noqa: E402
 from mmc_fast.cli import device_bench, device_selftest  # noqa: E402
 from mmc_fast.cli.device_bench import SIDES, Shape, make_case, measure, precision  # noqa: E402
+from mmc_fast.ops import measured  # noqa: E402
 from mmc_fast.ops.dispatch import ran  # noqa: E402
 
 TINY = (
@@ -105,19 +106,6 @@ def times(
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]], right: bool, backend: str = "triton") -> list[dict[str, Any]]:
-    """What ``auto`` may read: the backend per op, shape and precision; eager wherever something is wrong."""
-    found = []
-    for row in rows:
-        ms = {name: side["ms"] for name, side in row["sides"].items() if "ms" in side}
-        pairs = [(f"ours{how}", f"eager{how}") for how in ("", ", CUDA graph")]
-        both = [ms[a] < ms[b] for a, b in pairs if a in ms and b in ms]
-        wins = bool(both) and all(both) and right and row["problem"] is None
-        kept = {key: row.get(key) for key in ("op", "shape", "precision", "problem")}
-        found.append(kept | {"ms": ms, "backend": backend if wins else "eager"})
-    return found
-
-
 def section(name: str, dry: bool, deadline: float) -> dict[str, Any]:
     """Run one section here."""
     device = torch.device("cpu" if dry else "cuda")
@@ -163,7 +151,9 @@ def check(
     for row, more in zip(rows, found.pop("compiled").get("rows", []), strict=False):
         row["sides"] |= more["sides"]
     found["right"] = is_right(found["selftest"], found["races"])
-    found["table"] = table(rows, found["right"], "auto" if dry else "triton")
+    found["table"] = measured.table(rows, found["right"], "auto" if dry else "triton")
+    if not dry:  # what auto reads from now on
+        found["table_file"] = str(measured.write(found["environment"]["device"], found["table"]))
     write_json(out, found)
     return found
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "info": ("Show versions, hardware, the native library, data sets and environment variables.", "cli"),
     "selftest": ("Check every native kernel on every instruction set of this machine.", "cli"),
     "bench": ("Time the AGOP core on this machine, or both ops on a GPU.", "cli"),
+    "tune": ("Measure both ops on a GPU and store which backend auto takes there.", "cli"),
 }
 """Command, which is the file of this package that defines it as ``COMMAND`` -> its line in ``--help``, and the extra that
 brings what it needs."""
@@ -53,6 +54,7 @@ EXAMPLES = {
     "info": "mmc-fast info --json",
     "selftest": "mmc-fast selftest",
     "bench": "mmc-fast bench --json",
+    "tune": "mmc-fast tune --device cuda",
 }
 """Shown at the end of the help of each command."""
 

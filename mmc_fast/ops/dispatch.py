@@ -15,7 +15,7 @@ from mmc_fast.errors import InputError
 
 from . import native
 
-__all__ = ["BACKENDS", "Backend", "choose", "explain", "ran", "record", "register", "reset_ran"]
+__all__ = ["BACKENDS", "Backend", "choose", "explain", "prefer", "ran", "record", "register", "reset_ran"]
 
 BACKENDS = ("auto", "cpp", "triton", "cuda", "eager", "reference")
 
@@ -23,6 +23,7 @@ Check = Callable[..., "str | None"]
 
 _checks: dict[str, dict[str, Check]] = {}
 _notes: dict[tuple[str, str], str | Callable[..., str]] = {}
+_first: dict[str, Callable[..., str | None]] = {}
 _ran: Counter[str] = Counter()
 
 
@@ -41,6 +42,11 @@ def register(op_name: str, backend: str, check: Check, note: str | Callable[...,
     _notes[op_name, backend] = note
 
 
+def prefer(op_name: str, first: Callable[..., str | None]) -> None:
+    """Let a function of the call's arguments name the backend that comes before the others, None for the usual order."""
+    _first[op_name] = first
+
+
 def _usable(op_name: str, backend: str, args: tuple[Any, ...]) -> str:
     note = _notes[op_name, backend]
     said = note(*args) if callable(note) else note
@@ -51,9 +57,11 @@ def _judge(op_name: str, args: tuple[Any, ...], backend: str = "auto") -> Iterat
     """One backend of an op, or all in the order of preference, with the reason why it cannot run, None where it can."""
     if op_name not in _checks:
         raise InputError(f"explain: unknown op {op_name!r}; known are {', '.join(sorted(_checks))}")
-    for name, check in _checks[op_name].items():
+    checks = _checks[op_name]
+    first = _first[op_name](*args) if backend == "auto" and op_name in _first else None
+    for name in checks if first is None else (first, *(name for name in checks if name != first)):
         if backend in ("auto", name):
-            yield name, check(*args)
+            yield name, checks[name](*args)
 
 
 def explain(op_name: str, *args: Any) -> list[Backend]:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import device_check
 
 from mmc_fast.cli import device_bench
+from mmc_fast.ops import measured
 
 
 def test_a_dry_run_fills_every_section(tmp_path, capsys):
@@ -47,7 +48,7 @@ def test_results_that_repeat_otherwise_are_counted():
 def test_the_table_takes_ours_only_where_all_of_it_is_right_and_faster():
     def backend(right=True, problem=None, **ms):
         sides = {name.replace("_", ", CUDA "): {"ms": value} for name, value in ms.items()}
-        return device_check.table([{"sides": sides, "problem": problem}], right)[0]["backend"]
+        return measured.table([{"sides": sides, "problem": problem}], right)[0]["backend"]
 
     assert backend(ours=1.0, eager=2.0, ours_graph=1.0, eager_graph=2.0) == "triton"
     assert backend(ours=1.0, eager=2.0, ours_graph=2.0, eager_graph=1.0) == "eager"

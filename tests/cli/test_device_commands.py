@@ -16,7 +16,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 
 @without_gpu
-@pytest.mark.parametrize("command", ["selftest", "bench"])
+@pytest.mark.parametrize("command", ["selftest", "bench", "tune"])
 def test_without_a_gpu_one_line_and_exit_code_2(command):
     result = CliRunner().invoke(app, [command, "--device", "cuda"])
     assert result.exit_code == 2

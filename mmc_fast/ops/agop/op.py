@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-from .. import native
-from ..dispatch import choose, record, register
+from .. import measured, native
+from ..dispatch import choose, prefer, record, register
 from . import cuda, reference
 
 __all__ = [
@@ -92,6 +92,10 @@ def _triton_check(*tensors: Tensor | None) -> str | None:
     return kernels.usable([t for t in tensors if t is not None])
 
 
+def _triton_note(*tensors: Tensor | None) -> str:
+    return measured.note("agop", tensors[0] if tensors else None)
+
+
 def _cuda_check(*tensors: Tensor | None) -> str | None:
     return cuda.unusable_reason([t for t in tensors if t is not None])
 
@@ -103,10 +107,13 @@ def _always(*tensors: Tensor | None) -> str | None:
 for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name in _SCHEMAS:
         register(_name, "cpp", _cpp_check)
-    register(_name, "triton", _triton_check, note="not measured on this device")
+    register(_name, "triton", _triton_check, note=_triton_note)
     if _name == "relu_coactivation_update":  # after Triton: its product is float64
         register(_name, "cuda", _cuda_check)
     register(_name, "eager", _always)
+
+
+prefer("relu_coactivation_update", lambda *tensors: measured.faster("agop", tensors[0] if tensors else None))
 
 
 def _implementation(op: str, backend: str) -> Callable[..., Any]:

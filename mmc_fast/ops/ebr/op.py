@@ -19,8 +19,8 @@ from torch import Tensor
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-from .. import native
-from ..dispatch import record, register
+from .. import measured, native
+from ..dispatch import prefer, record, register
 from . import eager, function, products, reference, triton
 from .reference import Call
 
@@ -179,10 +179,21 @@ def _judges(check: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _CHECKS = {"cpp": _cpp_check, "triton": triton.check, "eager": eager.check, "reference": _reference_check}
-_NOTES: dict[str, Any] = {"cpp": _judges(_cpp_note), "triton": "not measured on this device"}
+
+
+def _measured(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
+    return measured.faster("ebr_step", features[0] if features else None)
+
+
+def _triton_note(features: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
+    return measured.note("ebr_step", features[0] if features else None)
+
+
+_NOTES: dict[str, Any] = {"cpp": _judges(_cpp_note), "triton": _judges(_triton_note)}
 # The portable tiles are there to be right everywhere; torch's own products are faster than they are.
 _native_wins = _native_reason is None and (native.current_isa() != "base" or env("MMC_CPU_ISA") is not None)
-# A GPU kernel is taken by name only, until a measurement on that class of devices shows that it is faster than eager.
+# A GPU kernel is taken where a measurement on that class of devices shows that it is faster than eager, else by name only.
+prefer("ebr_step", _judges(_measured))
 for _name in ("cpp", "eager", "triton", "reference") if _native_wins else ("eager", "cpp", "triton", "reference"):
     register("ebr_step", _name, _judges(_CHECKS[_name]), note=_NOTES.get(_name, ""))
 
