@@ -128,7 +128,7 @@ def render_comparison(lines: Sequence[Line]) -> str:
     for method in METHODS:
         found = [cells.get((method, *column)) for column in columns]
         table.append(f"| {method} | " + " | ".join(_number(line, bold=_better(line)) for line in found) + " |")
-    metrics = ", ".join(f"{data}: {metric}" for data, metric in main_metric.items())
+    metrics = ", ".join(f"{data}: {metric_name(metric)}" for data, metric in main_metric.items())
     seeds = " or ".join(sorted({line["seeds"] for line in lines}))
     explained = (
         f"Test scores ({metrics}), mean ± s.d. over {seeds} seeds, settings selected on validation data by searches of equal "
