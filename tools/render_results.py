@@ -17,6 +17,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmc_fast.experiments.report.drawings import metric_name
+
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, RECORDS = (
     ROOT / "README.md",
