@@ -19,7 +19,11 @@ class EnvVariable:
 
 VARIABLES: tuple[EnvVariable, ...] = (
     EnvVariable("MMC_DATA", None, "folder with the benchmark data sets that are not part of the package"),
-    EnvVariable("MMC_CPU_ISA", None, "instruction set of the native kernels: base, avx2, avx512 or avx512_vpopcntdq"),
+    EnvVariable(
+        "MMC_CPU_ISA",
+        None,
+        "instruction set of the native kernels: base, avx2, avx512, avx512_vpopcntdq or amx; amx_emulated for tests",
+    ),
     EnvVariable("MMC_GEMM", "auto", "how the native EBR step multiplies: tiles, blas, or auto (as measured here)"),
     EnvVariable(
         "MMC_BUILD", None, "at installation: 0 leaves the native library out, 1 fails where it cannot be built"

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "certificate.h"
+#include "split.h"
 #include "ways.h"
 
 namespace mmc {
@@ -17,6 +18,8 @@ constexpr int64_t kBlockFloats = 96 * 1024;  // packed samples of one block: the
 
 constexpr int64_t kProductFloats = 256 * 1024;  // pre-activations of one block by a product: in L2 until their signs are taken
 constexpr int64_t kProductWords = 1024 / kWordBits;
+
+constexpr int kParts = 2;  // of a split product: its signs are as certain as those of float32
 
 static_assert(kPanel % kCountRows == 0, "tiles cover a panel");
 
@@ -75,6 +78,43 @@ void count_upper(const KernelTable& table, const uint64_t* words, int64_t per_un
   });
 }
 
+constexpr int64_t kByteWords = 32;  // words that are spread into bytes at a time: what one thread multiplies stays in its L2
+constexpr int64_t kByteColumn = 8;  // blocks of units j that pass by the units i
+
+// the same by matrix tiles, 32 units a block
+void count_bytes(const MatrixTiles& tiles, const uint64_t* words, int64_t per_unit, int64_t units, int64_t* counts, int64_t ld,
+                 const Pool& pool) {
+  const int64_t blocks = ceil_div(units, kTileBlock), columns = ceil_div(blocks, kByteColumn), width = kByteColumn * kTileBlock;
+  const int64_t size = std::min(kByteWords, per_unit) * 2 * kTileSize;  // of kTile units
+  const Buffer<uint8_t> rows(blocks * kBlockTiles * size), lanes(blocks * kBlockTiles * size);
+  const Buffer<uint64_t> nothing(kByteWords * kPanel);
+  std::memset(nothing.get(), 0, kByteWords * kPanel * sizeof(uint64_t));
+  for (int64_t w = 0; w < per_unit; w += kByteWords) {
+    const int64_t count = std::min(kByteWords, per_unit - w);
+    parallel_for(pool, blocks * kBlockTiles, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const uint64_t* of[kTile];
+        for (int64_t r = 0, unit = t * kTile; r < kTile; ++r, ++unit)
+          of[r] = unit < units ? words + panel_offset(unit, per_unit) + w * kPanel : nothing.get();
+        tiles.spread(of, kPanel, count, rows.get() + t * size, lanes.get() + t * size);
+      }
+    });
+    // blocks i, each with a column of blocks j that reaches the diagonal
+    parallel_for(pool, columns * blocks, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<int32_t> found(kTileBlock * width);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t i = t % blocks, j = std::max(i, t / blocks * kByteColumn), last = std::min(blocks, (t / blocks + 1) * kByteColumn);
+        if (j >= last) continue;
+        tiles.count(count, last - j, rows.get() + i * kBlockTiles * size, lanes.get() + j * kBlockTiles * size, found.get(), width);
+        const int64_t first = j * kTileBlock, end_unit = std::min(units, last * kTileBlock);
+        for (int64_t r = i * kTileBlock; r < std::min(units, (i + 1) * kTileBlock); ++r)
+          for (int64_t l = std::max(r, first); l < end_unit; ++l)
+            counts[r * ld + l] += found[(r - i * kTileBlock) * width + l - first];
+      }
+    });
+  }
+}
+
 std::atomic<PreactivationProduct> product{nullptr};
 
 // The signs of a block of samples, whose first word begins a word of `words`.
@@ -130,6 +170,24 @@ struct Block {
     }
   }
 
+  // the signs of pre-activations z [units, width] without bias
+  void take(float* z, int64_t width, const float* scale, const float* offset) {
+    uint64_t unsure[kProductWords];
+    for (int64_t unit = 0; unit < units; ++unit) {
+      std::fill(z + unit * width + x.rows, z + (unit + 1) * width, 0.0f);
+      const SignRow signs{width / kWordBits, z + unit * width, norms, certificate.bias()[unit], scale[unit],
+                          offset[unit], words + panel_offset(unit, per_unit), kPanel, unsure};
+      if (table.sign_row(signs))
+        for (int64_t w = 0; w < signs.count; ++w) decide(unit, w * kWordBits, unsure[w]);
+      finish(unit, 1);
+    }
+  }
+
+  void by_split(const SplitLayer& layer, float* memory) {
+    const SplitLayer::Signs signs = layer.multiply(x, norms, memory);
+    take(signs.z, signs.width, signs.scale, signs.offset);
+  }
+
   bool by_product(const Matrix& weight, float* memory) {
     const int64_t depth = x.cols, lanes = table.lanes, width = round_up(x.rows, kWordBits);
     float *panel = memory, *z = panel + lanes * depth;
@@ -138,15 +196,7 @@ struct Block {
       table.pack(x.data + p * x.row_stride, x.col_stride, x.row_stride, depth, std::clamp<int64_t>(x.rows - p, 0, lanes), lanes, panel);
       certificate.norms(panel, norms + p);
     }
-    uint64_t unsure[kProductWords];
-    for (int64_t unit = 0; unit < units; ++unit) {
-      std::fill(z + unit * width + x.rows, z + (unit + 1) * width, 0.0f);
-      const SignRow signs{width / kWordBits, z + unit * width, norms, certificate.bias()[unit], certificate.scale()[unit],
-                          certificate.offset()[unit], words + panel_offset(unit, per_unit), kPanel, unsure};
-      if (table.sign_row(signs))
-        for (int64_t w = 0; w < signs.count; ++w) decide(unit, w * kWordBits, unsure[w]);
-      finish(unit, 1);
-    }
+    take(z, width, certificate.scale(), certificate.offset());
     return true;
   }
 };
@@ -170,12 +220,14 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   const int64_t samples = x.rows, depth = x.cols, units = weight.rows;
   if (samples == 0 || units == 0) return false;
   chunk = std::min(round_up(chunk > 0 ? chunk : default_chunk(units, pool), kWordBits), round_up(samples, kWordBits));
-  const bool blas = depth > 0 && product.load() &&
+  const MatrixTiles* tiles = current_tiles();
+  const std::unique_ptr<SplitLayer> split(tiles && depth >= tiles->least_depth ? new SplitLayer(*tiles, weight, bias, kParts, pool) : nullptr);
+  const bool blas = !split && depth > 0 && product.load() &&
                     ways(Number::float32, pool.threads, false) >> product_class(Order::forward, chunk, units, depth) & 1;
 
   const Panels weights{weight.data, weight.col_stride, weight.row_stride, depth, units, table.rows};
-  Buffer<float> packed(blas ? 0 : weights.size());
-  if (!blas) pack_panels(table, weights, packed.get(), pool);
+  Buffer<float> packed(blas || split ? 0 : weights.size());
+  if (!blas && !split) pack_panels(table, weights, packed.get(), pool);
   const Certificate certificate(table, weight, bias, weights.panels() * table.rows, pool);
 
   // panels of one unit more than the last row tile may write
@@ -183,10 +235,12 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
   Buffer<uint64_t> words(unit_slots * (chunk / kWordBits));
   std::memset(words.get(), 0, unit_slots * (chunk / kWordBits) * sizeof(uint64_t));
 
-  const int64_t wanted = blas ? std::clamp<int64_t>(kProductFloats / units, 256, 1024) : kBlockFloats / std::max<int64_t>(1, depth);
+  const int64_t wanted = blas || split ? std::clamp<int64_t>(kProductFloats / units, 256, 1024) : kBlockFloats / std::max<int64_t>(1, depth);
   const int64_t block = std::min(chunk, std::max(kWordBits, wanted / kWordBits * kWordBits));
   // panels or pre-activations, norms of the samples, one row
-  const int64_t scratch_size = (blas ? units * block + table.lanes * depth : block * depth) + block + depth;
+  const int64_t row_size = round_up(depth, 16);
+  const int64_t rest_size = split ? split->scratch(block) : blas ? units * block + table.lanes * depth : block * depth;
+  const int64_t scratch_size = rest_size + block + row_size;
   Scratch<float> scratch(pool.threads + 1, scratch_size);
   std::atomic<bool> bad{false};
 
@@ -199,13 +253,15 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
       Buffer<float> own;
       float* memory = scratch.take();
       if (!memory) own = Buffer<float>(scratch_size), memory = own.get();
-      float *norms = memory, *row = norms + block, *rest = row + depth;
+      float *norms = memory, *row = norms + block, *rest = row + row_size;
       bool any = false;
       const int64_t last = std::min(size, end * kWordBits);
       for (int64_t first = begin * kWordBits; first < last; first += block) {
         const Matrix part{x.data + (start + first) * x.row_stride, std::min(block, last - first), depth, x.row_stride, x.col_stride};
         Block signs{table, certificate, part, units, words.get() + first / kWordBits * kPanel, per_unit, norms, row};
-        if (!blas || !signs.by_product(weight, rest)) {
+        if (split) {
+          signs.by_split(*split, rest);
+        } else if (!blas || !signs.by_product(weight, rest)) {
           if (blas) {  // refused: rare enough to pack the weights again
             Buffer<float> panels(part.rows * depth + kWordBits * depth), again(weights.size());
             pack_panels(table, weights, again.get(), serial_pool());
@@ -218,7 +274,11 @@ bool relu_coactivation_update(const Matrix& x, const Matrix& weight, const float
       }
       if (any) bad.store(true);
     });
-    count_upper(table, words.get(), per_unit, units, counts, ld, pool);
+    if (tiles) {
+      count_bytes(*tiles, words.get(), per_unit, units, counts, ld, pool);
+    } else {
+      count_upper(table, words.get(), per_unit, units, counts, ld, pool);
+    }
   }
   return bad.load();
 }

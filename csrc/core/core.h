@@ -34,6 +34,7 @@ MMC_API std::vector<std::string> compiled_isas();
 MMC_API std::vector<std::string> supported_isas();
 MMC_API std::string select_isa(const char* name);
 MMC_API const char* current_isa();
+MMC_API int64_t split_depth();  // the least depth of products that go through matrix tiles here; 0: none do
 
 // Calls so far of each primitive on each instruction set, as "primitive/isa": the proof of what ran.
 struct Count {

@@ -1,23 +1,49 @@
 // Which instruction set runs: the best that the processor has, or the one that is forced.
 #include "internal.h"
+#ifdef MMC_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mmc {
 namespace {
 
-const KernelTable* const kTables[] = {
-    &base::table,
+struct Level {
+  const char* name;
+  const KernelTable& table;
+  const MatrixTiles* tiles = nullptr;
+};
+
+const Level kLevels[] = {
+    {"amx_emulated", base::table, &amx_emulated::tiles},
+    {"base", base::table},
 #ifdef MMC_X86
-    &avx2::table,
-    &avx512::table,
-    &avx512_vpopcntdq::table,
+    {"avx2", avx2::table},
+    {"avx512", avx512::table},
+    {"avx512_vpopcntdq", avx512_vpopcntdq::table},
+#endif
+#ifdef MMC_AMX
+    {"amx", avx512_vpopcntdq::table, &amx::tiles},
 #endif
 };
-constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
+constexpr int kCount = sizeof(kLevels) / sizeof(kLevels[0]), kBase = 1;
 const char* const kPrimitiveNames[kPrimitives] = {"relu_coactivation_update", "derivative_gram_update", "syrk_update",
                                                   "agop_finalise", "ebr_step", "ebr_step_backward"};
 
 std::atomic<int> current{-1};
 std::atomic<int64_t> calls[kPrimitives][kCount];
+
+#ifdef MMC_AMX
+// Tiles are part of the state of a process only where its kernel grants that. An emulator's are right and slow.
+bool ask_for_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __cpuid(0x40000000, a, b, c, d);
+  const bool emulated = b == 0x54474354;  // "TCGT", qemu
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return !emulated && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool supported(int index) {
 #ifdef MMC_X86
@@ -26,17 +52,24 @@ bool supported(int index) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (index) {
-    case 1: return has_avx2;
-    case 2: return has_avx512;
-    case 3: return has_avx512 && __builtin_cpu_supports("avx512vpopcntdq");
+    case 2: return has_avx2;
+    case 3: return has_avx512;
+    case 4: return has_avx512 && __builtin_cpu_supports("avx512vpopcntdq");
+#ifdef MMC_AMX
+    case 5: {
+      static const bool has_tiles = has_avx512 && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("amx-tile") &&
+                                    __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && ask_for_tiles();
+      return has_tiles;
+    }
+#endif
   }
 #endif
-  return index == 0;
+  return index <= kBase;
 }
 
-int best() {
+int best() {  // matrix tiles have never run on hardware: they are asked for by name
   int index = kCount - 1;
-  while (!supported(index)) --index;
+  while (kLevels[index].tiles || !supported(index)) --index;
   return index;
 }
 
@@ -65,14 +98,14 @@ Pool serial_pool() { return {run_serially, 1}; }
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const auto* table : kTables) names.push_back(table->name);
+  for (const auto& level : kLevels) names.push_back(level.name);
   return names;
 }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kCount; ++i)
-    if (supported(i)) names.push_back(kTables[i]->name);
+    if (supported(i)) names.push_back(kLevels[i].name);
   return names;
 }
 
@@ -82,7 +115,7 @@ std::string select_isa(const char* name) {
     return "";
   }
   for (int i = 0; i < kCount; ++i) {
-    if (std::string(kTables[i]->name) != name) continue;
+    if (std::string(kLevels[i].name) != name) continue;
     if (!supported(i))
       return "this processor has no " + std::string(name) + "; it can run: " + join(supported_isas());
     current.store(i);
@@ -91,21 +124,25 @@ std::string select_isa(const char* name) {
   return "unknown instruction set '" + std::string(name) + "'; this build has: " + join(compiled_isas());
 }
 
-const char* current_isa() { return kTables[current_index()]->name; }
+const char* current_isa() { return kLevels[current_index()].name; }
 
 const KernelTable& kernels(Primitive primitive) {
   const int index = current_index();
   calls[primitive][index].fetch_add(1, std::memory_order_relaxed);
-  return *kTables[index];
+  return kLevels[index].table;
 }
 
-const KernelTable& current_kernels() { return *kTables[current_index()]; }
+const KernelTable& current_kernels() { return kLevels[current_index()].table; }
+
+const MatrixTiles* current_tiles() { return kLevels[current_index()].tiles; }
+
+int64_t split_depth() { return current_tiles() ? current_tiles()->least_depth : 0; }
 
 std::vector<Count> dispatch_counts() {
   std::vector<Count> out;
   for (int p = 0; p < kPrimitives; ++p)
     for (int i = 0; i < kCount; ++i)
-      if (const int64_t n = calls[p][i].load()) out.push_back({std::string(kPrimitiveNames[p]) + "/" + kTables[i]->name, n});
+      if (const int64_t n = calls[p][i].load()) out.push_back({std::string(kPrimitiveNames[p]) + "/" + kLevels[i].name, n});
   return out;
 }
 

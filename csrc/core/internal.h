@@ -6,6 +6,7 @@
 #include <new>
 
 #include "core.h"
+#include "matrix_tiles.h"
 
 namespace mmc {
 
@@ -13,6 +14,7 @@ enum Primitive : int { kCoactivation, kDerivativeGram, kSyrk, kFinalise, kEbrSte
 
 const KernelTable& kernels(Primitive primitive);  // the current table; counts the call
 const KernelTable& current_kernels();             // the current table, for parts of a call that was counted
+const MatrixTiles* current_tiles();                // null where the current instruction set has none
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

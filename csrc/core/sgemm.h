@@ -26,6 +26,11 @@ struct Epilogue {
 MMC_API void sgemm(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, float* c, int64_t ldc,
                    const Epilogue& epilogue, float* row_sums, const Pool& pool);
 
+// c = a times b from 1 or 2 bfloat16 parts of each operand (split.h): 1 or 3 products, float32 sums. False where there are no matrix
+// tiles or they do not pay; nothing was written then.
+MMC_API bool split_product(int64_t m, int64_t n, int64_t k, const Strided& a, const Strided& b, int parts, float* c, int64_t ldc,
+                           const Pool& pool);
+
 // The epilogue, but for `add`, on rows of a product that lie in c, and sums[l] += sum_r a[r * row + l]: for products of a BLAS.
 // The gate's first row belongs to c's.
 MMC_API void finish_product(int64_t rows, int64_t n, float* c, int64_t ldc, const Epilogue& epilogue);

@@ -69,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &mmc::compiled_isas);
   m.def("supported_isas", &mmc::supported_isas);
   m.def("current_isa", [] { return std::string(mmc::current_isa()); });
+  m.def("split_depth", &mmc::split_depth, "Least depth of products that go through matrix tiles here; 0: none do.");
   m.def("select_isa", &select_isa, py::arg("name"), "Force an instruction set; '' takes the best one. ValueError if it cannot run.");
   m.def("dispatch_counts", &dispatch_counts, "Calls so far as {'primitive/isa': number}");
   m.def("reset_dispatch_counts", &mmc::reset_dispatch_counts);

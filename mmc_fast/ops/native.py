@@ -18,6 +18,7 @@ from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
 __all__ = [
+    "FOR_TESTS",
     "current_isa",
     "describe",
     "forced_isa",
@@ -30,6 +31,7 @@ __all__ = [
     "unavailable_reason",
 ]
 
+FOR_TESTS = ("amx_emulated", "base")  # instruction sets that every machine has, there to be right and not fast
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE / "libmmc_ops.so"
 

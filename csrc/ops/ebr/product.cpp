@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -87,15 +88,39 @@ constexpr int64_t kFinishBytes = 2 << 20;  // of a result that is still in cache
 constexpr int64_t kFinishRows = 256;       // fewer rows, and the BLAS packs its other operand too often
 constexpr int64_t kSumRows = 256;          // longest float32 sum of a bias gradient
 
+void sum_float_rows(int64_t m, int64_t k, View<float> a, float* row_sums, const Pool& pool) {
+  parallel_for(pool, m, std::max<int64_t>(64, 32768 / std::max<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
+    std::fill(row_sums + begin, row_sums + end, 0.0f);
+    for (int64_t j = 0; j < k; j += kSumRows)
+      add_product_rows(std::min(kSumRows, k - j), end - begin, a.data + j * a.col + begin, a.col, row_sums + begin);
+  });
+}
+
+// The bfloat16 parts of a float32 number that torch's setting for products on the CPU allows, by whichever interface it was made:
+// two for "high" (tf32), one for "medium" (bf16), 0 for float32 itself. Only where there are matrix tiles.
+int allowed_parts() {
+  if (split_depth() == 0) return 0;
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::BF16 ? 1 : precision == at::Float32Precision::TF32 ? 2 : 0;
+}
+
+bool by_parts(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
+              float* row_sums, const Pool& pool) {
+  const int parts = finish.add ? 0 : allowed_parts();
+  if (parts == 0 || !split_product(m, n, k, {a.data, a.row, a.col}, {b.data, b.row, b.col}, parts, c, n, pool)) return false;
+  if (row_sums) sum_float_rows(m, k, a, row_sums, pool);
+  parallel_for(pool, m, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+    Epilogue epilogue;
+    epilogue.bias = finish.bias, epilogue.relu = finish.relu, epilogue.scale = finish.scale, epilogue.gate_row = n;
+    epilogue.gate = finish.gate ? finish.gate + begin * n : nullptr;
+    finish_product(end - begin, n, c + begin * n, n, epilogue);
+  });
+  return true;
+}
+
 void blas_product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
                   float* row_sums, const Pool& pool) {
-  if (row_sums) {
-    parallel_for(pool, m, std::max<int64_t>(64, 32768 / std::max<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
-      std::fill(row_sums + begin, row_sums + end, 0.0f);
-      for (int64_t j = 0; j < k; j += kSumRows)
-        add_product_rows(std::min(kSumRows, k - j), end - begin, a.data + j * a.col + begin, a.col, row_sums + begin);
-    });
-  }
+  if (row_sums) sum_float_rows(m, k, a, row_sums, pool);
   const bool pass = finish.bias || finish.gate || finish.relu;
   const int64_t block = pass ? std::max(kFinishRows, kFinishBytes / (4 * n)) : m;
   for (int64_t i = 0; i < m; i += block) {
@@ -117,10 +142,8 @@ void blas_product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b,
   }
 }
 
-}  // namespace
-
-void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
-             float* row_sums, const Workers& workers) {
+void float_product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
+                   float* row_sums, const Workers& workers) {
   if (m > 0 && n > 0 && k > 0 && by_blas(Number::float32, m, n, k, a, b, workers)) {
     blas_product(m, n, k, a, b, c, finish, row_sums, workers);
     return;
@@ -129,6 +152,13 @@ void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, floa
   epilogue.bias = finish.bias, epilogue.gate = finish.gate, epilogue.gate_row = n;
   epilogue.scale = finish.scale, epilogue.relu = finish.relu, epilogue.add = finish.add;
   sgemm(m, n, k, {a.data, a.row, a.col}, {b.data, b.row, b.col}, c, n, epilogue, row_sums, workers);
+}
+
+}  // namespace
+
+void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, const Finish<float>& finish,
+             float* row_sums, const Workers& workers) {
+  if (!by_parts(m, n, k, a, b, c, finish, row_sums, workers)) float_product(m, n, k, a, b, c, finish, row_sums, workers);
 }
 
 template <class T>
@@ -148,7 +178,7 @@ void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, const 
   const View<float> wide_a = widen_view(a, m, k, arena.take<float>(m * k), workers);
   const View<float> wide_b = widen_view(b, k, n, arena.take<float>(k * n), workers);
   float* wide_c = arena.take<float>(m * n);
-  product(m, n, k, wide_a, wide_b, wide_c, {}, nullptr, workers);
+  float_product(m, n, k, wide_a, wide_b, wide_c, {}, nullptr, workers);
   finish_rows<T>(nullptr, wide_c, c, m, n, finish, arena, workers);
 }
 

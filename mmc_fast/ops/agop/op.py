@@ -84,6 +84,16 @@ def _cpp_check(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def _cpp_note(*tensors: Tensor | None) -> str:
+    """How signs and counts are found: by the float32 product, or by matrix tiles where there are some."""
+    least = native.native().split_depth()
+    if not least:
+        return ""
+    if tensors and tensors[0] is not None and tensors[0].shape[1] < least:
+        return f"signs by a float32 product (depth below {least}), counts by int8 tiles"
+    return "signs by three bfloat16 products, counts by int8 tiles"
+
+
 def _triton_check(*tensors: Tensor | None) -> str | None:
     try:
         from mmc_fast.kernels import common as kernels
@@ -106,7 +116,7 @@ def _always(*tensors: Tensor | None) -> str | None:
 
 for _name in (*_SCHEMAS, "chain_gram_update"):
     if _name in _SCHEMAS:
-        register(_name, "cpp", _cpp_check)
+        register(_name, "cpp", _cpp_check, note=_cpp_note if _name == "relu_coactivation_update" else "")
     register(_name, "triton", _triton_check, note=_triton_note)
     if _name == "relu_coactivation_update":  # after Triton: its product is float64
         register(_name, "cuda", _cuda_check)

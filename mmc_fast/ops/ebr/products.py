@@ -238,6 +238,11 @@ def describe(number: str) -> str:
     else:
         why = f"{sum(not blas for blas, _ in here)} of {len(here)} classes by tiles, the others by BLAS"
         why += " (fixed: deterministic algorithms)" if fixed else " (measured)"
+    parts = {"tf32": "three bfloat16 products", "bf16": "one bfloat16 product"}.get(
+        torch.backends.mkldnn.matmul.fp32_precision, ""
+    )
+    if number == "float32" and parts and module.split_depth():
+        why = f"by {parts} each, as torch's float32 precision allows; those below depth {module.split_depth()} or added: {why}"
     longest = [r for _, r in here if (r.m, r.n, r.k) == SHAPES[0][-1]]
     against = [r for blas, r in here if blas != r.by_blas]
     slower = f"; the measured rates speak against {len(against)}, as {against[-1]}" if against else ""

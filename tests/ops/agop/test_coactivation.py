@@ -135,7 +135,7 @@ def test_counts_depend_on_nothing_but_the_inputs(generator):
     try:
         for isa in ISAS:
             with library.forced_isa(isa):
-                for chunk in (1, 64, 100, 640, 5000) if isa != "base" else (0, 100):
+                for chunk in (1, 64, 100, 640, 5000) if isa not in library.FOR_TESTS else (0, 100):
                     assert torch.equal(counts_of(x, weight, bias, "cpp", chunk), first), (isa, chunk)
                 for count in (2, 3):
                     torch.set_num_threads(count)
@@ -180,7 +180,10 @@ def test_mmc_cpu_isa_forces_one_in_another_process(seed):
 def test_an_unknown_instruction_set_is_refused_in_one_line():
     done = in_other_process("pentium", "1")
     assert done.returncode != 0
-    assert "MMC_CPU_ISA: unknown instruction set 'pentium'; this build has: base" in done.stderr.splitlines()[-1]
+    assert (
+        "MMC_CPU_ISA: unknown instruction set 'pentium'; this build has: amx_emulated, base"
+        in done.stderr.splitlines()[-1]
+    )
     with pytest.raises(InputError, match="unknown instruction set"), library.forced_isa("altivec"):
         pass
 
@@ -305,6 +308,20 @@ def test_explain_gives_every_backend_with_a_reason(generator):
     assert all(row.reason for row in rows.values())
     with pytest.raises(InputError, match="unknown op 'agopp'"):
         backends.explain("agopp")
+
+
+@native_only
+def test_explain_tells_of_matrix_tiles(generator):
+    x, weight, _ = layer(8, 3, 5, generator)
+    for isa in ISAS:
+        with library.forced_isa(isa):
+            reason = backends.explain("relu_coactivation_update", x, weight)[0].reason
+        products = {"amx": "float32 product (depth below 16)", "amx_emulated": "three bfloat16 products"}
+        assert reason == (
+            f"usable; signs by {'a ' * (isa == 'amx')}{products[isa]}, counts by int8 tiles"
+            if isa in products
+            else "usable"
+        )
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,32 @@ def test_a_bound_of_half_the_size_or_without_a_norm_would_be_wrong(d, scale_x, s
     agree(-x, weight, -bias)
 
 
+def split_case(what):
+    """(products, bias): the exact pre-activation is positive, and the sum without ``what`` is negative by less than its bound."""
+    ones = [1.0] * 4
+    if what == "rests":  # 1 + x2 + rest, the rest almost half a unit in the last place of x2
+        rest = 2.0**-17 - 2.0**-23
+        return [1 + 2.0**-9 + rest] * 4, ones, -(4 * (1 + 2.0**-9) + 3 * rest)
+    if what == "second parts":
+        second = 2.0**-8 - 2.0**-16
+        return [1 + second] * 4, [1 + second] * 4, -(4 * (1 + 2 * second) + 3 * 2.0**-16)
+    if what == "flushed products":  # below the smallest normal number, but for the last
+        return [2.0**-64] * 7 + [2.0**-63], [2.0**-64] * 7 + [-(2.0**-63)], 0.0
+    lost = 2.0**-12 * (1 - 2.0**-7)  # half a unit in the last place of the first product, thirty times
+    return [1.0] + [2.0**-12] * 30 + [-1.0], [1.0] + [lost] * 30 + [1 + 11 * 2.0**-23], 0.0
+
+
+@pytest.mark.parametrize("what", ["rests", "second parts", "flushed products", "sums"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**40, 2.0**-30])
+def test_a_split_bound_of_half_the_size_or_without_a_part_would_be_wrong(what, scale):
+    row, unit, offset = split_case(what)
+    x, weight, bias = torch.tensor([row]) * scale, torch.tensor([unit]), torch.tensor([offset]) * scale
+    assert truth(x, weight, bias)[0].item() == 1
+    for a, b in ((x, weight), (weight, x)):
+        agree(a, b, bias)
+        agree(-a, b, -bias)
+
+
 def test_float64_sums_that_are_wrong():
     """The same at the scale of float64, in every sixteenth place: a float64 dot product of 16 partial sums errs too."""
     x, weight = torch.zeros(1, 16 * 32), torch.zeros(1, 16 * 32)

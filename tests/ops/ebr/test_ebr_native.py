@@ -148,7 +148,7 @@ def test_instruction_sets_agree():
             backends.reset_ran()
             exact[isa] = everything(case)
             assert backends.ran()[f"ebr_step/cpp/{isa}"] == 1
-    fused = [isa for isa in exact if isa != "base"]  # base rounds products before it adds them
+    fused = [isa for isa in exact if isa not in library.FOR_TESTS]  # base rounds products before it adds them
     for isa in fused[1:]:
         for name in exact[isa]:
             assert torch.equal(exact[isa][name], exact[fused[0]][name]), f"{case.describe()}: {name} on {isa}"
@@ -160,7 +160,45 @@ def test_instruction_sets_agree():
             ), f"{case.describe()}: {name} on {isa}, {apart}"
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_vpopcntdq"])
+def products_by(isa, precision, attribute, head, x):
+    """Outputs, gradients and explain's words under a precision, set by torch's old interface or by the new one's attribute."""
+    matmul = torch.backends.mkldnn.matmul
+    try:
+        if attribute:
+            matmul.fp32_precision = attribute
+        else:
+            torch.set_float32_matmul_precision(precision)
+        with library.forced_isa(isa), library.forced_ways("tiles"):
+            out = head(x, reversal=0.5)
+            loss = out.recovered[0].square().sum() + out.discrimination_loss + out.reconstruction_loss
+            reason = backends.explain("ebr_step", [*x], [*head.parameters()])[0].reason
+            gradients = torch.autograd.grad(loss, [*head.parameters()])
+            outputs = torch.cat([r.detach().flatten() for r in (*out.recovered, *out.latents)])
+            return outputs, torch.cat([g.flatten() for g in gradients]), reason
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
+
+
+def test_a_precision_that_the_user_asks_for_is_taken_where_there_are_matrix_tiles(generator):
+    head = EBRHead([70, 33], 48, 90, (40,), backend="cpp")
+    x = [torch.randn(64, d, generator=generator) for d in head.dims]
+    plain = products_by("base", "highest", "", head, x)
+    for isa, precision, attribute, least, most, gradient in [
+        ("base", "high", "tf32", 0, 0, 0),
+        ("amx_emulated", "highest", "ieee", 0, 0, 0),
+        ("amx_emulated", "high", "tf32", 2**-23, 2**-14, 2**-7),  # gradients: a unit may lie next to its kink
+        ("amx_emulated", "medium", "bf16", 2**-12, 2**-6, 2**-3),
+    ]:
+        got, again = products_by(isa, precision, "", head, x), products_by(isa, precision, attribute, head, x)
+        assert all(torch.equal(a, b) for a, b in zip(got[:2], again[:2], strict=True))
+        assert ("bfloat16 product" in got[2]) == bool(most)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(got[:2], plain[:2], strict=True)]
+        assert least <= errors[0] <= most, (isa, precision, errors)
+        assert least <= errors[1] <= gradient, (isa, precision, errors)
+
+
+@pytest.mark.parametrize("isa", ["amx_emulated", "base", "avx2", "avx512", "avx512_vpopcntdq", "amx"])
 def test_low_precision_on_every_instruction_set(isa):
     if isa not in library.supported_isas():
         pytest.skip(f"this processor has no {isa}")
