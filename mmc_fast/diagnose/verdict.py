@@ -28,9 +28,10 @@ class Thresholds:
     fair: it has collapsed by the score only where the whole interval of the index is below this.
     aligned: the score leaves the use open where the interval of the index reaches below ``under`` and no more than ``errors``
     standard errors are lost. Then it has collapsed where what it moves is aligned at most this much with what it would answer
-    by itself (:func:`~mmc_fast.diagnose.measures.outputs.alignment`), and one that has collapsed by the score is under-used instead
-    where that is aligned more, with a total effect of at least ``moved``: less is of an accidental direction. Where that is not known, nothing is said of an interval that
-    holds ``index`` and ``fair``, or ``index`` with a loss within two standard errors of nothing.
+    by itself (:func:`~mmc_fast.diagnose.measures.outputs.alignment`). One that has collapsed by the score is under-used instead where
+    that is aligned more, with a total effect of at least ``moved`` (less is of an accidental direction), unless the whole interval of
+    the index lies below half of ``index``. Without alignment nothing is said of an interval that holds ``index`` and ``fair``, or
+    ``index`` with a loss within two standard errors of nothing.
     effect: outputs are moved where the total effect is above this.
     entropy: neurons mix modalities where their mean entropy is above this.
     """
@@ -159,7 +160,7 @@ def kind_of(e: Mapping[str, float], t: Thresholds = THRESHOLDS) -> str:
         return "misleading" if e["total_effect"] > t.effect and e["ability"] <= error else "uninformative"
     low, high = e.get("index_low", e["index"]), e.get("index_high", e["index"])
     if e["loss"] <= t.loss and e["index"] <= t.index and high <= t.fair:
-        follows = e.get("alignment", -1.0) > t.aligned and e["total_effect"] >= t.moved
+        follows = e.get("alignment", -1.0) > t.aligned and e["total_effect"] >= t.moved and high > t.index / 2
         return "under-used" if follows else "collapsed"
     if high < t.under:
         return "under-used"
