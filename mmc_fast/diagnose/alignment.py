@@ -48,19 +48,19 @@ class EffectRows:
 
     def _answers(self, outputs: Tensor) -> Tensor:
         y = outputs.detach().cpu().double()
-        return self._centred(y.log_softmax(1)) if self.task.kind == "classes" and y.shape[1] > 1 else y
+        return self._centred(y.log_softmax(1)) if self.task.kind == "classes" and y.shape[1] > 1 else y  # one column: a logit
 
     def _probed(self, outputs: Tensor) -> Tensor:
         """Outputs of a probe, which are probabilities where there are classes, on the scale of the effects."""
         y = outputs.double()
         if self.task.kind == "classes":
             y = self._centred(y.clamp(min=_LEAST).log())
-            return y[:, 1:] - y[:, :1] if self.task.outputs == 1 else y
         return y
 
     @staticmethod
     def _centred(y: Tensor) -> Tensor:
-        return y - y.mean(1, True)
+        """Two classes: the one column that a logit has too."""
+        return y[:, 1:] - y[:, :1] if y.shape[1] == 2 else y - y.mean(1, True)
 
     def measures(self, probes: Mapping[str, Afresh], resamples: int, level: float) -> dict[str, Measure]:
         """``alignment.M`` of each modality whose own answers are known, those of unimodal models before those of ``probes``."""
