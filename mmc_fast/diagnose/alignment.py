@@ -48,7 +48,7 @@ class EffectRows:
 
     def _answers(self, outputs: Tensor) -> Tensor:
         y = outputs.detach().cpu().double()
-        return self._centred(y.log_softmax(1)) if self.task.kind == "classes" and y.shape[1] > 1 else y  # one column: a logit
+        return self._centred(y.log_softmax(1)) if self.task.kind == "classes" and y.shape[1] > 1 else y
 
     def _probed(self, outputs: Tensor) -> Tensor:
         """Outputs of a probe, which are probabilities where there are classes, on the scale of the effects."""
