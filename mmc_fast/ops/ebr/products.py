@@ -239,7 +239,8 @@ def describe(number: str) -> str:
         why = f"{sum(not blas for blas, _ in here)} of {len(here)} classes by tiles, the others by BLAS"
         why += " (fixed: deterministic algorithms)" if fixed else " (measured)"
     parts = {"tf32": "three bfloat16 products", "bf16": "one bfloat16 product"}.get(
-        torch.backends.mkldnn.matmul.fp32_precision, ""
+        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        "",
     )
     if number == "float32" and parts and module.split_depth():
         why = f"by {parts} each, as torch's float32 precision allows; those below depth {module.split_depth()} or added: {why}"
