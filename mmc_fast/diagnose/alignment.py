@@ -21,9 +21,10 @@ _NUMBERS, _FEWEST, _LEAST = 2**22, 256, 1e-6
 
 
 class EffectRows:
-    """What each modality moves in the outputs (log-probabilities less their mean where there are classes), for a sample of rows, and what unimodal models answer where an adapter has them.
+    """What each modality moves in the outputs, for a sample of rows, and what unimodal models answer where an adapter has them.
 
-    The rows are the first ones of the sample that the first pass keeps, fewer where there are many classes.
+    Outputs are log-probabilities less their mean where there are classes, the logit where there are two. The rows are the first ones of the sample
+    that the first pass keeps, fewer where there are many classes.
     """
 
     def __init__(self, task: Task, names: list[str], size: int, seed: int) -> None:

@@ -142,6 +142,8 @@ def test_what_is_equal_to_a_threshold() -> None:
     assert kind_of(follows) == "under-used"
     assert kind_of(follows | {"alignment": t.aligned}) == "collapsed"
     assert kind_of(follows | {"total_effect": math.nextafter(t.moved, 0)}) == "collapsed"
+    assert kind_of(follows | {"index_high": t.index / 2}) == "collapsed"
+    assert kind_of(follows | {"index_high": math.nextafter(t.index / 2, 1)}) == "under-used"
     used = e | {"loss": 0.5, "index": 0.5, "index_high": 0.8}
     assert [kind_of(used | {"index_low": x}) for x in (low, t.index, high)] == ["undecided", "undecided", "relied on"]
     assert kind_of({k: v for k, v in used.items() if k != "index_high"}) == "relied on"
