@@ -22,8 +22,8 @@ __all__ = ["BOOSTING", "BOOSTING_MASKED", "LOGISTIC", "masked_copies"]
 
 
 def masked_copies(part: Part, copies: int, random: torch.Generator) -> Part:
-    """The rows, and ``copies`` times the rows with fresh masks that keep 1, 2, ... of their modalities alike."""
-    masks = [training_masks(part.present, 1.0, random, "uniform") for _ in range(copies)]
+    """The rows, and ``copies`` times the rows with fresh masks, half of the modalities hidden."""
+    masks = [training_masks(part.present, 0.5, random) for _ in range(copies)]
     rows = torch.arange(len(part)).repeat(1 + copies)
     return replace(part.select(rows), present=torch.cat([part.present, *masks]))
 

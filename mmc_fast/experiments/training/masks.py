@@ -15,22 +15,12 @@ def epoch_order(rows: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(rows, generator=generator)
 
 
-def training_masks(present: Tensor, rate: float, generator: torch.Generator, sizes: str = "binomial") -> Tensor:
+def training_masks(present: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """Presence of the rows of an epoch, bool ``[N, m]``; rate 0 returns ``present`` (natural presence) itself.
 
-    "binomial": every present modality is hidden with probability ``rate``; a row that would lose all is drawn again.
-    "uniform": a share ``rate`` of the rows keeps k of its n present modalities, k uniform on 1 .. n and then every
-    subset of k alike, so that small subsets are seen as often as large ones.
+    Every present modality is hidden with probability ``rate``; a row that would lose all is drawn again.
     """
-    if rate == 0:
-        return present
-    if sizes == "binomial":
-        return mcar(present, rate, generator).present
-    count = present.sum(1, keepdim=True)
-    kept = (torch.rand(len(present), 1, generator=generator, dtype=torch.float64) * count).long() + 1
-    places = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0).argsort(1).argsort(1)
-    masked = torch.rand(len(present), 1, generator=generator) < rate
-    return present & (~masked | (places < kept))
+    return present if rate == 0 else mcar(present, rate, generator).present
 
 
 def presence_entropy(present: Tensor) -> float:

@@ -1,52 +1,20 @@
-"""Masks by subset size, the encoder with normalisation and dropout, and the average of weights."""
+"""The encoder with normalisation and dropout, and the average of weights."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from training_data import small, tiny
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import TrainConfig, predict, train
 from mmc_fast.experiments.training.average import WeightAverage
-from mmc_fast.experiments.training.masks import training_masks
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Stepper
 from mmc_fast.nn.encoders import MLPEncoder
-
-
-def test_uniform_masks_keep_every_size_and_every_subset_of_a_size_alike(seed):
-    """P(subset S of n) = (1 - r) [S = all] + r / (n C(n, |S|))."""
-    g = torch.Generator().manual_seed(seed)
-    present = torch.tensor([True, False, True, True]).expand(40_000, 4)
-    kept = training_masks(present, 0.8, g, "uniform")
-    assert not bool(kept[:, 1].any())
-    expected, observed = [], []
-    for subset in product([False, True], repeat=3):
-        if (k := sum(subset)) > 0:
-            expected.append(0.8 / 3 / {1: 3, 2: 3, 3: 1}[k] + 0.2 * (k == 3))
-            observed.append(int((kept[:, [0, 2, 3]] == torch.tensor(subset)).all(1).sum()))
-    assert sum(observed) == 40_000
-    assert chisquare(observed, [40_000 * p for p in expected]).pvalue > 1e-6
-
-
-@pytest.mark.parametrize("sizes", ["binomial", "uniform"])
-def test_masks_are_a_function_of_the_generator(sizes, seed):
-    present = torch.ones(200, 3, dtype=torch.bool)
-    drawn = [training_masks(present, 0.5, torch.Generator().manual_seed(seed + s), sizes) for s in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-
-
-def test_uniform_masks_leave_rows_with_one_or_nothing_as_they_are(seed):
-    present = torch.eye(3, dtype=torch.bool)[torch.arange(30) % 3]
-    present[0] = False
-    assert torch.equal(training_masks(present, 1.0, torch.Generator().manual_seed(seed), "uniform"), present)
 
 
 def test_the_normalised_encoder_is_its_formula(seed):
