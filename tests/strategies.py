@@ -136,7 +136,6 @@ def configs(draw: st.DrawFn) -> TrainConfig:
     if draw(st.booleans()):
         values["ebr"] = draw(_ebr_configs(values["accumulate"] > 1))
         values["substitute_in_training"] = draw(st.booleans())
-        values["reversal_schedule"] = draw(st.sampled_from(["constant", "linear", "dann"]))
     elif values["encoder"] == "mlp" and draw(st.booleans()):
         values["kd"] = KDConfig(epochs=1, batch_size=16, embedding_dim=4)
     return TrainConfig(**values)

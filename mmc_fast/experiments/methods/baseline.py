@@ -120,7 +120,6 @@ _REFUSED = (
     "accumulate",
     "clip_grad_norm",
     "nonfinite",
-    "reversal_schedule",
 )
 _REFUSED_HEADS = ("schedule", "patience", "alignment", "cross_recovery")
 

@@ -81,8 +81,6 @@ class TrainConfig:
         consistency: weight c of KL(prediction on complete data, held fixed || prediction on masked data); the step then
             takes both, and L_sem is the mean of the two. Needs ``modality_dropout``.
         noise_modality, noise_rate: uniform noise on one modality in training, ``(1 - r) x + r U std(x)``.
-        reversal_schedule: "constant", "linear" (ramp over ``reversal_ramp`` of the run) or "dann"
-            (2 / (1 + exp(-10 p)) - 1 over the same share) times λ = ``ebr.reversal``.
         adversarial_stop: what ``ebr.patience`` watches: "score" (validation) or "loss" (training L_sem).
         selection: which epoch is kept: best validation score on "complete" data, best mean over "masked" validation
             data, or the "last".
@@ -137,8 +135,6 @@ class TrainConfig:
     consistency: NonNegative = 0.0
     noise_modality: str | None = None
     noise_rate: Annotated[float, Range(0, 1, high_closed=True)] = 0.0
-    reversal_schedule: Literal["constant", "linear", "dann"] = "constant"
-    reversal_ramp: Annotated[float, Range(0, 1, closed=False, high_closed=True)] = 0.5
     adversarial_stop: Literal["score", "loss"] = "score"
     selection: Literal["complete", "masked", "last"] = "complete"
     unimodal_share: Annotated[float, Range(0, 1000, high_closed=True)] = 1.0

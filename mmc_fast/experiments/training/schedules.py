@@ -1,27 +1,10 @@
-"""What changes over a run: λ of the gradient reversal, and when the adversarial part ends."""
+"""When the adversarial part ends."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from .config import TrainConfig
-
-__all__ = ["AdversarialStop", "reversal_at"]
-
-
-def reversal_at(config: TrainConfig, progress: float) -> float:
-    """λ at ``progress`` in [0, 1) of the run; with p = progress / reversal_ramp, at most 1:
-
-    "constant": λ. "linear": λ p. "dann": λ (2 / (1 + exp(-10 p)) - 1) (Ganin et al., JMLR 2016, section 5.2).
-    """
-    if config.ebr is None:
-        return 0.0
-    lambda_ = config.ebr.reversal
-    if config.reversal_schedule == "constant":
-        return lambda_
-    p = min(1.0, progress / config.reversal_ramp)
-    return lambda_ * (p if config.reversal_schedule == "linear" else 2.0 / (1.0 + math.exp(-10.0 * p)) - 1.0)
+__all__ = ["AdversarialStop"]
 
 
 @dataclass

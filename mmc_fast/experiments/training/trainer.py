@@ -40,7 +40,7 @@ from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, to_device
 from .processes import Processes
 from .progress import TrainingDiverged
-from .schedules import AdversarialStop, reversal_at
+from .schedules import AdversarialStop
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
 
@@ -186,12 +186,11 @@ class Trainer:
         natural = None if bool(part.present.all()) else part.present[order].split(size)
         present = None if bool(masks.all()) else masks[order].split(size)
         steps = len(batches)
+        if config.ebr is not None:
+            self.stepper.reversal.fill_(0.0 if phase == "semantic" else config.ebr.reversal)
         self.model.train()
         while self.step < steps:
             n = self.step
-            progress = (self.epoch + n / steps) / config.epochs
-            if config.ebr is not None:
-                self.stepper.reversal.fill_(0.0 if phase == "semantic" else reversal_at(config, progress))
             here = None if present is None else present[n]
             source = None
             if config.substitute_in_training and here is not None:
@@ -374,7 +373,7 @@ class Trainer:
             self._diverged(f"the weights became infinite or NaN in epoch {self.epoch + 1}, step {self.step}")
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer)) | prefixed("best", self.best_weights)
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        tensors |= {"sums": self.sums, "reversal": self.stepper.reversal}
+        tensors["sums"] = self.sums
         if self.average is not None:
             tensors |= prefixed("average", self.average.tensors())
         if self.order is not None and self.masks is not None:
@@ -402,7 +401,6 @@ class Trainer:
         if self.average is not None:
             self.average.restore(stripped("average", tensors))
         self.sums = tensors["sums"].to(self.device)
-        self.stepper.reversal.copy_(tensors["reversal"])  # after the last step of an epoch nobody sets it again
         self.order, self.masks = tensors.get("order"), tensors.get("masks")
         for name in _PLAIN:
             setattr(self, name, meta[name])
@@ -418,8 +416,7 @@ class Trainer:
         moments = stripped("optimizer", tensors)
         expected |= prefixed("optimizer", moments_like(self.optimizer, moments))
         expected |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        expected |= {"sums": self.sums, "reversal": self.stepper.reversal}
-        expected["masks"] = self.train_part.present
+        expected |= {"sums": self.sums, "masks": self.train_part.present}
         expected |= {} if self.average is None else prefixed("average", self.average.tensors())
         expected["order"] = torch.zeros(rows, dtype=torch.int64)
         check_like(tensors, expected, optional=("order", "masks"))

@@ -35,7 +35,7 @@ def config_of(kind: str) -> TrainConfig:
     noise = {"noise_modality": "b", "noise_rate": 0.2, "modality_dropout": 0.3, "consistency": 1.0}
     loop = {"substitute_in_training": True, "selection": "masked", "clip_grad_norm": 1.0, "nonfinite": "skip"}
     learner = {"encoder_dropout": 0.2, "encoder_norm": True, "weight_average": 0.8}
-    return small("ebr", reversal_schedule="dann", **learner, **heads, **noise, **loop, **always)
+    return small("ebr", **learner, **heads, **noise, **loop, **always)
 
 
 @pytest.mark.parametrize("kind", ["kd", "interleave", "everything"])

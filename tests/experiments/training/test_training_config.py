@@ -86,7 +86,6 @@ BAD = [
     ({"kd": {}, "unimodal_share": 0}, "needs unimodal models"),
     ({"ebr": {}, "unimodal_share": 0}, "needs unimodal models"),
     ({"substitute_in_training": True}, "needs EBR heads"),
-    ({"reversal_ramp": 0}, "reversal_ramp is 0"),
     ({"method": "ebr", "ebr": None}, "describe 'vanilla'"),
     ({"method": "vanilla", "modality_dropout": 0.5}, "describe 'dropout'"),
 ]

@@ -13,7 +13,7 @@ from mmc_fast.experiments.training.evaluate import masks_at, predict
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer, learning_rate, set_learning_rate
-from mmc_fast.experiments.training.schedules import AdversarialStop, reversal_at
+from mmc_fast.experiments.training.schedules import AdversarialStop
 from mmc_fast.experiments.training.steps import Rows, Stepper, phase_of
 from mmc_fast.experiments.training.trainer import Trainer
 
@@ -224,17 +224,6 @@ def test_adversarial_stop_counts():
     for epoch in range(1, 50):
         never.watch(epoch, -epoch)
     assert not never.stopped
-
-
-def test_reversal_schedules():
-    config = small("ebr", ebr_reversal=2.0, reversal_ramp=0.5)
-    assert reversal_at(config, 0.0) == reversal_at(config, 0.9) == 2.0
-    linear = small("ebr", ebr_reversal=2.0, reversal_ramp=0.5, reversal_schedule="linear")
-    assert [reversal_at(linear, p) for p in (0.0, 0.25, 0.5, 0.9)] == [0.0, 1.0, 2.0, 2.0]
-    dann = small("ebr", ebr_reversal=2.0, reversal_ramp=0.5, reversal_schedule="dann")
-    assert reversal_at(dann, 0.0) == 0.0
-    assert reversal_at(dann, 0.25) == pytest.approx(2 * torch.tanh(torch.tensor(2.5)).item(), rel=1e-6)
-    assert reversal_at(small("vanilla"), 0.5) == 0.0
 
 
 def test_reconstruction_loss_reaches_decoders_and_encoders_with_its_weight(seed):
