@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmc_fast._util.extras import require
-
 from .absence import coalitions_scored
 from .collect import Collector
 from .layers import ChainSums, combine_grams
 from .measures import blocks, weights
 from .measures.reliance import MAX_MODALITIES, shapley_values
 from .measures.similarity import cka_from_covariance, variance_inflation
-from .result import Measure
+from .result import Measure, around
 
 __all__ = ["Estimator", "affordable", "interval", "reliance_measures", "resampled"]
 
@@ -180,8 +178,7 @@ def interval(
     if groups < 3 or len(finite) < 10:
         return Measure(value)
     error = float(finite.std(ddof=1)) * math.sqrt(groups / (groups - 1))
-    half = float(require("scipy.stats", extra="diagnose").t.ppf((1 + level) / 2, groups - 1)) * error
-    return Measure(value, error, max(value - half, limits[0]), min(value + half, limits[1]))
+    return around(value, error, level, groups - 1, limits)
 
 
 def affordable(resamples: int, columns: list[int]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from .collect import Collector
 from .options import DiagnoseOptions
 from .predictions import ConditionScores
-from .result import Measure
+from .result import Measure, around
 from .verdict import ModalityVerdict, judge
 
 __all__ = ["verdicts_of"]
@@ -53,7 +53,7 @@ def verdicts_of(
         if "retrained_without" in e:
             pair = measures["retrained_all"], measures[f"retrained_without.{name}"]
             gap, error = e["retrained_all"] - e["retrained_without"], math.hypot(*(m.error or 0.0 for m in pair))
-            measures[f"need.{name}"] = Measure(gap, error, gap - 1.96 * error, gap + 1.96 * error)
+            measures[f"need.{name}"] = around(gap, error, o.level)
     return verdicts
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmc_fast._util.extras import require
+from mmc_fast._util.extras import MissingExtra
 from mmc_fast.errors import InputError
 
 from .absence import Condition, Remover, conditions_of
@@ -24,7 +24,8 @@ from .measures.blocks import effective_rank, spectrum
 from .measures.outputs import emap_outputs
 from .measures.refitted import class_variance_share, conditional_utilisation
 from .measures.similarity import covariance_of
-from .result import Measure
+from .options import DiagnoseOptions
+from .result import Measure, around
 from .sampled import features_of
 from .subsets import SubsetRows
 from .tasks import Task
@@ -37,7 +38,7 @@ REPRESENTED_ROWS = 2048
 
 
 def information_measures(
-    measures: dict[str, Measure], arrays: dict[str, Any], notes: list[str], collector: Collector
+    measures: dict[str, Measure], arrays: dict[str, Any], notes: list[str], collector: Collector, level: float
 ) -> None:
     """Gaussian information about the class, of each modality and the rest, and the margin of distillation between them."""
     labels, names = collector.reservoir.columns["labels"], list(collector.widths)
@@ -54,7 +55,7 @@ def information_measures(
         rest = information.components(rest, rest.shape[1])  # what modalities share would make it singular
         found = information.gaussian_pid(parts[name], rest, target)
         measures |= {
-            f"pid.{kind}.{name}": _measure(getattr(found, kind))
+            f"pid.{kind}.{name}": _measure(getattr(found, kind), level, information.GROUPS - 1)
             for kind in ("redundancy", "unique", "unique_rest", "synergy")
         }
     margins = {}
@@ -63,19 +64,23 @@ def information_measures(
             teacher: information.distillation_margin(parts[teacher], parts[student], target)
             for teacher in names if teacher != student
         }  # fmt: skip
-        measures[f"distillation.{student}"] = _measure(max(margins[student].values(), key=lambda i: i.value))
+        measures[f"distillation.{student}"] = _measure(
+            max(margins[student].values(), key=lambda i: i.value), level, information.GROUPS - 1
+        )
     arrays["distillation"] = {s: {t: i.value for t, i in of.items()} for s, of in margins.items()}
     arrays["information_components"] = {name: x.shape[1] for name, x in parts.items()}
 
 
-def utilisation_measures(measures: dict[str, Measure], notes: list[str], collector: Collector, seed: int) -> None:
+def utilisation_measures(
+    measures: dict[str, Measure], notes: list[str], collector: Collector, o: DiagnoseOptions
+) -> None:
     """Conditional utilisation of the frozen features."""
     try:
-        found = conditional_utilisation(features_of(collector), collector.reservoir.columns["labels"], seed=seed)
+        found = conditional_utilisation(features_of(collector), collector.reservoir.columns["labels"], seed=o.seed)
     except InputError as error:
         notes.append(f"No head was refitted: {error}.")
         return
-    measures |= {f"utilisation.{name}": _measure(i) for name, i in found.items()}
+    measures |= {f"utilisation.{name}": _measure(i, o.level, np.inf) for name, i in found.items()}
 
 
 @torch.no_grad()
@@ -160,8 +165,7 @@ def _jackknife(number: Callable[[Tensor], float], places: Tensor, level: float) 
     if not np.isfinite(value) or len(without) < 3 or not np.isfinite(without).all():
         return Measure(value if np.isfinite(value) else None)
     error = float(np.sqrt((len(without) - 1) * without.var()))
-    half = float(require("scipy.stats", extra="diagnose").t.ppf((1 + level) / 2, len(without) - 1)) * error
-    return Measure(value, error, value - half, value + half)
+    return around(value, error, level, len(without) - 1)
 
 
 @torch.no_grad()
@@ -192,9 +196,11 @@ def _representation(adapter: Adapter, collector: Collector) -> Callable[[Mapping
     return getattr(adapter, "represent", None) or adapter.fuse
 
 
-def _measure(found: information.Information) -> Measure:
-    """With the interval of Student's t over the 16 groups of the jackknife (95 %)."""
+def _measure(found: information.Information, level: float, freedom: float) -> Measure:
+    """With its interval, where SciPy is installed."""
     if not np.isfinite(found.value):
         return Measure(None)
-    half = 2.131 * found.error
-    return Measure(found.value, found.error, found.value - half, found.value + half)
+    try:
+        return around(found.value, found.error, level, freedom)
+    except MissingExtra:
+        return Measure(found.value, found.error)

@@ -34,7 +34,8 @@ class DiagnoseOptions:
             "mean" (the mean of the features).
         draws: how many other samples stand in for each one; None: enough for 2048 in all, at most 4.
         agop: sum AGOP and covariances of the layers. False: scores and verdicts alone, which is much faster.
-        groups, resamples, level: uncertainty by a bootstrap over random groups of samples.
+        groups, resamples: uncertainty by a bootstrap over random groups of samples. level: of the intervals; that of the index,
+            which verdicts go by, is 95 %.
         seed: of groups, samples and probes.
         reliance: score all coalitions of modalities (needs labels, at most 6 modalities; 2^m forwards of the fusion).
         probes: train a small network on each modality alone, on ``sample_rows`` samples: on its raw inputs where the adapter

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmc_fast import __version__
-from mmc_fast._util.extras import MissingExtra
+from mmc_fast._util.extras import MissingExtra, require
 from mmc_fast._util.files import replace_file, user_path
 from mmc_fast.errors import InputError
 
@@ -20,7 +20,7 @@ from .verdict import ModalityVerdict, overall
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SCHEMA_VERSION", "DiagnosisComparison", "DiagnosisData", "Measure", "plain"]
+__all__ = ["SCHEMA_VERSION", "DiagnosisComparison", "DiagnosisData", "Measure", "around", "plain"]
 
 SCHEMA_VERSION = 3
 
@@ -38,6 +38,15 @@ class Measure:
         if self.value is None:
             return "–"
         return f"{self.value:.3g}" if self.low is None else f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def around(
+    value: float, error: float, level: float, freedom: float = math.inf,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Measure:  # fmt: skip
+    """A measure with the interval of Student's t, normal without ``freedom``, cut off at ``limits``: what the measure can be."""
+    half = float(require("scipy.stats", extra="diagnose").t.ppf((1 + level) / 2, freedom)) * error
+    return Measure(value, error, max(value - half, limits[0]), min(value + half, limits[1]))
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def diagnose(
         rows = None
         if training is not None and (o.control or len(known) < len(collector.widths)):
             rows = training_rows(adapter, training, collector, report)
-        probes = probe_measures(measures, notes, collector, o.control, given, o.seed, rows)
+        probes = probe_measures(measures, notes, collector, o, given, rows)
     if effects is not None:
         measures |= effects.measures(probes, o.resamples, o.level)
     if o.agop:
@@ -155,9 +155,9 @@ def _further(
     """What the kept rows and the first batches tell besides; returns the rows of EMAP, if asked for."""
     classes = scores is not None and scores.task.kind == "classes"
     if classes and o.agop:
-        information_measures(measures, arrays, notes, collector)
+        information_measures(measures, arrays, notes, collector, o.level)
     if o.utilisation and classes:
-        utilisation_measures(measures, notes, collector, o.seed)
+        utilisation_measures(measures, notes, collector, o)
     if o.remaining:
         remaining_measures(measures, adapter, batches, collector, o.seed, o.level)
     if o.emap and scores is not None and len(collector.widths) > 1:

@@ -18,8 +18,9 @@ from .measures import weights
 from .measures.polysemanticity import NeuronResponse, neuron_response
 from .measures.probes import modality_probe
 from .measures.reliance import Afresh, train_afresh
+from .options import DiagnoseOptions
 from .reservoir import Reservoir
-from .result import Measure
+from .result import Measure, around
 from .tasks import BOUNDED
 
 __all__ = ["latent_measures", "neuron_measures", "probe_measures"]
@@ -37,9 +38,8 @@ def probe_measures(
     measures: dict[str, Measure],
     notes: list[str],
     collector: Collector,
-    control: bool,
+    o: DiagnoseOptions,
     given: Mapping[str, float],
-    seed: int,
     training: Reservoir | None,
 ) -> dict[str, Afresh]:
     """Scores of networks trained on single modalities and, as a control, without each; ``given`` scores are taken over.
@@ -67,12 +67,12 @@ def probe_measures(
             wanted[f"probe_features.{name}"] = (name,)
             if f"input.{name}" in features:
                 wanted[f"probe_inputs.{name}"] = (f"input.{name}",)
-    if control:
+    if o.control:
         wanted |= {f"retrained_without.{name}": tuple(n for n in names if n != name) for name in names}
         wanted["retrained_all"] = tuple(names)
     try:
         found = {
-            subset: train_afresh(features, labels, subset, task=collector.task, seed=seed, judged=judged)
+            subset: train_afresh(features, labels, subset, task=collector.task, seed=o.seed, judged=judged)
             for subset in dict.fromkeys(wanted.values())
         }
     except MissingExtra:
@@ -80,11 +80,9 @@ def probe_measures(
     except InputError as error:
         notes.append(f"No network was trained on single modalities: {error}.")
         return {}
-    lowest, highest = (0.0, 1.0) if collector.task.metric in BOUNDED else (-math.inf, math.inf)
+    limits = (0.0, 1.0) if collector.task.metric in BOUNDED else (-math.inf, math.inf)
     for name, subset in wanted.items():
-        s = found[subset]
-        low, high = s.score - 1.96 * s.error, s.score + 1.96 * s.error
-        measures[name] = Measure(s.score, s.error, max(lowest, low), min(highest, high))
+        measures[name] = around(found[subset].score, found[subset].error, o.level, limits=limits)
     best = {}
     for name in names:
         probes = [p for p in (f"probe_features.{name}", f"probe_inputs.{name}") if p in wanted]

@@ -184,6 +184,7 @@ def test_weighted_scores_of_groups_are_those_of_the_repeated_rows(metric: str, s
         scores.add(index, {d: y[rows] for d, y in zip(drawn, outputs, strict=True)}, labels[rows], places[rows])
     weights = np.array([[2.0, 0, 1, 1], [1, 1, 1, 1]])
     found, effects = scores.scores(weights), scores.total_effects(weights)
+    assert task.evaluate(outputs[0], labels) == pytest.approx(ORACLES[metric](outputs[0].numpy(), labels.numpy()))
     answers = [task.answers(y).double().numpy() for y in outputs]
     assert list(effects) == ["shuffled.0"]
     for r, w in enumerate(weights):

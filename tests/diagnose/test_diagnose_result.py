@@ -14,11 +14,13 @@ import pytest
 import torch
 from diagnose_models import example
 from matplotlib.axes import Axes
+from scipy import stats
 
 import mmc_fast
 from mmc_fast.diagnose import THRESHOLDS, Diagnosis, diagnose
 from mmc_fast.diagnose.groups import draw_weights
 from mmc_fast.diagnose.plot import PLOTS
+from mmc_fast.diagnose.result import Measure, around
 from mmc_fast.diagnose.verdict import KINDS
 from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
@@ -42,6 +44,37 @@ def test_every_measure_of_data_has_its_uncertainty(found: Diagnosis) -> None:
     # The standard error of an accuracy is the binomial one.
     accuracy = found["score.all"]
     assert accuracy.error == pytest.approx(math.sqrt(accuracy.value * (1 - accuracy.value) / 2000), rel=0.6)
+
+
+def test_every_interval_has_the_level_that_was_asked_for() -> None:
+    """But for that of the index, by which verdicts go."""
+    planted = planted_head(4, sharing=0.5, jitter=0.1, num_samples=400)
+    options = {"control": True, "utilisation": True, "remaining": True, "emap": True, "resamples": 30}
+    half, most = (diagnose(planted, planted.batches(), level=level, **options) for level in (0.5, 0.95))
+    kinds = set()
+    for name, m in half.measures.items():
+        wide = most[name]
+        assert (m.value, m.error) == (wide.value, wide.error)
+        if name.startswith("use_index") or m.low is None:
+            assert m == wide, name
+        elif m.error > 1e-9 and (wide.low, wide.high) != (m.low, m.high):
+            assert wide.low <= m.low <= m.high <= wide.high, name
+            kinds.add(name.split(".")[0])
+        else:
+            assert m.error <= 1e-9 or m.value in (m.low, m.high), name
+    assert kinds >= {
+        "agop", "use_share", "score", "only", "shuffled", "shapley", "alone", "probe_features", "retrained_all", "need", "pid",
+        "distillation", "utilisation", "remaining", "emap", "output_share", "silent_failures", "alignment",
+    }  # fmt: skip
+    assert Measure(1.0, 0.5, 1 - 0.5 * stats.t.ppf(0.9, 4), 1.2) == around(1.0, 0.5, 0.8, 4, (-9.0, 1.2))
+    assert around(0.0, 2.0, 0.8).high == pytest.approx(2 * stats.norm.ppf(0.9))
+    pid = most["pid.unique.a"]
+    assert pid.high - pid.value == pytest.approx(pid.error * stats.t.ppf(0.975, 15)), (
+        "of the 16 groups of its jackknife"
+    )
+    for name in ("alone.a", "utilisation.a"):
+        m = half[name]
+        assert m.high - m.value == pytest.approx(m.error * stats.norm.ppf(0.75))
 
 
 def test_resamples_come_from_the_seed(seed: int) -> None:

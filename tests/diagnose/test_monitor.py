@@ -22,6 +22,11 @@ def test_the_measures_are_those_of_the_diagnosis(generator: torch.Generator) -> 
     modes, state = [m.training for m in head.modules()], torch.get_rng_state()
     found = measure_use(toy, loader)
     assert found == {n: d.value(n) for n in ("score.all", *(f"{k}.{m}" for m in d.modalities for k in LOGGED))}
+    other = {"metric": lambda y, t: -float((y.argmax(1) != t).sum()), "absence": "mean", "seed": 7}
+    d = diagnose(toy, loader, resamples=0, probes=False, draws=1, **other)
+    changed = measure_use(toy, loader, **other)
+    assert changed == {name: d.value(name) for name in found}
+    assert all(changed[name] != found[name] for name in ("score.all", "shapley.audio", "total_effect.audio"))
     assert [m.training for m in head.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in head.parameters())

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diagnose_models import Toy
 
 from mmc_fast.diagnose import diagnose
 from mmc_fast.diagnose.alignment import EffectRows
@@ -25,6 +26,7 @@ from mmc_fast.diagnose.measures.reliance import Afresh
 from mmc_fast.diagnose.measures.retrieval import recalled
 from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
+from mmc_fast.testing import planted_head
 
 
 def test_calibration_by_hand(generator: torch.Generator) -> None:
@@ -244,6 +246,33 @@ def test_class_variance_share(generator: torch.Generator) -> None:
     total = float((x - x.mean(0)).square().sum())
     assert class_variance_share(x, y) == pytest.approx(1 - within / total)
     assert math.isnan(class_variance_share(torch.ones(5, 2), torch.arange(5)))
+
+
+def test_what_remains_of_the_fused_representation() -> None:
+    """Rank and share of the classes, of what enters the last layer; without a modality that nobody reads both stay."""
+    planted = planted_head(4, ignored=1, num_samples=900)
+    d = diagnose(planted, planted.batches(300), remaining=True, emap=True, probes=False, resamples=0)
+    hidden = planted.head[:2](torch.cat(list(planted.features.values()), 1).double().float()).double()
+    centred = hidden - hidden.mean(0)
+    p = torch.linalg.svdvals(centred)
+    rank = float(torch.special.entr(p / p.sum()).sum().exp())
+    between = sum(int((planted.classes == c).sum()) * centred[planted.classes == c].mean(0).square() for c in range(3))
+    share = float(between.sum() / centred.square().sum())
+    for name in ("all", "b"):
+        assert d.value(f"remaining.rank.{name}") == pytest.approx(rank, rel=1e-4)
+        assert d.value(f"remaining.eta2.{name}") == pytest.approx(share, rel=1e-4)
+    assert d.value("remaining.rank.a") == pytest.approx(rank, rel=0.1), "other rows, not one for all"
+    assert d.value("remaining.eta2.a") < 0.1 * share
+    first = planted.fuse(planted.encode(torch.arange(300))).argmax(1) == planted.classes[:300]
+    assert d.value("emap.all") == pytest.approx(float(first.double().mean()))
+    assert d.settings["emap_rows"] == 300
+    x = torch.randn(2, 300, 1, generator=torch.Generator().manual_seed(0))
+    for fuse, left in ((lambda f: f["image"] * f["audio"], 0.5), (lambda f: f["image"] + f["audio"], 1.0)):
+        toy = Toy(torch.nn.Identity())
+        toy.fuse = fuse  # type: ignore[method-assign]
+        labels = (fuse({"image": x[0], "audio": x[1]})[:, 0] > 0).long()
+        d = diagnose(toy, [(*x, labels)], emap=True, probes=False, resamples=0, agop=False)
+        assert (d.value("emap.all"), d.value("emap.score")) == (1.0, pytest.approx(left, abs=0.15))
 
 
 @pytest.mark.parametrize("k", [1, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -50,9 +51,12 @@ def test_ranked_pairs_of_groups(rows: int, order: str, seed: int) -> None:
         wins = pairs[s].sum() / (int(labels.sum()) * int((1 - labels).sum()))
         truth = roc_auc_score(labels, row)
         assert abs(wins - truth) <= errors[s] + 1e-12, (s, wins, truth)
-    some = (labels == 1) & (places == 1) | (labels == 0) & (places == 2)
-    expected = roc_auc_score(labels[some], scores[0, some]) * int((some & (labels == 1)).sum())
-    assert pairs[0, 1, 2] / int((some & (labels == 0)).sum()) == pytest.approx(expected, abs=1e-3 * expected)
+    for k, l in itertools.product(range(GROUPS), repeat=2):  # pairs of groups, of scores with ties too
+        high, low = (labels == 1) & (places == k), (labels == 0) & (places == l)
+        some = high | low
+        for s in (0, 2):
+            expected = roc_auc_score(labels[some], scores[s, some])
+            assert pairs[s, k, l] / (int(high.sum()) * int(low.sum())) == pytest.approx(expected, rel=2e-3)
     if rows > EXACT and order == "drawn":
         assert errors[:2].max() <= 1.1 / (2 * BINS), "the bins follow the scores, wherever they lie"
 

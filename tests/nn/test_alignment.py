@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mmc_fast.nn.alignment import contrastive_alignment
 from mmc_fast.nn.substitution import foreign_source
 
 
-def test_contrastive_alignment_sees_only_rows_that_have_both(generator):
-    latents = torch.randn(2, 9, 5, generator=generator)
-    present = torch.rand(9, 2, generator=generator) < 0.7
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_contrastive_alignment_is_the_mean_over_pairs_of_the_rows_that_have_both(masked, options, generator):
+    latents = torch.randn(4, 9, 5, generator=generator)
+    present = torch.rand(9, 4, generator=generator) < 0.7
     present[0] = True
-    both = present.all(1)
-    unit = F.normalize(latents[:, both], dim=-1)
-    logits = unit[0] @ unit[1].t() / 0.1
-    truth = torch.arange(len(logits))
-    want = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
-    assert float(contrastive_alignment(latents, present)) == pytest.approx(float(want), rel=1e-4)
+    present[:, 3] &= ~present[:, 2]  # these two never meet
+    if not masked:
+        present[:] = True
+    pairs = []
+    for i, j in itertools.combinations(range(4), 2):
+        both = present[:, i] & present[:, j]
+        cosine = torch.cosine_similarity(latents[i, both][:, None], latents[j, both][None], dim=-1)
+        right = cosine / options.get("temperature", 0.1)
+        told = [right.log_softmax(dim).diagonal().mean() for dim in (0, 1)] if both.any() else [0.0]
+        pairs.append(-float(sum(told)) / 2)
+    found = contrastive_alignment(latents, present if masked else None, **options)
+    assert float(found) == pytest.approx(sum(pairs) / 6, rel=1e-4)
+    assert contrastive_alignment(latents[:1]) == 0
 
 
 def test_foreign_source_is_another_present_modality_drawn_evenly(generator):

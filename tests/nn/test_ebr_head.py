@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmc_fast.functional import ebr_step
+from mmc_fast.functional import ebr_step, grad_reverse
 from mmc_fast.nn import EBRConfig, EBRHead
 
 
@@ -142,16 +143,70 @@ def test_a_number_and_a_tensor_are_the_same_reversal(lambda_, generator):
 
 
 def test_documented_defaults_of_the_published_readings():
-    """``EBRConfig`` by its docstrings: sizes of the paper, 10 epochs a phase, and what the robust form changes."""
-    assert EBRConfig.paper() == EBRConfig(schedule="interleave", interleave_epochs=10)
-    assert (EBRConfig().reversal, EBRConfig().substitute, EBRConfig().ranking) == (1.0, "ranked", "reference")
-    robust = EBRConfig.robust()
-    assert (robust.residual, robust.normalize, robust.substitute) == (True, True, "mean")
-    assert 0 < robust.reversal < 1
-    assert robust.cross_recovery > 0
+    """``EBRConfig`` by its docstrings and docs/guides/ebr.md: sizes of the paper, 10 epochs a phase, the slides' additions."""
+    assert EBRConfig() == EBRConfig(
+        latent_dim=512, hidden_dim=1024, psi_dims=(512, 256), residual=False, normalize=False, reversal=1.0,
+        reconstruction=0.0, schedule="joint", interleave_epochs=10, patience=None, alignment="none",
+        alignment_weight=0.1, cross_recovery=0.0, ranking="reference", substitute="ranked", modalities=None, backend="auto",
+    )  # fmt: skip
+    assert EBRConfig.paper() == EBRConfig(schedule="interleave")
+    assert EBRConfig.slides() == EBRConfig(schedule="interleave", reconstruction=1.0, patience=10)
+    robust = {"residual": True, "normalize": True, "reversal": 0.1, "cross_recovery": 0.1, "substitute": "mean"}
+    assert EBRConfig.robust() == EBRConfig(**robust)
+    for made in (EBRConfig.paper, EBRConfig.slides, EBRConfig.robust):
+        assert made(reversal=0.7, schedule="joint") == replace(made(), reversal=0.7, schedule="joint")
     head = EBRHead([3])
     assert (head.latent_dim, head.hidden_dim, tuple(head.psi_dims)) == (512, 1024, (512, 256))
     assert [type(layer) for layer in head.encoders[0]] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_what_is_not_given_is_the_documented_default(generator):
+    """λ = 1, all present, each from its own latent, neither residual nor normalised: of the head and of the function."""
+    head = EBRHead([3, 2], 4, 5, (6,)).double()
+    x = [torch.randn(7, d, generator=generator, dtype=torch.float64, requires_grad=True) for d in (3, 2)]
+    parts = [[p for layer in part for p in layer.parameters()] for part in (*head.encoders, *head.decoders)]
+    g = [encode(f) for encode, f in zip(head.encoders, x, strict=True)]
+    logits = head.discriminator(torch.cat(g))
+    truth = nn.functional.cross_entropy(logits, torch.arange(2).repeat_interleave(7))
+    wanted = torch.autograd.grad(truth, [*x, *head.discriminator.parameters()])
+    for out in (head(x), ebr_step(x, parts[:2], parts[2:], list(head.discriminator.parameters()))):
+        for i in range(2):
+            torch.testing.assert_close(out.recovered[i], head.decoders[i](g[i]))
+        torch.testing.assert_close(out.discrimination_loss, truth)
+        found = torch.autograd.grad(out.discrimination_loss, [*x, *head.discriminator.parameters()])
+        for a, b in zip(found, [-wanted[0], -wanted[1], *wanted[2:]], strict=True):
+            torch.testing.assert_close(a, b)
+    (reversed_,) = torch.autograd.grad(grad_reverse(x[0]).sum(), x[0])
+    assert torch.equal(reversed_, -torch.ones_like(x[0]))
+
+
+def test_weights_go_between_heads_with_and_without_names(generator):
+    """By order; another head's are refused in one line, whichever option differs."""
+    named, listed = EBRHead({"b": 3, "a": 2}, 4, 5, (6,)), EBRHead([3, 2], 4, 5, (6,))
+    state = named.state_dict()
+    listed.load_state_dict(state)
+    x = [torch.randn(7, d, generator=generator) for d in (3, 2)]
+    assert torch.equal(listed(x).latents, named(x).latents)
+    again = EBRHead({"b": 3, "a": 2}, 4, 5, (6,))
+    again.load_state_dict({key: value for key, value in state.items() if "_extra" not in key})  # from elsewhere
+    assert torch.equal(again(x).latents, named(x).latents)
+    for dims, options, told in (
+        ({"a": 2, "b": 3}, {}, "modalities of the weights is .'b', 'a'., of the model .'a', 'b'."),
+        ({"b": 3, "a": 2}, {"normalize": True}, "normalize of the weights is False, of the model True"),
+        ([3, 2], {"residual": True}, "residual of the weights is False, of the model True"),
+    ):
+        with pytest.raises(ValueError, match=f"load_state_dict: EBRHead: {told}.*; build the same heads"):
+            EBRHead(dims, 4, 5, (6,), **options).load_state_dict(named.state_dict())
+
+
+def test_features_of_several_dtypes_are_taken_under_autocast_alone(generator):
+    head = EBRHead([3, 2, 2], 4, 5, (6,))
+    x = [torch.randn(7, d, generator=generator) for d in (3, 2, 2)]
+    mixed = [x[0].half(), None, x[2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(mixed).latents, head([x[0].half().float(), None, x[2]]).latents)
+    with pytest.raises(TypeError, match="cast them to one dtype"):
+        head(mixed)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])

@@ -81,16 +81,23 @@ def test_late_is_the_mean_over_present_classifiers(batch):
     assert not fusion(features, torch.zeros(9, 3, dtype=torch.bool)).any()
 
 
-def test_transformer_mask_equals_leaving_tokens_out(batch):
+def test_transformer_is_that_of_torch_with_the_absent_tokens_left_out(batch):
     features, present = batch
     fusion = make("transformer")
     masked = fusion(features, present)
+    layers = []
+    for block in fusion.blocks:
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True, norm_first=True)
+        mine = [block.qkv, block.out, block.mlp[0], block.mlp[2], block.norm_attention, block.norm_mlp]
+        theirs = [p for part in mine for p in (part.weight, part.bias)]
+        layer.load_state_dict(dict(zip(layer.state_dict(), theirs, strict=True)))
+        layers.append(layer)
     for row in range(9):
         kept = [i for i in range(3) if present[row, i]]
         tokens = [fusion.class_token] + [fusion.projections[i](features[i][row]) + fusion.modality[i] for i in kept]
         x = torch.stack(tokens)[None]
-        for block in fusion.blocks:
-            x = block(x, None)
+        for layer in layers:
+            x = layer(x)
         expected = fusion.classifier(fusion.norm(x[0, 0]))
         torch.testing.assert_close(masked[row], expected, rtol=1e-4, atol=1e-5)
 
@@ -100,10 +107,37 @@ def test_transformer_with_nothing_present_is_finite(batch):
     assert torch.isfinite(make("transformer")(features, torch.zeros(9, 3, dtype=torch.bool))).all()
 
 
-def test_encoders_of_one_unit_and_of_nothing(generator):
+def test_defaults_are_one_hidden_layer_linear_votes_and_two_small_blocks():
+    concat, late, transformer = ConcatFusion(DIMS, 4), LateFusion(DIMS, 4), TransformerFusion(DIMS, 4)
+    assert [layer.out_features for layer in concat.layers[::2]] == [128, 4]
+    assert [[layer.out_features for layer in part] for part in late.classifiers] == [[4]] * 3
+    assert (transformer.class_token.shape, [b.heads for b in transformer.blocks]) == ((64,), [4, 4])
+    for small in (transformer.modality, transformer.class_token):
+        assert 0.01 < float(small.detach().std()) < 0.03
+
+
+def test_encoders(generator):
     x = torch.randn(4, 1, generator=generator)
     assert MLPEncoder(1, 1, 1)(x).shape == (4, 1)
     assert IdentityEncoder(1)(x) is x
+    x = torch.randn(4000, 3, generator=generator)
+    normed = MLPEncoder(3, 8, 5, norm=True, dropout=0.25)
+    first, inner, _, _, second, outer, _ = normed.layers
+    for norm in (inner, outer):
+        norm.weight.data.normal_(generator=generator)
+        norm.bias.data.normal_(generator=generator)
+    hidden = first(x)
+    hidden = (hidden - hidden.mean(1, True)) / (hidden.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    y = second((hidden * inner.weight + inner.bias).relu())
+    y = (y - y.mean(1, True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * outer.weight + outer.bias
+    torch.testing.assert_close(normed.eval()(x), y, rtol=1e-4, atol=1e-4)
+    dropped = []
+    normed.train().layers[3].register_forward_hook(lambda module, inputs, out: dropped.append((inputs[0], out)))
+    zero = (normed(x) == 0).float().mean()
+    ((before, after),) = dropped
+    assert float(zero) == pytest.approx(0.25, abs=0.03)
+    assert float((after == 0)[before > 0].float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert not any(isinstance(m, torch.nn.Dropout | torch.nn.LayerNorm) for m in MLPEncoder(3, 8, 5).modules())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 import pytest
 import torch
 
@@ -25,13 +23,19 @@ def brute_force_ranked(present, order):
     return out
 
 
-@pytest.mark.parametrize("round_", range(10))
-def test_ranked_source_by_brute_force(round_):
-    gen = torch.Generator().manual_seed(secrets.randbits(32))
-    m = 1 + round_ % 6
-    order = torch.randperm(m, generator=gen).tolist()
-    present = torch.rand(40, m, generator=gen) < 0.5
+@pytest.mark.parametrize("m", range(1, 7))
+def test_sources_by_brute_force(m, generator):
+    order = torch.randperm(m, generator=generator).tolist()
+    present = torch.rand(40, m, generator=generator) < 0.5
     assert torch.equal(S.ranked_source(present, order), brute_force_ranked(present, order))
+    similarity = torch.randint(3, (m, m), generator=generator).float()  # ties
+    nearest = S.pairwise_source(present, similarity)
+    assert S.rank_modalities(similarity, m - 1)[1:] == sorted(range(m - 1), key=lambda j: -similarity[m - 1, j])
+    for b, row in enumerate(present.tolist()):
+        for i in range(m):
+            there = [j for j in range(m) if row[j]]
+            best = i if row[i] else max(there, key=lambda j: float(similarity[i, j]), default=-1)
+            assert nearest[b, i] == best, "of equal ones the first"
 
 
 def test_ties_go_to_the_side_of_the_reference():
@@ -62,14 +66,17 @@ def test_nothing_missing_is_the_identity_and_nothing_present_is_none():
 def test_mean_source_weighs_present_latents_equally():
     weights = S.mean_source(torch.tensor([[True, False, True]]))[0]
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0, 1.0]]))
+    assert S.mean_source(torch.ones(1, 3, dtype=torch.bool), torch.float64).dtype == torch.float64
 
 
-def test_similarity_is_the_mean_cosine_over_samples_that_have_both():
-    gen = torch.Generator().manual_seed(secrets.randbits(32))
-    latents = torch.randn(3, 50, 4, generator=gen)
-    present = torch.rand(50, 3, generator=gen) < 0.6
+def test_similarity_is_the_mean_cosine_over_samples_that_have_both(generator):
+    latents = torch.randn(3, 50, 4, generator=generator)
+    present = torch.rand(50, 3, generator=generator) < 0.6
     latents[~present.t()] = float("nan")  # never read
     got = S.latent_similarity(latents, present)
+    parts = [S.cosine_sums(latents[:, rows], present[rows]) for rows in torch.arange(50).split(17)]
+    torch.testing.assert_close(S.similarity_of_sums(sum(parts)), got)
+    assert got.dtype == torch.float64
     for i in range(3):
         for j in range(3):
             both = present[:, i] & present[:, j]
