@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import mmc_fast
-from mmc_fast.diagnose import Diagnosis, diagnose
+from mmc_fast.diagnose import THRESHOLDS, DiagnoseOptions, Diagnosis, diagnose
+from mmc_fast.diagnose.measures import blocks, probes, refitted, reliance, similarity, weights
 from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
 
@@ -140,6 +143,24 @@ def test_bad_models(generator: torch.Generator) -> None:
     for score in (93.0, -0.1, math.nan):
         with pytest.raises(InputError, match="not in percent"):
             diagnose(Toy(norm), loader, alone={"image": score})
+
+
+def test_documented_defaults() -> None:
+    """Of the options; functions of measures that take one of them by themselves have the same."""
+    given = {f.name: f.default for f in fields(DiagnoseOptions)}
+    assert given == {
+        "metric": None, "absence": None, "draws": None, "agop": True, "groups": 16, "resamples": 100, "level": 0.95, "seed": 0,
+        "reliance": True, "probes": True, "control": False, "utilisation": False, "remaining": False, "emap": False,
+        "samples": False, "alone": None, "unimodal_weights": None, "initial_weight": None, "sample_rows": 4096,
+        "tolerance": 1e-3, "tau": 0.5, "energy": 0.99, "ridge": 1e-6, "thresholds": THRESHOLDS,
+    }  # fmt: skip
+    for function in (
+        blocks.numerical_rank, blocks.ranks, weights.degree_of_polysemanticity, similarity.variance_inflation,
+        probes.modality_probe, reliance.train_afresh, refitted.conditional_utilisation,
+    ):  # fmt: skip
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in given:
+                assert parameter.default == given[name], (function.__name__, name)
 
 
 def test_seven_modalities_are_scored_by_their_first_and_last_contribution(generator: torch.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,95 @@ def test_neuron_responses(generator: torch.Generator) -> None:
     dead = polysemanticity.neuron_response(torch.zeros(20000), predictive, other)
     assert math.isnan(dead.overlap)
     assert not dead.entangled
+
+
+def test_neuron_response_by_hand(generator: torch.Generator) -> None:
+    """Means over equal bins of standardised features; active is what rises above a share of the way to the highest bin."""
+    predictive, noisy = 3 * torch.randn(2, 400, generator=generator, dtype=torch.float64) + 7
+    activation = (predictive - 6).relu() + 0.6 * (noisy - 7)
+    for options in ({}, {"bins": 6, "active": 0.3}):
+        bins, active = options.get("bins", 15), options.get("active", 0.5)
+        found = polysemanticity.neuron_response(activation, predictive, noisy, **options)
+        width = 5 / bins
+        curves = []
+        for feature in (predictive, noisy):
+            z = (feature - feature.mean()) / feature.std(correction=0)
+            inside = [(z >= -2.5 + k * width) & (z < -2.5 + (k + 1) * width) for k in range(bins)]
+            curves.append([float(activation[rows].mean()) for rows in inside])
+        np.testing.assert_allclose((found.predictive, found.noisy), curves)
+        assert found.centres == pytest.approx([-2.5 + (k + 0.5) * width for k in range(bins)])
+        low, high = np.nanmin(curves), np.nanmax(curves)
+        on = [np.array(curve) > low + active * (high - low) for curve in curves]
+        assert found.overlap == pytest.approx((on[0] & on[1]).sum() / (on[0] | on[1]).sum())
+        assert found.slopes == pytest.approx([np.corrcoef(activation, f)[0, 1] for f in (predictive, noisy)])
+    ends = {"centres": (), "predictive": (), "noisy": (), "overlap": 0.0}
+    for slopes, entangled in (
+        ((0.224, -0.224), True),
+        ((0.223, 0.9), False),
+        ((-0.9, -0.223), False),
+    ):  # √0.05 is 0.2236
+        assert polysemanticity.NeuronResponse(**ends, slopes=slopes).entangled == entangled
+    constant = polysemanticity.neuron_response(activation, predictive, torch.ones(400))
+    assert constant.slopes[1] == 0
+    with pytest.raises(InputError, match=r"give three \[N\] with N >= 30"):
+        polysemanticity.neuron_response(activation[:29], predictive[:29], noisy[:29])
+    polysemanticity.neuron_response(activation[:30], predictive[:30], noisy[:30])
+
+
+def test_what_the_weight_classifier_learns_and_is_asked(generator: torch.Generator, monkeypatch) -> None:
+    """Unit rows of unimodal neurons by one projection, a quarter held out by class; the target is the largest block."""
+    made: list[Any] = []
+
+    class Watched:
+        def __init__(self, hidden: Any, **options: Any) -> None:
+            made.append(self)
+
+        def fit(self, x: np.ndarray, y: np.ndarray) -> None:
+            self.given = x, y
+
+        def score(self, x: np.ndarray, y: np.ndarray) -> float:
+            self.held = x, y
+            return 0.7
+
+        def predict_proba(self, x: np.ndarray) -> np.ndarray:
+            self.asked = x
+            share = np.abs(np.c_[x[:, :2], x[:, 0] - x[:, 1]]) + 0.1
+            return share / share.sum(1, keepdims=True)
+
+    monkeypatch.setattr("sklearn.neural_network.MLPClassifier", Watched)
+    widths = {"a": 5, "b": 4, "c": 7}
+    unimodal = {
+        name: torch.randn(rows, widths[name], generator=generator) for name, rows in (("a", 20), ("b", 12), ("c", 8))
+    }
+    weight = torch.randn(30, 16, generator=generator)
+    weight[4] = 0
+    found = polysemanticity.cross_modal_polysemanticity(weight, widths, unimodal)
+    (x, y), asked = made[0].given, made[0].asked
+    assert found.width == x.shape[1] == 4, "the narrowest modality"
+    assert np.bincount(y).tolist() == [15, 9, 6]
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([x, asked]), axis=1), 1)
+    assert len(asked) == 29, "a neuron of zeros is not asked"
+    parts = weight.split([5, 4, 7], 1)
+    largest = torch.stack([part.square().sum(1) for part in parts], 1).argmax(1)[weight.any(1)].numpy()
+    p = made[0].predict_proba(asked)
+    assert found.cross_entropy == pytest.approx(-np.log(p[np.arange(29), largest]).mean())
+    assert found.entropy == pytest.approx(-(p * np.log(p)).sum(1).mean() / math.log(3))
+    assert found.accuracy == 0.7
+    assert np.bincount(made[0].held[1]).tolist() == [5, 3, 2]
+    assert not {tuple(row) for row in x} & {tuple(row) for row in made[0].held[0]}
+    alone = {"a": weight[:, :5].clone(), "b": torch.zeros(30, 4), "c": torch.zeros(30, 7)}
+    polysemanticity.cross_modal_polysemanticity(
+        torch.cat(list(alone.values()), 1), widths, unimodal | {"a": weight[weight.any(1), :5]}
+    )
+    (x, y), asked = made[1].given, made[1].asked
+    rows = {tuple(np.round(row, 9)) for row in asked}
+    assert all(tuple(np.round(row, 9)) in rows for row in x[y == 0]), "one projection for fused and unimodal neurons"
+    other = polysemanticity.cross_modal_polysemanticity(weight, widths, unimodal, width=2, seed=1)
+    assert other.width == made[2].given[0].shape[1] == 2
+    none = polysemanticity.cross_modal_polysemanticity(weight * 0, widths, unimodal)
+    assert "all neurons of the fused layer are zero" in none.not_applicable
+    few = polysemanticity.cross_modal_polysemanticity(weight, widths, unimodal | {"c": unimodal["c"][:7]})
+    assert "fewer than 8 neurons" in few.not_applicable
 
 
 # Reliance

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, r2_score, roc_auc_score
 
 from mmc_fast.diagnose.estimates import affordable, interval
 from mmc_fast.diagnose.statistics import (
@@ -39,6 +39,35 @@ def test_ranked_scores_equal_scikit_learn_with_sample_weights(generator, metric,
     got = weighted_scores(metric, labels, scores, counts)
     expected = [truth(labels, scores, sample_weight=row) for row in counts]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["r2", "macro_auroc", "concordance"])
+def test_scores_under_weights_are_those_of_the_repeated_rows(generator, metric):
+    predicted = np.round(generator.normal(size=(40, 3)), 1)
+    labels = (generator.random((40, 3)) < 0.4).astype(float)
+    labels[:, 2] = 0
+    labels[:2, :2] = [[0, 1], [1, 0]]
+    if metric == "r2":
+        labels = predicted + generator.normal(size=(40, 3)) + 1e6
+    if metric == "concordance":
+        predicted, labels[:, 0] = predicted[:, 0], generator.integers(9, size=40)
+        labels = labels[:, :2]
+
+    def truth(y, p):
+        if metric == "r2":
+            return r2_score(y, p, multioutput="uniform_average")
+        if metric == "macro_auroc":  # a label that nobody has does not count
+            return np.mean([roc_auc_score(y[:, j], p[:, j]) for j in range(2)])
+        pairs = [
+            (i, j) for i in range(len(y)) for j in range(len(y)) if y[i, 1] and (y[i, 0], 0) < (y[j, 0], 1 - y[j, 1])
+        ]
+        return np.mean([(p[i] > p[j]) + (p[i] == p[j]) / 2 for i, j in pairs])
+
+    counts = resample_counts(40, 5, generator)
+    counts[:, :2] += 1
+    expected = [truth(np.repeat(labels, row, 0), np.repeat(predicted, row, 0)) for row in counts]
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(weighted_scores(metric, labels, predicted, counts), expected, rtol=1e-5)
 
 
 def test_two_columns_mean_the_probability_of_class_one(generator):
@@ -82,7 +111,8 @@ def test_interval_is_student_t_with_the_freedom_of_welch(generator, noise):
     seeds, resamples = int(generator.integers(2, 8)), 40
     plain = generator.normal(0.5, 1, size=seeds)
     scores = ResampledScores(plain, plain[:, None] + noise * generator.normal(size=(seeds, resamples)))
-    samples = np.var([column.mean() for column in scores.resampled.T], ddof=1)
+    scores.resampled[0, :2] = np.nan  # resamples without one of the classes
+    samples = np.var([column.mean() for column in scores.resampled.T[2:]], ddof=1)
     variance = samples + stats.sem(plain) ** 2
     freedom = variance**2 / (stats.sem(plain) ** 4 / (seeds - 1))  # that of the samples' part is infinite
     truth = stats.t(freedom, loc=plain.mean(), scale=np.sqrt(variance))

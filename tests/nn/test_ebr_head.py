@@ -61,9 +61,20 @@ def test_published_readings():
 
 
 def test_sizes_that_cannot_be_are_named():
-    for bad in ({"dims": []}, {"dims": [3, 0]}, {"dims": [3], "latent_dim": 0}):
-        with pytest.raises(ValueError, match="EBRHead: "):
+    for bad, told in (
+        ({"dims": []}, "dims is empty"), ({"dims": [3, 0]}, r"dims\[1\] is 0"), ({"dims": [3], "latent_dim": 0}, "latent_dim is 0"),
+        ({"dims": [3], "hidden_dim": 0}, "hidden_dim is 0"), ({"dims": [3], "psi_dims": (4, 0)}, r"psi_dims\[1\] is 0"),
+        ({"dims": {"a.b": 3}}, "named 'a.b'; give a word without dots"), ({"dims": {"": 3}}, "named ''"), ({"dims": {3: 3}}, "named 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"EBRHead: .*{told}"):
             EBRHead(**bad)
+    EBRHead([1], 1, 1, (1,))
+    for features, told in (
+        ({"a": torch.ones(2, 3)}, "features is a mapping but dims was a sequence"),
+        ([[1.0, 2.0, 3.0]], "features of 0 are list; give a tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"EBRHead: {told}"):
+            EBRHead([3], 4, 5, (6,))(features)
 
 
 def test_meta_device():
