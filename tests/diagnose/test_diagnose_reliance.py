@@ -298,7 +298,7 @@ def test_what_is_put_together_from_other_measures(generator: torch.Generator) ->
     )
     need = d["need.image"]
     assert need.value == pytest.approx(whole_score.score - without.score)
-    half = 1.96 * math.hypot(whole_score.error, without.error)
+    half = 1.959964 * math.hypot(whole_score.error, without.error)
     assert (need.low, need.high) == pytest.approx((need.value - half, need.value + half))
     centred = [x.double() - x.double().mean(0) for x in (image, audio, labels[:, None])]
 
