@@ -127,7 +127,7 @@ def refuse(out: Path, seed: int) -> None:
     tries = {
         "arguments": lambda: train(data(seed), small("vanilla"), seed=seed + RANK),
         "folder": lambda: train(data(seed), small("vanilla"), seed=seed, run_dir=out),
-        "contrastive": lambda: train(data(seed), small("ebr", ebr_alignment="contrastive"), seed=seed),
+        "dropout": lambda: train(data(seed), small("vanilla", encoder_dropout=0.1), seed=seed),
     }
     found = {}
     for name, attempt in tries.items():

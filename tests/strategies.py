@@ -134,7 +134,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
     if values["modality_dropout"]:
         values["consistency"] = draw(st.sampled_from([0.0, 1.0]))
     if draw(st.booleans()):
-        values["ebr"] = draw(_ebr_configs(values["accumulate"] > 1))
+        values["ebr"] = draw(_ebr_configs())
         values["substitute_in_training"] = draw(st.booleans())
     elif values["encoder"] == "mlp" and draw(st.booleans()):
         values["kd"] = KDConfig(epochs=1, batch_size=16, embedding_dim=4)
@@ -142,7 +142,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
 
 
 @st.composite
-def _ebr_configs(draw: st.DrawFn, split: bool) -> EBRConfig:
+def _ebr_configs(draw: st.DrawFn) -> EBRConfig:
     return EBRConfig(
         latent_dim=draw(st.integers(1, 6)),
         hidden_dim=draw(st.integers(1, 8)),
@@ -154,7 +154,6 @@ def _ebr_configs(draw: st.DrawFn, split: bool) -> EBRConfig:
         schedule=draw(st.sampled_from(["joint", "interleave"])),
         interleave_epochs=1,
         patience=draw(st.sampled_from([None, 1])),
-        alignment=draw(st.sampled_from(["none"] if split else ["none", "contrastive"])),
         cross_recovery=draw(st.sampled_from([0.0, 0.3])),
         ranking=draw(st.sampled_from(["reference", "pairwise"])),
         substitute=draw(st.sampled_from(["ranked", "mean"])),

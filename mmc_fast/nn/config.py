@@ -20,8 +20,6 @@ class EBRConfig:
         reconstruction: λ_rec, weight of the reconstruction loss (≥ 0).
         schedule: "joint" (one backward for all losses) or "interleave" (blocks of ``interleave_epochs``).
         patience: epochs without improvement after which the adversarial part ends (None: never).
-        alignment, alignment_weight: "contrastive" pulls the normalised latents of a sample together against the batch,
-            beside the adversarial loss or instead of it (λ = 0).
         cross_recovery: weight of the reconstruction loss of each modality from another one's latent, drawn afresh.
         ranking, substitute: how a missing modality finds its proxy ("ranked", the "mean" of the present latents,
             or "each": one of them drawn in training, predictions averaged over all of them and their mean).
@@ -39,8 +37,6 @@ class EBRConfig:
     schedule: Literal["joint", "interleave"] = "joint"
     interleave_epochs: Count = 10
     patience: Count | None = None
-    alignment: Literal["none", "contrastive"] = "none"
-    alignment_weight: NonNegative = 0.1
     cross_recovery: NonNegative = 0.0
     ranking: Literal["reference", "pairwise"] = "reference"
     substitute: Literal["ranked", "mean", "each"] = "ranked"

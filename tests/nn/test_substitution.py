@@ -103,3 +103,18 @@ def test_bad_arguments_are_named():
             S.rank_modalities(torch.eye(3), reference)
     with pytest.raises(ValueError, match="not finite"):
         S.latent_similarity(torch.full((2, 3, 4), float("inf")), torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_foreign_source_is_another_present_modality_drawn_evenly(generator):
+    present = torch.rand(3000, 4, generator=generator) < 0.7
+    source = S.foreign_source(present, 3000, 4, generator)
+    for i in range(4):
+        others = present.clone()
+        others[:, i] = False
+        assert torch.equal(source[:, i] >= 0, others.any(1))
+        chosen = source[:, i].clamp(min=0)
+        assert bool(others.gather(1, chosen[:, None])[source[:, i] >= 0].all())
+    full = S.foreign_source(None, 3000, 4, generator)
+    share = torch.bincount(full[:, 0], minlength=4) / 3000
+    assert share[0] == 0
+    assert bool(((share[1:] - 1 / 3).abs() < 0.06).all())

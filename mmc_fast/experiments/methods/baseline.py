@@ -121,7 +121,7 @@ _REFUSED = (
     "clip_grad_norm",
     "nonfinite",
 )
-_REFUSED_HEADS = ("schedule", "patience", "alignment", "cross_recovery")
+_REFUSED_HEADS = ("schedule", "patience", "cross_recovery")
 
 
 def _check_settings(config: TrainConfig) -> None:

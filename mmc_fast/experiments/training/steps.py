@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn, optim
 
 from mmc_fast.errors import InputError
-from mmc_fast.nn.alignment import contrastive_alignment
 from mmc_fast.nn.substitution import foreign_source
 
 from .config import TrainConfig
@@ -83,7 +82,7 @@ class Stepper:
     ``reversal``: λ as a 0-d tensor, so that a schedule can change it without anything being rebuilt.
 
     Raises:
-        InputError: a loss that compares the rows of a batch with each other, where a step is split.
+        InputError: dropout in the encoders, where a step is split.
     """
 
     def __init__(
@@ -96,11 +95,6 @@ class Stepper:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.processes = processes or Processes()
         self.split = self.processes.size > 1 or config.accumulate > 1
-        if self.split and config.ebr is not None and config.ebr.alignment == "contrastive":
-            raise InputError(
-                "ebr.alignment 'contrastive' compares all rows of a batch with each other, so a step cannot be split; "
-                "use one process and accumulate=1, or alignment 'none'"
-            )
         if self.split and config.encoder_dropout > 0:
             raise InputError(
                 "encoder_dropout takes all rows of a step at once, so a step cannot be split; use one process and "
@@ -183,7 +177,10 @@ class Stepper:
         if result.ebr is None or self.config.ebr is None:
             return total, torch.stack([semantic.detach(), none, none])
         md, rec = result.ebr.discrimination_loss, result.ebr.reconstruction_loss
-        total = total + self._latent_losses(result.ebr.latents, rows, counts)
+        if self.config.ebr.cross_recovery > 0:
+            encoded = self.model.encode(rows.features, rows.present)
+            out = self.model.apply_head(encoded, rows.present, counts.source, normalizer=counts.source_pairs)
+            total = total + self.config.ebr.cross_recovery * out.reconstruction_loss
         if phase == "joint":
             total = total + md
         if self.config.ebr.reconstruction > 0:
@@ -210,21 +207,6 @@ class Stepper:
         if rows.present is not None:
             losses = torch.where(rows.present[:, self.model.reweighted], losses, 0.0)
         return self.config.reweight * losses.sum() / counts.rows
-
-    def _latent_losses(self, latents: Tensor, rows: Rows, counts: Counts) -> Tensor | float:
-        """Contrastive alignment, and cross-modal reconstruction."""
-        ebr = self.config.ebr
-        total: Tensor | float = 0.0
-        if ebr is None:
-            return total
-        if ebr.alignment == "contrastive":
-            here = None if rows.present is None else self.model.head_present(rows.present)
-            total = ebr.alignment_weight * contrastive_alignment(latents, here)
-        if ebr.cross_recovery > 0:
-            encoded = self.model.encode(rows.features, rows.present)
-            out = self.model.apply_head(encoded, rows.present, counts.source, normalizer=counts.source_pairs)
-            total = total + ebr.cross_recovery * out.reconstruction_loss
-        return total
 
     def update(self, phase: Phase) -> bool:
         """The step of the optimiser, with the norm of the gradient limited; True where it was not taken.

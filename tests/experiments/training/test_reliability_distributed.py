@@ -116,7 +116,7 @@ def test_arguments_that_differ_a_folder_in_use_and_losses_that_cannot_be_split(s
         found = json.loads((tmp_path / f"refused-{rank}.json").read_text())
         assert "process 1 of 2 has other arguments" in found["arguments"]
         assert "holds other files" in found["folder"]
-        assert "contrastive" in found["contrastive"]
+        assert "cannot be split" in found["dropout"]
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_batches_of_one_class_and_of_one_row(method, seed):
         assert finite(train(ordered, replace(config, batch_size=10, epochs=2), seed=seed))
 
 
-@pytest.mark.parametrize("changes", [{}, {"substitute_in_training": True}, {"ebr_cross_recovery": 0.5}, {"ebr_alignment": "contrastive"},
+@pytest.mark.parametrize("changes", [{}, {"substitute_in_training": True}, {"ebr_cross_recovery": 0.5},
                                      {"accumulate": 3}, {"ebr_modalities": ("a", "b")}])  # fmt: skip
 def test_a_modality_hidden_in_every_row_of_an_epoch(changes, seed, monkeypatch):
     def hide(present, rate, generator):

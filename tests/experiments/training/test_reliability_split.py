@@ -9,7 +9,6 @@ import torch
 from distributed_runs import cases, data
 from training_data import small, tiny
 
-from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import train
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
@@ -102,8 +101,3 @@ def test_pieces_cover_the_rows_once_and_none_is_empty(seed):
                 shares.append(process.rows(rows))
             assert [i for s in shares for i in range(s.start, s.stop)] == list(range(rows))
             assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) <= 1
-
-
-def test_losses_that_compare_rows_cannot_be_split(seed):
-    with pytest.raises(InputError, match=r"contrastive.*accumulate=1"):
-        train(tiny(seed), small("ebr", ebr_alignment="contrastive", accumulate=2), seed=seed)

@@ -1,4 +1,4 @@
-"""Options of the loop: consistency, contrastive alignment, cross-modal reconstruction, noise, presets."""
+"""Options of the loop: consistency, cross-modal reconstruction, noise, presets."""
 
 from __future__ import annotations
 
