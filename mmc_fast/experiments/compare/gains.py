@@ -40,8 +40,9 @@ def gains(lines: Sequence[Mapping[str, Any]], other: str | None = None) -> list[
         both = [seed for seed in mine if seed in theirs]
         if option != against and both:
             pairs = [[mine[seed][i] - theirs[seed][i] for seed in both] for i in (0, 1)]
-            found = [_mean(values) for values in (*pairs, [(a + b) / 2 for a, b in zip(*pairs, strict=True)])]
-            result.append(Gain(option, against, arm, data, len(both), *found))
+            pairs.append([(a + b) / 2 for a, b in zip(*pairs, strict=True)])
+            missing, complete, halves = map(_mean, pairs)
+            result.append(Gain(option, against, arm, data, len(both), missing, complete, halves))
     return result
 
 
