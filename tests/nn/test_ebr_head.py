@@ -157,8 +157,8 @@ def test_documented_defaults_of_the_published_readings():
     """``EBRConfig`` by its docstrings and docs/guides/ebr.md: sizes of the paper, 10 epochs a phase, the slides' additions."""
     assert EBRConfig() == EBRConfig(
         latent_dim=512, hidden_dim=1024, psi_dims=(512, 256), residual=False, normalize=False, reversal=1.0,
-        reconstruction=0.0, schedule="joint", interleave_epochs=10, patience=None, alignment="none",
-        alignment_weight=0.1, cross_recovery=0.0, ranking="reference", substitute="ranked", modalities=None, backend="auto",
+        reconstruction=0.0, schedule="joint", interleave_epochs=10, patience=None,
+        cross_recovery=0.0, ranking="reference", substitute="ranked", modalities=None, backend="auto",
     )  # fmt: skip
     assert EBRConfig.paper() == EBRConfig(schedule="interleave")
     assert EBRConfig.slides() == EBRConfig(schedule="interleave", reconstruction=1.0, patience=10)
