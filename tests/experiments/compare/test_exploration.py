@@ -118,7 +118,9 @@ def test_gains_are_paired_by_seed(seed):
     two = [found["recipe"], found["recipe"]._replace(data="e", halves=(0.5, 0.3))]
     mean, error = (found["recipe"].halves[0] + 0.5) / 2, math.hypot(found["recipe"].halves[1], 0.3) / 2
     assert table(two).endswith(f"(3) | {mean:+.4f} ± {error:.4f} |")
-    assert {g.option: g.against for g in gains(lines, "recipe-more")} == dict.fromkeys(("base", "recipe"), "recipe-more")
+    assert {g.option: g.against for g in gains(lines, "recipe-more")} == dict.fromkeys(
+        ("base", "recipe"), "recipe-more"
+    )
     (once,) = gains([line for line in lines if line["seed"] == 0 and line["option"] != "recipe-more"])
     assert (once.seeds, once.complete[0]) == (1, scores["recipe"][0, 0] - scores["base"][0, 0])
     assert math.isnan(once.complete[1])
