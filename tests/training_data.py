@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmc_fast.experiments.data import MultimodalDataset
 from mmc_fast.experiments.manifest import MANIFEST, Manifest
 from mmc_fast.experiments.training import TrainConfig
 from mmc_fast.experiments.training.checkpoint import CheckpointStore
+from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.nn import EBRConfig
 
 SIZES = (60, 30, 30)
@@ -30,6 +34,9 @@ def tiny(
     g = torch.Generator().manual_seed(seed)
     n = sum(sizes)
     labels = torch.arange(n) % num_classes
+    labels[1 : sizes[0] : 6] = (
+        0  # class shares of their own in the train part: who takes those of all rows is found out
+    )
     split = torch.cat([torch.full((s,), code, dtype=torch.uint8) for code, s in enumerate(sizes)])
     present = torch.rand(n, len(dims), generator=g) >= absent
     present[~present.any(1), 0] = True
@@ -48,6 +55,22 @@ def tiny(
         metric="auroc" if num_classes == 2 else "accuracy",
         feature_names={k: [f"{k}{j}" for j in range(x.shape[1])] for k, x in features.items()},
     )
+
+
+def losses_by_hand(
+    model: MultimodalModel, features: Sequence[Tensor], labels: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_sem, L_md and L_rec of a model with EBR heads in plain layers: no reversal, no fused op, no model.forward."""
+    z = [encoder(x) * present[:, i, None] for i, (encoder, x) in enumerate(zip(model.encoders, features, strict=True))]
+    g = [h(x) for h, x in zip(model.head.encoders, z, strict=True)]
+    r = [d(x) * present[:, i, None] for i, (d, x) in enumerate(zip(model.head.decoders, g, strict=True))]
+    semantic = F.cross_entropy(model.fusion.layers(torch.cat(r, 1)), labels)
+    adversarial, errors = [], []
+    for i, here in enumerate(present.t()):
+        logits = model.head.discriminator(g[i][here])
+        adversarial.append(F.cross_entropy(logits, torch.full((len(logits),), i), reduction="none"))
+        errors.append((r[i] - z[i].detach())[here].square().mean(1))
+    return semantic, torch.cat(adversarial).mean(), torch.cat(errors).mean()
 
 
 def small(method: str = "ebr", **changes: Any) -> TrainConfig:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mmc_fast._util.toml import read_toml
 from mmc_fast.cli import app
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import jobs as jobs_module
+from mmc_fast.experiments.compare import grid as grid_module
 from mmc_fast.experiments.compare.configs import (
     DataConfig,
     MethodConfig,
@@ -38,6 +40,7 @@ from mmc_fast.experiments.compare.runs import check
 from mmc_fast.experiments.jobs import claimed, read
 from mmc_fast.experiments.manifest import Manifest
 from mmc_fast.experiments.methods import METHODS
+from mmc_fast.experiments.training.evaluate import masks_at
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -113,6 +116,31 @@ def test_the_search_is_on_validation_only_and_takes_the_best_candidate(tmp_path,
     assert selected[0] == selected[1]
 
 
+@pytest.mark.parametrize("column", [None, "b"])
+def test_a_run_is_scored_on_its_part_under_the_masks_of_that_part(tmp_path, seed, column):
+    plain = data_config(tmp_path, seed)
+    data = replace(plain, budget={**plain.budget, "rates_modality": column})
+    method = MethodConfig.parse("dropout", {"method": "dropout"})
+    grid, dataset = Grid([method], [data], [0]), load_data(data.key)
+    fitted = method.plugin.fit(dataset, {"lr": 0.02}, 5, budget=data.budget_with({}))
+    for part in ("test", "validation"):
+        rows, found = dataset.part(part), jobs_module.perform(grid.job(method, data, {"lr": 0.02}, part, 5), tmp_path)
+        assert found.values["metric"] == dataset.metric
+        masks = {"complete": rows.present}
+        for rate in (0.2, 0.5):
+            name = f"missing_{rate:g}"
+            masks[name], realised = masks_at(rows.present, rate, 5, part, None if column is None else 1)
+            assert found.values["realised"][name] == realised
+        assert list(found.values["scores"]) == list(masks)
+        for name, present in masks.items():
+            answers = fitted.predict(rows.features, present)
+            assert found.values["scores"][name] == dataset.task.scores(answers, rows.labels)
+            if part == "test":
+                assert np.array_equal(found.arrays[name], answers.numpy())
+                assert np.array_equal(dataset.labels[found.arrays["index"]], found.arrays["labels"])
+        assert (part == "test") == bool(found.arrays)
+
+
 def test_stored_selections_are_taken_and_no_search_is_made(tmp_path, seed):
     method = MethodConfig.parse("dropout", {"method": "dropout", "selected": {"mine": {"lr": 0.5}}})
     data = data_config(tmp_path, seed)
@@ -121,6 +149,32 @@ def test_stored_selections_are_taken_and_no_search_is_made(tmp_path, seed):
     (run,) = run_grid(Grid([method], [data], [0]), tmp_path / "out", workers=1, on_event=silent).runs
     assert run.job.settings["config"]["lr"] == 0.5
     assert not (tmp_path / "out" / "search").exists()
+
+
+def test_the_first_of_equally_good_candidates_is_selected_and_diverged_ones_are_passed_over(tmp_path):
+    """By the mean of complete and masked scores; the last of the candidates alone would win by one of the two."""
+    method, data = MethodConfig.parse("dropout", {"method": "dropout"}), DataConfig("mine", "mine.npz")
+    scores = [(0.9, 0.1, "nan"), (0.6, 0.6, None), (0.7, 0.5, None), (0.8, 0.3, None)]
+    results = []
+    for n, (complete, missing, failed) in enumerate(scores):
+        found = {"complete": complete, "missing_0.2": missing - 0.1, "missing_0.5": missing + 0.1}
+        values = {} if failed else {"scores": {name: {"score": v} for name, v in found.items()}}
+        results.append((f"file {n}", jobs_module.Result({}, values, {}, failed, 1.0, 1)))
+    jobs_module.own_folder(tmp_path, "jobs")
+    assert grid_module._select(method, data, results, tmp_path) == method.plugin.search[1]
+    record = json.loads((tmp_path / "selected" / "mine-dropout.json").read_text())
+    assert (record["seed"], record["part"], record["selected"]) == (SEARCH_SEED, "validation", method.plugin.search[1])
+    assert [c["score"] for c in record["candidates"]] == [
+        None,
+        pytest.approx(0.6),
+        pytest.approx(0.6),
+        pytest.approx(0.55),
+    ]
+    assert [c["file"] for c in record["candidates"]] == [f"file {n}" for n in range(4)]
+    assert [c["settings"] for c in record["candidates"]] == [dict(s) for s in method.plugin.search]
+    assert grid_module._validation_score({"complete": {"score": 0.3}}) == 0.3, "without missing rates"
+    with pytest.raises(InputError, match="every candidate of the search diverged"):
+        grid_module._select(method, data, results[:1] * 4, tmp_path)
 
 
 def test_a_finished_run_is_never_repeated_and_a_claimed_one_is_left_alone(tmp_path, seed, monkeypatch):

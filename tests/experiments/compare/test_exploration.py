@@ -16,6 +16,7 @@ from training_data import tiny
 from mmc_fast._util.schema import from_mapping
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import exploration
+from mmc_fast.experiments.compare.configs import load_data_configs
 from mmc_fast.experiments.compare.gains import gains, table
 from mmc_fast.experiments.compare.runs import check
 from mmc_fast.experiments.data.inner import inner_split
@@ -76,6 +77,37 @@ def test_the_inner_split_keeps_groups_and_names_with_their_rows(seed):
 def test_settings_survive_the_compact_form():
     config = TrainConfig.preset("robust", lr=0.01, modality_dropout=0.2)
     assert from_mapping(TrainConfig(), json.loads(json.dumps(exploration.compact(config))), "config") == config
+
+
+def test_an_option_wins_over_its_arm_and_the_arm_over_the_budget_of_the_data():
+    protocol = PROTOCOL | {
+        "seeds": [3, 4],
+        "arms": {"plain": {"lr": 0.1, "weight_decay": 0.2}, "wide": {"encoder_width": 9}},
+        "options": {
+            "base": {},
+            "faster": {"lr": 0.3, "seeds": [5], "arms": ["wide", "plain"]},
+            "elsewhere": {"data": ["support2"]},
+            "trees": {"method": "boosting", "options": {"learning_rate": 0.5}, "data": ["mfeat"], "seeds": [6]},
+        },
+    }
+    found = list(exploration.plan(protocol))
+    assert [p[:4] for p in found] == [
+        ("base", "plain", "mfeat", 3), ("base", "plain", "mfeat", 4), ("faster", "wide", "mfeat", 5),
+        ("faster", "plain", "mfeat", 5), ("trees", "plain", "mfeat", 6),
+    ]  # fmt: skip
+    configs = [from_mapping(TrainConfig(), p.settings["config"], "config") for p in found]
+    (budget,) = [d.budget_with({}) for d in load_data_configs(["mfeat"])]
+    assert [(c.lr, c.weight_decay, c.encoder_width) for c in configs] == [
+        (0.1, 0.2, budget.encoder_width), (0.1, 0.2, budget.encoder_width), (0.3, budget.weight_decay, 9),
+        (0.3, 0.2, budget.encoder_width), (0.1, 0.2, budget.encoder_width),
+    ]  # fmt: skip
+    assert all((c.epochs, c.selection) == (budget.epochs, budget.selection) for c in configs)
+    assert [(p.settings["method"], p.settings["options"]) for p in found[::2]] == [
+        ("vanilla", {}), ("vanilla", {}), ("boosting", {"learning_rate": 0.5})
+    ]  # fmt: skip
+    assert {(p.settings["part"], p.settings["seed"] == p.seed, *p.settings["inner"]) for p in found} == {
+        ("test", True, 60, 40, 50)
+    }
 
 
 def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):

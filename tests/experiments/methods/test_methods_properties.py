@@ -12,10 +12,8 @@ from training_data import tiny
 
 from mmc_fast.experiments.methods import get
 from mmc_fast.experiments.methods.baseline import Batch
-from mmc_fast.experiments.methods.cm_ae import CrossModalAutoencoder
 from mmc_fast.experiments.methods.graph import Grape, Muse, supervised_contrastive
 from mmc_fast.experiments.methods.imputation import ImputedConcat
-from mmc_fast.experiments.methods.m3care import M3Care
 from mmc_fast.experiments.methods.mt import SubsetTransformer, subsets
 from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
 from mmc_fast.experiments.methods.smil import Smil
@@ -72,25 +70,6 @@ def test_smil_inner_step_is_the_step_and_its_gradient_has_a_second_order_part(se
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(float((full * direction).sum()), rel=1e-4, abs=1e-8)
 
 
-def test_smil_fills_in_mixtures_of_the_priors_of_complete_rows(seed):
-    dataset = tiny(seed, absent=0.3)
-    model = build(Smil, seed, clusters=4)
-    train = dataset.part("train")
-    model.begin_epoch(train)
-    complete = train.present.all(1)
-    z = model.encoders[1](train.features[1][complete])
-    centres = model.centres.split(model.widths, 1)[1]
-    assert bool((centres >= z.min(0).values - 1e-5).all() & (centres <= z.max(0).values + 1e-5).all())
-    encoded, filled, _ = model.filled(train.features, train.present)
-    guess = model.impute(encoded, filled)[1]
-    solved = torch.linalg.lstsq(
-        torch.cat([centres.t(), torch.ones(1, 4)]).double(), torch.cat([guess.t(), torch.ones(1, len(guess))]).double()
-    ).solution
-    if torch.linalg.matrix_rank(centres - centres[0]) == 3:
-        assert bool((solved > -1e-3).all())
-    torch.testing.assert_close(solved.sum(0), torch.ones(len(guess), dtype=torch.float64), rtol=0, atol=1e-4)
-
-
 def test_mt_hides_absent_tokens_and_trains_on_every_subset(seed):
     model = build(SubsetTransformer, seed, fusion_layer=1).eval()
     batch = rows(seed)
@@ -138,59 +117,6 @@ def test_absent_edges_carry_nothing(kind, seed):
     keep = torch.arange(len(filled)) != 3
     without = model.graph([z.detach()[keep] for z in encoded], filled[keep])
     torch.testing.assert_close(model.graph(encoded, alone)[keep], without)
-
-
-def test_a_modality_node_sends_to_samples_that_have_it_only(seed):
-    model = build(Grape, seed)
-    batch = rows(seed)
-    encoded, filled, _ = model.filled(batch.features, batch.present)
-    model.graph.start_modality.grad = None
-    first = (filled[:, 1]).nonzero().flatten()[0]
-    layer = model.graph.rounds[0]
-    edges = torch.stack([enter(z) for enter, z in zip(model.graph.enter, encoded, strict=True)], 1)
-    nodes = model.graph.start_modality
-    samples, _, kept = layer(model.graph.start_sample.expand(len(filled), -1), nodes, edges, filled)
-    for row in (first, (~filled[:, 1]).nonzero().flatten()[0]):
-        slope = torch.autograd.grad(samples[row].sum(), nodes, retain_graph=True)[0]
-        assert bool(slope[1].abs().sum() > 0) == bool(filled[row, 1])
-    assert bool((kept[~filled] == 0).all())
-
-
-def test_m3care_imputes_from_samples_that_have_the_modality_and_share_one(seed):
-    model = build(M3Care, seed, threshold=0.0)
-    batch = rows(seed)
-    present = batch.present.clone()
-    present[0] = torch.tensor([True, False, False])
-    present[1] = torch.tensor([False, True, False])  # has b, shares nothing with row 0
-    present[2] = torch.tensor([True, False, True])  # shares a, has no b
-    present[3] = torch.tensor([True, True, False])  # shares a and has b
-    encoded, filled, _ = model.filled(batch.features, present)
-    encoded = [z.detach().requires_grad_() for z in encoded]
-    gathered, found = model.gather(encoded, filled)
-    slopes = torch.autograd.grad(gathered[1][0].square().sum(), encoded, retain_graph=True)
-    assert bool(found[0, 1])
-    assert bool(slopes[1][3].abs().sum() > 0)
-    assert bool((slopes[1][~filled[:, 1]] == 0).all()), "from a sample without the modality"
-    weights = model.nearness(encoded, filled)
-    assert float(weights[0, 1].detach()) == 0.0, "similar without anything in common"
-    both = filled.double() @ filled.t().double()
-    assert torch.equal(weights > 0, both > 0)
-    # Nobody shares a modality with row 1 once the others have lost b: its modalities stay absent.
-    lonely = torch.zeros_like(present)
-    lonely[:, 0] = True
-    lonely[1] = torch.tensor([False, True, False])
-    encoded, filled, _ = model.filled(batch.features, lonely)
-    found = model.gather(encoded, filled)[1]
-    assert not bool(found[1].any())
-    assert not bool(found[:, 1:].any()), "nobody else has b or c"
-    assert bool(found[torch.arange(len(found)) != 1, 0].all())
-
-
-def test_m3care_threshold_cuts_what_is_less_similar(seed):
-    model = build(M3Care, seed, threshold=1.0)
-    batch = rows(seed)
-    encoded, filled, _ = model.filled(batch.features, batch.present)
-    assert not bool(model.gather(encoded, filled)[1].any())
 
 
 def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
@@ -242,20 +168,6 @@ def test_supervised_contrast_anchor_by_anchor(seed):
         logs = [math.log(math.exp(float(unit[a] @ unit[k]) / 0.5) / total) for k in alike]
         anchors.append(-sum(logs) / len(logs))
     assert float(supervised_contrastive(unit, labels, 0.5)) == pytest.approx(sum(anchors) / 5, rel=1e-9)
-
-
-def test_the_autoencoder_is_asked_for_hidden_modalities_and_not_for_absent_ones(seed):
-    model = build(CrossModalAutoencoder, seed)
-    batch = rows(seed)
-    natural = batch.natural.clone()
-    natural[1] = torch.tensor([True, False, True])
-    batch = Batch(batch.features, natural, batch.present & natural, batch.labels, batch.random)
-    batch.present[2] = torch.tensor([True, False, False])
-    model.zero_grad()
-    batch.features[1].requires_grad_()
-    slope = torch.autograd.grad(model.loss(batch), batch.features[1])[0]
-    assert bool((slope[1] == 0).all())
-    assert bool((slope[2] != 0).any()), "hidden from the encoder, but to be rebuilt"
 
 
 def test_constants_fill_empty_slots(seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from mmc_fast.experiments.paper import (
     Plan,
     ResultTable,
     Value,
+    output,
     paired,
 )
 from mmc_fast.experiments.paper.output import direction_rows, markdown, table_columns, table_rows, to_dict
@@ -120,6 +122,37 @@ def test_tables_and_counts_are_printed_as_they_are():
         assert line in text.splitlines()
     stored = json.loads(json.dumps(to_dict(experiment, outcome, {}), allow_nan=False))
     assert stored["directions"][3]["ours"] == {"value": 0.02, "low": None, "high": None}
+    lines = list(csv.DictReader(io.StringIO(output._csv(experiment, outcome))))
+    known = [{k: v for k, v in line.items() if v} for line in lines]
+    assert known[0] == {
+        "experiment": "t",
+        "kind": "value",
+        "table": "T",
+        "row": "x",
+        "column": "a",
+        "mean": "0.5",
+        "sd": "0.01",
+        "paper": "0.61",
+    }
+    assert known[3] == {"experiment": "t", "kind": "value", "table": "T", "row": "y", "column": "b"}
+    down = {
+        "experiment": "t",
+        "kind": "direction",
+        "row": "down",
+        "mean": "20.0",
+        "low": "10.0",
+        "high": "30.0",
+        "paper": "-12.5",
+    }
+    assert known[6] == down | {"verdict": "disagrees"}
+    assert known[8] == {
+        "experiment": "t",
+        "kind": "direction",
+        "row": "none",
+        "paper": "0.1",
+        "verdict": "not measured",
+    }
+    assert len(known) == 9
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         ResultTable("T", ["a", "b"], [("x", [Value()])])
 

@@ -140,30 +140,52 @@ def test_modality_dropout_rate_is_the_one_asked_for(seed):
     assert training_masks(masks, 0.0, torch.Generator()) is masks
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_model_is_trained_under_the_drawn_masks(rate, seed, monkeypatch):
+@pytest.mark.parametrize(("method", "rate"), [("vanilla", 0.0), ("vanilla", 0.4), ("ebr", 0.4)])
+def test_model_is_trained_under_the_drawn_masks(method, rate, seed, monkeypatch):
     """Order and masks drawn again outside of the loop are what the steps get, row by row, epoch by epoch."""
     dataset = tiny(seed, absent=0.3)
     seen = []
     original = Stepper.losses
 
     def losses(self, phase, rows, counts):
-        seen.append((rows.features, rows.present, rows.labels))
+        seen.append(rows)
         return original(self, phase, rows, counts)
 
     monkeypatch.setattr(Stepper, "losses", losses)
-    config = small("vanilla", epochs=2, modality_dropout=rate)
+    heads = {"ebr_substitute": "mean", "substitute_in_training": True} if method == "ebr" else {}
+    config = small(method, epochs=2, modality_dropout=rate, **heads)
     Trainer(MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed).fit()
     part = dataset.part("train")
     order_of, masks_of = generator(seed, "order"), generator(seed, "masks")
     for epoch in range(2):
         steps = seen[epoch * 4 : epoch * 4 + 4]
         order, masks = epoch_order(60, order_of), training_masks(part.present, rate, masks_of)
-        assert torch.equal(torch.cat([s[1] for s in steps]), masks[order])
-        assert torch.equal(torch.cat([s[2] for s in steps]), part.labels[order])
-        assert torch.equal(torch.cat([s[0][1] for s in steps]), part.features[1][order])
+        assert torch.equal(torch.cat([s.present for s in steps]), masks[order])
+        assert torch.equal(torch.cat([s.natural for s in steps]), part.present[order])
+        assert torch.equal(torch.cat([s.labels for s in steps]), part.labels[order])
+        assert torch.equal(torch.cat([s.features[1] for s in steps]), part.features[1][order])
         assert torch.equal(masks, part.present) == (rate == 0)
+        for n, row in enumerate(torch.cat([s.source for s in steps]) if heads else ()):
+            here = masks[order[n]]
+            for i in range(3):  # its own latent, or the mean of those that are there
+                wanted = torch.eye(3)[i] if here[i] else here / here.sum()
+                torch.testing.assert_close(row[i], wanted)
+        assert bool(heads) or all(s.source is None for s in steps)
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize("watched", ["score", "loss"])
+def test_the_adversarial_stop_watches_the_score_or_the_training_loss_of_the_task(watched, seed):
+    dataset = tiny(seed)
+    config = small("ebr", epochs=4, adversarial_stop=watched, ebr_schedule="interleave", ebr_interleave_epochs=1)
+    trainer = Trainer(model_of(seed, dataset), dataset, config, seed=seed, reference="a")
+    seen = []
+    trainer.stop.watch = lambda epoch, value: seen.append((epoch, value))
+    trainer.fit()
+    key = {"score": "val_score", "loss": "loss_sem"}[watched]
+    assert seen == [(r["epoch"], r[key]) for r in trainer.history if r["phase"] == "semantic"]
+    assert [epoch for epoch, _ in seen] == [1, 3]
+    assert trainer.stop.larger_is_better == (watched == "score")
 
 
 def test_validation_under_masks_uses_the_ranking_of_the_weights_it_scores(seed):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from training_data import small, tiny
 
-from mmc_fast._util.seeds import seeded_init
+from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import MultimodalDataset
 from mmc_fast.experiments.tasks import Classification
@@ -101,19 +101,63 @@ def test_refusals(seed):
         distil(model, apart, unimodal, KD, seed=seed)
 
 
+def maps(loss: str, kd: KDConfig, model, source, s: int, seed: int, teacher: str, student: str):
+    """The projections of a pair as they start."""
+    with seeded_init(seed, "kd", "init", teacher, student):
+        out = {"info_nce": kd.embedding_dim, "kl": 3, "mse": source.encoder.out_dim}[loss]
+        mapped = torch.nn.Linear(model.widths[s], out)
+        return mapped, torch.nn.Linear(source.encoder.out_dim, out) if loss == "info_nce" else None
+
+
+def lesson(loss: str, kd: KDConfig, mapped, reader, source, z, y) -> torch.Tensor:
+    """The loss of student features ``z`` against the teacher ``source`` on its inputs ``y``."""
+    if loss == "info_nce":
+        a, b = F.normalize(mapped(z), dim=1), F.normalize(reader(source.encoder(y)), dim=1)
+        order, logits = torch.arange(len(a)), a @ b.t() / kd.temperature
+        return (F.cross_entropy(logits, order) + F.cross_entropy(logits.t(), order)) / 2
+    if loss == "mse":
+        return (mapped(z) - source.encoder(y)).square().mean()
+    p, q = torch.softmax(source(y) / kd.kl_temperature, 1), torch.softmax(mapped(z) / kd.kl_temperature, 1)
+    return kd.kl_temperature**2 * (p * (p / q).log()).sum(1).mean()
+
+
 @pytest.mark.parametrize("loss", ["info_nce", "kl", "mse"])
-def test_every_loss_brings_the_student_to_a_frozen_teacher(loss, seed):
-    dataset = tiny(seed)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_distillation_is_the_loop_written_out(loss, streamed, seed):
+    """Order, batches without one of a single row, Adam on the student and its projections, losses by rows."""
+    dataset = tiny(seed, absent=0.3)
     model, unimodal = prepared(seed, dataset)
-    before = {n: [p.clone() for p in m.parameters()] for n, m in unimodal.models.items()}
-    kd = replace(KD, epochs=30, lr=1e-2, loss=loss, teachers="stronger")
-    done = distil(model, dataset, unimodal, kd, seed=seed)
-    assert len(done) == 3
-    assert all(pair["loss"][-1] < pair["loss"][0] for pair in done), [pair["loss"] for pair in done]
-    for name, m in unimodal.models.items():
-        assert all(torch.equal(a, b) for a, b in zip(before[name], m.parameters(), strict=True)), (
-            f"teacher {name} moved"
-        )
+    *students, teacher = unimodal.weakest_first()
+    t, part = dataset.modalities.index(teacher), dataset.part("train")
+    count = int((part.present[:, t] & part.present[:, dataset.modalities.index(students[0])]).sum())
+    size = next(b for b in range(5, count) if count % b == 1)
+    kd = replace(KD, epochs=3, batch_size=size, lr=0.01, loss=loss, temperature=0.2, kl_temperature=3.0)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    done = distil(model, replace(dataset, streamed=streamed), unimodal, kd, seed=seed)
+    found = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(start)
+    assert [(d["teacher"], d["student"]) for d in done] == [(teacher, student) for student in students]
+    for pair, student in zip(done, students, strict=True):
+        s, source = dataset.modalities.index(student), unimodal.models[teacher]
+        both = part.present[:, t] & part.present[:, s]
+        x, y, encoder = part.features[s][both], part.features[t][both], model.encoders[s]
+        mapped, reader = maps(loss, kd, model, source, s, seed, teacher, student)
+        moving = [p for module in (encoder, mapped, reader) if module is not None for p in module.parameters()]
+        optimizer, losses = torch.optim.Adam(moving, lr=0.01, foreach=False), []
+        order_of = generator(seed, "kd", "order", teacher, student)
+        for _ in range(3):
+            batches = [rows for rows in torch.randperm(len(x), generator=order_of).split(size) if len(rows) > 1]
+            total = 0.0
+            for rows in batches:
+                value = lesson(loss, kd, mapped, reader, source, encoder(x[rows]), y[rows])
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                total += float(value.detach()) * len(rows)
+            losses.append(total / sum(map(len, batches)))
+        assert pair["loss"] == pytest.approx(losses, rel=1e-3)
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(found[name], p, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "kl", "mse"])
@@ -134,18 +178,6 @@ def test_simultaneous_teachers_are_the_mean_of_their_lessons_on_the_rows_that_ha
         both = train.present[:, column[teacher]] & train.present[:, column[weakest]]
         x, y = train.features[column[weakest]][both], train.features[column[teacher]][both]
         z, source = model.encoders[column[weakest]](x), unimodal.models[teacher]
-        with seeded_init(seed, "kd", "init", teacher, weakest):
-            out = {"info_nce": kd.embedding_dim, "kl": 3, "mse": source.encoder.out_dim}[loss]
-            student = torch.nn.Linear(model.widths[column[weakest]], out)
-            reader = torch.nn.Linear(source.encoder.out_dim, out)
-        if loss == "info_nce":
-            a, b = F.normalize(student(z), dim=1), F.normalize(reader(source.encoder(y)), dim=1)
-            order = torch.arange(len(a))
-            logits = a @ b.t() / kd.temperature
-            lessons.append((F.cross_entropy(logits, order) + F.cross_entropy(logits.t(), order)) / 2)
-        elif loss == "mse":
-            lessons.append((student(z) - source.encoder(y)).square().mean())
-        else:
-            p, q = torch.softmax(source(y) / 4, 1), torch.softmax(student(z) / 4, 1)
-            lessons.append(16 * (p * (p / q).log()).sum(1).mean())
+        mapped, reader = maps(loss, kd, model, source, column[weakest], seed, teacher, weakest)
+        lessons.append(lesson(loss, kd, mapped, reader, source, z, y))
     assert done[0]["loss"][0] == pytest.approx(float(torch.stack(lessons).mean().detach()), rel=1e-4)

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from training_data import small, tiny
+from training_data import losses_by_hand, small, tiny
 
 from mmc_fast.experiments.training.evaluate import masks_at, predict
 from mmc_fast.experiments.training.interrupt import Stage
@@ -54,28 +53,13 @@ def grads(model, phase, stepper, features, labels, present=None) -> dict[str, li
     }
 
 
-def two_losses(model, features, labels, present):
-    """L_sem and L_md written out with plain layers: no reversal, no fused op, no model.forward."""
-    z = []
-    for i, encoder in enumerate(model.encoders):
-        z.append(encoder(features[i]) * present[:, i, None])
-    g = [h(x) for h, x in zip(model.head.encoders, z, strict=True)]
-    r = [d(x) * present[:, i, None] for i, (d, x) in enumerate(zip(model.head.decoders, g, strict=True))]
-    semantic = F.cross_entropy(model.fusion.layers(torch.cat(r, 1)), labels)
-    terms = []
-    for i, latent in enumerate(g):
-        logits = model.head.discriminator(latent)
-        terms.append(F.cross_entropy(logits, torch.full((len(labels),), i), reduction="none")[present[:, i]])
-    return semantic, torch.cat(terms).mean()
-
-
 @pytest.mark.parametrize("phase", ["joint", "semantic", "adversarial"])
 def test_gradients_equal_the_two_loss_construction(phase, seed):
     model, stepper, features, labels = setup(seed, reversal=0.7)
     present = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(seed)) < 0.7
     present[~present.any(1), 0] = True
     got = grads(model, phase, stepper, features, labels, present)
-    semantic, md = two_losses(model, features, labels, present)
+    semantic, md, _ = losses_by_hand(model, features, labels, present)
     params = {n: list(g) for n, g in model.groups().items()}
     flat = [p for n in GROUPS for p in params[n]]
 

@@ -10,6 +10,8 @@ from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.experiments.tasks import Classification
+from mmc_fast.experiments.training import unimodal
+from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order
 from mmc_fast.experiments.training.parts import fingerprint
 from mmc_fast.experiments.training.runfolder import RunFolder
@@ -22,20 +24,24 @@ def trained(dataset, config, seed):
 
 def test_side_by_side_equals_one_by_one(seed):
     """An independent loop for each modality alone, with plain Adam, same initial weights and same row order."""
-    dataset, config = tiny(seed, absent=0.3), small("vanilla", epochs=2)
+    dataset = tiny(seed, absent=0.3)
+    config = small("vanilla", lr=0.01, lr_decay=0.5, lr_decay_every=2, class_weights="balanced")
     together = trained(dataset, config, seed)
     part, held_out = dataset.part("train"), dataset.part("validation")
+    weights = 60 / (3 * torch.bincount(part.labels).float())
     with seeded_init(seed, "unimodal", "init"):
         fresh = [UnimodalModel(d, 3, config) for d in dataset.dims.values()]
     for i, (name, model) in enumerate(zip(dataset.modalities, fresh, strict=True)):
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        optimizer = torch.optim.Adam(model.parameters())
         order_of = generator(seed, "unimodal", "order")
         best, kept = -1.0, {}
-        for _ in range(2):
+        for epoch in range(3):
+            optimizer.param_groups[0]["lr"] = 0.01 if epoch < 2 else 0.005
             for rows in epoch_order(60, order_of).split(config.batch_size):
                 rows = rows[part.present[rows, i]]
                 optimizer.zero_grad()
-                F.cross_entropy(model(part.features[i][rows]), part.labels[rows]).backward()
+                each = F.cross_entropy(model(part.features[i][rows]), part.labels[rows], reduction="none")
+                (weights[part.labels[rows]] * each).mean().backward()
                 optimizer.step()
             here = held_out.present[:, i]
             hits = model(held_out.features[i][here]).argmax(1) == held_out.labels[here]
@@ -43,7 +49,40 @@ def test_side_by_side_equals_one_by_one(seed):
                 best, kept = float(hits.double().mean()), {k: v.clone() for k, v in model.state_dict().items()}
         assert abs(together.scores[name] - best) < 1e-9
         for k, v in together.models[name].state_dict().items():
-            torch.testing.assert_close(v, kept[k], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(v, kept[k], rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_of_equally_good_epochs_is_kept_for_each_modality(seed, monkeypatch):
+    scores = {"a": [0.5, 0.7, 0.7], "b": [0.6, 0.6, 0.5], "c": [0.1, 0.1, 0.3]}
+    states, heard = {name: [] for name in scores}, []
+
+    def validation_score(model, part, column, task):
+        states["abc"[column]].append({k: v.clone() for k, v in model.state_dict().items()})
+        return scores["abc"[column]][len(states["abc"[column]]) - 1]
+
+    monkeypatch.setattr(unimodal, "_validation_score", validation_score)
+    dataset = tiny(seed)
+    stage = Stage("unimodal", heard.append)
+    found = train_unimodal(dataset, small("vanilla"), seed=seed, fingerprint="", stage=stage)
+    assert found.scores == {"a": 0.7, "b": 0.6, "c": 0.3}
+    for name, epoch in (("a", 1), ("b", 0), ("c", 2)):
+        assert all(torch.equal(v, states[name][epoch][k]) for k, v in found.models[name].state_dict().items()), name
+    assert [(r["epoch"], r["val_score"], r["scores"]["a"]) for r in heard] == [
+        (1, 0.6, 0.5),
+        (2, 0.7, 0.7),
+        (3, 0.7, 0.7),
+    ]
+
+
+def test_a_modality_that_validation_rows_cannot_score_is_at_chance(seed):
+    """AUC where the validation rows that have the modality are of one class, or where none has it."""
+    dataset = tiny(seed, num_classes=2)
+    present = dataset.present.clone()
+    held = dataset.split == 1
+    present[held & (dataset.labels == 1), 1] = False
+    present[held, 2] = False
+    found = trained(replace(dataset, present=present), small("vanilla", epochs=1), seed)
+    assert (found.scores["b"], found.scores["c"]) == (0.5, 0.5) != (found.scores["a"],) * 2
 
 
 def test_absent_and_test_rows_are_never_used(seed):
