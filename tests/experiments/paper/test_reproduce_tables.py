@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mmc_fast.experiments.jobs import Result
 from mmc_fast.experiments.paper import fig4, fig5, fig6, fig7, table6, table7, table9
@@ -75,8 +75,10 @@ def check(directions, wanted: dict[str, tuple[float, np.ndarray]]) -> None:
         paper, ours = wanted[d.claim]
         assert d.paper == pytest.approx(paper), d.claim
         assert d.ours.value == pytest.approx(ours.mean()), d.claim
-        half = 4.302653 * ours.std(ddof=1) / math.sqrt(3)  # Student's quantile with two degrees of freedom
-        assert (d.ours.low, d.ours.high) == pytest.approx((ours.mean() - half, ours.mean() + half), rel=1e-5), d.claim
+        half = stats.t.ppf(0.975, 2) * stats.sem(ours)
+        assert (d.ours.low, d.ours.high) == pytest.approx(
+            (ours.mean() - half, ours.mean() + half), rel=1e-6, abs=1e-9
+        ), d.claim
 
 
 def test_table_7_adds_the_strongest_modalities_first(seed):
