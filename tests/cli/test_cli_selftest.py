@@ -122,6 +122,28 @@ def test_explain_agop_judges_the_head():
         mmc_fast.explain("agop", torch.ones(2, 3))
 
 
+def test_explain_ebr_step_judges_a_head_as_its_tensors():
+    head = mmc_fast.nn.EBRHead({"a": 3, "b": 4}, latent_dim=5, hidden_dim=6, psi_dims=(4,))
+    tensors = [torch.ones(2, 3), torch.ones(2, 4), *head.parameters()]
+    features = {"a": tensors[0], "b": None}
+    for same in ([head], [head, features], [head, tensors[:2]]):
+        assert mmc_fast.explain("ebr_step", *same) == mmc_fast.explain("ebr_step", *tensors)
+    rows = mmc_fast.explain("ebr_step", head.double(), {"a": torch.ones(2, 3).double(), "b": None})
+    assert [row.usable for row in rows if row.backend == "cpp"] == [False]
+    head.encoders[0][0].register_forward_hook(lambda *a: None)
+    assert [row.reason for row in mmc_fast.explain("ebr_step", head)] == [
+        "usable: layer by layer, as some layers are no plain linear layers"
+    ]
+
+
+@pytest.mark.parametrize(("args", "said"), [((torch.nn.ReLU(), 3), "name of an op comes first"),
+                                            (("ebr_step", torch.nn.ReLU()), "takes an EBRHead, or tensors; got ReLU"),
+                                            (("syrk_update", 3), "takes the tensors of the call; got int")])  # fmt: skip
+def test_explain_refuses_what_it_cannot_judge(args, said):
+    with pytest.raises(InputError, match=said):
+        mmc_fast.explain(*args)
+
+
 def test_explain_is_public_and_names_what_auto_takes():
     rows = mmc_fast.explain("relu_coactivation_update", torch.ones(2, 2), torch.ones(3, 2))
     assert [row.backend for row in rows] == ["cpp", "triton", "cuda", "eager"]

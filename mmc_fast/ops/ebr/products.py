@@ -2,8 +2,9 @@
 
 A product ``[m, k] [k, n]`` belongs to a class: how its operands lie, which side is short, and how long it takes
 (``csrc/core/ways.h``). The first step that needs an answer asks :func:`_answer`, which reads the rates from the user's
-cache folder or measures them (under a tenth of a second) and writes them there. A folder that cannot be read or written
-changes nothing but that the next process measures again. ``torch.use_deterministic_algorithms(True)`` takes fixed ways.
+cache folder or measures them (under a fifth of a second) and writes them there. Where the folder cannot be read or
+written, or the machine is busy with other work, the next process measures again.
+``torch.use_deterministic_algorithms(True)`` takes fixed ways.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ SHAPES = (
     ((64, 4, 64), (512, 4, 256), (1024, 8, 1024)),
     ((64, 64, 4), (512, 256, 4), (1024, 1024, 8)),
 )
+_LONGEST = (SHAPES[0][-1:],)
 MARGIN = 1.03  # the BLAS has to be that much faster, so that noise does not decide
 _SLOW, _LONG = (
     4.0,
     2e-2,
 )  # a way that takes so many times as long, and would take so many seconds next, is not timed further
+_SHARED = 2**22  # multiplications that several threads share with profit
 # what makes MKL and oneDNN act as on an older processor
 _LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 Timer = Callable[[int, int, int, int, int, bool], float]
+Series = Sequence[Sequence[tuple[int, int, int]]]
 
 
 class Rate(NamedTuple):
@@ -76,14 +80,14 @@ _lock = threading.Lock()
 _known: dict[tuple[str, int, str | None], _Known] = {}
 
 
-def measure(number: str, timer: Timer | None = None) -> tuple[Rate, ...]:
+def measure(number: str, timer: Timer | None = None, shapes: Series = SHAPES) -> tuple[Rate, ...]:
     """Time every representative product both ways."""
     timer = timer or native.native().time_product
     code, rates = NUMBERS.index(number), []
     for order in range(len(ORDERS)):
-        for shapes in SHAPES:
+        for series in shapes:
             speed: dict[bool, float] = {}  # of the product before, by tiles (False) and by the BLAS (True)
-            for m, n, k in shapes:
+            for m, n, k in series:
                 flops = 2.0 * m * n * k
                 slow = {w for w, s in speed.items() if _SLOW * s < max(speed.values()) and flops > _LONG * s}
                 speed = {
@@ -139,13 +143,36 @@ def _learn(number: str, threads: int) -> _Known:
 def _found(number: str, threads: int) -> _Known:
     key = _key(number, threads)
     path = _file(key)
-    rates = None if path is None else _read(path, key)
-    origin = "read from"
-    if rates is None:
-        rates, origin = measure(number), "measured now,"
-        if path is not None and not _write(path, key, rates):
-            path = None
-    return _Known(rates, f"{origin} {path}" if path else "measured now, in memory only")
+    if path is not None and (found := _read(path, key)):
+        return _Known(found, f"read from {path}")
+    if threads > 1:
+        alone = _on_one_thread(number)
+        busy = _Known(alone, "measured now, on one thread as this machine is busy, in memory only")
+        if _disturbed(measure(number, shapes=_LONGEST), alone):  # all shapes would take seconds
+            return busy
+    rates = measure(number)
+    if threads > 1 and _disturbed(rates, alone):
+        return busy
+    kept = path is not None and _write(path, key, rates)
+    return _Known(rates, f"measured now, {path}" if kept else "measured now, in memory only")
+
+
+def _on_one_thread(number: str) -> tuple[Rate, ...]:
+    """Rates by a thread's own CPU time, to which a neighbour adds nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure(number)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _disturbed(rates: Sequence[Rate], alone: Sequence[Rate]) -> bool:
+    """Whether several threads took clearly longer than one over a product that is worth sharing: other work took the cores."""
+    single_by_shape = {one[:4]: one for one in alone}
+    long = [(r, single_by_shape[r[:4]]) for r in rates if r.m * r.n * r.k >= _SHARED]
+    pairs = [pair for r, one in long for pair in ((r.tiles, one.tiles), (r.blas, one.blas))]
+    return any(single is not None and (several is None or several < 0.7 * single) for several, single in pairs)
 
 
 def _key(number: str, threads: int) -> dict[str, Any]:

@@ -127,6 +127,28 @@ def test_measured_once_and_read_afterwards(measured, tmp_path):
         assert len(json.loads(file.read_text())["rates"]) == 39
 
 
+@pytest.mark.parametrize("slowed", ["nothing", "both ways", "the BLAS"])
+def test_what_a_busy_machine_shows_decides_nothing_and_is_not_kept(measured, tmp_path, monkeypatch, slowed):
+    """On one thread the BLAS is faster everywhere. Two threads on a busy machine show products of milliseconds."""
+
+    def table(number, order, m, n, k, blas):
+        busy = torch.get_num_threads() > 1 and (slowed == "both ways" or (slowed == "the BLAS" and blas))
+        return 2.0 * m * n * k / (200e9 if blas else 100e9) + 5e-3 * busy
+
+    monkeypatch.setattr(library.native(), "time_product", table)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first_step()
+        said = mmc_fast.explain("ebr_step", torch.zeros(1, 1))[0].reason
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert library.native().ways(0, 2, False) == 2**48 - 1
+    assert bool(list(tmp_path.rglob("products-*.json"))) == (slowed == "nothing")
+    assert ("this machine is busy" in said) == (slowed != "nothing")
+
+
 @pytest.mark.parametrize("place", ["missing/deep", "a file"])
 def test_a_cache_folder_that_cannot_be_written_changes_nothing(measured, tmp_path, monkeypatch, place):
     (tmp_path / "a file").write_text("")
