@@ -187,14 +187,13 @@ class _Fit:
         streams = {name: generator(seed, name) for name in ("order", "masks", "peer")}
         self.history: list[dict[str, Any]] = []
         best, self.best_epoch, weights = -math.inf, 0, {}
+        self._rank()
         for epoch in range(config.epochs):
             set_learning_rate(optimizer, config, epoch)
             self.model.begin_epoch(self.train)
             loss = self._epoch(optimizer, streams)
             self.model.end_epoch(self.train)
-            if config.needs_reference:
-                strongest = None if self.unimodal is None else self.unimodal.strongest
-                refresh(self.model, ranking_parts(self.dataset), strongest)
+            self._rank()
             record: dict[str, Any] = {"stage": "train", "epoch": epoch + 1, "loss": loss} | self._validate(epoch + 1)
             selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[config.selection]
             if record[selected] > best:
@@ -205,6 +204,12 @@ class _Fit:
             self.guard.check("the training of a baseline")
         self.model.load_state_dict(weights)
         self.model.eval()
+
+    def _rank(self) -> None:
+        """Bring the ranking of the heads, where they have one, up to date with the weights."""
+        if self.config.ebr is not None and self.config.ebr.substitute == "ranked":
+            strongest = None if self.unimodal is None else self.unimodal.strongest
+            refresh(self.model, ranking_parts(self.dataset), strongest)
 
     def _epoch(self, optimizer: torch.optim.Optimizer, streams: dict[str, torch.Generator]) -> float:
         order = epoch_order(len(self.train), streams["order"])

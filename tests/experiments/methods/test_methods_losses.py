@@ -46,7 +46,7 @@ def test_a_round_of_messages_node_by_node(seed):
     g = torch.Generator().manual_seed(seed)
     layer = SageLayer(3, 2, 4).double()
     samples, modalities, edges = (torch.randn(*shape, generator=g).double() for shape in ((5, 3), (2, 3), (5, 2, 2)))
-    here = torch.tensor([[True, True], [True, False], [False, True], [False, False], [True, True]])
+    here = torch.tensor([[True, True], [True, False], [False, False], [False, False], [True, False]])
     found = layer(samples, modalities, edges, here)
 
     def mean(messages):
@@ -78,6 +78,10 @@ def test_the_graph_goes_through_its_rounds_one_after_another(seed):
     for layer in graph.rounds:
         samples, modalities, edges = layer(samples, modalities, edges, here)
     torch.testing.assert_close(graph(encoded, here), samples)
+    grape, batch, encoded = prepared(Grape, seed)
+    first, _, second = grape.classifier
+    wanted = second(torch.relu(first(grape.graph(encoded, batch.present))))
+    torch.testing.assert_close(grape(batch.features, batch.present), wanted)
     assert (len(graph.rounds), len(build(Grape, seed).graph.rounds), len(build(Muse, seed).graph.rounds)) == (3, 3, 2)
 
 
@@ -127,12 +131,21 @@ def test_m3care_sample_by_sample(seed):
             seen[a, i] |= total[a] > 0
         mixed.append(others)
     assert bool((seen != here).any())
+    assert build(M3Care, seed).threshold == 0.5
     torch.testing.assert_close(model.fuse(encoded, here), model.transformer(mixed, seen))
 
 
 def test_shaspec_adds_its_alignment_and_the_name_of_the_modality(seed):
     model, batch, encoded = prepared(ShaSpec, seed, alignment=0.4, domain=0.3)
     shared, specific = model.parts(encoded)
+    rows_ = []
+    for n, here in enumerate(batch.present):
+        entered = [enter(z[n]) for enter, z in zip(model.enter, encoded, strict=True)]
+        s = [model.share[1](torch.relu(e)) for e in entered]
+        p = [layer[1](torch.relu(e)) for layer, e in zip(model.specific, entered, strict=True)]
+        mean = torch.stack([x for x, there in zip(s, here, strict=True) if there]).mean(0)
+        rows_.append(torch.cat([model.project(torch.cat([s[i], p[i]])) + s[i] if here[i] else mean for i in range(3)]))
+    torch.testing.assert_close(model(batch.features, batch.present), model.layers.layers(torch.stack(rows_)))
     names = []
     for i in range(3):
         logits = model.name_modality(specific[i][batch.present[:, i]])

@@ -15,7 +15,7 @@ from mmc_fast.experiments.methods.baseline import Batch
 from mmc_fast.experiments.methods.graph import Grape, Muse, supervised_contrastive
 from mmc_fast.experiments.methods.imputation import ImputedConcat
 from mmc_fast.experiments.methods.mt import SubsetTransformer, subsets
-from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
+from mmc_fast.experiments.methods.shaspec import shared_distance
 from mmc_fast.experiments.methods.smil import Smil
 
 DIMS = {"a": 5, "b": 3, "c": 4}
@@ -132,17 +132,6 @@ def test_shaspec_shared_features_converge_under_the_alignment_term(seed):
         shared, _ = model.parts(encoded)
         distances.append(float(shared_distance(shared, filled).detach()) / float(shared.std().detach() + 1e-3))
     assert distances[1] < 0.3 * distances[0], distances
-
-
-def test_shaspec_puts_the_mean_shared_feature_into_an_empty_slot(seed):
-    model = build(ShaSpec, seed)
-    batch = rows(seed)
-    encoded, _, _ = model.filled(batch.features, batch.present)
-    shared, specific = model.parts(encoded)
-    own = model.project(torch.cat([shared, specific], -1)) + shared
-    mean = (shared[0, 0] + shared[2, 0]) / 2  # row 0 has a and c
-    expected = model.layers.layers(torch.cat([own[0, 0], mean, own[2, 0]]))
-    torch.testing.assert_close(model(batch.features, batch.present)[0], expected)
 
 
 def test_shared_distance_pair_by_pair(seed):

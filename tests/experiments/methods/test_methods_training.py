@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +16,15 @@ from test_methods import BUDGET, HEADS
 from training_data import losses_by_hand, tiny
 
 from mmc_fast._util.seeds import generator, seeded_init
+from mmc_fast.errors import InputError
 from mmc_fast.experiments.data import mcar
-from mmc_fast.experiments.methods import Task, baseline, get
+from mmc_fast.experiments.methods import CANDIDATES, METHODS, Task, baseline, get
 from mmc_fast.experiments.methods.imputation import ImputedConcat
 from mmc_fast.experiments.methods.shaspec import ShaSpec
+from mmc_fast.experiments.training import Interrupted, TrainingDiverged
 from mmc_fast.experiments.training.evaluate import masks_at
+from mmc_fast.experiments.training.progress import Silent
+from mmc_fast.experiments.training.substitution import ranking_parts, refresh
 
 
 def zeros_by_hand(model, features, present) -> torch.Tensor:
@@ -132,3 +140,214 @@ def test_rows_without_anything_get_the_training_shares_whatever_the_other_parts_
     fit = baseline._Fit(lambda task: ShaSpec(dataset.dims, 3, task.config), Task(dataset, BUDGET, {}, 0))
     for found in (fit.fitted.prior, fit.model.prior.softmax(0)):
         torch.testing.assert_close(found, shares)
+
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "experiments" / "methods.md").read_text(encoding="utf-8")
+SEARCHES = {  # what varies between the four candidates, and what does not
+    "shaspec": ({"modality_dropout": (0.5, 0.3), "alignment": (0.1, 1.0)}, {"domain": 0.02}),
+    "muse": ({"modality_dropout": (0.5, 0.0), "agreement": (0.5, 0.1), "classes": (0.5, 0.1)}, {"edge_dropout": 0.3}),
+    "smil": ({"modality_dropout": (0.5, 0.3), "inner_lr": (1e-3, 1e-2)}, {"clusters": 10, "match": 0.01, "noise": 0.1}),
+    "cm-ae": ({"modality_dropout": (0.5, 0.3), "rebuild": (1.0, 0.1)}, {}),
+    "mt": ({"lr": (1e-3, 3e-4), "fusion_layer": (0, 1)}, {}),
+    "grape": ({"modality_dropout": (0.3, 0.5), "layers": (3, 2)}, {}),
+    "m3care": ({"modality_dropout": (0.5, 0.0), "threshold": (0.5, 0.8)}, {}),
+    "logistic": ({"C": (0.1, 0.01, 1.0, 10.0)}, {}),
+    "boosting": ({"learning_rate": (0.1, 0.05), "max_leaf_nodes": (31, 15)}, {"min_samples_leaf": 20, "copies": 0}),
+    "boosting-masked": (
+        {"learning_rate": (0.1, 0.05), "max_leaf_nodes": (31, 15)},
+        {"min_samples_leaf": 20, "copies": 4},
+    ),
+    "product": ({"lr": (1e-3, 3e-4), "penalty": (0.001, 0.1)}, {"unimodal_share": 1.0}),
+    "vanilla": ({"lr": (1e-3, 3e-4), "weight_decay": (0.0, 1e-4)}, {"fusion": "concat"}),
+    "late": ({"lr": (1e-3, 3e-4), "weight_decay": (0.0, 1e-4)}, {"fusion": "late"}),
+    "unimodal": ({"lr": (1e-3, 3e-4), "weight_decay": (0.0, 1e-4)}, {"unimodal_share": 1.0}),
+    "dropout": ({"modality_dropout": (0.5, 0.3), "lr": (1e-3, 3e-4)}, {"consistency": 0.0}),
+    "consistency": ({"modality_dropout": (0.5, 0.3), "consistency": (1.0, 3.0)}, {"fusion": "concat"}),
+    "transformer": ({"modality_dropout": (0.5, 0.3), "consistency": (1.0, 0.0)}, {"fusion": "transformer"}),
+    "recommended": (
+        {"modality_dropout": (0.5, 0.3), "consistency": (1.0, 3.0)},
+        {"experts": True, "unimodal_share": 1.0},
+    ),
+    "transformer-learner": (
+        {"modality_dropout": (0.5, 0.3), "consistency": (1.0, 0.0)},
+        {"fusion": "transformer", "experts": True, "optimizer": "adamw", "weight_average": 0.99, "encoder_norm": True},
+    ),
+}
+SEARCHES |= {
+    name: ({"lr": (1e-3, 3e-4), "kd.epochs": (10, 5)}, {"unimodal_share": 0.3, "kd.loss": loss, "kd.teachers": teachers} | order)
+    for name, loss, teachers, order in (
+        ("kd", "info_nce", "stronger", {"kd.order": "weakest_first"}), ("kd-kl", "kl", "stronger", {"kd.order": "weakest_first"}),
+        ("kd-mse", "mse", "stronger", {"kd.order": "weakest_first"}), ("kd-strongest", "info_nce", "strongest", {}),
+        ("kd-strongest-first", "info_nce", "stronger", {"kd.order": "strongest_first"}),
+        ("kd-random", "info_nce", "stronger", {"kd.order": "random"}),
+        ("kd-simultaneous", "info_nce", "stronger", {"kd.order": "simultaneous"}),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SEARCHES))
+def test_a_method_declares_the_candidates_that_its_page_names(name):
+    """The default first; all four are of the method's own, and the rest of the budget is that of all methods."""
+    varied, fixed = SEARCHES[name]
+    found = []
+    for candidate in get(name).search:
+        config, options = get(name).resolve(candidate, BUDGET)
+        values = vars(config) | options | {f"kd.{k}": v for k, v in vars(config.kd or config).items()}
+        assert {k: values[k] for k in fixed} == fixed
+        assert (config.encoder_dim, config.batch_size, config.rates) == (8, 16, (0.3,))
+        found.append(tuple(values[k] for k in varied))
+    several = [k for k in varied if k in ("agreement", "classes")]  # these two move together
+    grid = set(product(*varied.values()))
+    assert set(found) == {c for c in grid if len({c[list(varied).index(k)] for k in several}) <= 1}
+    assert (found[0], len(found)) == (tuple(v[0] for v in varied.values()), CANDIDATES)
+
+
+def test_methods_are_what_their_page_says_of_them():
+    for name in ("shaspec", "muse", "smil", "cm-ae", "mt", "grape", "m3care"):
+        assert f"**{name}** ({get(name).title}, {get(name).source})" in PAGE
+    own = {"shaspec", "muse", "smil", "cm-ae", "mt", "grape", "m3care"}
+    extended = {f"{n}+{more}" for n in ("grape", "m3care", "muse", "smil", "shaspec") for more in ("kd", "ebr")}
+    assert {n for n, m in METHODS.items() if m.baseline} == own | extended
+    batch = ("muse", "grape", "m3care")
+    assert {n for n, m in METHODS.items() if m.batch_dependent} == {n for n in own | extended if n.startswith(batch)}
+    classes = {"muse", "muse+kd", "muse+ebr", "logistic", "boosting", "boosting-masked", "product"}
+    assert {n for n, m in METHODS.items() if m.classes_only} == classes
+    for name in sorted(extended):
+        base, _, more = name.partition("+")
+        config, options = get(name).resolve(None, BUDGET)
+        assert (get(name).title, get(name).search) == (f"{get(base).title} + {more.upper()}", get(base).search)
+        assert options == get(base).resolve(None, BUDGET)[1]
+        assert (config.kd is None, config.ebr is None) == (more == "ebr", more == "kd")
+        if config.ebr is not None:
+            assert (config.ebr.cross_recovery, config.ebr.residual, config.ebr.normalize) == (0.0, True, True)
+            assert config.ebr.backend == ("reference" if base == "smil" else "auto")
+    for name in ("consistency-x5", "transformer-x5", "ebr-robust-x5", "subset-oracle-x5"):
+        assert get(name).resolve(None, BUDGET)[1] == {"members": 5}
+    assert get("subset-oracle").resolve(None, BUDGET)[1] == {"members": 1}
+    assert get("subset-oracle").resolve(None, BUDGET)[0].selection == "complete", "a model that meets no masked row"
+
+
+def test_the_forms_of_ebr_are_those_of_their_page():
+    paper = [get("ebr-paper").resolve(s, BUDGET)[0].ebr for s in get("ebr-paper").search]
+    assert [(e.schedule, e.reversal) for e in paper] == [
+        ("joint", 0.01),
+        ("joint", 0.1),
+        ("joint", 1.0),
+        ("interleave", 0.01),
+    ]
+    assert paper[3].interleave_epochs == 2
+    slides = [get("ebr-slides").resolve(s, BUDGET)[0].ebr for s in get("ebr-slides").search]
+    assert [(e.reconstruction, e.reversal, e.patience) for e in slides] == [
+        (1.0, 0.01, 5), (1.0, 0.1, 5), (0.1, 0.01, 5), (0.1, 0.1, 5)
+    ]  # fmt: skip
+    for e in (*paper, *slides):
+        assert (e.residual, e.normalize, e.substitute, e.ranking) == (False, False, "ranked", "reference")
+        assert (e.hidden_dim, e.latent_dim, tuple(e.psi_dims)) == (128, 64, (64, 32))
+    robust = [get("ebr-robust").resolve(s, BUDGET)[0] for s in get("ebr-robust").search]
+    assert [(c.ebr.cross_recovery, c.consistency, c.fusion) for c in robust] == [
+        (0.1, 1.0, "concat"), (0.0, 1.0, "concat"), (0.1, 3.0, "concat"), (0.1, 1.0, "transformer")
+    ]  # fmt: skip
+    best = [get("ebr-best").resolve(s, BUDGET)[0] for s in get("ebr-best").search]
+    assert [(c.ebr.reversal, c.consistency, c.modality_dropout) for c in best] == [
+        (0.1, 1.0, 0.5), (0.0, 1.0, 0.5), (0.1, 3.0, 0.5), (0.1, 1.0, 0.3)
+    ]  # fmt: skip
+    for c in (*robust, *best):
+        assert (c.ebr.residual, c.ebr.normalize, c.ebr.substitute, c.substitute_in_training) == (
+            True,
+            True,
+            "mean",
+            True,
+        )
+
+
+class Heard(Silent):
+    """What a training tells of its progress; Ctrl-C after the epoch of a stage."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.stop, self.total, self.seen, self.ended = stop, 0, [], []
+
+    def on_start(self, total_epochs, label):
+        self.total = total_epochs
+
+    def on_epoch(self, record):
+        self.seen.append((record["stage"], record["epoch"]))
+        if self.seen[-1] == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_end(self, results):
+        self.ended.append(results)
+
+
+@pytest.mark.parametrize("name", ["shaspec+kd", "unimodal", "product"])
+def test_progress_counts_the_epochs_of_every_stage_and_ctrl_c_ends_them(name, seed):
+    heard, changes = Heard(), {"unimodal_share": 1.0} | ({"kd": {"epochs": 1}} if "kd" in name else {})
+    if name == "product":
+        changes["options"] = {"penalty": 0.1}
+    fitted = get(name).fit(tiny(seed), changes, seed, budget=BUDGET, progress=heard)
+    stages = [("unimodal", e) for e in (1, 2)] + ([("train", e) for e in (1, 2)] if "kd" in name else [])
+    assert [s for s in heard.seen if s[0] != "distillation"] == stages
+    assert heard.total == len(stages)
+    assert set(fitted.record["unimodal"]) == {"a", "b", "c"}
+    if "kd" in name:
+        strongest = max("abc", key=fitted.record["unimodal"].get)  # the first of equals
+        assert strongest not in {p["student"] for p in fitted.record["distillation"]["pairs"]}
+        assert len(fitted.record["distillation"]["pairs"]) == 3, "every stronger one teaches every weaker one"
+        assert heard.ended == [{"seed": seed}]
+    with pytest.raises(KeyboardInterrupt):
+        get(name).fit(tiny(seed), changes, seed, budget=BUDGET, progress=Heard(("unimodal", 1)))
+    if "kd" in name:
+        with pytest.raises(Interrupted):
+            get("shaspec").fit(tiny(seed), {}, seed, budget=BUDGET, progress=Heard(("train", 1)))
+
+
+@pytest.mark.parametrize("ranking", ["reference", "pairwise"])
+def test_the_ranking_under_a_baseline_is_that_of_its_weights_and_starts_at_the_strongest_modality(ranking, seed):
+    dataset = tiny(seed, absent=0.2)
+    heads = HEADS["ebr"] | {"substitute": "ranked", "ranking": ranking}
+    changes = {"ebr": heads, "unimodal_share": 1.0, "selection": "last"}
+    fitted = get("shaspec+ebr").fit(dataset, changes, seed, budget=BUDGET)
+    model, scores = fitted.answer.__self__, fitted.record["unimodal"]
+    found = model.order.clone(), model.similarity.clone()
+    strongest = max("abc", key=scores.get)  # the first of equals
+    assert "abc"[int(found[0][0])] == strongest
+    refresh(model, ranking_parts(dataset), strongest)
+    assert torch.equal(found[0], model.order)
+    assert torch.equal(found[1], model.similarity)
+
+
+def test_a_loss_or_a_prediction_that_is_not_finite_ends_the_training_of_a_baseline(seed, monkeypatch):
+    wild = {"lr": 1e30, "optimizer": "sgd", "epochs": 3}
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        get("shaspec").fit(tiny(seed), wild, 0, budget=BUDGET)
+    monkeypatch.setattr(ShaSpec, "probabilities", lambda self, x, present: torch.full((len(present), 3), float("nan")))
+    with pytest.raises(TrainingDiverged, match=r"NaN or infinite .*validation after epoch 1"):
+        get("shaspec").fit(tiny(seed), {}, 0, budget=BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "said"),
+    [
+        ("muse", "agreement", True, "give a number, such as 0.5"),
+        ("muse", "agreement", "x", "give a number, such as 0.5"),
+        ("muse", "agreement", -0.1, "give a number from 0 to 1000"),
+        ("muse", "agreement", 1000.5, "give a number from 0 to 1000"),
+        ("smil", "clusters", 2.5, "give a whole number, such as 10"),
+        ("smil", "clusters", True, "give a whole number, such as 10"),
+        ("smil", "clusters", 10_001, "give a number from 0 to 10000"),
+        ("muse", "agreement", 1, None),
+        ("muse", "agreement", 1000, None),
+        ("muse", "agreement", 0.0, None),
+        ("smil", "clusters", 10_000, None),
+    ],
+)
+def test_an_option_has_the_type_and_the_size_of_the_declared_ones(name, option, value, said):
+    if said is None:
+        assert get(name).resolve({"options": {option: value}})[1] == {option: value}
+        return
+    with pytest.raises(InputError, match=f"method {name}: option {option} is .*; {said}"):
+        get(name).resolve({"options": {option: value}})
+
+
+def test_a_method_declares_four_candidates():
+    with pytest.raises(InputError, match="method mt: 3 candidates; every method declares 4"):
+        replace(get("mt"), search=get("mt").search[:3])
