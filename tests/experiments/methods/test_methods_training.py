@@ -21,7 +21,7 @@ from mmc_fast.experiments.data import mcar
 from mmc_fast.experiments.methods import CANDIDATES, METHODS, Task, baseline, get
 from mmc_fast.experiments.methods.imputation import ImputedConcat
 from mmc_fast.experiments.methods.shaspec import ShaSpec
-from mmc_fast.experiments.training import Interrupted, TrainingDiverged
+from mmc_fast.experiments.training import Interrupted, TrainingDiverged, adversarial, predict, train
 from mmc_fast.experiments.training.evaluate import masks_at
 from mmc_fast.experiments.training.progress import Silent
 from mmc_fast.experiments.training.substitution import ranking_parts, refresh
@@ -351,3 +351,23 @@ def test_an_option_has_the_type_and_the_size_of_the_declared_ones(name, option, 
 def test_a_method_declares_four_candidates():
     with pytest.raises(InputError, match="method mt: 3 candidates; every method declares 4"):
         replace(get("mt"), search=get("mt").search[:3])
+
+
+@pytest.mark.parametrize("name", ["kd", "ebr-paper"])
+def test_a_method_of_the_standard_loop_is_a_run_of_it(name, seed, monkeypatch):
+    monkeypatch.setattr(adversarial, "_PROBE_EPOCHS", 2)
+    dataset, heard = tiny(seed, absent=0.2), Heard()
+    changes = {"kd": {"epochs": 1}} if name == "kd" else HEADS | {"control": False}
+    budget = replace(BUDGET, unimodal_share=1.0)
+    fitted = get(name).fit(dataset, changes, seed, budget=budget, progress=heard)
+    result = train(dataset, get(name).resolve(changes, budget)[0], seed=seed, evaluate_on=())
+    wanted = {key: result.results[key] for key in ("label", "selected_epoch", "unimodal", "distillation")}
+    wanted |= {"val_score": result.results["selected_val_score"]}
+    wanted |= {"backend": result.results["environment"]["ebr_backend"]}
+    if name == "ebr-paper":
+        wanted |= {"modality_probe": result.results["adversarial"]["modality_probe"]}
+    assert fitted.record == wanted
+    assert heard.total == len(heard.seen) > 0
+    part = dataset.part("test")
+    assert torch.equal(fitted.predict(part.features, part.present), predict(result.model, part.features, part.present))
+    torch.testing.assert_close(fitted.prior, torch.bincount(dataset.part("train").labels) / 60)
