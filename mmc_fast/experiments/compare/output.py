@@ -127,7 +127,7 @@ def _blocks(f: Findings, drawings: Mapping[str, Drawing]) -> list[Block]:
     if failed:
         blocks.append(Callout(f"**{UNDER_PERFORMING}**: {literal(', '.join(failed))}.", "warning"))
     for metric, comparison in f.comparisons.items():
-        caption = ". ".join(filter(None, [f"Test {metric_name(metric)}, mean ± s.d.", literal(footnotes(f))]))
+        caption = f"Test {metric_name(metric)}, mean ± s.d. {literal(footnotes(f))}".strip()
         blocks.append(Table(["method", *comparison.conditions], score_rows(f, metric), caption))
     blocks.append(Panels([d.figure() for d in drawings.values()]))
     if f.tests:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,19 +14,22 @@ import torch
 from rich.console import Console
 from scipy import stats
 
+from mmc_fast import __version__
 from mmc_fast.cli.compare import print_comparison
-from mmc_fast.diagnose.document import Cell
+from mmc_fast.diagnose.document import Callout, Cell, Report, Text, signed
 from mmc_fast.diagnose.statistics import holm
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import findings as findings_module
 from mmc_fast.experiments.compare import output
 from mmc_fast.experiments.compare.configs import MethodConfig
-from mmc_fast.experiments.compare.findings import UNDER_PERFORMING, find
+from mmc_fast.experiments.compare.findings import UNDER_PERFORMING, Findings, find
 from mmc_fast.experiments.compare.grid import Finished, Run
-from mmc_fast.experiments.compare.output import READING, markdown, write_outputs
+from mmc_fast.experiments.compare.output import READING, footnotes, markdown, score_rows, write_outputs
 from mmc_fast.experiments.compare.runs import score
-from mmc_fast.experiments.jobs import Job, Result
+from mmc_fast.experiments.jobs import Job, Result, own_folder
+from mmc_fast.experiments.manifest import Manifest
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Score
+from mmc_fast.experiments.report.drawings import draw_rates, metric_name
 from mmc_fast.experiments.tasks import Classification
 
 METHODS = [MethodConfig.parse(n, {"method": n}) for n in ("vanilla", "dropout", "muse", "shaspec")]
@@ -262,3 +266,125 @@ def test_all_outputs_say_the_same(tmp_path, seed):
     assert "Realised missing rates by modality: 0.3: 0.30; 0.6: 0.50." in text
     assert re.search(r"^Test .*, 4 seed\(s\):$", text, re.MULTILINE)
     assert (tmp_path / "figures" / "made-missing-rates.png").stat().st_size > 1000
+
+
+class Kept(Report):
+    """The page as blocks."""
+
+    pages: ClassVar[list[Report]] = []
+
+    def save(self, path):
+        self.pages.append(self)
+        return super().save(path)
+
+
+def plain(rows) -> list[list[str]]:
+    return [[c if isinstance(c, str) else c.text for c in row] for row in rows]
+
+
+def two_sets(seed: int) -> list[Findings]:
+    """Two data sets; of the first a method diverged with one seed, another predicts in batches and fell below vanilla."""
+    parts = [fabricated(seed + i, seeds=3, data=name) for i, name in enumerate(("one", "two"))]
+    runs = [r for part in parts for r in part.runs]
+    for n, run in enumerate(runs):
+        if (run.data, run.method, run.seed) == ("one", "dropout", 1):
+            runs[n] = run._replace(result=replace(run.result, failed="diverged", values={}))
+        if (run.data, run.method) == ("one", "shaspec"):
+            run.result.values["batch_rows"] = 256
+    return find(Finished(parts[0].selected | parts[1].selected, runs), METHODS, resamples=30)
+
+
+def test_a_page_shows_each_data_set_with_its_tables_drawings_tests_and_settings(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(output, "Report", Kept)
+    Kept.pages.clear()
+    findings = two_sets(seed)
+    extra = draw_rates(findings[0].main, {"vanilla": "vanilla"})
+    options = {"drawings": {"one": {"more": extra}}, "blocks": {"two": [Text("below")]}, "warning": "Look out."}
+    write_outputs(findings, tmp_path, {"machine": "made"}, {"kind": "comparison"}, title="Some title", **options)
+    (page,) = Kept.pages
+    assert (page.title, page.lead) == (
+        "Some title", "4 methods on 2 data set(s): the same encoders and budget for each."
+    )  # fmt: skip
+    assert __version__ in page.footer
+    assert [s.title for s in page.sections] == ["one", "two", "How to read this"]
+    assert [type(b).__name__ for b in page.sections[2].blocks] == ["Text", "Facts"]
+    assert (page.sections[2].blocks[0].text, page.sections[2].blocks[1].items) == (READING, {"machine": "made"})
+    for f, section in zip(findings, page.sections, strict=False):
+        blocks = list(section.blocks)
+        if f.data == "one":
+            assert blocks.pop(0) == Callout("Look out.", "warning"), "once, at the top"
+        else:
+            assert blocks.pop() == Text("below")
+        low = [m.title for m in f.methods.values() if m.threshold == UNDER_PERFORMING]
+        assert low
+        assert blocks.pop(0) == Callout(f"**{UNDER_PERFORMING}**: {', '.join(low)}.", "warning")
+        for metric in ("auroc", "auprc"):
+            table = blocks.pop(0)
+            assert list(table.columns) == ["method", *f.main.conditions]
+            assert plain(table.rows) == plain(score_rows(f, metric))
+            assert table.caption == f"Test {metric_name(metric)}, mean ± s.d. {footnotes(f)}"
+        panels, tests, settings = blocks
+        assert len(panels.figures) == (2 if f.data == "one" else 1)
+        assert (tests.summary, settings.summary) == ("Tests against the reference", "Settings")
+        assert plain(tests.blocks[0].rows) == plain(output.tests_table(f)[1])
+        assert tests.blocks[0].caption == output.tests_title(f)
+        assert list(settings.blocks[0].columns) == ["method", "selected", "source"]
+        assert [list(row) for row in settings.blocks[0].rows] == [
+            [m.title, "as declared", m.source] for m in f.methods.values()
+        ]
+    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert figures == {"one-missing-rates.png", "one-more.png", "two-missing-rates.png"}
+    story = ("A lead.", [Text("first")], extra)
+    write_outputs(findings, tmp_path, {}, {}, opening=story, warning="Look out.")
+    page = Kept.pages[1]
+    assert (page.title, page.lead, page.sections[0].title) == ("Comparison of methods", "A lead.", "In one picture")
+    assert list(page.sections[0].blocks) == [Callout("Look out.", "warning"), Text("first")]
+    assert not isinstance(page.sections[1].blocks[0], Callout) or "Look out" not in page.sections[1].blocks[0].text
+    assert (tmp_path / "figures" / "story.png").is_file()
+
+
+def test_tables_of_a_data_set_on_which_a_method_diverged(seed):
+    """A dash for each of its conditions, no test of it, and marks that say why."""
+    one, two = two_sets(seed)
+    lines = {line[0]: line[1:] for line in plain(score_rows(one, "auroc"))}
+    assert list(lines) == [m.marked for m in one.methods.values()]
+    assert lines["modality dropout §"] == ["–"] * 4
+    assert {t.method for t in one.tests} == {"muse", "shaspec"}
+    assert {t.method for t in two.tests} == {"dropout", "muse", "shaspec"}
+    assert (
+        output.tests_title(one)
+        == f"Against the reference, 3 pairs of seeds, Holm over {len(one.tests) + len(two.tests)} tests"
+    )
+    assert "§ diverged with 1 seed(s): modality dropout" in footnotes(one)
+    assert "‡ batch of 256: ShaSpec" in footnotes(one)
+    headings, rows = output.tests_table(two)
+    assert headings == ["difference", "estimate", "95 % interval", "p", "p (Holm)", "p (signed ranks)"]
+    for t, row in zip(two.tests, plain(rows), strict=True):
+        name = f"{two.methods[t.method].title} − vanilla, {metric_name(t.metric)}, {t.condition}"
+        assert row[:3] == [name, signed(t.difference), f"{signed(t.low)} … {signed(t.high)}"]
+        assert row[3:] == ["< .001" if p < 0.001 else f"{p:.3f}" for p in (t.p, t.p_holm, t.p_wilcoxon)]
+    text = markdown([one, two])
+    places = [text.index(part) for part in ("## one", "Test AUC (ROC), 3 seed(s):", "Realised missing rates", "## two")]
+    assert places == sorted(places)
+    assert f"{output.tests_title(one)}:" in text
+    assert output._p(None) == "–"
+    assert (output._p(0.001), output._p(0.00099)) == ("0.001", "< .001")
+
+
+def test_text_that_somebody_chose_is_no_markup_and_stays_on_its_line():
+    assert output._markdown("a|b *c* `d` [e](f) \\ <g>\nh") == r"a\|b \*c\* \`d\` [e\](f) \\ \<g> h"
+
+
+def test_what_a_command_wrote_is_listed_in_the_manifest_above_it(tmp_path, seed):
+    own_folder(tmp_path, "jobs")
+    (tmp_path / "inner" / "figures").mkdir(parents=True)
+    for name in ("results.json", "report.html", "other.txt", "figures/a.png", "figures/a.txt"):
+        (tmp_path / "inner" / name).write_text(name)
+    output.list_files(tmp_path / "inner")
+    manifest = Manifest.read(tmp_path, advice="x")
+    listed = [
+        n
+        for n in ("results.json", "report.html", "other.txt", "figures/a.png", "figures/a.txt")
+        if f"inner/{n}" in manifest
+    ]
+    assert listed == ["results.json", "report.html", "figures/a.png"]
