@@ -24,6 +24,7 @@ from mmc_fast.cli import app
 from mmc_fast.errors import InputError
 from mmc_fast.experiments import jobs as jobs_module
 from mmc_fast.experiments.compare import grid as grid_module
+from mmc_fast.experiments.compare.configs import BUDGET as BUDGET_OF_ALL
 from mmc_fast.experiments.compare.configs import (
     DataConfig,
     MethodConfig,
@@ -195,6 +196,54 @@ def test_a_finished_run_is_never_repeated_and_a_claimed_one_is_left_alone(tmp_pa
         assert not (out / job.path).exists()
     with pytest.raises(AssertionError, match="repeated"):
         jobs_module._work((job, out), silent)
+
+
+def test_which_of_two_settings_wins(tmp_path, seed):
+    """Changes of a call over the budget of the data over that of all; a config's settings over the candidate's."""
+    plain = DataConfig("mine", "mine.npz")
+    data = replace(plain, budget={"epochs": 7, "batch_size": 5})
+    assert plain.budget_with({}) == BUDGET_OF_ALL
+    assert (BUDGET_OF_ALL.epochs, BUDGET_OF_ALL.batch_size, BUDGET_OF_ALL.selection) == (30, 64, "masked")
+    assert (BUDGET_OF_ALL.unimodal_share, BUDGET_OF_ALL.control) == (0.0, False)
+    found = data.budget_with({"epochs": 9})
+    assert (found.epochs, found.batch_size, found.selection) == (9, 5, "masked")
+    method = MethodConfig.parse("wide", {"method": "muse", "settings": {"lr": 0.3, "options": {"classes": 0.2}}})
+    config, options = method.resolve(
+        {"lr": 0.1, "modality_dropout": 0.4, "options": {"classes": 0.9, "agreement": 0.8}}, found
+    )
+    assert (config.lr, config.modality_dropout, config.epochs) == (0.3, 0.4, 9)
+    assert options == {"classes": 0.2, "agreement": 0.8}
+    assert (method.name, method.title) == ("wide", "MUSE")
+    assert MethodConfig.parse("x", {"method": "muse", "title": "Own"}).title == "Own"
+    mine = data_config(tmp_path, seed)
+    job = Grid([method], [mine], [0], {"epochs": 4}).job(method, mine, {"lr": 0.1}, "test", 3)
+    assert (job.name, job.stage) == ("runs/mine/wide-3", "runs")
+    config = job.settings["config"]
+    assert (config["epochs"], config["batch_size"], config["lr"]) == (4, BUDGET["batch_size"], 0.3)
+    assert (job.settings["method"], job.settings["options"], job.settings["seed"]) == ("muse", {"classes": 0.2}, 3)
+    searched = Grid([method], [mine], [0]).job(method, mine, {}, "validation", 900)
+    assert (searched.name, searched.stage, searched.settings["part"]) == (
+        "search/mine/wide-900",
+        "search",
+        "validation",
+    )
+
+
+def test_files_of_a_data_config_are_found_beside_it(tmp_path):
+    (tmp_path / "own.csv").write_text("id,y,x,z\n0,0,1,1\n")
+    (tmp_path / "map.toml").write_text('id = "id"\nlabel = "y"\n[modalities]\na = ["x"]\nb = ["z"]\n')
+    config = DataConfig.parse("d", {"data": "own.csv", "columns": "map.toml", "split_seed": 0}, tmp_path)
+    assert (config.data, config.options["columns"]) == (str(tmp_path / "own.csv"), str(tmp_path / "map.toml"))
+    assert config.options["split_seed"] == 0
+    assert json.loads(config.key) == [config.data, dict(config.options)]
+    assert DataConfig.parse("mfeat", {"data": "mfeat"}, tmp_path).data == "mfeat"
+    for values, said in (
+        ({}, "'data' is None"),
+        ({"data": "mfeat", "budget": 3}, "'budget' is 3"),
+        ({"data": "mfeat", "bugdet": {}}, "budget"),
+    ):
+        with pytest.raises(InputError, match=said):
+            DataConfig.parse("d", values)
 
 
 def test_the_seed_of_the_search_is_none_of_a_test_run(tmp_path, seed):

@@ -14,6 +14,7 @@ from mmc_fast.experiments.data.preprocessing import Preprocessing, ViewColumns, 
 from mmc_fast.experiments.data.scaler import ViewScaler
 from mmc_fast.experiments.tasks import Classification
 from mmc_fast.experiments.training import LoadedRun, TrainConfig, load_run, train
+from mmc_fast.experiments.training.rows import shift_lines
 
 LABS, NOTES = ["na", "k", "ph"], ["n1", "n2"]
 
@@ -170,3 +171,44 @@ def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: in
         else:
             assert entry["difference"] is None
     assert [e["column"] for e in found if e["far"]] == ["outside 6 %", "far"]
+
+
+def test_what_a_user_should_know_is_told_the_farthest_columns_first():
+    entry = {"modality": "labs", "far": True}
+    shifts = [
+        entry | {"column": "near", "outside": 0.0, "difference": 0.1, "far": False},
+        entry | {"column": "small", "outside": 0.1, "difference": None},
+        entry | {"column": "low", "outside": 0.1, "difference": -2.0},
+        entry | {"column": "up", "outside": 0.1, "difference": 1.0},
+        entry | {"column": "out", "outside": 0.505, "difference": 0.25},
+    ]
+    differences = {
+        "absent_modalities": ["notes"], "new_modalities": ["x", "y"], "missing_columns": {"labs": ["k"]},
+        "new_columns": {"labs": [f"c{n}" for n in range(9)]}, "unknown_categories": {"labs": [f"v{n}" for n in range(8)]},
+    }  # fmt: skip
+    assert shift_lines({"differences": differences, "shift": shifts}) == [
+        "modalities that no row has: notes",
+        "modalities that the model does not know, not used: x, y",
+        "labs: columns that are not there, taken as not measured: k",
+        "labs: columns that the model does not know, not used: c0, c1, c2, c3, c4, c5, c6, c7 and 1 more",
+        "labs: values that are no category of training, taken as 'other': v0, v1, v2, v3, v4, v5, v6, v7",
+        "4 of 5 columns are far from the training data, the farthest first:",
+        "  labs out: 50% outside of the training range, mean +0.25 training s.d. away",
+        "  labs low: 10% outside of the training range, mean -2.00 training s.d. away",
+        "  labs up: 10% outside of the training range, mean +1.00 training s.d. away",
+        "  labs small: 10% outside of the training range",
+    ]
+    assert len(shift_lines({"shift": shifts[1:] * 5})) == 1 + 10
+    assert shift_lines({}) == shift_lines({"differences": {}, "shift": shifts[:1]}) == []
+
+
+def test_a_table_of_predictions_names_the_rows_and_what_each_had(finished: LoadedRun, tmp_path: Path):
+    new = arrays(4, 7)
+    present = np.array([True, False, True, True])
+    new["x_notes"][3] = np.nan
+    found = finished.predict(save(tmp_path / "a.npz", new, present_labs=present))
+    assert found.table()["modalities"].tolist() == ["labs+notes", "notes", "labs+notes", "labs"]
+    assert found.table()["id"].tolist() == ["1000", "1001", "1002", "1003"]
+    assert found.table()["prediction"].tolist() == [finished.model.task.names[i] for i in found.answers.argmax(1)]
+    del new["ids"]
+    assert finished.predict(save(tmp_path / "b.npz", new)).table()["row"].tolist() == [0, 1, 2, 3]

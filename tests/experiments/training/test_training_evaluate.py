@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,10 @@ from mmc_fast.experiments.training import evaluate, load_run, parts, predict, tr
 from mmc_fast.experiments.training import evaluate as public_evaluate
 from mmc_fast.experiments.training.evaluate import masks_at, measure
 from mmc_fast.experiments.training.model import MultimodalModel
+
+evaluate_module = importlib.import_module(
+    "mmc_fast.experiments.training.evaluate"
+)  # the name is that of a function too
 
 
 def vanilla(seed: int, dataset) -> MultimodalModel:
@@ -188,6 +193,21 @@ def test_predictions_do_not_depend_on_the_other_rows(method, seed):
     for n in range(0, 30, 7):
         alone = predict(model, [x[n : n + 1] for x in part.features], present[n : n + 1])
         torch.testing.assert_close(alone[0], together[n], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_answered_in_pieces_of_a_limited_number_of_values(seed, monkeypatch):
+    dataset = tiny(seed, absent=0.2)
+    model, part, sizes = vanilla(seed, dataset), dataset.part("test"), []
+    whole = predict(model, part.features, part.present)
+    model.register_forward_hook(lambda model, inputs, output: sizes.append(len(inputs[0][0])))
+    for rows, values, wanted in ((4096, 35, [7, 7, 7, 7, 2]), (20, 10**6, [20, 10]), (4096, 4, [1] * 30)):
+        monkeypatch.setattr(evaluate_module, "_BATCH", rows)
+        monkeypatch.setattr(evaluate_module, "_VALUES", values)  # the widest modality has 5 columns
+        torch.testing.assert_close(predict(model, part.features, part.present), whole)
+        assert sizes == wanted
+        sizes.clear()
+    none = predict(model, [x[:0] for x in part.features], part.present[:0])
+    assert none.shape == (0, 3)
 
 
 def test_rows_with_nothing_present(seed):
