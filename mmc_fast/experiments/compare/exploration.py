@@ -28,7 +28,7 @@ from .runs import read_line, score, settings_of
 __all__ = ["Planned", "compact", "explore", "plan"]
 
 
-_PLANNING = ("arms", "data", "seeds", "method")  # keys of an option that are no settings of the training
+_PLANNING = ("arms", "data", "seeds", "method", "on")  # keys of an option that are no settings of the training
 
 
 class Planned(NamedTuple):
@@ -63,13 +63,16 @@ def plan(protocol: Mapping[str, Any]) -> Iterator[Planned]:
         for option, on_top in protocol["options"].items():
             if data not in on_top.get("data", [data]):
                 continue
-            method, settings = on_top.get("method", "vanilla"), {k: v for k, v in on_top.items() if k not in _PLANNING}
+            below = protocol["options"].get(on_top.get("on"), {})
+            settings = {k: v for k, v in {**below, **on_top}.items() if k not in _PLANNING}
             for seed in on_top.get("seeds", protocol["seeds"]):
                 for arm in on_top.get("arms", protocol["usual"]):
                     values = merged(to_plain(found.budget_with({})), protocol["arms"][arm], settings)
                     options = values.pop("options", {})
                     config = from_mapping(TrainConfig(), values, "config")
-                    everything = settings_of(found, seed, config, method=method, options=options, part="test")
+                    everything = settings_of(
+                        found, seed, config, method=on_top.get("method", "vanilla"), options=options, part="test"
+                    )
                     everything |= {"config": compact(config), "inner": part["rows"]}
                     yield Planned(option, arm, data, seed, everything)
 

@@ -110,6 +110,14 @@ def test_an_option_wins_over_its_arm_and_the_arm_over_the_budget_of_the_data():
     }
 
 
+def test_an_option_stands_on_another_but_not_on_its_arms():
+    on_top = {"on": "norm", "arms": ["plain"], "lr": 0.5}
+    options = {"norm": {"encoder_norm": True, "arms": []}, "norm-fast": on_top}
+    (run,) = exploration.plan(PROTOCOL | {"options": options})
+    usual = exploration.plan(PROTOCOL | {"options": {"norm-fast": {"arms": ["plain"]}}})
+    assert run.settings["config"] == next(usual).settings["config"] | {"encoder_norm": True, "lr": 0.5}
+
+
 def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     exploration.explore(PROTOCOL, log, ["base"])
