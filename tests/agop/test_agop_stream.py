@@ -136,6 +136,54 @@ def test_a_head_that_changes_is_refused(generator):
         assert accumulator.n == 100
 
 
+def test_what_is_not_finite_stays_so_through_merges_and_states(generator):
+    good = torch.randn(40, 6, generator=generator)
+    bad = good.clone()
+    bad[3] = float("nan")
+    for head, options in kinds(generator):
+        seeds = iter(range(9))
+
+        def summed(x, head=head, options=options, seeds=seeds):
+            return AGOPAccumulator(head, seed=next(seeds), **options).update(x)
+
+        for total in (summed(good).merge(summed(bad)), summed(bad).merge(summed(good))):
+            assert total.compute().matrix.isnan().all()
+        restored = AGOPAccumulator(head, **options)
+        restored.load_state_dict(total.state_dict())
+        assert restored.compute().matrix.isnan().all()
+        restored.load_state_dict(summed(good).state_dict())
+        assert restored.n == 40
+        assert restored.compute().matrix.isfinite().all()
+        empty = AGOPAccumulator(head, **options).merge(restored)
+        assert (empty.n, empty.compute().backend) == (40, restored.compute().backend)
+        synced = AGOPAccumulator(head, **options)
+        synced.load_state_dict(restored.state_dict() | {"synced": True})
+        for late in (lambda s=synced: s.update(good), synced.sync, lambda s=synced: s.merge(summed(good))):
+            with pytest.raises(RuntimeError, match="all processes"):
+                late()
+
+
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [({"chunk_size": 1}, 64), ({"chunk_size": 64}, 64), ({"chunk_size": 65}, 128), ({"memory_budget": 1}, 1),
+     ({"memory_budget": 100_000}, None), ({}, None)],
+)  # fmt: skip
+def test_chunks_are_whole_words_of_64_and_fit_the_budget(options, largest, generator):
+    head = chain([6, 10, 9, 4], "gelu", generator)
+    accumulator = AGOPAccumulator(head, **options)
+    plain, rows = accumulator.method.update, []
+    accumulator.method.update = lambda u, *more: rows.append(len(u)) or plain(u, *more)
+    accumulator.update(torch.randn(300, 6, generator=generator))
+    assert sum(rows) == 300
+    floats = accumulator.method.floats_per_sample + 6
+    if largest is None:
+        budget = min(options.get("memory_budget", 2**40), 16 * 2**20)
+        whole = budget // (4 * floats) // 64 * 64
+        assert max(rows) == min(300, whole), "as many as fit"
+    else:
+        assert set(rows[:-1]) == {largest}
+
+
 def test_a_result_stays_as_it_is_when_more_data_comes(generator):
     x = torch.randn(200, 6, generator=generator)
     for head, options in kinds(generator):
