@@ -63,6 +63,7 @@ def test_blocks_of_the_whitened_agop(generator: torch.Generator) -> None:
     np.testing.assert_allclose(np.abs(vectors[:, 0].numpy() @ basis[:, -1]), 1, rtol=1e-6)
     expected_shares = [np.square(basis[s, -1]).sum() for s in SLICES]
     np.testing.assert_allclose(shares[0].numpy(), expected_shares, rtol=1e-6)
+    assert len(blocks.top_directions(gram, covariance, BLOCKS)[0]) == 5
 
 
 def test_blocks_do_not_change_under_maps_inside_of_a_modality(generator: torch.Generator) -> None:
@@ -111,6 +112,11 @@ def test_ranks(generator: torch.Generator) -> None:
     gram = a.t() @ a
     np.testing.assert_allclose(blocks.spectrum(gram).numpy(), singular.square().numpy(), atol=1e-9)
     assert blocks.effective_rank(torch.ones(7)) == pytest.approx(7)
+    for scale in (1e-6, 1e6):  # no rank depends on units
+        assert blocks.ranks(scale * values, 0.3) == blocks.Ranks(
+            int((values > 0.3 * values.max()).sum()), pytest.approx(math.exp(scipy.stats.entropy(p))),
+            pytest.approx(float(values.square().sum() / values.max() ** 2)), 0.3,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,7 @@ def test_collision_bound_against_counting(seed: int) -> None:
     equal = weights.collision_bound([7, 7, 7])
     assert equal.bound == pytest.approx(1 - 1 / 3)
     assert (equal.loose, equal.warning) == (False, None)
+    assert [weights.collision_bound([10, wide]).loose for wide in (15, 16)] == [False, True]
     unequal = weights.collision_bound([100, 5])
     assert unequal.loose
     assert "loose" in unequal.warning
@@ -293,3 +300,6 @@ def test_variance_inflation_is_that_of_regressions(generator: torch.Generator) -
     x[:, 5] = x[:, 3]
     collinear = similarity.variance_inflation(similarity.covariance_of(x), ridge=1e-4)
     assert 1e3 < float(collinear[3]) <= 1e4
+    rounded = torch.tensor([[4.0, 3.0], [3.0, 1.0]])  # a correlation of 1.5: eigenvalues 2.5 and less than none
+    found = similarity.variance_inflation(rounded, ridge=0.01)
+    torch.testing.assert_close(found, torch.full((2,), 0.5 / 2.51 + 0.5 / 0.01, dtype=torch.float64))

@@ -167,8 +167,10 @@ def test_information_of_gaussians_is_unbiased(generator: torch.Generator) -> Non
     x = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ root.t()
     change = torch.randn(3, 3, generator=generator, dtype=torch.float64) * 100
     assert gaussian_information(x[:, :3] @ change, x[:, 3:]) == pytest.approx(gaussian_information(x[:, :3], x[:, 3:]))
-    with pytest.raises(InputError, match=r"N > p \+ q \+ 1"):
-        gaussian_information(x[:5, :3], x[:5, 3:])
+    for a, b in ((x[:6, :3], x[:6, 3:]), (x[:50, :3], x[:40, 3:]), (x[:, 0], x[:, 3:])):
+        with pytest.raises(InputError, match=r"N > p \+ q \+ 1"):
+            gaussian_information(a, b)
+    assert math.isfinite(gaussian_information(x[:7, :3], x[:7, 3:]))
 
 
 def test_margin_of_distillation_and_its_jackknife(generator: torch.Generator) -> None:

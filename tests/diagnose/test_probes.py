@@ -180,6 +180,7 @@ def test_what_the_weight_classifier_learns_and_is_asked(generator: torch.Generat
 
     class Watched:
         def __init__(self, hidden: Any, **options: Any) -> None:
+            self.options = {"hidden": hidden} | options
             made.append(self)
 
         def fit(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -213,6 +214,7 @@ def test_what_the_weight_classifier_learns_and_is_asked(generator: torch.Generat
     assert found.cross_entropy == pytest.approx(-np.log(p[np.arange(29), largest]).mean())
     assert found.entropy == pytest.approx(-(p * np.log(p)).sum(1).mean() / math.log(3))
     assert found.accuracy == 0.7
+    assert made[0].options == {"hidden": (64,), "alpha": 1e-3, "max_iter": 400, "random_state": 0}
     assert np.bincount(made[0].held[1]).tolist() == [5, 3, 2]
     assert not {tuple(row) for row in x} & {tuple(row) for row in made[0].held[0]}
     alone = {"a": weight[:, :5].clone(), "b": torch.zeros(30, 4), "c": torch.zeros(30, 7)}

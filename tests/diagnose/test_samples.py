@@ -100,6 +100,10 @@ def test_answers_lie_on_the_scale_of_the_task(
     found[kept.kept.columns["row"]] = kept.kept.columns["moved"][:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert ("predicted" in kept.kept.columns) == (width == 1 and task is not None)
+    masked = SubsetRows(task, ["a"], 20, 0)  # nothing to ask without any modality: the mean answer
+    masked.add(0, {1: y[1]}, None)
+    found[masked.kept.columns["row"]] = masked.kept.columns["moved"][:, 0]
+    torch.testing.assert_close(found, (answer(y[1]) - answer(y[1]).mean(0)).square().sum(1), rtol=1e-4, atol=1e-6)
 
 
 def test_the_interval_of_a_bootstrap_over_rows(seed: int) -> None:
