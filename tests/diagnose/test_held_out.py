@@ -13,6 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mmc_fast.diagnose.measures import probes, refitted, reliance
+from mmc_fast.diagnose.tasks import Task
+from mmc_fast.errors import InputError
 
 
 def numbered(rows: int, generator: torch.Generator, width: int = 3) -> Tensor:
@@ -40,6 +42,17 @@ def test_networks_are_judged_on_rows_that_did_not_train_them(generator: torch.Ge
     other = reliance.train_afresh({"x": x}, y, ["x"], seed=seed + 1)
     assert set(other.rows.tolist()) != set(judged.tolist())
     assert len(reliance.train_afresh({"x": x}, y, ["x"], held_out=0.5).rows) == 100
+    for part, metric in ((judged, "accuracy"), (train.numpy(), "auroc")):
+        one = torch.zeros(200, dtype=torch.long)
+        one[part[0]] = 1
+        with pytest.raises(InputError, match="200 rows leave a single class in a part"):
+            reliance.train_afresh({"x": x}, one, ["x"], seed=seed, task=Task("classes", metric, 2))
+    numbers = torch.randn(200, 2, generator=generator) + 9
+    mean = reliance.train_afresh({"x": x}, numbers, [], seed=seed, task=Task("numbers", "r2", 2))
+    torch.testing.assert_close(mean.outputs, numbers[train].mean(0).expand(60, -1))
+    several = (torch.rand(200, 2, generator=generator) < torch.tensor([0.8, 0.2])).long()
+    frequent = reliance.train_afresh({"x": x}, several, [], seed=seed, task=Task("labels", "f1", 2))
+    assert (frequent.outputs > 0).tolist() == [[True, False]] * 60
 
 
 def test_a_cut_for_several_labels_is_the_best_of_all(generator: torch.Generator) -> None:
@@ -151,12 +164,33 @@ def test_the_weights_kept_are_the_best_for_the_stopping_rows(generator: torch.Ge
         return loss
 
     monkeypatch.setattr(probes.F, "cross_entropy", watched)
-    best, settled = probes._fit(network, (noise[:32], y[:32]), (noise[32:], y[32:]), generator, 40)
+    train, stop = (noise[:32], y[:32]), (noise[32:], y[32:])
+    assert probes._fit(network, train, stop, generator, 3)[1] is False
+    assert len(losses) == 3
+    losses.clear()
+    best, settled = probes._fit(network, train, stop, generator, 2000)
     with torch.no_grad():
         assert float(plain(network(noise[32:]), y[32:])) == pytest.approx(losses[best - 1])
     assert min(losses) > losses[best - 1] - 1e-3, "a fall by less than a thousandth is none"
-    assert settled == (len(losses) == best + 8)
-    assert settled or len(losses) == 40
+    assert (settled, len(losses)) == (True, best + 8)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(40, 32), (1600, 100), (1615, 100), (20_000, 512)])
+def test_batches_of_the_probe(rows: int, batch: int, generator: torch.Generator, monkeypatch) -> None:
+    """At least sixteen steps an epoch where there are rows for it; order by the generator that is given."""
+    x, y = torch.randn(rows, 2, generator=generator), torch.randint(2, (rows,), generator=generator)
+    sizes: list[int] = []
+    plain = probes.F.cross_entropy
+    monkeypatch.setattr(probes.F, "cross_entropy", lambda p, t: sizes.append(len(p)) or plain(p, t))
+    found = []
+    for start in (0, 1):
+        network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        network.load_state_dict({"0.weight": torch.eye(2), "0.bias": torch.zeros(2)})
+        torch.manual_seed(start)
+        probes._fit(network, (x, y), (x[:5], y[:5]), torch.Generator().manual_seed(3), 1)
+        found.append(network[0].weight.detach().clone())
+    assert torch.equal(*found)
+    assert (sizes[0], sum(sizes)) == (batch, 2 * (rows + 5))
 
 
 def test_denoising_is_scored_out_of_sample_by_folds(generator: torch.Generator, seed: int) -> None:
@@ -179,3 +213,5 @@ def test_denoising_is_scored_out_of_sample_by_folds(generator: torch.Generator, 
     assert probes.denoising_r2(x, y, folds=3, ridge=7.0, seed=seed) == pytest.approx(expected, abs=1e-6)
     assert probes.denoising_r2(x, y, ridge=7.0) == probes.denoising_r2(x, y, folds=5, ridge=7.0, seed=0)
     assert probes.denoising_r2(x, y) == probes.denoising_r2(x, y, ridge=1.0)
+    still = torch.cat([y, torch.ones(60, 1)], 1)
+    assert probes.denoising_r2(x, still) == pytest.approx(probes.denoising_r2(x, y)), "a column that never moves"

@@ -19,7 +19,6 @@ from ..tasks import Task
 
 __all__ = [
     "Afresh",
-    "coalitions",
     "shapley_values",
     "train_afresh",
 ]
@@ -29,15 +28,6 @@ Rows = tuple[Mapping[str, Tensor], Tensor]
 _NETWORKS = 3
 MAX_MODALITIES = 6
 """Exact Shapley values need a score for each of the 2^m coalitions."""
-
-
-def coalitions(m: int) -> list[tuple[bool, ...]]:
-    """All ``2^m`` coalitions of m modalities; entry i of coalition c is bit i of c. The last one holds all."""
-    if not 1 <= m <= MAX_MODALITIES:
-        raise InputError(
-            f"coalitions: {m} modalities; exact values are for 1 to {MAX_MODALITIES}, group some of them into one"
-        )
-    return [tuple(bool(c >> i & 1) for i in range(m)) for c in range(2**m)]
 
 
 def shapley_values(scores: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -147,7 +137,7 @@ def _fitted(
     seen = np.unique(y[train]) if task.kind == "classes" else np.arange(y.shape[1])
     # The stopping rows are drawn by class, which needs enough of each.
     stop = task.kind != "classes" or bool(np.unique(y[train], return_counts=True)[1].min() >= 20)
-    width = max(2, task.outputs, int(seen.max()) + 1) if task.kind == "classes" else y.shape[1]
+    width = max(2, task.outputs) if task.kind == "classes" else y.shape[1]
     found = np.zeros((len(x), width))
     numbers = task.kind == "numbers"
     centre, spread = (y[train].mean(0), y[train].std(0) + 1e-12) if numbers else (0.0, 1.0)
