@@ -13,7 +13,7 @@ from diagnose_models import Toy, batches, chain, whole
 from sklearn.metrics import f1_score, r2_score, roc_auc_score
 from torch import Tensor
 
-from mmc_fast.diagnose import diagnose
+from mmc_fast.diagnose import DiagnoseOptions, diagnose
 from mmc_fast.diagnose.absence import Condition, Remover, coalitions_scored, conditions_of, draws_for
 from mmc_fast.diagnose.measures import reliance
 from mmc_fast.diagnose.predictions import ConditionScores
@@ -406,6 +406,42 @@ def test_a_model_at_chance_is_not_judged(seed: int) -> None:
         undecided += {v.kind for v in d.verdicts} == {"undecided"}
     assert undecided >= 2  # one draw of labels in forty looks better than chance
     assert diagnose(planted, planted.batches(), resamples=0, probes=False).verdicts[0].kind != "undecided"
+
+
+def test_what_is_asked_for_comes_before_what_the_adapter_brings(generator: torch.Generator) -> None:
+    head, loader = chain(generator, 2), batches(generator, classes=2)
+    toy: Any = Toy(head, head)
+    light: dict[str, Any] = {"resamples": 0, "probes": False, "agop": False}
+    toy.metric = "accuracy"
+    assert diagnose(toy, loader, **light).metric == "accuracy"
+    assert diagnose(toy, loader, metric="auroc", **light).metric == "auroc"
+    options = DiagnoseOptions(metric="auroc", seed=3, groups=5, **light)
+    d = diagnose(toy, loader, options=options, seed=4)
+    assert (d.metric, d.settings["seed"], d.settings["groups"]) == ("auroc", 4, 5)
+    toy.unimodal = lambda batch: {"image": batch[0][:, :1], "audio": batch[1][:, :1]}
+    told, given = (
+        diagnose(toy, loader, **light),
+        diagnose(toy, loader, alone={"image": 0.9}, **light | {"probes": True}),
+    )
+    assert given.value("alone.image") == 0.9 != told.value("alone.image")
+    assert given.value("alone.audio") == told.value("alone.audio"), "the adapter's own model, no probe"
+    assert "probe_features.audio" not in given.measures
+    whole = {"resamples": 0, "probes": False, "reliance": False}
+    weights = [{n: torch.randn(20, w, generator=generator) for n, w in (("image", 6), ("audio", 4))} for _ in range(2)]
+    name = "weight_classifier.cross_entropy"
+    assert name not in diagnose(toy, loader, **whole).measures
+    plain = diagnose(toy, loader, unimodal_weights=weights[0], **whole).value(name)
+    toy.unimodal_weights = weights[1]
+    assert diagnose(toy, loader, **whole).value(name) != plain
+    assert diagnose(toy, loader, unimodal_weights=weights[0], **whole).value(name) == plain
+
+    class Brings(list):
+        def training_batches(self) -> list[Any]:
+            raise AssertionError("other rows were given")
+
+    probed = {"resamples": 0, "agop": False, "alone": {"image": 0.9}}
+    toy.unimodal = None
+    assert diagnose(toy, Brings(loader), probe_data=loader[:2], **probed).settings["probe_data"]
 
 
 class SideBySide:

@@ -89,6 +89,23 @@ def test_meta_device():
     assert head.encoders[0][0].weight.grad.shape == (16, 8)
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference", "by modules"])
+@pytest.mark.parametrize("source", [torch.zeros(4, 2, dtype=torch.long), torch.ones(4, 2, 2), None])
+def test_nothing_is_made_on_another_device(backend, source):
+    """On a device without values a tensor that were made on the CPU would not fit."""
+    with torch.device("meta"):
+        head = EBRHead([8, 6], 5, 16, (7,), residual=True, normalize=True)
+    head.backend = backend if backend != "by modules" else "auto"
+    if backend == "by modules":
+        head.encoders[0].register_forward_hook(lambda module, inputs, output: None)
+    present, source = torch.ones(4, 2, dtype=torch.bool), None if source is None else source.to("meta")
+    for given in ({}, {"present": present.to("meta"), "normalizer": torch.ones(2, device="meta")}):
+        x = [torch.empty(4, 8, device="meta"), None if given else torch.empty(4, 6, device="meta")]
+        out = head(x, source=source, **given)
+        sum(t.sum() for t in (*out.recovered, *out[1:])).backward()
+        assert all(t.is_meta for t in (*out.recovered, *out[1:]))
+
+
 def called(head: EBRHead, x: list[torch.Tensor], **arguments) -> list[torch.Tensor]:
     """Outputs of a step and the gradients of parameters and features."""
     inputs = [None if f is None else f.clone().requires_grad_() for f in x]
