@@ -95,16 +95,36 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     rows = torch.zeros(4000, dtype=torch.int64)
     often = remover.drawn(rows, rows, generator)
     assert set(often.unique().tolist()) == set(range(3, 50, 3)), "each of the group may be drawn"
+    thirds = Remover(remover.fuse, {"a": 2, "b": 1}, kept | {"place": torch.arange(50) % 3}, 5)
+    assert set(thirds.drawn(rows + 2, rows + 2, generator).tolist()) == set(range(5, 50, 3)), "of the last group too"
+    assert set(thirds.drawn(rows + 2, rows + 4, generator).tolist()) == set(range(50)) - {2}, (
+        "of any, where none is there"
+    )
+    two = Remover(
+        remover.fuse, {"a": 2, "b": 1}, {"x": donors[:2], "row": torch.arange(2), "place": torch.arange(2)}, 2
+    )
+    for _ in range(9):
+        assert two.drawn(torch.arange(2), torch.arange(2), generator).tolist() == [1, 0]
     none = remover.outputs(features, Condition((False, False), "resample"), drawn)
     torch.testing.assert_close(none, donors[drawn])
     one = remover.outputs(features, Condition((True, False), "resample"), drawn)
     torch.testing.assert_close(one, torch.cat([donors[:, :2], donors[drawn][:, 2:]], 1))
-    assert [draws_for(n, None) for n in (100, 600, 2048, 10**6)] == [4, 4, 1, 1]
+    assert [draws_for(n, None) for n in (0, 100, 600, 683, 2047, 2048, 10**6)] == [4, 4, 4, 3, 2, 1, 1]
     assert draws_for(10**6, 3) == 3
     assert [coalitions_scored(m) for m in (1, 3)] == [[0, 1], list(range(8))]
     assert coalitions_scored(7) == [0, *(2**i for i in range(7)), *(127 - 2**i for i in range(7)), 127]
     plan = conditions_of(2, "resample", 3)
-    assert [len(plan[f"coalition.{c}"]) for c in range(4)] == [3, 3, 3, 1]
+    assert [len(plan[f"{kind}.{c}"]) for kind in ("coalition", "resampled") for c in range(4)] == [3, 3, 3, 1] * 2
+    masked = conditions_of(2, "mean", 3)
+    assert [len(masked[f"{kind}.{c}"]) for kind in ("coalition", "resampled") for c in range(4)] == [1] * 4 + [
+        3,
+        3,
+        3,
+        1,
+    ]
+    assert [c.draw for c in plan["shuffled.1"]] == [c.draw for c in masked["resampled.1"]] == [0, 1, 2]
+    assert {c.absence for wanted in masked.values() for c in wanted} == {"mean", "resample"}
+    assert [c.members for c in plan["resampled.1"]] == [(True, False)] * 3
     assert plan["shuffled.0"] == plan["coalition.2"]
     assert "coalition.0" not in conditions_of(2, "model", 3)
 
