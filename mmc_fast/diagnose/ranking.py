@@ -27,9 +27,8 @@ class RankedPairs:
     def __init__(self, scores: int, groups: int) -> None:
         self.groups = groups
         self.waiting: list[tuple[Tensor, Tensor]] = []
-        self.edges = torch.zeros(scores, 0)
-        self.counts = torch.zeros(scores, 2 * groups, 0, dtype=torch.int32)
-        self.range = torch.zeros(2, scores, 0)  # smallest and largest score in each bin
+        self.edges = self.counts = torch.zeros(scores, 0)
+        self.range = self.edges  # smallest and largest score in each bin, [2, S, BINS]
 
     def add(self, scores: Tensor, labels: Tensor, places: Tensor) -> None:
         """Scores ``[S, B]`` (float32), labels 0 or 1 and groups of a batch."""

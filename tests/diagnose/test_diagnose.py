@@ -60,6 +60,9 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
                 rtol=1e-5,
             )
             assert d.value("entanglement") == pytest.approx(blocks.entanglement(gram, sigma, WIDTHS), rel=1e-4)
+            expected = blocks.block_energies(gram, sigma, WIDTHS), blocks.top_directions(gram, sigma, WIDTHS, 5)[2]
+            for name, values in zip(("block_energies", "top_directions"), expected, strict=True):
+                np.testing.assert_allclose(d.arrays[name], values, rtol=1e-3, atol=1e-4)
     fused = inputs[-1].detach()
     assert d.value("cka.image") == pytest.approx(similarity.linear_cka(image, fused), rel=1e-4)
     assert d.value("cka.audio") == pytest.approx(similarity.linear_cka(audio, fused), rel=1e-4)
@@ -79,6 +82,7 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
         [torch.einsum("ni,ij,nj->n", w[:, s], sigma[s, s], w[:, s]) for s in (slice(6), slice(6, 10))], 1
     )
     shares = shares / shares.sum(1, keepdim=True)
+    np.testing.assert_allclose(d.arrays["neuron_shares"], shares, rtol=1e-4, atol=1e-6)
     entropy = -(shares * shares.log()).sum(1) / np.log(2)
     assert d.value("neuron_entropy") == pytest.approx(float(entropy.mean()), rel=1e-4)
     assert d.value("mixed_neurons") == pytest.approx(float((entropy > 0.5).double().mean()), abs=1 / 12)

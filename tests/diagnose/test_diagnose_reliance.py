@@ -95,6 +95,9 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     rows = torch.zeros(4000, dtype=torch.int64)
     often = remover.drawn(rows, rows, generator)
     assert set(often.unique().tolist()) == set(range(3, 50, 3)), "each of the group may be drawn"
+    assert set(remover.drawn(rows + 7, rows + 3, generator).tolist()) == set(range(50)) - {7}, "alone in its group"
+    again = [remover.drawn(rows + 7, rows + 3, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*again), "the generator decides"
     thirds = Remover(remover.fuse, {"a": 2, "b": 1}, kept | {"place": torch.arange(50) % 3}, 5)
     assert set(thirds.drawn(rows + 2, rows + 2, generator).tolist()) == set(range(5, 50, 3)), "of the last group too"
     assert set(thirds.drawn(rows + 2, rows + 4, generator).tolist()) == set(range(50)) - {2}, (
