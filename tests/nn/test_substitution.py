@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mmc_fast.nn import substitution as S
-from mmc_fast.nn.alignment import contrastive_alignment
 
 
 def brute_force_ranked(present, order):
@@ -96,7 +95,6 @@ def test_pair_that_is_never_observed_together_is_last_and_warns():
 def test_nothing_is_made_on_another_device():
     present = torch.ones(2, 3, dtype=torch.bool, device="meta")
     made = [S.ranked_source(present, [0, 1, 2]), S.pairwise_source(present, torch.eye(3)), S.mean_source(present)]
-    made += [contrastive_alignment(torch.ones(3, 2, 4, device="meta"), mask) for mask in (present, None)]
     assert all(t.is_meta for t in made)
 
 
