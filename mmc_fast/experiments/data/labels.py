@@ -27,8 +27,8 @@ def read_labels(
     """Labels ``[N]`` or ``[N, L]`` and their task.
 
     ``columns``: name -> cells, as an array or a table's column. One column of text or of two values holds classes, one with
-    fractions holds numbers; several columns of which each row has one 1 are classes. Everything else needs ``kind``: a
-    column of whole numbers may be codes or amounts, several 0/1 columns may be several labels. ``place(row)``: how a row is
+    fractions holds numbers; several columns of which each row has one 1 are classes, and so is an array of integers 0 to
+    C - 1. Everything else needs ``kind``: another column of whole numbers may be codes or amounts, several 0/1 columns may be several labels. ``place(row)``: how a row is
     called. ``known``: the task of a finished run. Raises InputError that names column, row and repair.
     """
     kind = known.kind if known is not None else kind
@@ -67,10 +67,11 @@ def _one_column(
         if kind is None and len(found) > 2:
             if fractions:
                 return _numbers({name: column}, where, place), Regression((name,))
-            raise InputError(
-                f"{where}: label {name!r} holds {len(found)} different whole numbers, which may be codes or amounts; say "
-                'kind = "classification" or kind = "regression".'
-            )
+            if not _class_numbers(column, len(found)):
+                raise InputError(
+                    f"{where}: label {name!r} holds {len(found)} different whole numbers, which may be codes or amounts; "
+                    'say kind = "classification" or kind = "regression" (--kind of a command).'
+                )
         if known is None and fractions:
             raise InputError(
                 f"{where}: label {name!r} holds fractions, {found[0]} and {found[1] if len(found) > 1 else 'no other'} among "
@@ -84,6 +85,13 @@ def _one_column(
     if known is None and len(classes) < 2:
         raise InputError(f"{where}: label {name!r} is {classes[0]!r} in every row; a classifier needs 2 classes.")
     return np.array([number[str(t)] for t in text], np.int64), known or Classification(tuple(classes))
+
+
+def _class_numbers(column: Any, different: int) -> bool:
+    """Whether an array of integers numbers classes from 0, each in two rows or more on average, as one stores them to train on."""
+    if not (isinstance(column, np.ndarray) and column.dtype.kind in "iu"):
+        return False
+    return int(column.min()) == 0 and int(column.max()) == different - 1 and 2 * different <= len(column)
 
 
 def _numbers(columns: Mapping[str, Any], where: str, place: Callable[[int], str]) -> np.ndarray:

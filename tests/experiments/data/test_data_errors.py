@@ -55,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "unknown NaN policy": ({}, {"nan_policy": "indicater"}, "Did you mean 'indicator'"),
     "whole numbers that may be amounts": (
-        {"meta": DROP},
+        {"y": BASE["y"] + 1, "meta": DROP},
         {},
         'holds 3 different whole numbers.*kind = "classification" or kind = "regression"',
     ),

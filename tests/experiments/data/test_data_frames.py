@@ -142,6 +142,27 @@ def test_one_hot_labels_are_understood_and_others_refused():
         MultimodalDataset.from_arrays(x, hot)
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (np.arange(90) % 3, ("0", "1", "2")),
+        (np.arange(90) // 3, tuple(map(str, range(30)))),
+        (np.arange(90) % 3 + 1, None),
+        (np.arange(90) % 3 * 2, None),
+        (np.arange(90) % 46, None),  # fewer than two rows each
+        ((np.arange(90) % 3).astype(float), None),
+    ],
+)
+def test_an_array_of_integers_from_zero_numbers_classes(labels, classes):
+    x = {"x": np.random.default_rng(0).normal(size=(90, 2))}
+    if classes is None:
+        with pytest.raises(InputError, match="codes or amounts"):
+            MultimodalDataset.from_arrays(x, labels)
+    else:
+        dataset = MultimodalDataset.from_arrays(x, labels)
+        assert (dataset.classes, dataset.labels.tolist()) == (list(classes), labels.tolist())
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "numbers and text": (
         lambda f: f.assign(na=f["na"].astype(object).where(f.index != 16, "<5")),
