@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,8 +18,9 @@ import pytest
 import torch
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.jobs import Job, finish
-from mmc_fast.experiments.manifest import Manifest
+from mmc_fast.experiments import jobs
+from mmc_fast.experiments.jobs import Job, claimed, finish, own_folder, read
+from mmc_fast.experiments.manifest import MANIFEST, Manifest
 from mmc_fast.experiments.pool import WorkerLost, run_pool
 from mmc_fast.experiments.training import TrainingDiverged
 
@@ -77,6 +80,69 @@ def test_every_job_leaves_one_result_and_a_diverged_one_says_why(tmp_path):
     assert Job("other name", halve, {"n": 4}).key == jobs[0].key != jobs[1].key
     finish(jobs, tmp_path, workers=1, on_event=events.append)
     assert events[3:] == [("plan", jobs[0], 0)]
+
+
+def tell(settings, workspace):
+    """A job's function that reports its progress, and where it may write."""
+    workspace.progress.on_start(3, "label")
+    workspace.progress.on_epoch({"epoch": 1})
+    workspace.progress.on_end({})
+    return {"own": str(workspace.own.relative_to(workspace.folder))}, {}
+
+
+def refuse(settings, workspace):
+    raise InputError("no such data")
+
+
+def test_a_job_is_known_by_function_and_settings_and_tells_its_progress(tmp_path):
+    job = Job("some/a b:1", tell, {"n": [1, 2], "m": None})
+    text = json.dumps([2, __name__, "tell", {"m": None, "n": [1, 2]}], sort_keys=True)
+    assert job.key == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert (job.own, job.path) == (f"some/a_b_1-{job.key}", f"some/a_b_1-{job.key}.npz")
+    assert len({job.key, Job("x", halve, job.settings).key, Job("x", tell, {"n": [2, 1], "m": None}).key}) == 3
+    events = []
+    (result,) = finish([job], tmp_path, workers=1, on_event=events.append)
+    assert events == [("plan", job, 1), ("start", job, 3), ("epoch", job, {"epoch": 1}), ("done", job, None)]
+    assert result.values == {"own": job.own}
+    assert (result.settings, result.threads, result.seconds >= 0) == (job.settings, 1, True)
+    again = read(tmp_path / job.path, job.settings)
+    assert (again.values, again.seconds) == (result.values, result.seconds)
+    assert finish([], tmp_path, workers=1, on_event=events.append) == []
+    assert len(events) == 4
+    with pytest.raises(InputError, match="some/x: no such data"):
+        finish([Job("some/x", refuse, {})], tmp_path, workers=1, on_event=events.append)
+    with pytest.raises(InputError, match="there is no such file"):
+        read(tmp_path / "none.npz")
+    with pytest.raises(InputError, match="is the result of another job"):
+        read(tmp_path / job.path, {"n": 1})
+
+
+def test_a_folder_that_holds_something_else_is_not_taken_over(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("")
+    for name, said in (("file", "is a file; choose a folder"), ("foreign", "holds no demo; choose another")):
+        with pytest.raises(InputError, match=said):
+            own_folder(tmp_path / name, "demo")
+    own_folder(tmp_path / "deep" / "mine", "demo")
+    assert own_folder(tmp_path / "deep" / "mine", "demo").folder == tmp_path / "deep" / "mine"
+    with pytest.raises(InputError, match="demo"):
+        own_folder(tmp_path / "deep" / "mine", "comparison")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / f".{MANIFEST}.tmp").write_text("")  # what a kill during the very first write leaves
+    own_folder(tmp_path / "killed", "demo")
+
+
+def test_a_claimed_job_is_free_again_when_the_claim_ends(tmp_path):
+    job = Job("some/job", halve, {"n": 2})
+    own_folder(tmp_path, "jobs")
+    with claimed(tmp_path, job) as mine, claimed(tmp_path, job) as theirs:
+        assert (mine, theirs) == (True, False)
+        assert not jobs._free(tmp_path, job)
+    assert jobs._free(tmp_path, job)
+    finish([job], tmp_path, workers=1, on_event=lambda event: None)
+    with claimed(tmp_path, job):
+        assert jobs._free(tmp_path, job), "finished by now"
 
 
 SCRIPT = """

@@ -111,6 +111,8 @@ def test_entropy_of_presence():
     one = torch.zeros(5, 4, dtype=torch.bool)
     one[:, 2] = True
     assert presence_entropy(one) == 0.0
+    one[0, 0] = True  # a modality that one row has
+    assert presence_entropy(one) == pytest.approx(-(5 * math.log(5 / 6) + math.log(1 / 6)) / 6)
 
 
 def test_parameter_distance():

@@ -45,6 +45,10 @@ def test_the_average_of_weights_step_by_step(seed):
     with average.applied():
         torch.testing.assert_close(model.weight.detach(), expected)
     assert torch.equal(model.weight.detach(), own)
+    other = WeightAverage(torch.nn.Linear(3, 2), 0.9)
+    other.restore(average.tensors())
+    assert torch.equal(other.mean["weight"], average.mean["weight"])
+    assert other.mean["weight"] is not average.mean["weight"]
 
 
 def test_the_finished_model_has_averaged_weights(seed):

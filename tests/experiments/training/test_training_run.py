@@ -276,11 +276,17 @@ def test_record_of_a_run(method, seed, tmp_path):
         assert found["lambda"] == 0.5
         assert 0 <= found["modality_probe"]["balanced_accuracy"] <= 1
         assert found["modality_probe"]["chance"] == pytest.approx(1 / 3)
+        assert found["modality_probe"]["rows"] == int(dataset.part("validation").present.sum()), (
+            "judged on held-out rows"
+        )
+        strongest = max("abc", key=stored["unimodal"].get)  # the first of equals
+        assert stored["ranking"]["reference"] == stored["ranking"]["order"][0] == strongest
         assert all(r["loss_md_over_entropy"] > 0 and r["grad_norm_encoders"] > 0 for r in stored["history"])
         assert stored["environment"]["ebr_backend"].split("/")[0] in ("eager", "cpp")
     else:
         assert stored["adversarial"] is None
         assert stored["environment"]["ebr_backend"] is None
+    assert stored["data"]["sizes"] == {"train": 60, "validation": 30, "test": 30}
     assert stored["scores"]["part"] == "test"
     assert set(stored["scores"]["reliance"]) == {"a", "b", "c"}
     assert {"complete_auprc", "mean_missing"} <= stored["scores"].keys()
