@@ -158,7 +158,12 @@ def test_the_first_of_equally_good_candidates_is_selected_and_diverged_ones_are_
     scores = [(0.9, 0.1, "nan"), (0.6, 0.6, None), (0.7, 0.5, None), (0.8, 0.3, None)]
     results = []
     for n, (complete, missing, failed) in enumerate(scores):
-        found = {"complete": complete, "missing_0.2": missing - 0.1, "missing_0.5": missing + 0.1}
+        found = {
+            "complete": complete,
+            "missing_0.2": missing - 0.1,
+            "missing_0.5": missing - 0.1,
+            "missing_0.7": missing + 0.2,
+        }
         values = {} if failed else {"scores": {name: {"score": v} for name, v in found.items()}}
         results.append((f"file {n}", jobs_module.Result({}, values, {}, failed, 1.0, 1)))
     jobs_module.own_folder(tmp_path, "jobs")

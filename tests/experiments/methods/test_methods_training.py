@@ -39,10 +39,12 @@ def zeros_by_hand(model, features, present) -> torch.Tensor:
 def test_a_baseline_is_the_loop_written_out(selection, column, seed):
     """Order, masks, decay of the learning rate, scores of the validation part, and the first of the best epochs."""
     dataset = tiny(seed, absent=0.15)
-    budget = replace(BUDGET, epochs=5, lr_decay=0.5, lr_decay_every=2, modality_dropout=0.4, rates=(0.2, 0.6))
+    budget = replace(BUDGET, epochs=5, lr_decay=0.5, lr_decay_every=2, modality_dropout=0.4, rates=(0.2, 0.4, 0.6))
     budget = replace(budget, rates_modality=column)
     changes = {"lr": 0.02, "weight_decay": 0.01, "selection": selection}
-    fitted = get("zeros").fit(dataset, changes, seed, budget=budget)
+    heard = []
+    progress = SimpleNamespace(on_start=lambda *a: None, on_epoch=heard.append, on_end=lambda results: None)
+    fitted = get("zeros").fit(dataset, changes, seed, budget=budget, progress=progress)
 
     part, held = dataset.part("train"), dataset.part("validation")
     with seeded_init(seed, "init"):
@@ -50,7 +52,7 @@ def test_a_baseline_is_the_loop_written_out(selection, column, seed):
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01, foreach=False)
     order_of, masks_of = generator(seed, "order"), generator(seed, "masks")
     place = None if column is None else dataset.modalities.index(column)
-    masks = [held.present, *(masks_at(held.present, rate, seed, "validation", place)[0] for rate in (0.2, 0.6))]
+    masks = [held.present, *(masks_at(held.present, rate, seed, "validation", place)[0] for rate in (0.2, 0.4, 0.6))]
     losses, scores, states = [], [], []
     for epoch in range(5):
         optimizer.param_groups[0]["lr"] = 0.02 * 0.5 ** (epoch // 2)
@@ -66,8 +68,15 @@ def test_a_baseline_is_the_loop_written_out(selection, column, seed):
         losses.append(total / 60)
         guesses = [zeros_by_hand(model, held.features, present).argmax(1) for present in masks]
         hits = [float((guess == held.labels).double().mean()) for guess in guesses]
-        scores.append({"complete": hits[0], "masked": (hits[1] + hits[2]) / 2, "last": epoch}[selection])
+        scores.append({"complete": hits[0], "masked": sum(hits[1:]) / 3, "last": epoch}[selection])
         states.append((hits[0], {k: v.clone() for k, v in model.state_dict().items()}))
+        wanted = {
+            "stage": "train",
+            "epoch": epoch + 1,
+            "loss": pytest.approx(losses[-1], rel=1e-4),
+            "val_score": hits[0],
+        }
+        assert heard[epoch] == wanted | ({"val_score_masked": scores[-1]} if selection == "masked" else {})
     chosen = scores.index(max(scores))
     assert fitted.record["losses"] == pytest.approx(losses, rel=1e-4)
     assert (fitted.record["selected_epoch"], fitted.record["val_score"]) == (chosen + 1, states[chosen][0])

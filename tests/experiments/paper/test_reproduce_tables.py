@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mmc_fast.experiments.compare.configs import DataConfig, MethodConfig, load_data_configs, load_method_configs
+from mmc_fast.experiments.compare.grid import Finished
 from mmc_fast.experiments.jobs import Result
-from mmc_fast.experiments.paper import fig4, fig5, fig6, fig7, table6, table7, table9
-from mmc_fast.experiments.paper.inside import METHODS, Bench, Found
+from mmc_fast.experiments.paper import Plan, clinical, fig4, fig5, fig6, fig7, table6, table7, table9
+from mmc_fast.experiments.paper import scores as scores_module
+from mmc_fast.experiments.paper.inside import METHODS, Bench, Found, resampled
 from mmc_fast.experiments.paper.paper import TABLE6, TABLE7, TABLE9, TABLE11
 
 STRENGTHS = {"c": 0.9, "a": 0.8, "d": 0.6, "b": 0.5}
@@ -271,3 +274,62 @@ def test_table_6_compares_with_models_that_never_saw_the_modality(seed):
             claim = f"substitution by {title} {'above' if gap > 0 else 'below'} {table6._LABELS[rule]}, made"
             wanted[claim] = gap, scores[mine].mean(0) - scores[rule].mean(0)
     check_scores(outcome.directions, wanted)
+
+
+def test_methods_meet_the_same_resamples_of_the_test_rows(seed):
+    """Whatever else a result holds; so the same predictions differ by nothing."""
+    (_, first), (_, other) = predictions(seed, "p")(), predictions(seed, "p", "q")()
+    pair = [
+        resampled("accuracy", [Result({}, {}, a | {"p": first["p"]}, None, 1.0, 1)] * 2, "p") for a in (first, other)
+    ]
+    assert not (pair[0] - pair[1]).resampled.any()
+    assert pair[0].resampled.shape == (2, 400)
+    assert len(set(pair[0].resampled[0].tolist())) > 5
+
+
+def test_budgets_of_the_clinical_tables_win_over_the_data_and_a_plan_wins_over_both(tmp_path, monkeypatch):
+    plan = Plan(tmp_path, ("support2", "mfeat"), epochs=5)
+    found, given = clinical._data(plan), load_data_configs(plan.data)
+    assert [d.budget_with({}).epochs for d in found] == [10, given[1].budget_with({}).epochs]
+    assert found[0].budget_with({}).batch_size == 128
+    assert [d.budget_with(plan.changes).epochs for d in found] == [5, 5]
+    same = ("selection", "unimodal_share")
+    assert all(
+        getattr(a.budget_with({}), k) == getattr(b.budget_with({}), k)
+        for a, b in zip(found, given, strict=True)
+        for k in same
+    )
+    grids = []
+
+    def run_grid(grid, folder, **options):
+        grids.append((grid, folder, options))
+        return Finished({}, [])
+
+    monkeypatch.setattr(scores_module, "run_grid", run_grid)
+    monkeypatch.setattr(scores_module, "find", lambda finished, methods, resamples: [])
+    methods = load_method_configs(["vanilla"])
+    scores_module.score_methods(plan, methods, found, {"epochs": 3, "lr": 0.5})
+    ((grid, folder, options),) = grids
+    assert (grid.changes, grid.tune, list(grid.seeds)) == ({"epochs": 5, "lr": 0.5}, "never", [0, 1, 2])
+    assert (folder, options["workers"]) == (tmp_path / "grid", 2)
+
+
+def test_an_extended_method_takes_the_stored_settings_of_its_base_unless_it_has_its_own(monkeypatch):
+    stored = {
+        "muse": MethodConfig.parse("muse", {"method": "muse", "selected": {"one": {"lr": 0.1}, "two": {"lr": 0.2}}}),
+        "muse+ebr": MethodConfig.parse("muse+ebr", {"method": "muse+ebr", "selected": {"two": {"lr": 0.3}}}),
+    }
+    monkeypatch.setattr(scores_module, "load_method_configs", lambda names: [stored[name] for name in names])
+    base, extended = scores_module.with_base_settings(["muse", "muse+ebr"])
+    assert base.selected == {"one": {"lr": 0.1}, "two": {"lr": 0.2}}
+    assert (extended.name, extended.selected) == ("muse+ebr", {"one": {"lr": 0.1}, "two": {"lr": 0.3}})
+
+
+def test_numbers_of_the_paper_by_task_and_metric():
+    numbers = (0.1, 0.2, 0.3, 0.4)
+    mortality, readmission = DataConfig("a", "a"), DataConfig("b", "b", {"task": "readmission"})
+    found = [
+        clinical.paper_number(numbers, d, m) for d in (mortality, readmission) for m in ("auroc", "auprc", "accuracy")
+    ]
+    assert found == [0.1, 0.2, None, 0.3, 0.4, None]
+    assert [clinical.paper_number(some, readmission, "auroc") for some in (None, (0.1, 0.2))] == [None, None]

@@ -99,6 +99,8 @@ def test_refusals(seed):
     model, unimodal = prepared(seed, apart)
     with pytest.raises(InputError, match="0 train row"):
         distil(model, apart, unimodal, KD, seed=seed)
+    never[:2] = True  # two rows are enough
+    assert len(distil(model, replace(dataset, present=never), unimodal, KD, seed=seed)[0]["loss"]) == KD.epochs
 
 
 def maps(loss: str, kd: KDConfig, model, source, s: int, seed: int, teacher: str, student: str):

@@ -8,6 +8,8 @@ from training_data import small, tiny
 
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import load_run, predict, train
+from mmc_fast.experiments.training.expert_weights import PENALTY, masked_rows
+from mmc_fast.experiments.training.experts import ExpertProduct
 
 
 @pytest.mark.parametrize("method", ["dropout", "ebr"])
@@ -35,6 +37,14 @@ def test_the_answer_is_the_product_by_hand(method, seed, tmp_path):
     found = predict(result.model, part.features, present)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(found, fused.exp().float(), atol=1e-3)
+    # The weights have the least loss on validation rows as they are and at the missing rates.
+    rows = masked_rows(dataset.part("validation"), result.model.config.rates, seed)
+    own = ExpertProduct(3, plain.prior.softmax(-1), True)
+    votes = [result.unimodal.predict("abc"[i], x).double().log() for i, x in enumerate(rows.features)]
+    whole = predict(plain, rows.features, rows.present).double().log()
+    own.fit(torch.stack(votes), whole, rows.present, rows.labels, PENALTY)
+    for name in ("weight", "size", "fused"):
+        torch.testing.assert_close(getattr(product, name).detach(), getattr(own, name).detach(), rtol=1e-2, atol=1e-3)
     again = load_run(tmp_path / "run").model
     torch.testing.assert_close(predict(again, part.features, present), found, rtol=0, atol=0)
 
