@@ -33,7 +33,7 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     head, loader = chain(generator), batches(generator)
     start = torch.randn(12, 10, generator=generator)  # weights before training
     d = diagnose(Toy(head, head), loader, resamples=20, initial_weight=start)
-    image, audio, _ = whole(loader)
+    image, audio, labels = whole(loader)
     x = torch.cat([image, audio], 1).double()
     double = chain(generator).double()
     double.load_state_dict(head.state_dict())
@@ -86,6 +86,12 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     entropy = -(shares * shares.log()).sum(1) / np.log(2)
     assert d.value("neuron_entropy") == pytest.approx(float(entropy.mean()), rel=1e-4)
     assert d.value("mixed_neurons") == pytest.approx(float((entropy > 0.5).double().mean()), abs=1 / 12)
+    signal, noise = weights.signal_noise_shares(w, x, labels, WIDTHS)
+    foreign = [float(n.sum() - n[s.argmax()]) for s, n in zip(signal, noise, strict=True)]
+    assert d.value("foreign_noise") == pytest.approx(np.mean(foreign), rel=1e-4)
+    gradient = vmap(jacrev(double[1:]))(double[0](x).detach()).detach().square().sum(1)  # [N, h]
+    passed = weights.modality_entropy(weights.attribution_shares(w, x, gradient, WIDTHS))
+    assert d.value("attribution_entropy") == pytest.approx(float(passed.mean()), rel=1e-4)
     for name, m in (("feature_capacity", w.t()), ("neuron_overlap", w)):
         products = (m @ m.t()).square()
         capacity = products.diagonal() / products.sum(1)
@@ -137,7 +143,8 @@ def test_attention_fusion_and_its_neurons(generator: torch.Generator) -> None:
             tokens = torch.stack([fusion.image(features["image"]), fusion.audio(features["audio"])], 1)
             return fusion.mix(tokens, tokens, tokens, need_weights=False)[0].mean(1)
 
-    d = diagnose(Represented(fusion), loader, resamples=20)
+    seen = Represented(fusion)
+    d = diagnose(seen, loader, resamples=20)
     image, audio, _ = whole(loader)
 
     def one(a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +158,11 @@ def test_attention_fusion_and_its_neurons(generator: torch.Generator) -> None:
     assert d.value("use_share.image") == pytest.approx(use[0] / sum(use), rel=1e-3)
     shares = np.array(d.arrays["neuron_shares"])
     assert shares.shape == (8, 2)
-    np.testing.assert_allclose(shares.sum(1), 1)
+    sigma = [torch.from_numpy(np.cov(t.numpy().T, bias=True)).float() for t in (image, audio)]
+    represented = vmap(jacrev(lambda a, b: seen.represent({"image": a[None], "audio": b[None]})[0], argnums=(0, 1)))
+    jacobians = represented(image[:64], audio[:64])  # of the first batch
+    read = torch.stack([torch.einsum("nud,de,nue->u", j, s, j) for j, s in zip(jacobians, sigma, strict=True)], 1)
+    np.testing.assert_allclose(shares, (read / read.sum(1, keepdim=True)).detach(), rtol=1e-3)
     silent = Represented(fusion)
     fusion.audio.weight.data.zero_()
     assert diagnose(silent, loader, resamples=0, probes=False).value("use_share.audio") == 0

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import mmc_fast
 from mmc_fast import ModelAdapter
+from mmc_fast.diagnose.adapter import beyond_features, prove
+from mmc_fast.diagnose.features import check_rows
 from mmc_fast.errors import InputError
 from mmc_fast.integrations import Site
 
@@ -400,6 +402,58 @@ def test_an_adapter_that_is_not_the_model_is_refused(generator: torch.Generator)
     aside = ModelAdapter(model(Aside, generator), NAMES)
     with pytest.raises(InputError, match=r"'classifier.*' is the first module whose output differs"):
         mmc_fast.diagnose(aside, loader)
+
+
+class Plain:
+    """Features are the batch; what the model gives on top of them is added at will."""
+
+    def __init__(self, forward=None, fuse=None) -> None:
+        self.fuse = fuse or (lambda features: features["x"])
+        if forward is not None:
+            self.forward = forward
+
+    def encode(self, batch: Tensor) -> dict[str, Tensor]:
+        return {"x": batch}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"),
+    [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)],
+)
+def test_how_far_an_adapter_may_be_from_the_model(dtype: torch.dtype, allowed: float) -> None:
+    x = torch.tensor([[-4.0, 0.0], [1.0, 2.0]], dtype=dtype)
+
+    def apart(by: float) -> Plain:
+        return Plain(lambda batch: batch + torch.tensor([[0.0, 4 * by], [0.0, 0.0]], dtype=dtype))
+
+    assert "on 2 samples" in prove(apart(0.9 * allowed), x)
+    with pytest.raises(InputError, match="apart where logits reach 4"):
+        prove(apart(1.1 * allowed), x)
+    for wrong in (lambda batch: batch[:1], lambda batch: None):
+        with pytest.raises(InputError, match="both must be the logits"):
+            prove(Plain(wrong), x)
+    assert prove(Plain(), x).startswith("not compared")
+
+
+def test_rows_that_depend_on_each_other_a_little(generator: torch.Generator) -> None:
+    x = torch.randn(8, 3, generator=generator)
+    for leak, refused in ((1e-3, True), (1e-6, False)):
+        model = Plain(fuse=lambda f, leak=leak: f["x"] + leak * f["x"].sum(0) * torch.tensor([0.0, 1.0, 0.0]))
+        if refused:
+            with pytest.raises(InputError, match="logits of other rows moved"):
+                check_rows(model, {"x": x}, model.fuse({"x": x}))
+        else:
+            check_rows(model, {"x": x}, model.fuse({"x": x}))
+    check_rows(Plain(fuse=lambda f: f["x"] / 0), {"x": x[:1]}, x[:1])
+
+
+def test_share_of_the_outputs_beyond_the_features(generator: torch.Generator) -> None:
+    """y = x + z with z of the batch alone: twice the variance of z over that of y, for rows without order."""
+    x, z = torch.randn(2, 5000, 2, generator=generator)
+    for size in (0.0, 0.5):
+        found = beyond_features({"x": x}, x + size * z, Plain(fuse=lambda f, size=size: f["x"] + size * z))
+        assert found == pytest.approx(2 * size**2 / (1 + size**2), rel=0.1, abs=1e-9)
+    assert beyond_features({"x": x * 0}, x * 0, Plain()) == 0
 
 
 def test_what_goes_past_the_features_is_told(generator: torch.Generator) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
-from mmc_fast.diagnose import evidence
+from mmc_fast.diagnose import evidence, further, sampled
 from mmc_fast.diagnose.alignment import EffectRows
 from mmc_fast.diagnose.measures.calibration import expected_calibration_error
 from mmc_fast.diagnose.measures.outputs import alignment, output_shapley
 from mmc_fast.diagnose.measures.reliance import Afresh
 from mmc_fast.diagnose.options import DiagnoseOptions
+from mmc_fast.diagnose.reservoir import Reservoir
 from mmc_fast.diagnose.result import Measure
 from mmc_fast.diagnose.subsets import SubsetRows, bootstrap_interval, resampled_rows
 from mmc_fast.diagnose.tasks import Task
@@ -247,6 +248,49 @@ def test_need_is_the_gap_of_two_networks(monkeypatch) -> None:
     assert (found.value, found.error, found.low, found.high) == pytest.approx((0.3, 0.05, low, high))
     assert "need.b" not in measures
     assert verdicts[0].evidence["retrained_without"] == 0.6
+
+
+def test_latents_are_probed_in_samples_that_have_all_of_them(generator: torch.Generator, monkeypatch) -> None:
+    asked: list[Any] = []
+    told = {"balanced_accuracy": 0.8, "chance": 0.5}
+    monkeypatch.setattr(sampled, "modality_probe", lambda latents, seed: asked.append((latents, seed)) or told)
+    x = torch.randn(2, 30, 4, generator=generator)
+    x[0, 3, 1] = x[1, 5] = torch.nan
+    kept = Reservoir(100, 0)
+    kept.columns = {"latent.a": x[0], "latent.b": x[1], "x": x[0]}
+    measures: dict[str, Measure] = {}
+    sampled.latent_measures(measures, kept, 9)
+    assert {name: m.value for name, m in measures.items()} == {f"modality_probe.{k}": v for k, v in told.items()}
+    (latents, seed), rows = asked.pop(), [n for n in range(30) if n not in (3, 5)]
+    assert (list(latents), seed) == (["a", "b"], 9)
+    for i, name in enumerate("ab"):
+        assert torch.equal(latents[name], x[i, rows])
+    for count in (22, 21):
+        kept.columns = {"latent.a": x[0, :count], "latent.b": x[1, :count]}
+        sampled.latent_measures({}, kept, 9)
+        assert len(asked) == (count == 22), "twenty whole samples are enough"
+        asked.clear()
+    kept.columns = {"latent.a": x[0]}
+    sampled.latent_measures({}, kept, 9)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("rows", "components"), [(200, {"a": 6, "b": 4}), (40, {"a": 4, "b": 4}), (20, {"a": 1, "b": 1}), (15, None)]
+)
+def test_information_takes_as_many_components_as_the_rows_allow(
+    rows: int, components: Any, generator: torch.Generator
+) -> None:
+    """A quarter of the rows, less the classes, over the modalities."""
+    x, kept, arrays, notes = torch.randn(rows, 10, generator=generator), Reservoir(999, 0), {}, []
+    kept.columns = {"x": x, "labels": torch.arange(rows) % 3}
+    collector: Any = SimpleNamespace(widths={"a": 6, "b": 4}, reservoir=kept)
+    measures: dict[str, Measure] = {}
+    further.information_measures(measures, arrays, notes, collector, 0.9)
+    assert arrays.get("information_components") == components
+    assert (bool(measures), bool(notes)) == (components is not None, components is None)
+    if measures:
+        assert measures["distillation.a"].value == arrays["distillation"]["a"]["b"]
 
 
 def test_without_scores_nothing_is_judged() -> None:
