@@ -278,6 +278,8 @@ def test_sync_needs_a_process_group(generator):
     accumulator = AGOPAccumulator(chain([6, 8, 3], "relu", generator))
     with pytest.raises(RuntimeError, match="needs a process group"):
         accumulator.sync()
+    with pytest.raises(RuntimeError, match="has seen no batch"):
+        AGOPAccumulator(Custom(chain([6, 8, 3], "relu", generator))).sync()
     with pytest.raises(TypeError, match="merge takes an AGOPAccumulator"):
         accumulator.merge(accumulator.state_dict())
 

@@ -163,6 +163,34 @@ def test_documented_defaults() -> None:
                 assert parameter.default == given[name], (function.__name__, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "fits", "not_any_more"),
+    [
+        ("groups", (1, 1024), (0, 1025)), ("draws", (1, 1024), (0, 1025)), ("resamples", (0, 100_000), (-1, 100_001)),
+        ("level", (1e-9, 1 - 1e-9), (0.0, 1.0)), ("seed", (0, 2**63 - 1), (-1, 2**63)), ("sample_rows", (1,), (0,)),
+        ("tolerance", (0.0, 0.999), (-1e-9, 1.0)), ("tau", (1e-9, 1.0), (0.0, 1.001)), ("energy", (1e-9, 1.0), (0.0, 1.001)),
+        ("ridge", (1e-12,), (0.0, -1.0)), ("absence", (None, "mean"), ("median",)), ("metric", (None, "f1"), ("F1",)),
+        ("alone", ({"a": 0.0}, {"a": 1.0}), ({"a": -0.01}, {"a": 1.01})),
+    ],
+)  # fmt: skip
+def test_the_ends_of_what_options_may_be(name: str, fits: tuple, not_any_more: tuple) -> None:
+    for value in fits:
+        assert getattr(DiagnoseOptions(**{name: value}), name) == value
+    for value in not_any_more:
+        with pytest.raises(InputError, match=name if name != "groups" else "groups is"):
+            DiagnoseOptions(**{name: value})
+
+
+def test_scores_of_ones_own_need_not_lie_between_0_and_1() -> None:
+    for metric, score in (("r2", -3.0), (lambda y, t: 0.0, 70.0)):
+        assert DiagnoseOptions(metric=metric, alone={"a": score}).alone == {"a": score}
+    with pytest.raises(InputError, match="not in percent"):
+        DiagnoseOptions(metric="r2", alone={"a": 1.1})
+    with pytest.raises(InputError, match="Did you mean 'groups'"):
+        DiagnoseOptions().override({"group": 3})
+    assert DiagnoseOptions(seed=3).override({"groups": 4}) == DiagnoseOptions(seed=3, groups=4)
+
+
 def test_seven_modalities_are_scored_by_their_first_and_last_contribution(generator: torch.Generator) -> None:
     planted = planted_head(1, modalities=7, num_samples=300)
     d = diagnose(planted, planted.batches(), resamples=0, probes=False)

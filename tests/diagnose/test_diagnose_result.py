@@ -186,6 +186,10 @@ def test_comparison(found: Diagnosis) -> None:
     assert gap.value == pytest.approx(a.value - b.value)
     assert gap.low > 0
     assert (gap.high - gap.low) / 2 == pytest.approx(math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2))
+    assert gap.error == pytest.approx(math.hypot(a.error, b.error))
+    assert compared.rows["collision_bound"][2] == Measure(0.0), "no interval where one side has none"
+    told = [str(m) for m in (Measure(None), Measure(0.12345), Measure(0.5, 0.1, 0.4, 0.61234))]
+    assert told == ["–", "0.123", "0.5 [0.4, 0.612]"]
     assert compared.changed_verdicts["b"][1] == "collapsed"
     assert re.search(r"use_share\.b .* \*$", str(compared), re.MULTILINE)
     assert not found.compare(found).changed_verdicts
