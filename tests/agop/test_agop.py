@@ -268,11 +268,12 @@ def test_memory_budget_and_chunk_size_change_rounding_only(generator):
         assert relative_error(agop(head, x, output="probs", **options), truth) < 3e-6
 
 
+@pytest.mark.parametrize("probes", [None, 1, 3])
 @pytest.mark.parametrize("center", [False, True])
-def test_panels_of_the_final_product_change_rounding_only(center, generator, monkeypatch):
+def test_panels_of_the_final_product_change_rounding_only(center, probes, generator, monkeypatch):
     """Several panels, the last one partial: every entry of the symmetric matrix is taken once."""
-    accumulator = AGOPAccumulator(chain([5, 150, 3], "relu", generator), center=center, backend="eager")
-    accumulator.update(torch.randn(200, 5, generator=generator))
+    accumulator = AGOPAccumulator(chain([40, 150, 3], "relu", generator), center=center, backend="eager", probes=probes)
+    accumulator.update(torch.randn(200, 40, generator=generator))
 
     def parts() -> tuple[torch.Tensor, ...]:
         result = accumulator.compute()
