@@ -263,6 +263,35 @@ def test_gram_of_rows(runner, generator):
         assert torch.equal(gram.tril(-1), torch.zeros_like(gram))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_gram_of_the_last_step_of_a_chain(own, generator):
+    """Rows that nobody stores, in steps of about 1024, against rows that are."""
+    for n, rows, k, h in [(1, 1, 1, 1), (70, 40, 5, 9), (3, 2000, 4, 6)]:
+        inner, v, outer = (torch.randn(*shape, generator=generator) for shape in ((n, k), (k, h), (n, h)))
+        left = torch.randn(*((n,) if own else ()), rows, k, generator=generator)
+        for scale in (outer, None):
+            gram = torch.full((h, h), 3.0, dtype=torch.float64)
+            assert agop.chain_gram_update(left, inner, v, scale, gram, backend="eager") == "eager"
+            b = (
+                (left.double() * inner.double()[:, None])
+                @ v.double()
+                * (1 if scale is None else scale.double()[:, None])
+            )
+            truth = 3 + torch.einsum("nri,nrj->ij", b, b).triu()
+            assert (gram - truth).norm() <= 32 * EPS * truth.norm()
+    for change, told in (
+        ({"left": left[..., 0]}, "see its arguments" if not own else "do not fit"), ({"left": left[..., :3]}, "do not fit"), ({"inner": inner[:, :3]}, "do not fit"),
+        ({"inner": inner[:, 0]}, "see its arguments"), ({"v": v.long()}, "see its arguments"), ({"outer": outer[:, :5]}, "outer has shape"),
+        ({"v": v.double()}, "differ in dtype"), ({"gram": gram.float()}, "gram is"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=told) as caught:
+            agop.chain_gram_update(**{"left": left, "inner": inner, "v": v, "outer": outer, "gram": gram} | change)
+        assert "\n" not in str(caught.value)
+    if own:
+        with pytest.raises(InputError, match="do not fit"):
+            agop.chain_gram_update(left[:2], inner, v, outer, gram)
+
+
 @pytest.mark.parametrize("kind", ["counts", "gram"])
 def test_final_product(runner, kind, generator):
     for h, d, outputs in [(1, 1, 1), (5, 40, 3), (65, 33, 70), (520, 50, 4)]:
