@@ -308,6 +308,23 @@ def test_final_product(runner, kind, generator):
             assert (got - truth).norm() <= 2 * (plain - truth).norm() + 8 * EPS * truth.norm(), (h, d)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"weight": torch.zeros(4)}, "weight is"), ({"weight": torch.zeros(4, 2).long()}, "weight is int64"),
+        ({"outer": torch.zeros(4)}, "outer is"), ({"outer": torch.zeros(3, 5)}, "outer is"), ({"outer": torch.zeros(3, 4).half()}, "outer is"),
+        ({"inner": torch.zeros(4, 4)}, "inner is float32"), ({"inner": torch.zeros(5, 5).double()}, "inner is"),
+        ({"nonfinite": torch.zeros(2).long()}, "nonfinite is"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_final_product(change, told):
+    good = {"weight": torch.ones(4, 2), "outer": torch.ones(3, 4), "inner": torch.ones(4, 4).double()}
+    assert agop.agop_finalise(**good, scale=0.5).tolist() == [[24.0, 24.0]] * 2  # 3 outputs, 4 · 4 pairs, half of them
+    with pytest.raises(InputError, match=told) as caught:
+        agop.agop_finalise(**good | change)
+    assert "\n" not in str(caught.value)
+
+
 @native_only
 def test_what_ran_is_counted_where_it_ran(generator):
     x, weight, bias = layer(64, 3, 5, generator)
