@@ -240,6 +240,10 @@ def test_the_readme_tables_are_those_of_the_recorded_results():
     comparison = tool.render_comparison(tool.read("comparison"))
     assert tool.replace(readme, "demo", tool.render_demo(tool.read("demo"))) == readme, "run tools/render_results.py"
     assert comparison in results, "run tools/render_results.py"
+    claims, record = tool.read("claims"), text_of(tool.RECORDS / "claims.md")
+    assert tool.replace(record, "claims", tool.render_claims(claims)) == record, "run tools/render_results.py"
+    short = tool.render_claims(claims, ("mean missing",))
+    assert tool.replace(text_of(tool.LEARNER), "claims", short) == text_of(tool.LEARNER), "run tools/render_results.py"
     details = text_of(tool.RECORDS / "comparison.md")
     for line in tool.read("comparison"):  # the long tables come from the same run
         if line["mean"] and line["condition"] == "mean missing":

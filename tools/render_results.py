@@ -1,11 +1,11 @@
 """Put finished results into docs/ and README.md.
 
-    python tools/render_results.py --demo runs/demo --comparison runs/compare --experiments runs/reproduce
+    python tools/render_results.py --demo runs/demo --comparison runs/compare --claims runs/claims --experiments runs/reproduce
 
-Demo and comparison: copies results.csv to docs/results/ and pictures to docs/img/, and replaces what stands between the markers of
-README.md (demo) and docs/experiments/comparison.md (comparison) by a table made of the CSV file, which a test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to
-docs/results/comparison.md. Experiments: copies what `mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts in
-docs/experiments/comparison.md.
+Demo, comparison and claims: copies results.csv to docs/results/ (and pictures to docs/img/), and replaces what stands between the markers of
+README.md, docs/experiments/comparison.md, or docs/experiments/learner.md and docs/results/claims.md by a table made of the CSV file, which a
+test checks. The comparison's tables, as `mmc-fast compare` wrote them, go to docs/results/comparison.md. Experiments: copies what
+`mmc-fast reproduce` wrote to docs/results/NAME.md, and counts their verdicts in docs/experiments/comparison.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmc_fast.cli.compare import METHODS  # of the default grid, and of the short table
 from mmc_fast.experiments.report.drawings import metric_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,20 +26,8 @@ README, RESULTS, RECORDS = (
     ROOT / "docs" / "experiments" / "comparison.md",
     ROOT / "docs" / "results",
 )
+LEARNER = ROOT / "docs" / "experiments" / "learner.md"
 IMAGES = ROOT / "docs" / "img"
-# The methods of the short table: those of the default grid.
-METHODS = [
-    "vanilla",
-    "unimodal",
-    "consistency",
-    "late",
-    "transformer",
-    "kd",
-    "ebr-paper",
-    "ebr-robust",
-    "shaspec",
-    "muse",
-]
 README_CONDITIONS = ("complete", "mean missing")
 DEMO_PICTURES = ("missing-rates", "reliance-vanilla")
 
@@ -49,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="folder of a finished `mmc-fast demo`")
     parser.add_argument("--comparison", type=Path, help="folder of a finished `mmc-fast compare`")
+    parser.add_argument("--claims", type=Path, help="folder of a finished `mmc-fast compare` of the claims")
     parser.add_argument("--experiments", type=Path, help="folder of finished `mmc-fast reproduce` runs")
     arguments = parser.parse_args()
     if arguments.demo is not None:
@@ -62,6 +52,10 @@ def main() -> None:
         _put(README, "demo", render_demo(read("demo")))
     if arguments.comparison is not None:
         _comparison(arguments.comparison)
+    if arguments.claims is not None:
+        shutil.copyfile(arguments.claims / "results.csv", RECORDS / "claims.csv")
+        _put(LEARNER, "claims", render_claims(read("claims"), ("mean missing",)))
+        _put(RECORDS / "claims.md", "claims", render_claims(read("claims")))
     if arguments.experiments is not None:
         _experiments(arguments.experiments)
 
@@ -127,7 +121,7 @@ def render_comparison(lines: Sequence[Line]) -> str:
     columns = [(data, condition) for data in main_metric for condition in ("complete", "mean missing")]
     heads = " | ".join(f"{data}, {condition}" for data, condition in columns)
     table = [f"| method | {heads} |", "|---|" + "---:|" * len(columns)]
-    for method in METHODS:
+    for method in METHODS.split(","):
         found = [cells.get((method, *column)) for column in columns]
         table.append(f"| {method} | " + " | ".join(_number(line, bold=_better(line)) for line in found) + " |")
     metrics = ", ".join(f"{data}: {metric_name(metric)}" for data, metric in main_metric.items())
@@ -138,6 +132,29 @@ def render_comparison(lines: Sequence[Line]) -> str:
         "by more than one standard error."
     )
     return "\n".join(table) + "\n\n" + explained
+
+
+def render_claims(lines: Sequence[Line], conditions: Sequence[str] = README_CONDITIONS) -> str:
+    """The reference minus every other method, with its interval: a row for each set and condition. Bold: the interval excludes 0."""
+    first: dict[str, str] = {}
+    for line in lines:
+        first.setdefault(line["data"], line["metric"])
+    some = [line for line in lines if line["difference"] and line["metric"] == first[line["data"]]]
+    cells = {(line["data"], line["condition"], line["method"]): line for line in some}
+    methods = list(dict.fromkeys(line["method"] for line in some))
+    table = [f"| {some[0]['reference']} minus | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
+    for data in first:
+        for condition in conditions:
+            found = [cells[data, condition, method] for method in methods]
+            head = f"{data} ({found[0]['seeds']})" + (f", {condition}" if len(conditions) > 1 else "")
+            table.append(f"| {head} | {' | '.join(map(_gain, found))} |")
+    return "\n".join(table)
+
+
+def _gain(line: Line) -> str:
+    value, low, high = (-float(line[name]) for name in ("difference", "difference_high", "difference_low"))
+    text = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def replace(page: str, name: str, block: str) -> str:

@@ -42,7 +42,7 @@ _P_COLUMNS = ("p", "p (Holm)", "p (signed ranks)")
 _LINES = 8  # that a drawing can tell apart
 _CSV_COLUMNS = (
     "data", "method", "plug_in", "metric", "condition", "mean", "sd", "se", "low", "high", "best", "seeds", "threshold",
-    "batch_rows", "difference", "reference", "p", "p_holm", "p_wilcoxon", "pairs",
+    "batch_rows", "difference", "difference_low", "difference_high", "reference", "p", "p_holm", "p_wilcoxon", "pairs",
 )  # fmt: skip
 READING = (
     "Mean ± s.d. over seeds, more is better. **Bold**: the paired 95 % intervals (seeds and test samples) against every other method lie "
@@ -239,7 +239,7 @@ def _csv(findings: Sequence[Findings]) -> str:
                     line += [len(comparison.seeds), facts.threshold, facts.batch_rows]
                     t = tests.get((metric, condition, name))
                     if t is not None:
-                        line += [t.difference, t.reference, t.p, t.p_holm, t.p_wilcoxon, t.pairs]
+                        line += [t.difference, t.low, t.high, t.reference, t.p, t.p_holm, t.p_wilcoxon, t.pairs]
                     lines.append(line)
     return csv_text(_CSV_COLUMNS, lines)
 
