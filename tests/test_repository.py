@@ -240,6 +240,16 @@ def test_the_readme_tables_are_those_of_the_recorded_results():
     comparison = tool.render_comparison(tool.read("comparison"))
     assert tool.replace(readme, "demo", tool.render_demo(tool.read("demo"))) == readme, "run tools/render_results.py"
     assert comparison in results, "run tools/render_results.py"
+    cell = {"data": "d", "metric": "m", "condition": "complete", "seeds": "3", "reference": "r", "p": "0.1"}
+    of = {"a": (-0.01, -0.03, 0.01), "b": (0.02, 0.01, 0.03)}  # the table has the reference minus the method
+    some = [
+        cell
+        | {"method": name}
+        | dict(zip(("difference", "difference_low", "difference_high"), map(str, v), strict=True))
+        for name, v in of.items()
+    ]
+    row = "| d (3) | +0.0100 [−0.0100, +0.0300] | **−0.0200 [−0.0300, −0.0100]** |"
+    assert tool.render_claims(some, ("complete",)).splitlines()[-1] == row
     claims, record = tool.read("claims"), text_of(tool.RECORDS / "claims.md")
     assert tool.replace(record, "claims", tool.render_claims(claims)) == record, "run tools/render_results.py"
     short = tool.render_claims(claims, ("mean missing",))

@@ -1,6 +1,6 @@
 """Put finished results into docs/ and README.md.
 
-    python tools/render_results.py --demo runs/demo --comparison runs/compare --claims runs/claims --experiments runs/reproduce
+    python tools/render_results.py --demo runs/demo --comparison runs/compare --claims runs/claims… --experiments runs/reproduce
 
 Demo, comparison and claims: copies results.csv to docs/results/ (and pictures to docs/img/), and replaces what stands between the markers of
 README.md, docs/experiments/comparison.md, or docs/experiments/learner.md and docs/results/claims.md by a table made of the CSV file, which a
@@ -38,7 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="folder of a finished `mmc-fast demo`")
     parser.add_argument("--comparison", type=Path, help="folder of a finished `mmc-fast compare`")
-    parser.add_argument("--claims", type=Path, help="folder of a finished `mmc-fast compare` of the claims")
+    parser.add_argument(
+        "--claims",
+        type=Path,
+        nargs="+",
+        help="folders of finished `mmc-fast compare` of the claims, each with other data",
+    )
     parser.add_argument("--experiments", type=Path, help="folder of finished `mmc-fast reproduce` runs")
     arguments = parser.parse_args()
     if arguments.demo is not None:
@@ -53,7 +58,9 @@ def main() -> None:
     if arguments.comparison is not None:
         _comparison(arguments.comparison)
     if arguments.claims is not None:
-        shutil.copyfile(arguments.claims / "results.csv", RECORDS / "claims.csv")
+        parts = [(folder / "results.csv").read_text(encoding="utf-8").splitlines() for folder in arguments.claims]
+        lines = parts[0] + [line for part in parts[1:] for line in part[1:]]
+        (RECORDS / "claims.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         _put(LEARNER, "claims", render_claims(read("claims"), ("mean missing",)))
         _put(RECORDS / "claims.md", "claims", render_claims(read("claims")))
     if arguments.experiments is not None:
@@ -135,7 +142,7 @@ def render_comparison(lines: Sequence[Line]) -> str:
 
 
 def render_claims(lines: Sequence[Line], conditions: Sequence[str] = README_CONDITIONS) -> str:
-    """The reference minus every other method, with its interval: a row for each set and condition. Bold: the interval excludes 0."""
+    """The reference minus every other method, with its interval: a row for each set and condition. Bold: several seeds, and the interval excludes 0."""
     first: dict[str, str] = {}
     for line in lines:
         first.setdefault(line["data"], line["metric"])
@@ -154,7 +161,7 @@ def render_claims(lines: Sequence[Line], conditions: Sequence[str] = README_COND
 def _gain(line: Line) -> str:
     value, low, high = (-float(line[name]) for name in ("difference", "difference_high", "difference_low"))
     text = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]".replace("-", "−")
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if line["p"] and (low > 0 or high < 0) else text
 
 
 def replace(page: str, name: str, block: str) -> str:
