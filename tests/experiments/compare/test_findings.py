@@ -255,6 +255,8 @@ def test_all_outputs_say_the_same(tmp_path, seed):
         for test in (t for t in stored["tests"] if [t[k] for k in same] == [line[k] for k in same]):
             for name in ("difference", "p", "p_holm", "p_wilcoxon"):
                 assert float(line[name]) == test[name]
+            interval = [float(line[f"difference_{end}"]) for end in ("low", "high")]
+            assert interval == [test["low"], test["high"]]
             assert (line["reference"], line["pairs"]) == ("vanilla", "4")
         shown = f"{score['mean']:.3f} ± {score['sd']:.3f}"
         assert shown in text
