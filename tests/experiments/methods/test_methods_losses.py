@@ -25,6 +25,7 @@ from mmc_fast.experiments.methods.m3care import M3Care
 from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
 from mmc_fast.experiments.methods.sklearn_baselines import masked_copies
 from mmc_fast.experiments.methods.smil import Smil
+from mmc_fast.experiments.training.evaluate import masks_at
 from mmc_fast.experiments.training.expert_weights import masked_rows
 from mmc_fast.experiments.training.experts import ExpertProduct
 from mmc_fast.experiments.training.masks import training_masks
@@ -284,6 +285,9 @@ def test_the_weights_of_a_product_are_fitted_on_masked_validation_rows(seed):
     blocks = found.present.split(29)
     assert not bool((torch.stack(blocks) & ~blocks[0]).any())
     assert len({tuple(b.flatten().tolist()) for b in blocks[4:]}) == 8, "masks of their own"
+    for rate, drawn in ((0.3, blocks[4]), (0.6, blocks[8])):  # a stream of their own: no mask of a score
+        others = [masks_at(held.present, rate, seed, name)[0] for name in ("train", "validation", "test")]
+        assert not any(torch.equal(drawn, other[torch.arange(30) != 2]) for other in others)
     lost = [float((blocks[0] & ~b).sum() / blocks[0].sum()) for b in blocks]
     assert np.mean(lost[4:8]) < np.mean(lost[8:])
 

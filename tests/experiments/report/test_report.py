@@ -170,6 +170,41 @@ def test_best_only_where_intervals_separate_from_every_other_method_and_seeds_ar
     assert all(d.p is not None for d in pair.differences)
 
 
+def test_the_level_of_a_comparison_reaches_every_interval_and_the_best():
+    made = predictions({"vanilla": 0.7, "ebr": 0.75})
+    made["ebr"] = made["ebr"][::-1]
+    by_level = {
+        level: compare(
+            "toy",
+            "accuracy",
+            LABELS,
+            made,
+            seeds=[0, 1, 2],
+            resamples=200,
+            generator=np.random.default_rng(1),
+            level=level,
+        )
+        for level in (0.1, 0.95, 0.99999)
+    }
+    assert [c.level for c in by_level.values()] == list(by_level)
+    for kind in ("scores", "differences"):
+        widths = []
+        for found in by_level.values():
+            intervals = (
+                [s for by in found.scores.values() for s in by.values()] if kind == "scores" else found.differences
+            )
+            widths.append(np.array([i.high - i.low for i in intervals]))
+        assert (widths[0] < widths[1]).all()
+        assert (widths[1] < widths[2]).all()
+    assert [c.scores["ebr"][COMPLETE].best for c in by_level.values()] == [
+        True,
+        by_level[0.95].scores["ebr"][COMPLETE].best,
+        False,
+    ]
+    usual = compare("toy", "accuracy", LABELS, made, seeds=[0, 1, 2], resamples=200, generator=np.random.default_rng(1))
+    assert usual == by_level[0.95]
+
+
 def test_comparison_refuses_what_does_not_pair():
     made = predictions({"vanilla": 0.7, "ebr": 0.8})
     generator = np.random.default_rng(0)

@@ -196,6 +196,13 @@ def test_predictions_do_not_depend_on_the_other_rows(method, seed):
         torch.testing.assert_close(alone[0], together[n], rtol=1e-4, atol=1e-6)
 
 
+def test_the_mean_over_the_rates_is_no_median(seed, monkeypatch):
+    dataset, scores_ = tiny(seed), iter([0.9, 0.5, 0.5, 0.2])
+    monkeypatch.setattr(Classification, "scores", lambda self, answers, labels: {"score": next(scores_)})
+    found = evaluate(vanilla(seed, dataset), dataset, rates=(0.1, 0.2, 0.3), reliance=False)
+    assert (found["complete"], found["mean_missing"]) == (0.9, pytest.approx(0.4))
+
+
 def test_rows_are_answered_in_pieces_of_a_limited_number_of_values(seed, monkeypatch):
     dataset = tiny(seed, absent=0.2)
     model, part, sizes = vanilla(seed, dataset), dataset.part("test"), []

@@ -15,6 +15,7 @@ from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Counts, Rows, Stepper
 from mmc_fast.experiments.training.trainer import Trainer
+from mmc_fast.nn.substitution import foreign_source
 
 
 def stepper_for(config, data):
@@ -52,18 +53,34 @@ def test_consistency_holds_the_complete_prediction_fixed(seed):
     assert not divergence.requires_grad
 
 
-def test_cross_recovery_reaches_decoders_with_its_weight(seed):
-    data = tiny(seed)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("phase", ["joint", "semantic"])
+def test_cross_recovery_rebuilds_each_modality_from_another_one(phase, accumulate, seed):
+    """The weight times the mean over (row, modality) pairs that have another one of |decoder_i(g_j) - z_i|^2 / d_i."""
+    data = tiny(seed, absent=0.4)
     part = data.part("train").select(torch.arange(16))
     totals = []
-    for weight in (0.0, 1.0, 3.0):
-        stepper = stepper_for(small(ebr_cross_recovery=weight, ebr_reversal=0.0), data)
-        stepper.model.load_state_dict(totals[0][1]) if totals else None
+    for weight in (0.0, 0.7):
+        stepper = stepper_for(small(ebr_cross_recovery=weight, ebr_reversal=0.0, accumulate=accumulate), data)
+        stepper.model.load_state_dict(totals[0][1].state_dict()) if totals else None
         stepper.random.manual_seed(seed)
-        total, _ = stepper.losses("semantic", Rows(part.features, part.labels))
-        totals.append((total.item(), stepper.model.state_dict()))
-    assert totals[1][0] > totals[0][0]
-    assert totals[2][0] - totals[0][0] == pytest.approx(3 * (totals[1][0] - totals[0][0]), rel=1e-3)
+        total, _ = stepper.losses(phase, Rows(part.features, part.labels, part.present))
+        totals.append((total.item(), stepper.model))
+    model = totals[1][1]
+    source = foreign_source(part.present, 16, 3, torch.Generator().manual_seed(seed))
+    z = [encoder(x) for encoder, x in zip(model.encoders, part.features, strict=True)]
+    g = [h(x) for h, x in zip(model.head.encoders, z, strict=True)]
+    errors = []
+    for n in range(16):
+        for i in range(3):
+            j = int(source[n, i])
+            if part.present[n, i] and j >= 0:
+                assert j != i
+                assert part.present[n, j]
+                errors.append((model.head.decoders[i](g[j][n]) - z[i][n]).square().mean())
+    assert 0 < len(errors) < int(part.present.sum()), "a row with one modality has none to be rebuilt from"
+    wanted = 0.7 * float(torch.stack(errors).mean().detach())
+    assert totals[1][0] - totals[0][0] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_noise_follows_the_formula(seed):

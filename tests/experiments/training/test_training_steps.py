@@ -58,7 +58,8 @@ def test_gradients_equal_the_two_loss_construction(phase, seed):
     model, stepper, features, labels = setup(seed, reversal=0.7)
     present = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(seed)) < 0.7
     present[~present.any(1), 0] = True
-    got = grads(model, phase, stepper, features, labels, present)
+    junk = [torch.where(present[:, i, None], x, float("nan")) for i, x in enumerate(features)]
+    got = grads(model, phase, stepper, junk, labels, present)
     semantic, md, _ = losses_by_hand(model, features, labels, present)
     params = {n: list(g) for n, g in model.groups().items()}
     flat = [p for n in GROUPS for p in params[n]]
@@ -76,6 +77,17 @@ def test_gradients_equal_the_two_loss_construction(phase, seed):
     for e, g in zip(expected, [g for n in GROUPS for g in got[n]], strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
     assert any(bool(e.abs().max() > 1e-4) for e in expected)
+
+
+def test_a_step_reports_its_losses_and_whether_it_was_asked_to_stop(seed):
+    _, stepper, features, labels = setup(seed)
+    total, parts = stepper.losses("joint", Rows(features, labels))
+    for asked in (False, True):
+        found = stepper.backward("joint", labels, lambda rows: [x[rows] for x in features], stop=asked)
+        torch.testing.assert_close(found[0], total.detach())
+        torch.testing.assert_close(found[1], parts)
+        assert found[2] is asked
+    assert stepper.backward("joint", labels, lambda rows: [x[rows] for x in features])[2] is False
 
 
 def test_discriminator_gets_nothing_from_the_task(seed):
