@@ -242,6 +242,21 @@ def test_a_product_that_overflows_is_reported_where_norms_do_not():
         agree(torch.full((1, 3), large, dtype=dtype), torch.full((2, 3), 2.0**40, dtype=dtype), None)
 
 
+@pytest.mark.parametrize("find", [signs.exact_signs, signs.signs_by_integers])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_a_sum_rounds_to_infinity(find, dtype):
+    """From half a unit above the largest number."""
+    largest, half = torch.finfo(dtype).max, 2.0 ** (103 if dtype == torch.float32 else 970)
+    below = torch.nextafter(torch.tensor(half, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
+    for last, sign in ((half, signs.NOT_FINITE), (below, 1), (0.0, 1), (-largest, 0)):
+        for way in (1, -1):
+            x = torch.tensor([[way * largest, last]], dtype=dtype)
+            found = find(
+                x, torch.tensor([[1.0, way]], dtype=dtype), x.new_zeros(1), torch.zeros(1).long(), torch.zeros(1).long()
+            )
+            assert found.tolist() == [sign if sign == signs.NOT_FINITE else way * sign], (last, way)
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor does not flush subnormal numbers")
 def test_signs_do_not_depend_on_flushed_subnormal_numbers(runner):
