@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mmc_fast.agop import AGOPAccumulator, agop
 from mmc_fast.functional import ebr_step, grad_reverse
+from mmc_fast.integrations import apply_ebr
 from mmc_fast.nn import EBRConfig, EBRHead
 
 
@@ -206,6 +209,27 @@ def test_what_is_not_given_is_the_documented_default(generator):
             torch.testing.assert_close(a, b)
     (reversed_,) = torch.autograd.grad(grad_reverse(x[0]).sum(), x[0])
     assert torch.equal(reversed_, -torch.ones_like(x[0]))
+
+
+def test_one_default_for_one_name():
+    """Whatever takes an option of the step or of AGOP has the documented default: the paper's sizes, λ = 1, exact sums."""
+    wanted = {f.name: f.default for f in fields(EBRConfig) if f.name in ("latent_dim", "hidden_dim", "psi_dims")}
+    wanted |= {"residual": False, "normalize": False, "backend": "auto", "recompute": False, "reversal": 1.0}
+    wanted |= {"present": None, "source": None, "normalizer": None, "layer": 0, "output": "logits", "center": False}
+    wanted |= {
+        "reduction": "sum",
+        "probes": None,
+        "precision": None,
+        "chunk_size": None,
+        "memory_budget": 2**28,
+        "seed": 0,
+    }
+    wanted |= {"blocks": None, "input_cov": False, "dims": None, "example": None, "repeats": "error", "name": "ebr"}
+    wanted |= {"dry_run": False, "fusion": None, "one_call": True}
+    for function in (ebr_step, grad_reverse, EBRHead, EBRHead.forward, agop, AGOPAccumulator, apply_ebr):
+        given = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+        own = {"seed": None} if function is apply_ebr else {}
+        assert given == {name: (wanted | own)[name] for name in given}, function.__name__
 
 
 def test_weights_go_between_heads_with_and_without_names(generator):
