@@ -269,6 +269,9 @@ def test_a_step_tells_what_does_not_fit(backend):
     ebr_step(x, parts[:2], parts[2:], psi, backend=backend)
     with pytest.raises(ValueError, match="got 1 decoders for 2 modalities"):
         ebr_step(x, parts[:2], parts[2:3], psi, backend=backend)
+    for short in (psi[:2], psi[:1], []):
+        with pytest.raises(ValueError, match="the discriminator must end in a layer of 2 outputs"):
+            ebr_step(x, parts[:2], parts[2:], short, backend=backend)
     with pytest.raises(TypeError, match=r"features\[1\] is torch.float16 .*cast them to one dtype"):
         ebr_step([x[0], x[1].half()], parts[:2], parts[2:], psi, backend=backend)
     with pytest.raises(TypeError, match=r"parameter 0 is torch\.float32"):
