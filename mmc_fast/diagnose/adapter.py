@@ -100,12 +100,20 @@ def prove(adapter: Adapter, batch: Any) -> str:
     Allowed is a difference of 1e-4 of the largest logit in float32 (1e-9 in float64, 0.01 in float16, 0.05 in bfloat16).
 
     Raises InputError where they differ by more, with the first module that differs where the adapter can tell
-    (``difference(batch) -> str``).
+    (``difference(batch) -> str``), and what ``check_order(batch)`` of an adapter raises.
     """
     forward = getattr(adapter, "forward", None)
     if not callable(forward) or isinstance(adapter, nn.Module):
         return "not compared: the adapter has no forward(batch)"
-    truth, found = forward(batch), adapter.fuse(adapter.encode(batch))
+    truth = forward(batch)
+    if isinstance(truth, Tensor) and not bool(torch.isfinite(truth).all()):
+        row = int((~torch.isfinite(truth.flatten(1)).all(1)).nonzero()[0])
+        raise InputError(
+            f"diagnose: the model gives NaN or infinite outputs in row {row} of the first batch; drop or repair such samples, or "
+            "check the weights"
+        )
+    getattr(adapter, "check_order", lambda batch: None)(batch)
+    found = adapter.fuse(adapter.encode(batch))
     if not isinstance(truth, Tensor) or not isinstance(found, Tensor) or truth.shape != found.shape:
         got = [list(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in (truth, found)]
         raise InputError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from .tasks import Metric, Task
 __all__ = ["Collector"]
 
 FLUSH_ROWS = 4096
-MAX_WIDTH = 8192
+MAX_WIDTH, MAX_INPUT = 4096, 8192
+_OPENING = 64
 _KEPT = ("samples", "batches", "flushes", "labelled", "first", "widths")
 
 
@@ -49,6 +51,7 @@ class Collector:
         self.first = ""
         self.chain: ChainSums | None = None
         self.jacobians: JacobianSums | None = None
+        self.represent: Callable[[Mapping[str, Tensor]], Tensor] = adapter.fuse
         self.notes: list[str] = []
         self._buffer: list[Tensor] = []
 
@@ -65,6 +68,8 @@ class Collector:
         features = checked_features(self.adapter, batch, self.widths, 0)
         if not len(flat(features)):
             raise InputError("diagnose: the first batch has no rows; give batches with samples")
+        if "all" in features:
+            raise InputError("diagnose: a modality is named 'all', which stands for all of them; give another name")
         self.widths = {check_name("diagnose: a modality", name): x[0].numel() for name, x in features.items()}
         logits = self.adapter.fuse(features)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(flat(features)):
@@ -73,6 +78,7 @@ class Collector:
         if not bool(torch.isfinite(logits).all()):
             raise InputError("diagnose: the logits hold NaN or infinite values for finite features; check the weights")
         self.first = fingerprint_of(features | {"": logits})
+        self.opening = flat(features)[:_OPENING].detach().cpu().double()
         check_rows(self.adapter, features, logits)
         beyond = beyond_features(features, logits, self.adapter)
         if beyond > 1e-3:
@@ -82,6 +88,9 @@ class Collector:
             )
         self.outputs = logits.shape[1]
         self.task = Task.of(self.adapter, batch, self.outputs, self.metric)
+        if self.task is not None:
+            note = self.task.check_outputs(logits)
+            self.notes += [note] if note else []
         if not self.sums:
             return
         modules = chain_of(getattr(self.adapter, "head", None))
@@ -91,18 +100,25 @@ class Collector:
             self.columns = [u.shape[1] for u in self.chain.inputs(x[:1].float())]
         else:
             self.jacobians = JacobianSums(self.groups)
-            fused = self._represent(features)
-            self.columns = [x.shape[1], fused.shape[1]]
+            self.represent = getattr(self.adapter, "represent", None) or self.adapter.fuse
             self.notes.append(
                 "The fusion is no chain of Linear layers on the features side by side, so there is one AGOP, at the "
                 "features, by one backward pass per output, and no map of weights."
             )
-            if not hasattr(self.adapter, "represent"):
+            fused, limit = self._represent(features).shape[1], MAX_WIDTH - x.shape[1]
+            if self.represent == self.adapter.fuse:
                 self.notes.append("No fused representation is named; the logits stand for it.")
+            elif limit >= logits.shape[1] and fused > limit:
+                self.represent = self.adapter.fuse
+                self.notes.append(
+                    f"The fused representation has {fused} columns, too many to sum; the logits stand for it. Name a "
+                    "narrower module, ModelAdapter(..., fused=...)."
+                )
+            self.columns = [x.shape[1], self._represent(features).shape[1]]
         if sum(self.columns) > MAX_WIDTH:
             raise InputError(
                 f"diagnose: features and layers have {sum(self.columns)} columns together, more than {MAX_WIDTH}; name "
-                "narrower features, such as pooled tokens instead of all of them"
+                "narrower features, such as pooled tokens instead of all of them, or give agop=False: scores and verdicts alone"
             )
         native = self.chain is not None and choose("syrk_update", "auto", torch.zeros(1, 1)) == "cpp"
         self.moments = GroupMoments(self.groups, sum(self.columns), native)
@@ -152,7 +168,17 @@ class Collector:
         if tell is None or not self.sums:
             return {}
         found = {name: x.detach().float().cpu().flatten(1) for name, x in tell(batch).items()}
-        return {name: x for name, x in found.items() if name in self.widths and x.shape[1] <= MAX_WIDTH}
+        return {name: x for name, x in found.items() if name in self.widths and x.shape[1] <= MAX_INPUT}
+
+    def check_again(self, batch: Any) -> None:
+        """InputError where the first batch has other features when the data are read again."""
+        now = flat(checked_features(self.adapter, batch, self.widths, 0))[:_OPENING].detach().cpu().double()
+        gap = (now - self.opening).square().mean() if now.shape == self.opening.shape else math.inf
+        if not gap <= 1e-4 * float(self.opening.var(0, correction=0).mean()) + 1e-12 * self.opening.square().mean():
+            raise InputError(
+                "diagnose: the data begin with other features when they are read again (shuffled batches, random transforms "
+                "or a random encoder); give a fixed order, such as DataLoader(..., shuffle=False)"
+            )
 
     def flush(self) -> None:
         """Sum what is buffered."""
@@ -191,8 +217,7 @@ class Collector:
 
     @torch.no_grad()
     def _represent(self, features: Mapping[str, Tensor]) -> Tensor:
-        represent = getattr(self.adapter, "represent", None) or self.adapter.fuse
-        return represent(features).detach().flatten(1)
+        return self.represent(features).detach().flatten(1)
 
     @torch.no_grad()
     def _is_head(self, modules: list[Any], x: Tensor, logits: Tensor) -> bool:

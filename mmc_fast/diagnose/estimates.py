@@ -182,8 +182,8 @@ def interval(
 
 
 def affordable(resamples: int, columns: list[int]) -> int:
-    """How many resamples of the sums are drawn: fewer where every one costs eigenvalues of wide matrices."""
-    return resamples if max(columns) <= WIDE else min(resamples, 24)
+    """How many resamples of the sums are drawn: fewer where every one costs eigenvalues of wide matrices, of very wide ones none."""
+    return resamples if max(columns) <= WIDE else min(resamples, 24 if max(columns) <= 4 * WIDE else 0)
 
 
 def resampled(numbers: Callable[[np.ndarray], Mapping[str, float]], draws: np.ndarray) -> dict[str, np.ndarray]:

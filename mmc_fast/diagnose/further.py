@@ -193,7 +193,7 @@ def _representation(adapter: Adapter, collector: Collector) -> Callable[[Mapping
     if isinstance(collector.chain, ChainSums):
         chain = collector.chain
         return lambda features: chain.inputs(flat(features).float())[-1]
-    return getattr(adapter, "represent", None) or adapter.fuse
+    return collector.represent if collector.sums else getattr(adapter, "represent", adapter.fuse)
 
 
 def _measure(found: information.Information, level: float, freedom: float) -> Measure:

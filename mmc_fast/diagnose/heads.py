@@ -55,8 +55,7 @@ def _weight_classifier(
 
 def _neurons_by_gradient(adapter: Adapter, batches: Batches, collector: Collector) -> dict[str, Any]:
     """Modality shares of up to 128 units of the fused representation: ``E[J_i Σ_ii J_iᵀ]`` on the first batch."""
-    represent = getattr(adapter, "represent", None)
-    if represent is None:
+    if collector.represent == adapter.fuse:
         return {}
     batch = next(iter(batches))[1]
     features = checked_features(adapter, batch, collector.widths, 0)
@@ -65,7 +64,7 @@ def _neurons_by_gradient(adapter: Adapter, batches: Batches, collector: Collecto
     width = collector.columns[0]
     sigma = collector.moments.combine(collector.active()).covariance[:width, :width]
     shares = []
-    for rows in jacobian_rows(lambda f: represent(f).flatten(1), features, units):
+    for rows in jacobian_rows(lambda f: collector.represent(f).flatten(1), features, units):
         gram = rows.double().cpu()
         parts, start = [], 0
         for width in collector.widths.values():

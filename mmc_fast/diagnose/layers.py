@@ -128,9 +128,15 @@ def jacobian_rows(
     for c in wanted:
         with torch.enable_grad():
             total = y[:, c].sum()
-        grads = torch.autograd.grad(
-            total, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        try:
+            grads = torch.autograd.grad(
+                total, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"diagnose: the fusion has no gradients ({first}); agop=False gives scores and verdicts without them"
+            ) from error
         yield torch.cat([g.flatten(1) for g in grads], 1)
 
 

@@ -61,10 +61,22 @@ class Batches:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"diagnose: loader is {type(loader).__name__}; give an iterable of batches")
         self.loader = loader
-        self.total: int | None = len(loader) if isinstance(loader, Sized) else None
+        self.total: int | None = None
+        with contextlib.suppress(TypeError):  # a DataLoader has a length, and that of a stream raises
+            self.total = len(loader) if isinstance(loader, Sized) else None
+        self.given: int | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return enumerate(self.loader)
+        count = 0
+        for batch in self.loader:
+            yield count, batch
+            count += 1
+        if self.given not in (None, count):
+            raise InputError(
+                f"diagnose: the loader gave {self.given} batches, and {count} when it was read again; give what can be read "
+                "twice, such as a list of batches or a DataLoader"
+            )
+        self.given = count
 
 
 def training_batches(loader: Any) -> Iterable[Any] | None:
@@ -196,6 +208,8 @@ def second_pass(
         done = stored.found["scored"]
     report("score", done, batches.total)
     for index, batch in batches:
+        if index == 0:
+            collector.check_again(batch)
         if index < done:
             continue
         features = checked_features(adapter, batch, collector.widths, index)
@@ -216,7 +230,14 @@ def second_pass(
         for name, wanted in conditions.items():
             for draw, condition in enumerate(wanted):
                 if condition not in known:
-                    known[condition] = remover.outputs(features, condition, drawn[condition.draw]).detach().cpu()
+                    known[condition] = y = remover.outputs(features, condition, drawn[condition.draw]).detach().cpu()
+                    if not bool(torch.isfinite(y).all()):
+                        whole = bool(torch.isfinite(adapter.fuse(features)).all())
+                        raise InputError(
+                            f"diagnose: the outputs of batch {index} hold NaN or infinite values"
+                            + (f" with modalities taken away by {condition.absence!r}; check what the model does then"
+                               if whole else "; drop or repair such samples")
+                        )  # fmt: skip
                 outputs[name, draw] = known[condition]
         if unimodal is not None:
             outputs |= {(f"alone.{name}", 0): y.detach().cpu() for name, y in unimodal(batch).items()}

@@ -13,6 +13,7 @@ from mmc_fast.errors import InputError
 
 from .figures import INK, MARKERS, Spread, draw_bars, in_legend, new_axes, series_colour, styled
 from .result import DiagnosisData, Measure
+from .tasks import BOUNDED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,8 @@ def _reliance(d: DiagnosisData, ax: Axes) -> None:
             ax.axhline(value, color=INK, linestyle=line, linewidth=1.2)
             ax.annotate(label, (1.0, value), xycoords=("axes fraction", "data"), fontsize=9, va="bottom", ha="right")
     ax.set_ylabel(str(d.metric))
-    ax.set_ylim(0, 1.05)
+    if d.metric in BOUNDED:
+        ax.set_ylim(0, 1.05)
 
 
 def _shapley(d: DiagnosisData, ax: Axes) -> None:

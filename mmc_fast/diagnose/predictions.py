@@ -186,6 +186,10 @@ class ConditionScores:
                 found = (1 - sums / spread).mean(2)
         return {name: found[k] for name, k in self.index.items()}
 
+    def whole(self) -> float:
+        """The score with all modalities."""
+        return float(self.scores(np.ones((1, self.groups)))[self._full][0])
+
     def total_effects(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Condition "shuffled.I" -> how far it moves the answers, ``E‖f(x) − f(x')‖² / (2 Σ Var f)``, ``[R]``.
 
@@ -234,16 +238,16 @@ class ConditionScores:
         return found
 
     def _by_function(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        score, columns = self.task.score, self.kept.columns
-        assert score is not None
+        columns = self.kept.columns
         places = columns["places"].numpy()
         if self.task.kind == "pairs":  # a pair that is drawn twice is no second candidate
             return self._by_pair(weights[:, places])
         found = {name: np.zeros(len(weights)) for name in self.conditions}
         for r, row in enumerate(weights):
             chosen = torch.from_numpy(np.repeat(np.arange(len(places)), row[places].astype(int)))
+            score = self.task.evaluate if (row == 1).all() else self.task.evaluate_drawn
             for name, draw in self.drawn:
-                value = float(score(columns[f"{name}/{draw}"][chosen], columns["labels"][chosen]))
+                value = score(columns[f"{name}/{draw}"][chosen], columns["labels"][chosen])
                 found[name][r] += value / self.conditions[name]
         return found
 

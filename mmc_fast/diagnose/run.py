@@ -19,7 +19,7 @@ from .alignment import EffectRows
 from .collect import Collector
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
-from .evidence import verdicts_of
+from .evidence import FEWEST, verdicts_of
 from .further import emap_measures, information_measures, remaining_measures, unlabelled_pass, utilisation_measures
 from .groups import draw_weights
 from .heads import head_measures
@@ -105,6 +105,8 @@ def diagnose(
         collector = first_pass(adapter, batches, o, stored, report)
         notes = list(collector.notes)
         scores, answers, effects = _scores(adapter, batches, collector, absence, o, notes, stored, report)
+    if collector.samples < FEWEST:
+        notes.append(f"{collector.samples} samples are too few to judge; give at least {FEWEST}.")
     report("numbers", 0, None)
     measures, arrays, draws = _measures(collector, scores, o)
     if o.agop:
@@ -184,6 +186,9 @@ def _scores(
         if seen < 2:
             notes.append("The labels hold a single class, so nothing can be scored.")
             return None, None, None
+    if not math.isfinite(scores.whole()):
+        notes.append(f"The labels allow no {scores.task.metric}: they are all alike, so nothing can be scored.")
+        return None, None, None
     return scores, answers, effects
 
 

@@ -89,10 +89,11 @@ def probe_measures(
         if probes:
             chosen = max(probes, key=lambda p: found[wanted[p]].score)
             measures[f"alone.{name}"], best[name] = measures[chosen], found[wanted[chosen]]
-    if any(f"probe_features.{name}" in measures and f"probe_inputs.{name}" not in measures for name in names):
+    blind = [n for n in names if f"probe_features.{n}" in measures and f"probe_inputs.{n}" not in measures]
+    if blind:
         notes.append(
-            "Ability was probed on the encoders' features, which bounds it from below: a collapsed modality's own encoder may "
-            "never have learned. Give alone= or an adapter with inputs(batch) or unimodal(batch)."
+            f"Ability of {', '.join(blind)} was probed on the encoders' features, which bounds it from below: a collapsed "
+            "modality's own encoder may never have learned. Give alone= or an adapter with inputs(batch) or unimodal(batch)."
         )
     return best
 

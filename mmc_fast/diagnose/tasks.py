@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,11 @@ Metric = str | Callable[[Tensor, Tensor], float]
 
 
 def metric_name(metric: Metric | None) -> str | None:
-    """The name of a score, that of the function where it is one."""
-    return getattr(metric, "__name__", type(metric).__name__) if callable(metric) else metric
+    """The name of a score, that of the function where it is one, marked where it is that of a score here."""
+    if not callable(metric):
+        return metric
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return f"own {name}" if name in METRICS else name
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Task:
             "survival": "concordance",
         }[kind]
         name = metric_name(metric) or usual
-        return cls(kind, name, outputs, metric if callable(metric) else None)
+        return cls(kind, name, outputs, _guarded(metric, name) if callable(metric) else None)
 
     def labels(self, adapter: Adapter, batch: Any) -> Tensor | None:
         """Labels of a batch as this task has them, on the CPU; None where there are none."""
@@ -115,15 +119,35 @@ class Task:
                     "metric='f1', else class numbers [samples]"
                 )
             y = y.argmax(1)
+        if not bool(y.isfinite().all()):
+            raise InputError("diagnose: labels hold NaN or infinite values; drop samples without a label")
         if y.is_floating_point() and not bool((y == y.round()).all()):
             raise InputError("diagnose: labels are no whole numbers; for a regression give metric='r2'")
         y = y.long()
         if len(y) and (int(y.min()) < 0 or int(y.max()) >= max(2, self.outputs)):
             raise InputError(
                 f"diagnose: labels run from {int(y.min())} to {int(y.max())} for {self.outputs} outputs; number the classes "
-                "0, 1, 2, ..., one output each"
+                "0, 1, 2, ..., one output each, and drop samples without a label"
+                + ("; for a regression give metric='r2'" if self.outputs == 1 else "")
             )
         return y
+
+    def check_outputs(self, outputs: Tensor) -> str:
+        """A note, or "", on a first batch of outputs; InputError where these are probabilities, whose threshold is not 0."""
+        y = outputs.detach().double()
+        inside = len(y) > 1 and bool((y >= 0).all()) and bool((y <= 1).all()) and bool(y.any())
+        if not inside or self.kind not in ("classes", "labels"):
+            return ""
+        if self.metric == "auroc" and y.shape[1] == 1:  # perhaps a similarity
+            return (
+                "The outputs lie between 0 and 1 and are taken for logits, so calibration is not that of probabilities."
+            )
+        if self.kind == "labels" or y.shape[1] == 1 or bool(((y.sum(1) - 1).abs() < 1e-2).all()):
+            raise InputError(
+                "diagnose: the outputs look like probabilities, and logits are needed; name the module before the softmax "
+                "or sigmoid as head, or give call=lambda model, batch: torch.logit(model(...)), of a softmax .log()"
+            )
+        return ""
 
     def evaluate(self, outputs: Tensor, labels: Tensor) -> float:
         """The score of outputs ``[N, C]``, every sample counted once."""
@@ -138,6 +162,13 @@ class Task:
         y = labels.numpy().reshape(len(labels), -1) if self.kind in ("numbers", "labels") else labels.numpy()
         return float(weighted_scores(self.metric, y, shown.double().numpy(), np.ones((1, len(y))))[0])
 
+    def evaluate_drawn(self, outputs: Tensor, labels: Tensor) -> float:
+        """:meth:`evaluate` of rows that were drawn; NaN where a function fails on them, such as without one of the classes."""
+        try:
+            return self.evaluate(outputs, labels)
+        except InputError:
+            return math.nan
+
     def margins(self, outputs: Tensor) -> Tensor:
         """What a ranked score orders: ``[N]``, or ``[N, C]`` for several labels."""
         if self.metric == "macro_auroc":
@@ -150,6 +181,24 @@ class Task:
             return outputs.double()
         y = outputs.float()
         return y.softmax(-1) if self.kind == "classes" and y.shape[-1] > 1 else y.sigmoid()
+
+
+def _guarded(metric: Callable[[Tensor, Tensor], float], name: str | None) -> Callable[[Tensor, Tensor], float]:
+    """The score of a user, whose failure is told in one line."""
+
+    def score(outputs: Tensor, labels: Tensor) -> float:
+        try:
+            found, reason = float(metric(outputs, labels)), "it gave no finite number"
+        except Exception as error:
+            found, reason = math.nan, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if not math.isfinite(found):
+            raise InputError(
+                f"diagnose: metric {name} failed on outputs {list(outputs.shape)} and labels {list(labels.shape)} ({reason}); "
+                "give a function (outputs, labels) -> number"
+            )
+        return found
+
+    return score
 
 
 def _given(adapter: Adapter, batch: Any) -> Any:
@@ -192,6 +241,8 @@ def _kind(y: Tensor, outputs: int) -> str:
             return "classes" if _one_hot(y) and y.shape[1] == outputs else "labels"
         return "numbers"
     if y.is_floating_point() and outputs <= 1 and not _binary(y):
+        if bool((y.abs() == 1).all()):
+            raise InputError("diagnose: labels are -1 and 1; give 0 and 1, or metric='r2' for a regression")
         return "numbers"
     return "classes"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmc_fast.errors import InputError
 
@@ -82,9 +84,8 @@ class ModelAdapter:
             raise InputError("ModelAdapter: features is empty; give modality name -> module name")
         self.model = _unwrapped(model)
         self._compiled = any(map(_is_compiled, (model, *model.modules())))
-        places = {name: p if isinstance(p, tuple) else (p, None) for name, p in features.items()}
-        self.sites = {name: s if isinstance(s, Site) else Site(s) for name, (s, _) in places.items()}
-        self._runs: dict[str, int | None] = {name: run for name, (_, run) in places.items()}
+        self.sites = {name: _site(place) for name, place in features.items()}
+        self._runs: dict[str, int | None] = {name: site.call for name, site in self.sites.items()}
         self._modules = {name: _find(self.model, site.module) for name, site in self.sites.items()}
         self._check_apart()
         self._head = None if head is None else _find(self.model, head)
@@ -97,6 +98,7 @@ class ModelAdapter:
         self._absent: dict[str, Tensor] = {}
         self._fill: dict[str, Tensor] = {}
         self._received: dict[str, Tensor | None] = {}
+        self._rows = 0
         self._shapes: dict[str, torch.Size] | None = None
         if absent is not None:
             self._take_away = absent
@@ -116,7 +118,7 @@ class ModelAdapter:
     @torch.no_grad()
     def encode(self, batch: Any) -> dict[str, Tensor]:
         """The features of a batch by modality, as the named modules return them."""
-        self._batch, self._outputs, self._absent, self._received = batch, {}, {}, {}
+        self._batch, self._outputs, self._absent, self._received, self._rows = batch, {}, {}, {}, 0
         seen: dict[nn.Module, list[Any]] = {module: [] for module in self._modules.values()}
         received: dict[nn.Module, list[Tensor | None]] = {module: [] for module in seen}
         with ExitStack() as stack:
@@ -135,8 +137,8 @@ class ModelAdapter:
             # A copy outside of inference mode: recorded features are never those that the model works on.
             with torch.inference_mode(False):
                 found[name] = self._filled(name, self._read(self.sites[name], output).clone())
-        rows = {len(x) for x in found.values() if x is not None}
-        return {name: self._fill[name].expand(*rows, *self._fill[name].shape) if x is None else x
+        self._rows = max((len(x) for x in found.values() if x is not None), default=0)
+        return {name: self._fill[name].expand(self._rows, *self._fill[name].shape) if x is None else x
                 for name, x in found.items()}  # fmt: skip
 
     def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -157,21 +159,22 @@ class ModelAdapter:
             self._batch = batch
 
     def inputs(self, batch: Any) -> dict[str, Tensor]:
-        """What the named modules receive, where that is a vector or a picture of one size: ability is probed there too.
+        """What the named modules receive, where that is a vector, a sequence or a picture of one size: ability is probed there too.
 
-        A collapsed modality's own encoder may never have learned, so its features alone say too little. Zeros where absent.
+        A collapsed modality's own encoder may never have learned, so its features alone say too little. Zeros where absent, and
+        where a sequence is shorter than those of the first batch; of longer ones the beginning.
         """
         if batch is not self._batch or not self._outputs:
             self.encode(batch)
+        got = {n: x for n, x in self._received.items() if x is not None and len(x) == self._rows}
         if self._shapes is None:
-            self._shapes = {n: x.shape[1:] for n, x in self._received.items() if x is not None}
-        rows = {len(x) for x in self._received.values() if x is not None}
+            self._shapes = {n: x.shape[1:] for n, x in got.items()}
         found = {}
         for name, shape in self._shapes.items():
-            x = self._received.get(name)
-            found[name] = (
-                torch.zeros(max(rows, default=0), *shape) if x is None or x.shape[1:] != shape else x.nan_to_num()
-            )
+            x = got.get(name, torch.zeros(self._rows, *shape))
+            if x.dim() == 3:
+                x = F.pad(x, (0, 0, 0, shape[0] - x.shape[1]))
+            found[name] = x.nan_to_num() if x.shape[1:] == shape else torch.zeros(self._rows, *shape)
         return found
 
     def represent(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -181,6 +184,33 @@ class ModelAdapter:
     def labels(self, batch: Any) -> Any:
         """Labels of a batch, or None."""
         return self._labels(batch)
+
+    @torch.no_grad()
+    def check_order(self, batch: Any) -> None:
+        """InputError where the features of one modality change with those of another: replaced together, one would hide the other."""
+        features = self.encode(batch)
+        for name, x in features.items():
+            if name not in self._outputs:
+                continue
+            seen: dict[nn.Module, list[Any]] = {module: [] for module in self._modules.values()}
+            moved, mine = {**features, name: x.roll(1, 0)}, {self._runs[name] or 0: name}
+            with ExitStack() as stack:
+                replacement = _Replacement(self._modules[name], partial(self._run_of, mine, moved))
+                stack.callback(replacement.remove)
+                for module, outputs in seen.items():
+                    _hook(stack, module.register_forward_hook(_keep(outputs)))
+                self._run()
+            for other, site in self.sites.items():
+                if other == name or other not in self._outputs:
+                    continue
+                now, before = seen[self._modules[other]], self._read(site, self._outputs[other])
+                run = self._runs[other] or 0
+                apart = len(now) > run and _near(self._read(site, now[run]), before)
+                if not apart:
+                    raise InputError(
+                        f"ModelAdapter: {str(site)!r} lies inside or behind {str(self.sites[name])!r}, so {other} changes with "
+                        f"{name} and one would hide the other; name modules from before the two meet"
+                    )
 
     @torch.no_grad()
     def difference(self, batch: Any) -> str:
@@ -232,7 +262,9 @@ class ModelAdapter:
         if name in self._fill and not outputs:
             return None
         if run is None and len(outputs) != 1:
-            hint = f"name one run of it: ({module!r}, 0)" if outputs else "a batch that has it must come first"
+            hint = f"name one run of it: ({module!r}, 0)"
+            if not outputs:
+                hint = "a batch that has it must come first; of an exported model give the original"
             raise InputError(
                 f"ModelAdapter: {module!r} ran {len(outputs)} times in one forward; the module of a modality must run "
                 f"exactly once, or {hint}"
@@ -275,7 +307,12 @@ class ModelAdapter:
                 )
             returned = self._run()
         if self._head is not None and len(logits) != 1:
-            raise InputError(f"ModelAdapter: the head ran {len(logits)} times in one forward; it must run exactly once")
+            raise InputError(
+                f"ModelAdapter: the head ran {len(logits)} times in one forward; name a module that runs once and gives the "
+                "logits, or none: then what the model returns counts"
+            )
+        if isinstance(returned, Mapping):
+            returned = returned.get("logits", returned)
         y = logits[0] if self._head is not None else getattr(returned, "logits", returned)
         if isinstance(y, Tensor) and y.dim() == 1:
             y = y[:, None]  # one output, such as the similarity of a pair
@@ -298,10 +335,10 @@ class ModelAdapter:
             raise
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(
-                f"ModelAdapter: the forward failed ({type(error).__name__}: {first}); give call=lambda model, batch: ... "
-                "if batches are not the arguments of the model"
-            ) from error
+            hint = "give call=lambda model, batch: ... if batches are not the arguments of the model"
+            if torch.is_grad_enabled():
+                hint = "agop=False if it cannot run with gradients"
+            raise InputError(f"ModelAdapter: the forward failed ({type(error).__name__}: {first}); {hint}") from error
 
     @contextmanager
     def _replaced(self, features: Mapping[str, Tensor]) -> Iterator[None]:
@@ -368,6 +405,12 @@ class _Replacement:
             self.module.__dict__["forward"] = self.before
 
 
+def _site(place: Place) -> Site:
+    name, call = place if isinstance(place, tuple) else (place, None)
+    site = name if isinstance(name, Site) else Site(name)
+    return site if call is None else replace(site, call=call)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -396,11 +439,19 @@ def _find(model: nn.Module, name: str) -> nn.Module:
             f"ModelAdapter: the model has no module {name!r}; the nearest are {', '.join(near)} "
             "(all: [n for n, _ in model.named_modules()])"
         )
+    if isinstance(known[plain], torch.jit.ScriptModule):
+        raise InputError(f"ModelAdapter: {name!r} is scripted or traced, which no hook sees; give the original model")
     return known[plain]
 
 
 def _hook(stack: ExitStack, handle: Any) -> None:
     stack.callback(handle.remove)
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.allclose(
+        x.nan_to_num(), y.nan_to_num(), rtol=1e-2, atol=1e-3 * float(y.nan_to_num().abs().amax())
+    )
 
 
 def _copied(output: Any) -> Any:
@@ -418,11 +469,11 @@ def _keep(seen: list[Any]) -> Callable[..., None]:
 
 
 def _keep_argument(seen: list[Tensor | None]) -> Callable[..., None]:
-    """A hook that copies the first argument of a module, where it is ``[B, d]`` or ``[B, C, H, W]`` of numbers."""
+    """A hook that copies the first argument of a module, where it is ``[B, d]``, ``[B, T, d]`` or ``[B, C, H, W]`` of numbers."""
 
     def hook(module: nn.Module, args: Any) -> None:
         x = args[0] if args else None
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 4):
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 3, 4):
             seen.append(x.detach().clone())
         else:
             seen.append(None)

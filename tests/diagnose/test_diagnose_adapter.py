@@ -174,6 +174,11 @@ def test_how_batches_are_read(generator: torch.Generator) -> None:
         (Twice, {"features": NAMES}, "ran 2 times"),
         (Concat, {"features": {"image": "norm"}}, "ran 0 times"),
         (
+            Twice,
+            {"features": {"audio": "encoders.audio"}, "head": "encoders.image"},
+            "head ran 2 times in one forward; name",
+        ),
+        (
             Named,
             {"features": {"image": "tower"}},
             "ModelAdapter: tower is dict, not a tensor; tensors are at: 'tokens'",
@@ -308,6 +313,55 @@ def test_one_encoder_for_two_modalities(generator: torch.Generator) -> None:
         ModelAdapter(m, {"left": ("tower", 2)}).encode((left, right, None))
     with pytest.raises(InputError, match=r"two modalities name one module.*\('encoder', 0\)"):
         ModelAdapter(m, {"left": "tower", "right": ("tower", 1)})
+
+    again = ModelAdapter(m, {"left": Site("tower", call=0), "right": Site("tower", call=1)})
+    torch.testing.assert_close(again.encode((left, right, None)), features)
+
+
+@pytest.mark.parametrize("behind", ["encoders.audio.1", "encoders.audio", "classifier.0"])
+def test_features_that_hide_others_are_refused(behind: str, generator: torch.Generator) -> None:
+    m, loader = model(Concat, generator), batches(generator)
+    message = rf"'{behind}' lies inside or behind 'encoders.audio.0', so other changes with audio"
+    with pytest.raises(InputError, match="lies inside or behind"):
+        mmc_fast.diagnose(ModelAdapter(m, {"other": behind, "audio": "encoders.audio.0"}), loader)
+    ModelAdapter(m, {"image": "encoders.image", "audio": "encoders.audio.0"}).check_order(loader[0])
+    with pytest.raises(InputError, match=message) as caught:
+        mmc_fast.diagnose(ModelAdapter(m, {"audio": "encoders.audio.0", "other": behind}), loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_scripted_modules_are_refused(generator: torch.Generator) -> None:
+    with pytest.raises(InputError, match=r"'encoders\.image' is scripted or traced"):
+        ModelAdapter(torch.jit.trace(model(Concat, generator), batches(generator)[0][:2]), NAMES)
+
+
+def test_what_the_encoders_receive(generator: torch.Generator) -> None:
+    """Sequences too, as long as the first; not what has other rows than the samples."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.flat, self.head = Mean(), Flat(), nn.Linear(7, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(torch.cat([self.mean(a), self.flat(b.flatten(0, 1))], 1))}
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(1)
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, 2)).mean(1)
+
+    a, b = torch.randn(40, 6, 4, generator=generator), torch.randn(40, 2, 3, generator=generator)
+    model = Frames().eval()
+    adapter = ModelAdapter(model, {"a": "mean", "b": "flat"})
+    for given, kept in ((a, a), (a[:, :5], nn.functional.pad(a[:, :5], (0, 0, 0, 1))), (torch.cat([a, a], 1), a)):
+        received = adapter.inputs((given, b, None))
+        assert list(received) == ["a"]
+        assert torch.equal(received["a"], kept)
+    torch.testing.assert_close(adapter.forward((a, b, None)), model(a, b)["logits"])
 
 
 def test_modalities_that_are_absent(generator: torch.Generator) -> None:

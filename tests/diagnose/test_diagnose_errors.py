@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from diagnose_models import Toy, batches, chain, whole
+from diagnose_models import Attention, Toy, batches, chain, whole
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mmc_fast
 from mmc_fast.diagnose import THRESHOLDS, DiagnoseOptions, Diagnosis, diagnose
@@ -47,6 +48,10 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
     for rows in (2, 3, 4, 5, 17):
         few = diagnose(toy, [tuple(t[:rows] for t in loader[0])], resamples=20)
         assert few.n_samples == rows
+        assert "too few to judge" in few.summary()
+        assert {v.kind for v in few.verdicts} == {"undecided"}
+        numbers = [(loader[0][0][:rows], loader[0][1][:rows], torch.randn(rows, 3))]
+        assert diagnose(toy, numbers, resamples=0).metric == "r2"
         assert (
             "No network was trained" in few.summary()
             or "alone.image" in few.measures
@@ -57,6 +62,16 @@ def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -
 
 def once(loader: list[Any]) -> Iterator[Any]:
     yield from loader
+
+
+class Again:
+    """Gives other batches in each reading."""
+
+    def __init__(self, readings: list[list[Any]]) -> None:
+        self.readings = iter(readings)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(next(self.readings))
 
 
 @pytest.mark.parametrize(
@@ -76,11 +91,16 @@ def once(loader: list[Any]) -> Iterator[Any]:
             "one-hot and these are not",
         ),
         (lambda l: [(a, b, y + 7) for a, b, y in l], "number the classes"),
+        (lambda l: [(a, b, y * math.nan) for a, b, y in l], "drop samples without a label"),
         (lambda l: [], "no sample"),
         (lambda l: [(a[:0], b[:0], y[:0]) for a, b, y in l], "no rows"),
         (lambda l: [(a[:1], b[:1], y[:1]) for a, b, y in l[:1]], "one sample; give at least two"),
         (lambda l: [*l[:-1], (l[-1][0], l[-1][1], None)], "all or none"),
         (once, "iterator"),
+        (lambda l: Again([l, l[:3]]), "gave 8 batches, and 3 when it was read again"),
+        (lambda l: Again([l, []]), "gave 8 batches, and 0 when it was read again"),
+        (lambda l: Again([l, [*l[1:], l[0]]]), "begin with other features when they are read again"),
+        (lambda l: Again([l, [(a + 0.1 * torch.randn_like(a), b, y) for a, b, y in l]]), "random transforms"),
     ],
 )
 def test_bad_data(change, message: str, generator: torch.Generator) -> None:
@@ -123,6 +143,34 @@ def test_bad_models(generator: torch.Generator) -> None:
 
     with pytest.raises(InputError, match="do not depend"):
         diagnose(Detached(), loader)
+
+    class NoGradient(Hidden):
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            return checkpoint(norm, torch.cat(list(features.values()), 1), use_reentrant=True)
+
+    with pytest.raises(InputError, match=r"the fusion has no gradients \(.*\); agop=False"):
+        diagnose(NoGradient(), loader)
+    assert diagnose(NoGradient(), loader, agop=False, probes=False).n_samples == 500
+
+    class Undefined(Hidden):
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            x = torch.cat(list(features.values()), 1)
+            return norm(torch.where(x.square().sum(1, True) == 0, math.nan, x))
+
+    zeros = [(a * 0, b * 0, y) if k == 2 else (a, b, y) for k, (a, b, y) in enumerate(loader)]
+    with pytest.raises(
+        InputError, match=r"outputs of batch \d hold NaN or infinite values with modalities taken away by 'resample'"
+    ):
+        diagnose(Undefined(), zeros, agop=False)
+    Undefined.forward = lambda self, batch: self.fuse(self.encode(batch))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="NaN or infinite outputs in row 0 of the first batch"):
+        diagnose(Undefined(), zeros[2:], agop=False)
+    with pytest.raises(InputError, match="labels are -1 and 1"):
+        diagnose(Toy(*[chain(torch.Generator(), 1)] * 2), [(a, b, (y > 1) * 2.0 - 1) for a, b, y in loader])
+    toy = Toy(*[chain(torch.Generator())] * 2)
+    toy.encode = lambda batch: {"all": batch[0], "audio": batch[1]}  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="named 'all'"):
+        diagnose(toy, loader)
     head = chain(generator)
     head[0].weight.data[0, 0] = math.nan
     with pytest.raises(InputError, match="logits hold NaN"):
@@ -207,6 +255,66 @@ def test_outputs_that_no_label_names_are_told(generator: torch.Generator) -> Non
     head, loader = chain(generator), batches(generator, classes=2)
     d = diagnose(Toy(head, head), loader, resamples=0, probes=False)
     assert "The labels hold 2 classes and there are 3 outputs." in d.notes
+
+
+@pytest.mark.parametrize(
+    ("classes", "several", "options"),
+    [
+        (3, False, {}),
+        (2, False, {}),
+        (1, False, {"metric": "accuracy"}),
+        (3, True, {}),
+        (3, True, {"metric": "macro_auroc"}),
+    ],
+)
+def test_probabilities_in_place_of_logits_are_refused(classes: int, several: bool, options, generator) -> None:
+    head, loader = chain(generator, classes), batches(generator, classes=max(2, classes))
+    squash = nn.Sigmoid() if several or classes == 1 else nn.Softmax(1)
+    if several:
+        loader = [(a, b, torch.stack([y > 0, y > 1, y == 0], 1)) for a, b, y in loader]
+    with pytest.raises(InputError, match="look like probabilities") as caught:
+        diagnose(Toy(nn.Sequential(head, squash), nn.Sequential(head, squash)), loader, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_score_of_ones_own_that_fails(generator: torch.Generator) -> None:
+    """On all rows: one line. On rows that were drawn without one of the classes: not counted."""
+    head, loader = chain(generator, 2), batches(generator, classes=2)
+
+    def auroc(y: Tensor, labels: Tensor) -> float:
+        if len(labels.unique()) < 2:
+            raise ValueError("one class")
+        return float(roc_auc_score(labels, y[:, 1] - y[:, 0]))
+
+    with pytest.raises(
+        InputError, match=r"metric own auroc failed on outputs \[500, 1\] and labels \[500\] \(IndexError"
+    ):
+        diagnose(Toy(*[chain(generator, 1)] * 2), loader, metric=auroc)
+    rare = [(a, b, torch.zeros_like(y)) for a, b, y in loader]
+    rare[0][2][:2] = 1
+    d = diagnose(Toy(head, head), rare, metric=auroc, probes=False, resamples=40)
+    assert d["score.all"].low < d.value("score.all") < d["score.all"].high
+
+
+@pytest.mark.parametrize(("metric", "y"), [("r2", [2.5]), ("macro_auroc", [1, 0]), ("concordance", [3, 0])])
+def test_labels_that_are_all_alike(metric: str, y: list[float], generator: torch.Generator) -> None:
+    head = chain(generator, 1 if metric in ("r2", "concordance") else 2)
+    loader = [(a, b, torch.tensor(y).expand(len(a), -1)) for a, b, _ in batches(generator)]
+    d = diagnose(Toy(head, head), loader, metric=metric, resamples=10)
+    assert "all alike" in d.summary()
+    assert {v.kind for v in d.verdicts} == {"undecided"}
+
+
+def test_a_wide_fused_representation_is_left_out(generator: torch.Generator) -> None:
+    fusion, loader = Attention(generator), batches(generator, 100)
+
+    class Wide(Toy):
+        def represent(self, features: dict[str, Tensor]) -> Tensor:
+            return features["image"].repeat(1, 2000)
+
+    d = diagnose(Wide(fusion), loader, resamples=0, probes=False, remaining=True)
+    assert "The fused representation has 12000 columns" in d.summary()
+    assert d.measures == diagnose(Toy(fusion), loader, resamples=0, probes=False, remaining=True).measures
 
 
 def test_empty_batches_and_one_logit(generator: torch.Generator) -> None:

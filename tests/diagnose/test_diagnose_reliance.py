@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diagnose_models import Toy, batches, chain, whole
-from sklearn.metrics import f1_score, r2_score, roc_auc_score
+from scipy.stats import entropy
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, f1_score, r2_score, roc_auc_score
 from torch import Tensor
 
 from mmc_fast.diagnose import DiagnoseOptions, diagnose
@@ -40,6 +42,8 @@ def test_scores_of_coalitions(absence: str, classes: int, generator: torch.Gener
     head, loader = chain(generator, classes), batches(generator, classes=classes)
     image, audio, labels = whole(loader)
     toy = Masked(head, head)
+    with torch.no_grad():
+        p = toy.fuse({"image": image, "audio": audio}).softmax(1)
     d = diagnose(toy, loader, resamples=20, probes=False, absence=absence)
 
     def score(a: Tensor, b: Tensor) -> float:
@@ -62,6 +66,11 @@ def test_scores_of_coalitions(absence: str, classes: int, generator: torch.Gener
     assert d.value("shapley.image") == pytest.approx(reliance.shapley_values(found)[0])
     assert d.value("shapley.image") + d.value("shapley.audio") == pytest.approx(found[3] - found[0])
     assert d.metric == ("auroc" if classes == 2 else "accuracy")
+    truth = torch.nn.functional.one_hot(labels, classes)
+    assert d.value("brier.all") == pytest.approx(classes * brier_score_loss(truth.flatten(), p.flatten()), rel=1e-5)
+    confidence, guess = p.max(1)
+    binned = np.bincount((confidence * 15).ceil().int(), (guess == labels).double() - confidence)
+    assert d.value("ece.all") == pytest.approx(np.abs(binned).sum() / 500, abs=1e-6)
     assert (d.settings["absence"], d.settings["own_mask"]) == (absence, True)
     assert ("robustness.image" in d.measures) == (absence == "model" and d.verdicts[0].evidence["ability"] > 0)
 
@@ -141,7 +150,7 @@ def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Ge
     fusion.weight.data = torch.tensor([[1.0, 2.0]])
     toy = Toy(fusion, fusion)
     loader = list(zip(image.split(1000), audio.split(1000), truth.split(1000), strict=True))
-    d = diagnose(toy, loader, draws=4)
+    d = diagnose(toy, loader, draws=4, emap=True)
     assert (d.metric, d.settings["task"], d.value("score.chance")) == ("r2", "numbers", 0.0)
     assert d.value("score.all") == pytest.approx(1)
     expected = {"image": 1 / 5, "audio": 4 / 5}
@@ -150,11 +159,63 @@ def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Ge
         assert d.value(f"total_effect.{name}") == pytest.approx(share, abs=0.03)
         assert abs(d.value(f"total_effect.{name}") - share) < 5 * d[f"total_effect.{name}"].error
         assert d.value(f"alone.{name}") == pytest.approx(share, abs=0.05)
+        assert d.value(f"resampled_shapley.{name}") == pytest.approx(2 * share, abs=0.06), "R² is additive here"
+        assert d.value(f"output_share.{name}") == pytest.approx(share, abs=0.03)
+    assert (d.value("emap.score"), d.value("emap.interaction")) == pytest.approx((1, 0), abs=1e-5)
     assert {v.kind for v in d.verdicts} == {"relied on"}
     own = diagnose(toy, loader, metric=lambda y, t: -float((y - t).square().mean()), resamples=10, probes=False)
     assert own.value("score.all") == pytest.approx(0, abs=1e-9)
     assert own.value("score.chance") == pytest.approx(-10, rel=0.05)
     assert own.value("shuffled.audio") == pytest.approx(-8, rel=0.1)
+
+
+def test_a_product_is_all_interaction(generator: torch.Generator) -> None:
+    image, audio = torch.randn(2, 1000, 1, generator=generator)
+
+    class Product(Toy):
+        def fuse(self, features: dict[str, Tensor]) -> Tensor:
+            return features["image"] * features["audio"]
+
+    d = diagnose(Product(torch.nn.Identity()), [(image, audio, image * audio)], resamples=0, probes=False, emap=True)
+    assert (d.value("emap.all"), d.value("emap.score")) == pytest.approx((1, 0), abs=0.1)
+    assert d.value("emap.interaction") == pytest.approx(1 - d.value("emap.score"))
+
+
+def test_what_remains_of_the_representation_and_modality_probe(generator: torch.Generator) -> None:
+    """Features side by side: without one, its part of the variance between classes is gone, and ranks are those of the parts."""
+    labels = torch.randint(3, (2000,), generator=generator)
+    image, audio = (
+        c[labels] + torch.randn(2000, 4, generator=generator) for c in torch.randn(2, 3, 4, generator=generator)
+    )
+
+    class Sides(Toy):
+        def represent(self, features: dict[str, Tensor]) -> Tensor:
+            return torch.cat(list(features.values()), 1)
+
+        def latents(self, batch: Any) -> dict[str, Tensor]:
+            return {"image": batch[0], "audio": batch[1].masked_fill(batch[2][:, None] == 0, math.nan)}
+
+    chain4 = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3))
+    d = diagnose(
+        Sides(torch.nn.Identity(), chain4), [(image, audio, labels)], resamples=0, probes=False, remaining=True
+    )
+    x = torch.cat([image, audio], 1).double().numpy()
+    means = np.stack([x[labels == c].mean(0) for c in range(3)])[labels]
+    assert d.value("remaining.eta2.all") == pytest.approx(r2_score(x, means, multioutput="variance_weighted"))
+    means[:, 4:] = x[:, 4:].mean(0)
+    assert d.value("remaining.eta2.audio") == pytest.approx(
+        r2_score(x, means, multioutput="variance_weighted"), abs=0.01
+    )
+    covariance = np.cov(x.T)
+    for name, sigma in (("all", covariance), ("audio", covariance * np.kron(np.eye(2), np.ones((4, 4))))):
+        rank = np.exp(entropy(np.sqrt(np.linalg.eigvalsh(sigma))))
+        assert d.value(f"remaining.rank.{name}") == pytest.approx(rank, rel=1e-4 if name == "all" else 0.02)
+    kept = labels != 0
+    rows = np.concatenate([image[kept], audio[kept]])
+    own = np.arange(len(rows)) < len(rows) // 2
+    best = LogisticRegression().fit(rows, own).score(rows, own)
+    assert d.value("modality_probe.chance") == 0.5
+    assert d.value("modality_probe.balanced_accuracy") > best - 0.05
 
 
 def outputs_and_labels(random: np.random.Generator, kind: str) -> tuple[Tensor, Tensor]:
@@ -329,10 +390,19 @@ def test_what_is_put_together_from_other_measures(generator: torch.Generator) ->
         x = torch.cat([centred[i] for i in chosen], 1)
         return float(torch.logdet(x.t() @ x / 1199))
 
-    shared, told = ((log_det(a) + log_det(b) - log_det(a, b)) / 2 for a, b in ((1, 0), (0, 2)))
-    assert d.value("distillation.image") == pytest.approx(
-        shared - told, abs=0.02
-    )  # the correction of the bias is about d/N
+    def told(*chosen: int, of: int = 2) -> float:
+        return (log_det(*chosen) + log_det(of) - log_det(*chosen, of)) / 2
+
+    near = {"abs": 0.02}  # the correction of the bias is about d/N
+    assert d.value("distillation.image") == pytest.approx(told(1, of=0) - told(0), **near)
+    less, parts = (
+        min(told(0), told(1)),
+        {k: d.value(f"pid.{k}.image") for k in ("redundancy", "unique", "unique_rest", "synergy")},
+    )
+    assert parts["redundancy"] == pytest.approx(less, **near)
+    assert parts["unique"] == pytest.approx(told(0) - less, **near)
+    assert parts["unique_rest"] == pytest.approx(told(1) - less, **near)
+    assert parts["synergy"] == pytest.approx(told(0, 1) - max(told(0), told(1)), **near)
 
 
 def test_scores_of_unimodal_models_take_the_place_of_probes() -> None:

@@ -146,7 +146,9 @@ def test_emap_is_the_additive_part(generator: torch.Generator) -> None:
         return (f["a"] @ w).tanh() + (f["b"] @ v).exp() - (f["c"] @ v)
 
     three = {"a": a, "b": b, "c": c}
-    torch.testing.assert_close(emap_outputs(additive, three), additive(three).double(), rtol=1e-4, atol=1e-4)
+    for partners in (None, 7):
+        found = emap_outputs(additive, three, partners, generator)
+        torch.testing.assert_close(found, additive(three).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_information_of_gaussians_is_unbiased(generator: torch.Generator) -> None:

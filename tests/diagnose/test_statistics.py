@@ -209,7 +209,8 @@ def test_interval_of_group_resamples(generator, groups, finite):
 def test_interval_of_what_is_no_number_or_was_not_drawn(generator):
     assert interval(np.nan, generator.normal(size=30), 9, 0.95).value is None
     assert interval(1.0, None, 9, 0.95).error is None
-    assert [affordable(r, [4, width]) for r, width in ((500, 256), (500, 257), (20, 257))] == [500, 24, 20]
+    asked = ((500, 256), (500, 257), (20, 257), (500, 1024), (500, 1025))
+    assert [affordable(r, [4, width]) for r, width in asked] == [500, 24, 20, 24, 0]
 
 
 @pytest.mark.parametrize(

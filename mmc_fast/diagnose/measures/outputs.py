@@ -69,16 +69,16 @@ def emap_outputs(
     ``f̂_a = μ + Σ_i (1/n Σ_b f(x_i of a, all others of b) − μ_i)``, ``μ_i`` the mean over all a and b, ``μ`` the mean of the μ_i.
     Where f is a sum of functions of one modality each, f̂ = f. Predictions as good as those of f mean that fusion uses no
     interaction of modalities. n calls of ``fuse`` with n rows for each modality, quadratic, so give a stated subsample;
-    ``partners``: only so many b for each a, drawn at ``random``.
+    ``partners``: b, and a in μ_i, run over so many rows drawn at ``random``, the same for all.
     Source: Hessel and Lee, EMNLP 2020 (two modalities; for more the others move together). Limits: interactions in the
     outputs before the softmax. Rescaling an encoder changes nothing.
     """
     names, n = list(features), len(next(iter(features.values())))
-    shifts = torch.randperm(n, generator=random)[:partners].tolist()
+    others = torch.randperm(n, generator=random)[:partners]
     parts, means = [], []
     for name in names:
-        rolled = ({k: x if k == name else x.roll(shift, 0) for k, x in features.items()} for shift in shifts)
-        conditional = torch.stack([fuse(f).double() for f in rolled]).mean(0)
-        means.append(conditional.mean(0))
+        mixed = ({k: x if k == name else x[[b] * n] for k, x in features.items()} for b in others.tolist())
+        conditional = torch.stack([fuse(f).double() for f in mixed]).mean(0)
+        means.append(conditional[others.to(conditional.device)].mean(0))
         parts.append(conditional - means[-1])
     return torch.stack(means).mean(0) + torch.stack(parts).sum(0)

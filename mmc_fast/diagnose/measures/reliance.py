@@ -114,7 +114,7 @@ def train_afresh(
     truth = torch.from_numpy(y[test])
     plain = task.evaluate(given, truth)
     again = [np.repeat(np.arange(len(test)), counts.astype(int)) for counts in np.asarray(draws)]
-    error = float(np.nanstd([task.evaluate(given[i], truth[i]) for i in again], ddof=1))
+    error = float(np.nanstd([task.evaluate_drawn(given[i], truth[i]) for i in again], ddof=1))
     return Afresh(plain, error, given, rows_of)
 
 
@@ -136,7 +136,7 @@ def _fitted(
     x = StandardScaler().fit(x[train]).transform(x)
     seen = np.unique(y[train]) if task.kind == "classes" else np.arange(y.shape[1])
     # The stopping rows are drawn by class, which needs enough of each.
-    stop = task.kind != "classes" or bool(np.unique(y[train], return_counts=True)[1].min() >= 20)
+    stop = (np.unique(y[train], return_counts=True)[1].min() if task.kind == "classes" else len(train)) >= 20
     width = max(2, task.outputs) if task.kind == "classes" else y.shape[1]
     found = np.zeros((len(x), width))
     numbers = task.kind == "numbers"
@@ -144,7 +144,11 @@ def _fitted(
     for start in range(_NETWORKS):
         kind = MLPRegressor if numbers else MLPClassifier
         network = kind(
-            hidden_layer_sizes=(hidden,), alpha=1.0, early_stopping=stop, max_iter=max_iter, random_state=seed + start
+            hidden_layer_sizes=(hidden,),
+            alpha=1.0,
+            early_stopping=bool(stop),
+            max_iter=max_iter,
+            random_state=seed + start,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
