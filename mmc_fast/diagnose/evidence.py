@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -14,9 +13,8 @@ from .predictions import ConditionScores
 from .result import Measure, around
 from .verdict import ModalityVerdict, judge
 
-__all__ = ["FEWEST", "verdicts_of"]
+__all__ = ["verdicts_of"]
 
-FEWEST = 30
 _SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect", "alignment")
 
 
@@ -45,8 +43,6 @@ def verdicts_of(
                 row[name]["alone"] += plain[name].get("alone_error", 0.0) * random.standard_normal()
         resamples.append((row, whole | {k: float(draws[f"score.{k}"][r]) for k in ("all", "chance")}))
     verdicts = judge(plain, whole, resamples, o.thresholds)
-    if collector.samples < FEWEST:
-        verdicts = [replace(verdict, kind="undecided") for verdict in verdicts]
     for verdict in verdicts:
         name, e = verdict.modality, verdict.evidence
         e |= _kept(measures, name, ("use_share", "retrained_without")) | _kept(measures, "", ("retrained_all",))

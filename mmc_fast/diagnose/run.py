@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .alignment import EffectRows
 from .collect import Collector
 from .diagnosis import Diagnosis
 from .estimates import Estimator, affordable, interval, reliance_measures, resampled
-from .evidence import FEWEST, verdicts_of
+from .evidence import verdicts_of
 from .further import emap_measures, information_measures, remaining_measures, unlabelled_pass, utilisation_measures
 from .groups import draw_weights
 from .heads import head_measures
@@ -34,6 +34,9 @@ from .subsets import SubsetRows
 from .tasks import BOUNDED, metric_name
 
 __all__ = ["diagnose"]
+
+FEWEST = 30
+"""Samples without which nothing is judged."""
 
 
 @torch.enable_grad()
@@ -133,6 +136,8 @@ def diagnose(
         arrays |= tables
     emap_rows = _further(adapter, batches, collector, scores, o, measures, arrays, notes)
     verdicts = verdicts_of(collector, measures, draws, scores, absence, o)
+    if collector.samples < FEWEST:
+        verdicts = [replace(verdict, kind="undecided") for verdict in verdicts]
     settings = {
         "groups": o.groups, "resamples": o.resamples, "level": o.level, "seed": o.seed, "tolerance": o.tolerance,
         "tau": o.tau, "energy": o.energy, "ridge": o.ridge, "absence": absence,

@@ -130,8 +130,10 @@ def test_scores_on_their_scales(generator: torch.Generator) -> None:
         return float(outputs.sum() - labels.sum())
 
     task = Task.of(adapter(torch.tensor([0, 1])), None, 3, own)
-    assert (task.metric, task.kind, task.score) == ("own", "classes", own)
+    assert (task.metric, task.kind) == ("own", "classes")
     assert task.evaluate(torch.ones(2, 3), torch.tensor([0, 1])) == 5
-    assert (metric_name(own), metric_name("f1"), metric_name(None)) == ("own", "f1", None)
+    accuracy = type("accuracy", (), {"__call__": own})()
+    names = [metric_name(m) for m in (own, "f1", None, accuracy)]
+    assert names == ["own", "f1", None, "own accuracy"], "not taken for the score of that name"
     assert set(BOUNDED) == set(METRICS) - {"r2"}
     assert set(RANKED) == {name for name in METRICS if "auroc" in name} | {"concordance"}
