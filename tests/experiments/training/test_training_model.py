@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from training_data import small, tiny
 
-from mmc_fast.experiments.training import evaluate, predict
+from mmc_fast.experiments.training import evaluate, parts, predict
 from mmc_fast.experiments.training.encoder import build_encoder
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.substitution import describe, ranking_parts, refresh, source_for
@@ -152,6 +154,31 @@ def test_ranking_is_refreshed_from_train_and_validation_by_hand(seed):
         model.head.encoders[0][0].weight.mul_(-1)
     refresh(model, ranking_parts(dataset), "c")
     assert not torch.equal(moved, model.similarity)
+
+
+def test_the_ranking_of_streamed_data_is_that_of_data_in_memory(seed, monkeypatch):
+    monkeypatch.setattr(parts, "STREAM_ROWS", 7)
+    dataset, model = tiny(seed, absent=0.3), build(seed, small("ebr"))
+    found = []
+    for streamed in (False, True):
+        refresh(model, ranking_parts(replace(dataset, streamed=streamed)), None)
+        found.append((model.similarity.clone(), model.order.tolist()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-7)
+    assert found[0][1] == found[1][1]
+    assert found[0][1][0] == int(found[0][0].sum(1).argmax()), "without a reference the most similar one comes first"
+
+
+def test_each_fill_in_training_is_a_latent_drawn_from_those_that_are_there(seed):
+    model = build(seed, small("ebr", ebr_substitute="each"))
+    present = torch.tensor(
+        [[True, False, True]] * 2000 + [[False, True, False], [False, False, False], [True, True, True]]
+    )
+    source = source_for(model, present, torch.Generator().manual_seed(seed))
+    assert source[:2000, [0, 2]].unique(dim=0).tolist() == [[0, 2]]
+    assert set(source[:2000, 1].tolist()) == {0, 2}
+    assert abs(float((source[:2000, 1] == 0).double().mean()) - 0.5) < 0.06
+    assert source[2000:].tolist() == [[1, 1, 1], [-1, -1, -1], [0, 1, 2]]
+    assert source_for(model, present).is_floating_point(), "at inference their mean"
 
 
 def test_ranking_travels_with_the_weights(seed):
