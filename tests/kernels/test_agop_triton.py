@@ -206,11 +206,12 @@ def test_a_value_that_is_not_finite_raises_the_flag(bad, generator):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("activation", sorted(agop.ACTIVATIONS))
-def test_derivative_gram_is_as_accurate_as_plain_torch(activation, deterministic, seed):
+def test_derivative_gram_is_as_accurate_as_plain_torch(activation, deterministic, seed, monkeypatch):
+    monkeypatch.setattr(gram_kernels, "CHAIN_ROWS", 64)  # several splits
     generator = torch.Generator().manual_seed(seed)
     dtype = draw(DTYPES, generator)
     samples, inputs, units = (draw(SIZES, generator) for _ in range(3))
-    x, weight, bias = layer(generator, dtype, samples + 600 * int(deterministic), inputs, units)
+    x, weight, bias = layer(generator, dtype, samples + 130, inputs, units)
     z = x.double() @ weight.double().t() + bias.double()
     a = activation_derivative(z, activation, 0.3, 2.0)
     before = torch.randn(units, units, generator=generator, dtype=torch.float64)

@@ -34,49 +34,98 @@ def _sum(x, total, n, BLOCK: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _two_steps(x, scratch, y, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(scratch + at, tl.load(x + at) * 2)
+def _twice(x, out, FIRST: tl.constexpr, SECOND: tl.constexpr, BARRIER: tl.constexpr):
+    at = tl.arange(0, 16)
+    value = tl.zeros((16,), tl.float32)
+    if FIRST == "load" or FIRST == "both":
+        value += tl.load(x + at)
+    if FIRST == "both":
+        value += tl.load(x + 15 - at)
+    if FIRST == "store":
+        tl.store(x + at, value)
+    if FIRST == "add":
+        tl.atomic_add(x + at, value, sem="relaxed")
     if BARRIER:
         tl.debug_barrier()
-    tl.store(y + at, tl.load(scratch + BLOCK - 1 - at))
+    if SECOND == "load":
+        value += tl.load(x + at)
+    if SECOND == "store":
+        tl.store(x + at, value)
+    if SECOND == "reversed store":
+        tl.store(x + 15 - at, value)
+    if SECOND == "add":
+        tl.atomic_add(x + at, value, sem="relaxed")
+    tl.store(out + at, value)
 
 
 @triton.jit
-def _last_one_sums(x, parts, counter, y, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, WRONG: tl.constexpr):
-    program = tl.program_id(0)
-    tl.store(parts + program, tl.sum(tl.load(x + program * BLOCK + tl.arange(0, BLOCK))))
-    if WRONG != "no barrier before":
+def _last_one_sums(x, parts, counter, y, WRONG: tl.constexpr):
+    """Four programs leave the sum of 16 elements each in ``parts``; the last to arrive adds them and clears what it used."""
+    program, lanes = tl.program_id(0), tl.arange(0, 16)
+    value = tl.sum(tl.load(x + program * 16 + lanes)) + tl.load(x + 64)
+    if WRONG == "barrier moved up":
         tl.debug_barrier()
-    if WRONG == "relaxed":
-        before = tl.atomic_add(counter, 1, sem="relaxed")
+    if WRONG == "parts added, no barrier" or WRONG == "parts added, cached":
+        tl.atomic_add(parts + program, value, sem="relaxed")
+    elif WRONG != "stored after arrival":
+        tl.store(parts + program, value)
+    if WRONG != "no barrier before" and WRONG != "barrier moved up" and WRONG != "parts added, no barrier":
+        tl.debug_barrier()
+    if WRONG == "loaded after the barrier":
+        value += tl.sum(tl.load(x + program * 16 + lanes))
+    if WRONG == "shared, loaded after the barrier":
+        value += tl.load(x + 64)
+    if WRONG == "relaxed" or WRONG == "acquire" or WRONG == "release":
+        before = tl.atomic_add(counter, 1, sem=WRONG)
     elif WRONG == "scope":
         before = tl.atomic_add(counter, 1, scope="cta")
+    elif WRONG == "arrival masked":
+        before = tl.atomic_add(counter, 1, mask=program > 3)
     else:
         before = tl.atomic_add(counter, 1)
-    if before == PROGRAMS - 1:
+    if WRONG == "stored after arrival":
+        tl.store(parts + program, value)
+    last = before == 3
+    if WRONG == "order of the grid" or WRONG == "arrival masked":
+        last = program == 3
+    if WRONG == "one too early":
+        last = before == 2
+    if last:
         if WRONG != "no barrier after":
             tl.debug_barrier()
-        at = parts + tl.arange(0, PROGRAMS)
-        if WRONG == "cached":
+        at = parts + tl.arange(0, 4)
+        if WRONG == "cached" or WRONG == "parts added, cached":
             tl.store(y, tl.sum(tl.load(at, cache_modifier=".ca")))
+        elif WRONG == "cached by default":
+            tl.store(y, tl.sum(tl.load(at)))
         else:
             tl.store(y, tl.sum(tl.load(at, cache_modifier=".cg")))
+        tl.store(x + tl.arange(0, 64), 0.0)
+        tl.store(x + 64, 0.0)
+        if WRONG != "counter not reset":
+            tl.store(counter, 0)
 
 
 @triton.jit
-def _reversed_in_place(x, BLOCK: tl.constexpr, WRONG: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    value = tl.load(x + at)
+def _one_at_a_time(x, total, lock, WRONG: tl.constexpr):
+    value = tl.load(x + tl.program_id(0))
+    if WRONG == "scope":
+        while tl.atomic_cas(lock, 0, 1, scope="cta") == 1:
+            pass
+    elif WRONG == "relaxed":
+        while tl.atomic_cas(lock, 0, 1, sem="relaxed") == 1:
+            pass
+    else:
+        while tl.atomic_cas(lock, 0, 1) == 1:
+            pass
+    tl.debug_barrier()
+    tl.store(total, value + tl.load(total, cache_modifier=".cg"))
     if WRONG != "no barrier":
         tl.debug_barrier()
-    tl.store(x + BLOCK - 1 - at, value)
-
-
-@triton.jit
-def _doubled_in_place(x, n, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(x + at, 2 * tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
+    if WRONG == "relaxed":
+        tl.atomic_xchg(lock, 0, sem="relaxed")
+    else:
+        tl.atomic_xchg(lock, 0)
 
 
 @triton.jit
@@ -148,7 +197,7 @@ def test_programs_that_store_to_one_element_are_caught(generator):
     assert watch.launches[0].atomics == 4
     with triton_guard.watch(), pytest.raises(GuardFault, match="race"):
         _sum[(4,)](x, total, 100, BLOCK=32, MODE="plain")
-    with triton_guard.watch(), pytest.raises(GuardFault, match=r"race: store .* and store"):
+    with triton_guard.watch(), pytest.raises(GuardFault, match=r"race: store .* store by another"):
         _columns[(4,)](x.expand(4, 100), torch.zeros(16).expand(4, 16), 0, 0, COLUMNS=16, BLOCK=16)
 
 
@@ -163,51 +212,80 @@ def test_lanes_of_one_store_that_meet_are_caught():
         _meet[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
 
 
-def test_reading_back_needs_a_barrier():
-    x = torch.arange(16.0)
-    y = torch.zeros(16)
-    with triton_guard.watch():
-        _two_steps[(1,)](x, torch.zeros(16), y, BLOCK=16, BARRIER=True)
-    assert torch.equal(y, 2 * x.flip(0))
-    with triton_guard.watch(), pytest.raises(GuardFault, match="without a barrier"):
-        _two_steps[(1,)](x, torch.zeros(16), y, BLOCK=16, BARRIER=False)
+IN_ORDER = [("load", "load"), ("load", "store"), ("store", "store"), ("add", "add")]
+OUT_OF_ORDER = [
+    ("load", "reversed store"), ("both", "store"), ("both", "reversed store"), ("load", "add"), ("store", "load"), ("store", "reversed store"),
+    ("store", "add"), ("add", "load"), ("add", "store"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), IN_ORDER + OUT_OF_ORDER)
+def test_what_threads_of_a_program_do_to_one_element_needs_a_barrier(first, second):
+    for barrier in (True, False):
+        x, out = torch.arange(16.0), torch.zeros(16)
+        with triton_guard.watch():
+            if barrier or (first, second) in IN_ORDER:
+                _twice[(1,)](x, out, FIRST=first, SECOND=second, BARRIER=barrier)
+                assert out.sum() == sum({"load": 120, "both": 240}.get(what, 0) for what in (first, second)) * (
+                    first != "store"
+                )
+            else:
+                with pytest.raises(GuardFault, match="without a barrier"):
+                    _twice[(1,)](x, out, FIRST=first, SECOND=second, BARRIER=barrier)
+
+
+RACES = (
+    "no barrier before", "barrier moved up", "stored after arrival", "parts added, no barrier", "loaded after the barrier",
+    "shared, loaded after the barrier", "relaxed", "acquire", "release", "arrival masked", "order of the grid", "one too early", "no barrier after",
+)  # fmt: skip
+MUTANTS = {
+    **dict.fromkeys(RACES, "race"),
+    "scope": "scope 'cta'",
+    **dict.fromkeys(("cached", "cached by default", "parts added, cached"), "first-level cache"),
+}
+
+
+@pytest.mark.parametrize("wrong", MUTANTS)
+def test_mistakes_of_a_last_program_are_caught(seed, wrong):
+    caught = []
+    for order in range(seed, seed + 12):
+        x, y, parts, counter = torch.arange(65.0), torch.zeros(1), torch.zeros(4), torch.zeros(1, dtype=torch.int32)
+        with triton_guard.watch(order):
+            try:
+                _last_one_sums[(4,)](x, parts, counter, y, WRONG=wrong)
+            except GuardFault as fault:
+                caught.append(str(fault))
+    assert caught
+    assert len(caught) == 12 or wrong == "order of the grid"  # which may happen to be that of arrival
+    assert all(MUTANTS[wrong] in fault for fault in caught)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "counter not reset"])
+def test_the_last_program_may_read_what_a_counter_released(seed, wrong):
+    x, y, parts, counter = torch.arange(65.0), torch.zeros(1), torch.zeros(4), torch.zeros(1, dtype=torch.int32)
+    with triton_guard.watch(seed) as watch:
+        _last_one_sums[(4,)](x, parts, counter, y, WRONG=wrong)
+        assert (y.item(), x.abs().sum(), watch.launches[0].working) == (63 * 32 + 4 * 64, 0, 4)
+        if wrong == "nothing":
+            _last_one_sums[(4,)](x, parts, counter, y, WRONG=wrong)
+            assert y == 0
+        else:
+            with pytest.raises(GuardFault, match="counter starts the launch at 4"):
+                _last_one_sums[(4,)](x, parts, counter, y, WRONG=wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ("nothing", ""),
-        ("no barrier before", "race"),
-        ("relaxed", "race"),
-        ("scope", "scope 'cta'"),
-        ("no barrier after", "race"),
-        ("cached", "first-level cache"),
-    ],
+    ("wrong", "message"), [("nothing", ""), ("scope", "scope 'cta'"), ("relaxed", "race"), ("no barrier", "race")]
 )
-def test_the_last_program_may_read_what_a_counter_released(seed, wrong, message):
-    x = torch.arange(64.0)
-    for order in range(seed, seed + 3):
-        y, counter = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-        arguments = (x, torch.zeros(4), counter, y)
-        with triton_guard.watch(order):
-            if wrong == "nothing":
-                _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
-                assert y.item() == x.sum()
-                with pytest.raises(GuardFault, match="counter starts the launch at 4"):
-                    _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
-            else:
-                with pytest.raises(GuardFault, match=message):
-                    _last_one_sums[(4,)](*arguments, BLOCK=16, PROGRAMS=4, WRONG=wrong)
-
-
-def test_overwriting_what_other_threads_still_load_needs_a_barrier():
-    x = torch.arange(16.0)
-    with triton_guard.watch():
-        _doubled_in_place[(1,)](x, 11, BLOCK=16)
-        _reversed_in_place[(1,)](x, BLOCK=16, WRONG="nothing")
-    assert x.tolist() == [15, 14, 13, 12, 11, *range(20, -1, -2)]
-    with triton_guard.watch(), pytest.raises(GuardFault, match="may still have to load"):
-        _reversed_in_place[(1,)](x, BLOCK=16, WRONG="no barrier")
+def test_a_lock_orders_what_it_protects(seed, wrong, message):
+    x, total, lock = torch.arange(5.0), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    with triton_guard.watch(seed):
+        if wrong == "nothing":
+            _one_at_a_time[(5,)](x, total, lock, WRONG=wrong)
+            assert (total, lock) == (10, 0)
+        else:
+            with pytest.raises(GuardFault, match=message):
+                _one_at_a_time[(5,)](x, total, lock, WRONG=wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

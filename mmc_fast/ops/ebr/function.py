@@ -23,10 +23,9 @@ def applies(call: Call) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.overrides.has_torch_function((*call.features, *call.params))
+        or torch.overrides.has_torch_function((*call.features, *call.params))  # modes too
         or any(t.__class__ not in _PLAIN for t in call.features)
     )
 

@@ -33,6 +33,7 @@ class Launch:
 
     name: str
     programs: int
+    working: int  # programs that touched more than single elements
     read_bytes: int
     written_bytes: int
     loaded_bytes: int
@@ -186,6 +187,7 @@ def _guarded_call(original: Callable[..., Any]) -> Callable[..., Any]:
             Launch(
                 name=self.fn.__name__,
                 programs=int(np.prod(builder.grid_dim)),
+                working=len(memory.working),
                 read_bytes=sum(region.read_bytes for region in regions),
                 written_bytes=sum(region.written_bytes for region in regions),
                 loaded_bytes=memory.loaded_bytes,
@@ -221,11 +223,11 @@ def _mask(handle: Any) -> Any:
     return handle if handle.data.dtype == np.bool_ else TensorHandle(handle.data.astype(bool), tl.int1)
 
 
-def _check(kind: str, pointers: Any, mask: Any, cached: bool = True) -> None:
+def _check(kind: str, pointers: Any, mask: Any, cached: bool = True, releases: bool = False) -> None:
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses, active = np.broadcast_arrays(pointers.data, mask.data)
-        _memory.access(kind, addresses, active, size, cached)
+        _memory.access(kind, addresses, active, size, cached, releases)
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,26 +261,31 @@ def _store(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _atomic(original: Callable[..., Any]) -> Callable[..., Any]:
-    def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, order: Any, *rest: Any) -> Any:
+    def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         if pointers.get_element_ty() == tl.bfloat16:
             raise GuardFault("an atomic on bfloat16: accumulate in float32")
-        if rest and rest[0] == ir.MEM_SYNC_SCOPE.CTA:
-            raise GuardFault("an atomic of scope 'cta': other programs may not see it")
         mask = _mask(mask)
-        _check("atomic", pointers, mask)
-        if _memory is not None and pointers.data.size == 1 and order == ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
-            _memory.synchronise(int(np.ravel(pointers.data)[0]))
-        return original(self, operation, pointers, value, mask, order, *rest)
+        _counted_atomic(pointers, mask, *rest)
+        return original(self, operation, pointers, value, mask, *rest)
 
     return atomic
 
 
 def _compare_and_swap(original: Callable[..., Any]) -> Callable[..., Any]:
-    def swap(self: Any, pointers: Any, *rest: Any) -> Any:
-        _check("atomic", pointers, TensorHandle(np.ones(pointers.data.shape, bool), tl.int1))
-        return original(self, pointers, *rest)
+    def swap(self: Any, pointers: Any, compared: Any, value: Any, *rest: Any) -> Any:
+        _counted_atomic(pointers, TensorHandle(np.ones(pointers.data.shape, bool), tl.int1), *rest)
+        return original(self, pointers, compared, value, *rest)
 
     return swap
+
+
+def _counted_atomic(pointers: Any, mask: Any, order: Any, scope: Any = None) -> None:
+    if scope == ir.MEM_SYNC_SCOPE.CTA:
+        raise GuardFault("an atomic of scope 'cta': other programs may not see it")
+    releases = pointers.data.size == 1 and order == ir.MEM_SEMANTIC.ACQUIRE_RELEASE and bool(mask.data.all())
+    _check("atomic", pointers, mask, releases=releases)
+    if _memory is not None and releases:
+        _memory.synchronise(int(np.ravel(pointers.data)[0]))
 
 
 def _barrier(original: Callable[..., Any]) -> Callable[..., Any]:

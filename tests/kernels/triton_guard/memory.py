@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,29 +18,58 @@ class GuardFault(RuntimeError):
     """A kernel did what is wrong or undefined on a GPU."""
 
 
+class Touched:
+    """Which programs loaded, stored or added atomically to the cells of a region: the last, when, and by which addresses.
+
+    Intervals between barriers are numbered through the launch. ``latest``: the last interval of each program in the region.
+    """
+
+    def __init__(self, cells: int) -> None:
+        self.owner, self.at, self.tile = (np.zeros(cells, np.int32) for _ in range(3))  # tile 0: by several addresses
+        self.several = np.zeros(cells, bool)  # programs
+        self.latest: dict[int, int] = {}
+
+    def enter(self, cells: np.ndarray, program: int, interval: int, tile: int) -> int:
+        """Enter an access; returns how many of the cells had none."""
+        owner = self.owner[cells]
+        self.several[cells[(owner != 0) & (owner != program)]] = True
+        again = (owner == program) & (self.at[cells] == interval) & (self.tile[cells] != tile)
+        self.tile[cells] = np.where(again, 0, tile)
+        self.owner[cells], self.at[cells] = program, interval
+        self.latest[program] = max(interval, self.latest.get(program, 0))
+        first = cells[owner == 0]
+        return int(np.unique(first).size) if first.size else 0
+
+    def foreign(self, cells: np.ndarray, program: int, ordered: dict[int, int]) -> np.ndarray:
+        """Whether another program touched the cell, not in an interval before the one by which it is ``ordered``."""
+        owner = self.owner[cells]
+        wrong = (owner != 0) & (owner != program)
+        for other in np.unique(owner[wrong]) if ordered else ():
+            wrong &= (owner != other) | (self.at[cells] >= ordered.get(int(other), 0))
+        late = (other for other, at in self.latest.items() if other != program and at >= ordered.get(other, 0))
+        return wrong | self.several[cells] if next(late, None) is not None else wrong
+
+    def own(self, cells: np.ndarray, program: int, interval: int, tile: int = 0) -> np.ndarray:
+        """Whether this program touched the cell in this interval, by other addresses than those of ``tile``."""
+        touched = (self.owner[cells] == program) & (self.at[cells] == interval)
+        return touched & (self.tile[cells] != tile) if tile else touched
+
+
 @dataclass
 class Region:
-    """One storage: its cells (elements of the narrowest view), and per cell the programs (plus 1) that touched it."""
+    """One storage: its cells (elements of the narrowest view), and who touched them."""
 
     name: str
     low: int  # address of the first byte
     size: int  # bytes
     cell: int  # bytes
     allowed: np.ndarray = field(init=False)  # cells that some argument's view covers
-    loaded: np.ndarray = field(init=False)
-    loaded_by_several: np.ndarray = field(init=False)
-    stored: np.ndarray = field(init=False)
-    added: np.ndarray = field(init=False)  # atomics
-    stored_at: np.ndarray = field(init=False)  # interval between barriers
-    loaded_at: np.ndarray = field(init=False)
+    touched: dict[str, Touched] = field(init=False, default_factory=dict)  # by kind of access
     read_bytes: int = 0  # that the launch read at least once
     written_bytes: int = 0  # that the launch wrote at least once
 
     def __post_init__(self) -> None:
-        cells = -(-self.size // self.cell)
-        self.allowed, self.loaded_by_several = np.zeros(cells, bool), np.zeros(cells, bool)
-        self.loaded, self.stored, self.added = (np.zeros(cells, np.int32) for _ in range(3))
-        self.stored_at, self.loaded_at = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
+        self.allowed = np.zeros(-(-self.size // self.cell), bool)
 
     def allow(self, view: Tensor) -> None:
         """Add the elements of a view of this storage to those that may be touched."""
@@ -52,12 +81,6 @@ class Region:
         for part in range(step):
             cells.as_strided(view.shape, [s * step for s in view.stride()], offset + part).fill_(True)
 
-    def touch(self, owner: np.ndarray, cells: np.ndarray, program: int) -> int:
-        """Enter the program as the owner of cells; returns the bytes of those that had none."""
-        first = cells[owner[cells] == 0]
-        owner[cells] = program
-        return self.cell * (int(np.unique(first).size) if first.size else 0)
-
 
 class Memory:
     """The regions of one launch and the checks of every access."""
@@ -66,57 +89,65 @@ class Memory:
         self.regions = sorted(regions, key=lambda region: region.low)
         self._lows = np.array([region.low for region in self.regions], np.uint64)
         self.program = 0  # number of the running program, from 1
-        self._interval = 0
-        self._dirty = False
-        self._ordered_before: set[int] = set()  # programs whose stores this one may read
-        self._acquired: set[int] = set()  # the same, once a barrier tells all threads
-        self._tiles: set[bytes] = set()  # loaded since the last barrier
-        self._cached = self._same_tile = False  # of the access under way
-        self._released: dict[int, set[int]] = {}  # by address of a counter
+        self._interval = 0  # between barriers
+        self._ordered: dict[int, int] = {}  # program: what it did before this interval is ordered before this program
+        self._acquired: dict[int, int] = {}  # the same, once a barrier tells all threads
+        self._released: dict[int, dict[int, int]] = {}  # the same, by address of a counter
+        self._cached, self._tile = True, 0  # of the access under way
         self.loaded_bytes = self.stored_bytes = self.atomics = 0
+        self.working: set[int] = set()  # programs that touched more than single elements
 
     def begin(self, program: int) -> None:
         """Start the program of this number (from 0)."""
         self.program = program + 1
-        self._ordered_before, self._acquired = set(), set()
+        self._ordered, self._acquired = {}, {}
         self.barrier()
 
     def barrier(self) -> None:
         """Order what the program did before against what it does next."""
         self._interval += 1
-        self._dirty = False
-        self._ordered_before |= self._acquired
-        self._tiles.clear()
+        self._ordered = self._acquired.copy()
 
-    def access(self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int, cached: bool = True) -> None:
-        """Check and count one load, store or atomic of elements of ``size`` bytes; ``cached``: by the first-level cache."""
-        tile = hashlib.blake2b(np.ascontiguousarray(addresses).tobytes(), digest_size=16).digest()
-        self._cached, self._same_tile = cached, tile in self._tiles
-        if kind == "load":
-            self._tiles.add(tile)
+    def access(
+        self, kind: str, addresses: np.ndarray, mask: np.ndarray, size: int, cached: bool = True, releases: bool = False
+    ) -> None:
+        """Check and count one load, store or atomic of elements of ``size`` bytes.
+
+        ``cached``: by the first-level cache. ``releases``: an atomic that is ordered before what its release orders.
+        """
         active = addresses[mask]
         if active.size == 0:
             return
         if (active % np.uint64(size)).any():
             raise GuardFault(f"program {self.program - 1}: {kind} at an address that is no multiple of {size} bytes")
+        self._cached, self._tile = cached, 1 + zlib.crc32(np.ascontiguousarray(addresses)) // 4
+        if active.size > 1:
+            self.working.add(self.program)
         if kind == "load":
             self.loaded_bytes += active.size * size
         elif kind == "store":
             self.stored_bytes += active.size * size
-            self._dirty = True
         else:
             self.atomics += active.size
         for region, cells in self._cells(kind, active, size):
-            getattr(self, f"_{kind}")(region, cells)
+            self._check(kind, region, cells)
+            touched = region.touched.setdefault(kind, Touched(region.allowed.size))
+            fresh = touched.enter(cells, self.program, self._interval - releases, self._tile) * region.cell
+            region.read_bytes += fresh * (kind != "store")
+            region.written_bytes += fresh * (kind != "load")
 
     def synchronise(self, address: int) -> None:
-        """Acquire and release through one counter: what others released there is ordered before this program."""
+        """Acquire and release through one counter: what others released there is ordered before this program.
+
+        It releases what all threads did before the last barrier, and what this program acquired itself.
+        """
         if address not in self._released and (begin := ctypes.c_int32.from_address(address).value):
             raise GuardFault(f"a counter starts the launch at {begin}: was it reset?")
-        known = self._released.setdefault(address, set())
-        self._acquired |= known
-        if not self._dirty:  # stores that no barrier follows are not published
-            known |= {self.program, *self._acquired}
+        known = self._released.setdefault(address, {})
+        known[self.program] = self._interval
+        for program, interval in known.items():
+            self._acquired[program] = max(interval, self._acquired.get(program, 0))
+        known |= self._acquired
 
     def _cells(self, kind: str, active: np.ndarray, size: int) -> Iterator[tuple[Region, np.ndarray]]:
         owner = np.searchsorted(self._lows, active, side="right").astype(np.int64) - 1
@@ -144,55 +175,26 @@ class Memory:
         where = f"byte {address - near.low} of '{near.name}' ({near.size} bytes)" if near else "no tensor argument"
         raise GuardFault(f"out of bounds: program {self.program - 1}, {kind} of {size} bytes at {where}")
 
-    def _clash(self, kind: str, other: str, region: Region, cells: np.ndarray, owner: np.ndarray) -> None:
-        wrong = (owner != 0) & (owner != self.program)
-        if wrong.any() and self._ordered_before:
-            wrong &= ~np.isin(owner, list(self._ordered_before))
-        if wrong.any():
-            raise GuardFault(
-                f"race: {kind} by program {self.program - 1} and {other} by program {int(owner[wrong][0]) - 1} "
-                f"on element {int(cells[wrong][0])} of '{region.name}'"
-            )
-
-    def _load(self, region: Region, cells: np.ndarray) -> None:
-        self._clash("load", "store", region, cells, region.stored[cells])
-        self._clash("load", "atomic", region, cells, region.added[cells])
-        if self._cached and (foreign := (region.stored[cells] != 0) & (region.stored[cells] != self.program)).any():
-            raise GuardFault(
-                f"program {self.program - 1} loads element {int(cells[foreign][0])} of '{region.name}', which another "
-                "program stored, through the first-level cache; use cache_modifier='.cg'"
-            )
-        fresh = (region.stored[cells] == self.program) & (region.stored_at[cells] == self._interval)
-        if fresh.any():
-            raise GuardFault(
-                f"program {self.program - 1} loads element {int(cells[fresh][0])} of '{region.name}', which it stored "
-                "itself, without a barrier between"
-            )
-        before = region.loaded[cells]
-        region.loaded_by_several[cells] |= (before != 0) & (before != self.program)
-        region.read_bytes += region.touch(region.loaded, cells, self.program)
-        region.loaded_at[cells] = self._interval
-
-    def _store(self, region: Region, cells: np.ndarray) -> None:
-        if np.unique(cells).size != cells.size:
+    def _check(self, kind: str, region: Region, cells: np.ndarray) -> None:
+        if kind == "store" and np.unique(cells).size != cells.size:
             raise GuardFault(f"program {self.program - 1}: two lanes of one store meet in '{region.name}'")
-        self._clash("store", "store", region, cells, region.stored[cells])
-        self._clash("store", "atomic", region, cells, region.added[cells])
-        self._clash("store", "load", region, cells, region.loaded[cells])
-        if not self._ordered_before and region.loaded_by_several[cells].any():
-            raise GuardFault(f"race: program {self.program - 1} stores what several programs load in '{region.name}'")
-        early = (region.loaded[cells] == self.program) & (region.loaded_at[cells] == self._interval)
-        if early.any() and not self._same_tile:  # a tile that goes back where it came from stays with its threads
-            raise GuardFault(
-                f"program {self.program - 1} stores element {int(cells[early][0])} of '{region.name}', which another of "
-                "its threads may still have to load, without a barrier between"
-            )
-        region.written_bytes += region.touch(region.stored, cells, self.program)
-        region.stored_at[cells] = self._interval
+        for other, touched in region.touched.items():
+            if kind == other != "store":
+                continue
+            wrong = touched.foreign(cells, self.program, self._ordered)
+            if wrong.any():
+                self._fault(f"race: {kind}", region, cells[wrong], f", {other} by another program, unordered")
+            # a tile that goes back where it came from, or again where it went, stays with its threads
+            same = self._tile if kind == "store" and other != "atomic" else 0
+            wrong = touched.own(cells, self.program, self._interval, same)
+            if wrong.any():
+                self._fault(kind, region, cells[wrong], f" after {other} by its own threads without a barrier between")
+            if kind == "load" and self._cached:
+                foreign = touched.owner[cells]
+                wrong = (foreign != 0) & (foreign != self.program)
+                if wrong.any():
+                    why = f", {other} by another program, through the first-level cache; use cache_modifier='.cg'"
+                    self._fault(kind, region, cells[wrong], why)
 
-    def _atomic(self, region: Region, cells: np.ndarray) -> None:
-        self._clash("atomic", "store", region, cells, region.stored[cells])
-        self._clash("atomic", "load", region, cells, region.loaded[cells])
-        fresh = region.touch(region.added, cells, self.program)
-        region.read_bytes += fresh
-        region.written_bytes += fresh
+    def _fault(self, what: str, region: Region, cells: np.ndarray, why: str) -> None:
+        raise GuardFault(f"{what} by program {self.program - 1} of element {int(cells[0])} of '{region.name}'{why}")

@@ -6,10 +6,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 from mmc_fast.kernels.ebr import plan
@@ -17,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_standin import standin
 
 from mmc_fast.nn import EBRHead
+from mmc_fast.ops.ebr import function
+from mmc_fast.ops.ebr.reference import Call
 
 BATCHES = (512, 511, 384, 256, 320, 400, 448, 128, 64, 100, 96, 37, 1, 640, 704, 1000, 208, 16, 2048, 4100)
 
@@ -99,10 +103,13 @@ def described(value):
     return value
 
 
-@pytest.mark.parametrize("what", ["features", "upstream", "present", "λ", "strides"])
-def test_another_alignment_or_stride_is_looked_up(what):
+@pytest.mark.parametrize(
+    "what", ["features", "upstream", "present", "λ", "strides", "columns", "parameters", "precision"]
+)
+def test_another_alignment_stride_or_precision_is_looked_up(what, monkeypatch):
     """A kernel that was compiled for addresses that 16 divides must not be launched with others."""
     head = EBRHead([16, 16], 16, 16, (16,), backend="triton")
+    weight = head.encoders[0][0].weight
 
     def step(shifted: bool) -> None:
         def made(name: str, *shape: int, dtype=torch.float32) -> Tensor:
@@ -113,7 +120,12 @@ def test_another_alignment_or_stride_is_looked_up(what):
             return flat[: shape[0] * shape[1]].view(shape) if shape else flat[0]
 
         width = 32 if what == "strides" and shifted else 16
-        features = [made("features", 8, 16).requires_grad_(), torch.zeros(8, width)[:, :16]]
+        weight.data = torch.zeros(16, 16).t() if what == "parameters" and shifted else torch.zeros(16, 16)
+        monkeypatch.setattr(
+            plan, "input_precision", lambda dtype: "tf32" if what == "precision" and shifted else "ieee"
+        )
+        other = torch.zeros(8, 64)[:, ::4] if what == "columns" and shifted else torch.zeros(8, width)[:, :16]
+        features = [made("features", 8, 16).requires_grad_(), other]
         present = made("present", 8, 2, dtype=torch.uint8).view(torch.bool)
         out = head(features, present, reversal=made("λ"))
         torch.autograd.grad(
@@ -123,30 +135,88 @@ def test_another_alignment_or_stride_is_looked_up(what):
     with standin() as recorder:
         step(False)
         step(False)
-        first, launches = len(recorder.compiled), len(recorder.launches)
+        first, launches, few = len(recorder.compiled), len(recorder.launches), len(plan._plans)
         step(True)
         assert len(recorder.compiled) > first or what == "strides"
         assert len(recorder.launches) >= launches + launches // 2
         plans = len(plan._plans)
+        assert plans - few == (2 if what in ("strides", "columns", "precision") else 0)  # of forward and backward
         step(False)
         assert len(plan._plans) == plans
 
 
-def test_what_runs_is_the_op_where_something_looks_at_it():
-    head = EBRHead([5, 4], 6, 7, (3,), backend="triton")
-    features = [torch.zeros(3, 5), torch.zeros(3, 4)]
+def test_plans_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(plan, "_MOST_PLANS", 4)
+    head = EBRHead([16, 16], 16, 16, (16,), backend="triton")
+    with standin():
+        for batch in range(1, 9):
+            trained(head, batch)()
+            assert len(plan._plans) <= 4
+
+
+class Wrapped(Tensor):
+    """Torch functions take it for a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+LOOKERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "a dispatch mode": lambda run, x: under(Seen(), run, x),
+    "a function mode": lambda run, x: under(SeenFunctions(), run, x),
+    "torch.func": lambda run, x: torch.func.vjp(run, x),
+    "a trace": lambda run, x: torch.jit.trace(run, x, check_trace=False),
+    "a subclass": lambda run, x: run(x.as_subclass(Wrapped)),
+    "a subclass with functions": lambda run, x: run(x.as_subclass(type("Named", (Tensor,), {}))),
+}
+
+
+def under(mode: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    with mode:
+        run(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("looker", [None, *LOOKERS])
+def test_what_runs_is_the_op_where_something_looks_at_it(looker):
     seen = []
 
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.__name__)
-            return func(*args, **(kwargs or {}))
+    def run(x: Tensor) -> Tensor:
+        seen.append(function.applies(Call([x], None, None, x, None, [x], False, False, False, "triton")))
+        return x * 1
 
-    with standin():
-        head(features)
-        with Mode():
+    LOOKERS.get(looker, lambda run, x: run(x))(run, torch.zeros(3))
+    assert seen == [looker is None]
+
+
+def test_a_compiler_sees_the_op(monkeypatch):
+    x = torch.zeros(3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not function.applies(Call([x], None, None, x, None, [x], False, False, False, "triton"))
+
+
+def test_recompute_and_no_grad_keep_nothing():
+    head = EBRHead([16, 16], 16, 16, (16,), backend="triton")
+    features = [torch.zeros(8, 16), torch.zeros(8, 16)]
+    kept = []
+    with standin() as recorder:
+        for head.recompute in (False, True):
+            kept.append(len(head(features).latents.grad_fn.saved_tensors))
+        head.recompute = False
+        with torch.no_grad():
             head(features)
-    assert any("ebr_step" in name for name in seen)
+        trains = [arguments[2] for name, _, arguments in recorder.calls if name == "ebr_loss_kernel"]
+    assert kept[1] == 4 + 2 + len(list(head.parameters())) < kept[0]
+    assert [train is None for train in trains] == [False, True, True]
 
 
 def test_modalities_cost_the_host_little():
