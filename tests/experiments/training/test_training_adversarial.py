@@ -96,14 +96,25 @@ def test_probe_equals_gradients_written_out(seed):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_logged_loss_is_relative_to_the_entropy_of_what_was_present(seed):
-    dataset = tiny(seed, absent=0.4)
+def test_epochs_are_probed_on_512_drawn_train_rows(seed):
+    dataset = tiny(seed, sizes=(600, 30, 30))
+    trainer = Trainer(model_of(seed, dataset), dataset, small("ebr"), seed=seed)
+    rows = torch.randperm(600, generator=generator(seed, "probe"))[:512]
+    assert torch.equal(trainer.probe_part.features[0], dataset.features["a"][rows])
+
+
+@pytest.mark.parametrize("dims", [(5, 3, 4), (5, 3), (5,)])
+def test_logged_loss_is_relative_to_the_entropy_of_what_was_present(dims, seed):
+    dataset = tiny(seed, dims=dims, absent=0.4)
     trainer = Trainer(model_of(seed, dataset), dataset, small("ebr", epochs=1, lr=1e-12), seed=seed, reference="a")
     trainer.fit()
     record = trainer.history[0]
     counts = dataset.part("train").present.sum(0).tolist()
     entropy = -sum(c / sum(counts) * math.log(c / sum(counts)) for c in counts)
-    assert record["loss_md_over_entropy"] == pytest.approx(record["loss_md"] / entropy, rel=1e-9)
+    if len(dims) == 1:
+        assert record["loss_md_over_entropy"] is None
+    else:
+        assert record["loss_md_over_entropy"] == pytest.approx(record["loss_md"] / entropy, rel=1e-9)
 
 
 def test_entropy_of_presence():

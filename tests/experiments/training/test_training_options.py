@@ -83,16 +83,17 @@ def test_cross_recovery_rebuilds_each_modality_from_another_one(phase, accumulat
     assert totals[1][0] - totals[0][0] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_noise_follows_the_formula(seed):
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_noise_follows_the_formula(name, seed):
     data = tiny(seed)
-    config = small("vanilla", noise_modality="b", noise_rate=0.25)
+    config = small("vanilla", noise_modality=name, noise_rate=0.25)
     trainer = Trainer(MultimodalModel(data.dims, data.num_classes, config), data, config, seed=seed)
-    x = torch.zeros(20000, data.dims["b"])
+    x = torch.zeros(20000, data.dims[name])
     noisy = trainer._with_noise(x, trainer._draw_noise(len(x)))
-    scale = data.part("train").features[1].std(0)
+    scale = data.part("train").features["abc".index(name)].std(0)
     assert bool((noisy.abs() <= 0.25 * scale + 1e-6).all())
     torch.testing.assert_close(noisy.std(0), 0.25 * scale / math.sqrt(3), rtol=0.05, atol=0)
-    ones = torch.ones(4, data.dims["b"])
+    ones = torch.ones(4, data.dims[name])
     assert bool((trainer._with_noise(ones, trainer._draw_noise(4)) >= 0.75 - 0.25 * scale - 1e-6).all())
 
 
