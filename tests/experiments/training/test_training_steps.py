@@ -178,6 +178,9 @@ def test_interleaved_run_records_its_phases_and_updates_the_right_groups(seed):
     )
     trainer.fit()
     assert [r["phase"] for r in trainer.history] == ["semantic", "adversarial"] * 2
+    active = [r["epoch"] for r in trainer.history if r["grad_norm_encoders"] > 0]  # none where psi's units are all dead
+    assert active in ([2, 4], [])
+    assert trainer.first_active == (active[0] if active else None)
     for n, record in enumerate(trainer.history):
         changed = {
             g for g in GROUPS if any(not torch.equal(p, q) for p, q in zip(states[n][g], states[n + 1][g], strict=True))
