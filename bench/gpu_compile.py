@@ -1,9 +1,10 @@
 """Compile the shipped Triton kernels for GPUs that are not here, and read what the binaries say about themselves.
 
 ``python bench/gpu_compile.py --check docs/gpu/compiled.json`` compiles what the workloads of ``gpu_scenes.py`` launch and
-compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, loses its
-pipeline, moves data in smaller pieces, waits at more barriers, needs more shared memory than the chip has, or runs its
-products on other units than it says. ``--json FILE`` writes the record. Needs Triton (with its own ptxas), no GPU.
+compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, copies or
+loads in smaller pieces or with less of it past the registers, waits at more barriers, needs more shared memory than the chip
+has, or runs its products on other units or by smaller instructions. ``--json FILE`` writes the record. Needs Triton (with
+its own ptxas), no GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Chip(NamedTuple):
 
 
 CHIPS = {80: Chip(64, 32, 167936, 166912), 90: Chip(64, 32, 233472, 232448), 100: Chip(64, 32, 233472, 232448)}
+FEWER_IS_WORSE = ("blocks_per_sm", "async_copies", "wide_loads")
+MORE_IS_WORSE = ("spill_bytes", "narrow_copies", "narrow_loads", "barriers")
 _INSTRUCTIONS = {
     "int8": r"(?:mma|wgmma)\S*\.(?:s32\.s8\.s8|s32\.s8\.s8\.s32)\S*|tcgen05\.mma\S*kind::i8\S*",
     "tf32": r"(?:mma|wgmma)\S*\.tf32\.tf32\S*|tcgen05\.mma\S*kind::tf32\S*",
@@ -55,14 +58,15 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
 
 
 def facts(ptx: str) -> dict[str, int]:
-    """How a kernel moves data: copies past the registers, those below 16 bytes, barriers, loads below 4 bytes."""
+    """How a kernel moves data: copies past the registers, those below 16 bytes, barriers, loads below 4 bytes and of 16."""
     copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], 0x([0-9a-f]+)", ptx)]
-    loads = re.findall(r"ld\.global[A-Za-z0-9.:_]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    loads = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global[A-Za-z0-9.:_]*?(?:\.v(\d))?\.b(\d+)", ptx)]
     return {
         "async_copies": len(copies),
         "narrow_copies": sum(size < 16 for size in copies),
         "barriers": len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
-        "narrow_loads": sum(int(n or 1) * int(bits) < 32 for n, bits in loads),
+        "narrow_loads": sum(bits < 32 for bits in loads),
+        "wide_loads": sum(bits >= 128 for bits in loads),
     }
 
 
@@ -132,22 +136,20 @@ def problems_of(row: dict[str, Any], spec: dict[str, Any]) -> list[str]:
 
 
 def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
-    """What is wrong, or worse than in a record of the same Triton: problems, spills, resident blocks, rows that are gone."""
+    """What is wrong, or worse than in a record of the same Triton: problems, facts, matrix instructions, rows that are gone."""
     before = {(row["kernel"], row["arch"], row["triton"]): row for row in recorded}
     targets = {(row["arch"], row["triton"]) for row in rows}
     found = []
     for row in rows:
         old = before.pop((row["kernel"], row["arch"], row["triton"]), {"spill_bytes": 0})
         news = [p for p in row["problems"] if p not in old.get("problems", [])]
-        if row.get("spill_bytes", 0) > old.get("spill_bytes", 0):
-            news.append(f"spills {row['spill_bytes']} bytes, recorded {old['spill_bytes']}")
-        if row.get("blocks_per_sm", 0) < old.get("blocks_per_sm", 0):
-            news.append(f"{row.get('blocks_per_sm', 0)} blocks per SM, recorded {old['blocks_per_sm']}")
-        if old.get("async_copies") and not row.get("async_copies", 1):
-            news.append("no copy past the registers is left: the pipeline is gone")
-        for fact in ("narrow_copies", "narrow_loads", "barriers"):
-            if row.get(fact, 0) > old.get(fact, row.get(fact, 0)):
-                news.append(f"{row[fact]} {fact.replace('_', ' ')}, recorded {old[fact]}")
+        for fact in FEWER_IS_WORSE + MORE_IS_WORSE:
+            now, then = row.get(fact, 0), old.get(fact)
+            if then is not None and (now < then if fact in FEWER_IS_WORSE else now > then):
+                news.append(f"{now} {fact.replace('_', ' ')}, recorded {then}")
+        for units, then in old.get("matrix", {}).items():  # more of them: each multiplies less
+            if not 0 < (now := row.get("matrix", {}).get(units, 0)) <= then:
+                news.append(f"{now} {units} instructions, recorded {then}")
         found += [f"{row['kernel']} on sm_{row['arch']}: {news_}" for news_ in news]
     gone = [key for key in before if key[1:] in targets]
     return found + [

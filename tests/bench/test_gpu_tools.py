@@ -79,7 +79,9 @@ def test_what_ptx_says_about_moving_data():
     ld.global.v2.b16 { %rs1, %rs2 }, [ %rd1 + 0 ];
     bar.sync 0;
     """
-    assert gpu_compile.facts(ptx) == {"async_copies": 2, "narrow_copies": 1, "barriers": 1, "narrow_loads": 1}
+    assert gpu_compile.facts(ptx) == {
+        "async_copies": 2, "narrow_copies": 1, "barriers": 1, "narrow_loads": 1, "wide_loads": 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -100,15 +102,29 @@ def test_what_got_worse_is_named():
     row = {"kernel": "k", "arch": 80, "triton": "1", "spill_bytes": 0, "blocks_per_sm": 3, "problems": ["known"]}
     worse = gpu_compile.regressions
     assert worse([row], [row]) == []
-    assert "spills 8 bytes, recorded 0" in worse([row | {"spill_bytes": 8}], [row])[0]
-    assert "2 blocks per SM, recorded 3" in worse([row | {"blocks_per_sm": 2}], [row])[0]
-    moves = {"async_copies": 2, "narrow_copies": 0, "narrow_loads": 0, "barriers": 3}
-    assert worse([row | moves], [row | moves]) == []
-    assert "pipeline is gone" in worse([row | moves | {"async_copies": 0}], [row | moves])[0]
-    for fact in ("narrow_copies", "narrow_loads", "barriers"):
-        assert fact.replace("_", " ") in worse([row | moves | {fact: 9}], [row | moves])[0]
+    counts = {
+        "async_copies": 4,
+        "narrow_copies": 0,
+        "narrow_loads": 4,
+        "wide_loads": 4,
+        "barriers": 4,
+        "matrix": {"half mma": 4},
+    }
+    row |= counts
+    assert worse([row], [row]) == []
+    for fact, bad, good in (
+        ("spill_bytes", 8, 0), ("blocks_per_sm", 2, 4), ("async_copies", 3, 5), ("narrow_copies", 1, 0),
+        ("narrow_loads", 5, 3), ("wide_loads", 3, 5), ("barriers", 5, 3),
+    ):  # fmt: skip
+        assert worse([row | {fact: good}], [row]) == []
+        assert worse([row | {fact: bad}], [row]) == [
+            f"k on sm_80: {bad} {fact.replace('_', ' ')}, recorded {row[fact]}"
+        ]
+    assert worse([row | {"matrix": {"half mma": 2}}], [row]) == []
+    assert "8 half mma instructions, recorded 4" in worse([row | {"matrix": {"half mma": 8}}], [row])[0]
+    assert "0 half wgmma instructions" in worse([row], [row | {"matrix": {"half wgmma": 4}}])[0]
     assert "k on sm_80: new" in worse([row | {"problems": ["known", "new"]}], [row])[0]
-    assert "spills 4" in worse([row, row | {"kernel": "other", "spill_bytes": 4, "problems": []}], [row])[0]
+    assert "4 spill bytes" in worse([row, row | {"kernel": "other", "spill_bytes": 4, "problems": []}], [row])[0]
     assert "not compiled" in worse([row | {"kernel": "other", "problems": []}], [row])[0]
     assert worse([row | {"arch": 90, "problems": []}], [row]) == []
     spec = {"matrix": ["int8"], "constants": []}
