@@ -85,6 +85,8 @@ def test_the_first_screen_is_the_table(found: Diagnosis) -> None:
         assert row[5].text.startswith(f"**{verdict.kind}**")
     page = found.to_html()
     assert page.index('<table class="cards">') < page.index("<details>")
+    unnamed = re.findall(r"([^{}]*)\{[^}]*content: none", page)
+    assert all('data-label="verdict"' in rule for rule in unnamed), "on a phone every value stands beside its name"
     visible = re.sub(r"<details>.*?</details>|<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
     sentences = [s.strip() for s in re.split(r"[.:;]\s", visible) if len(s.split()) > 5]
     assert len(sentences) == len(set(sentences)), "no sentence stands twice on the first screen"
