@@ -88,6 +88,13 @@ def test_blocks_do_not_change_under_maps_inside_of_a_modality(generator: torch.G
     assert not torch.allclose(raw / raw.sum(), raw_after / raw_after.sum(), rtol=0.1)  # what the weighting is for
 
 
+def test_columns_that_repeat_each_other_leave_the_root_finite(generator: torch.Generator) -> None:
+    x = torch.randn(50, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 12, generator=generator).double()
+    covariance = similarity.covariance_of(x)
+    root = blocks.whitened(torch.eye(12), covariance, [12])
+    torch.testing.assert_close(root, covariance, rtol=1e-6, atol=1e-9)
+
+
 def test_shared_directions_entangle_by_a_half() -> None:
     gram = torch.ones(2, 2, dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
@@ -126,11 +133,16 @@ def test_ranks(generator: torch.Generator) -> None:
         (lambda: blocks.use_shares(torch.full((2, 2), math.nan), torch.eye(2), [1, 1]), "NaN"),
         (lambda: blocks.use_shares(torch.eye(3), torch.eye(3), [1, 1]), "add up"),
         (lambda: blocks.top_directions(torch.eye(3), torch.eye(3), [3], 4), "from 1 to 3"),
+        (lambda: blocks.top_directions(torch.eye(3), torch.eye(3), [3], 0), "from 1 to 3"),
+        (lambda: blocks.numerical_rank(torch.ones(2), -1e-9), "share"),
         (lambda: blocks.spectrum(torch.ones(2, 3)), "square"),
         (lambda: blocks.numerical_rank(torch.ones(2), 1.0), "share"),
         (lambda: weights.collision_bound([3, 0]), "positive"),
         (lambda: weights.feature_capacity(torch.ones(3)), "Linear"),
-        (lambda: weights.degree_of_polysemanticity(torch.eye(3), torch.zeros(3, 1)), "zero direction"),
+        (
+            lambda: weights.degree_of_polysemanticity(torch.eye(3), torch.eye(3)[:, :2] * torch.tensor([1.0, 0.0])),
+            "zero direction",
+        ),
         (lambda: weights.degree_of_polysemanticity(torch.eye(3), torch.ones(2, 1)), r"\[3, features\]"),
         (lambda: weights.neural_feature_matrix(torch.eye(3), torch.eye(2)), "one shape"),
         (lambda: similarity.linear_cka(torch.ones(3, 1), torch.ones(4, 1)), "one N"),
@@ -207,7 +219,8 @@ def test_degree_of_polysemanticity(generator: torch.Generator) -> None:
     assert weights.degree_of_polysemanticity(torch.eye(4)[:2], plane).gamma == pytest.approx(1.5)
     # A direction that holds less than 1 % of the energy is not encoded, full column rank or not.
     assert weights.degree_of_polysemanticity(torch.diag(torch.tensor([1.0, 1.0, 0.05])), torch.eye(3)).encoded == 2
-    assert weights.degree_of_polysemanticity(torch.zeros(2, 3), torch.eye(3)).gamma == 0
+    nothing = weights.degree_of_polysemanticity(torch.zeros(2, 3), torch.eye(3)[:, :2])
+    assert nothing == weights.Polysemanticity(0.0, 0, 0, 2, 0.5, 0.99)
 
 
 def test_pca_dictionary(generator: torch.Generator) -> None:
@@ -223,6 +236,9 @@ def test_pca_dictionary(generator: torch.Generator) -> None:
         mine = dictionary[columns][:, owner == index].numpy()
         assert mine.shape[1] == pca.n_components_
         np.testing.assert_allclose(np.abs(np.diag(pca.components_ @ mine)), 1, atol=1e-8)
+    small, same = weights.pca_dictionary(1e-9 * similarity.covariance_of(x), BLOCKS)
+    assert torch.equal(same, owner)
+    torch.testing.assert_close(small.abs(), dictionary.abs())
     outside = dictionary.clone()
     for index, columns in enumerate(SLICES):
         outside[columns, owner == index] = 0

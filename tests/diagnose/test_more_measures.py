@@ -169,6 +169,11 @@ def test_information_of_gaussians_is_unbiased(generator: torch.Generator) -> Non
     x = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ root.t()
     change = torch.randn(3, 3, generator=generator, dtype=torch.float64) * 100
     assert gaussian_information(x[:, :3] @ change, x[:, 3:]) == pytest.approx(gaussian_information(x[:, :3], x[:, 3:]))
+    assert gaussian_information(x[:, :3] + 1e8, x[:, 3:] - 1e8) == pytest.approx(
+        gaussian_information(x[:, :3], x[:, 3:]), abs=1e-5
+    )
+    assert gaussian_information(x[:, :0], x[:, 3:]) == 0, "of nothing"
+    assert math.isnan(gaussian_information(torch.zeros(200, 1), x[:, 3:]))
     for a, b in ((x[:6, :3], x[:6, 3:]), (x[:50, :3], x[:40, 3:]), (x[:, 0], x[:, 3:])):
         with pytest.raises(InputError, match=r"N > p \+ q \+ 1"):
             gaussian_information(a, b)
@@ -226,6 +231,9 @@ def test_components_and_one_hot(generator: torch.Generator) -> None:
     found = components(x, 20)
     assert found.shape == (50, 6)
     torch.testing.assert_close(torch.cov(found.t()), torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(components(1e-9 * x, 20).abs(), found.abs())
+    assert components(x, 4).shape == (50, 4)
+    assert components(torch.ones(9, 3)).shape == (9, 0)
     assert one_hot(torch.tensor([3, 7, 7, 9])).tolist() == [[1, 0], [0, 1], [0, 1], [0, 0]]
 
 
