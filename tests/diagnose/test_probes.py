@@ -78,6 +78,8 @@ def test_modality_probe(generator: torch.Generator) -> None:
     assert abs(found["balanced_accuracy"] - 0.5) < 0.1
     assert found["chance"] == 0.5
     assert found["rows"] == 600
+    torch.manual_seed(8)
+    assert probes.modality_probe(same, hidden=(32,), seed=1) == found, "the seed alone decides"
     apart = {"a": same["a"], "b": same["b"] + 2}
     assert probes.modality_probe(apart, hidden=(32,), seed=1)["balanced_accuracy"] > 0.95
 
@@ -310,5 +312,9 @@ def test_bad_input() -> None:
         probes.denoising_r2(x, x[:30])
     with pytest.raises(InputError, match=r"2\^m"):
         reliance.shapley_values([1.0, 2.0, 3.0])
+    with pytest.raises(InputError, match="got 0 scores"):
+        reliance.shapley_values([])
+    with pytest.raises(InputError, match="40 rows and 30 labels"):
+        probes.noise_component(x, torch.zeros(30))
     with pytest.raises(InputError, match="single class"):
         reliance.train_afresh({"a": x}, torch.zeros(40, dtype=torch.int64), ["a"])
