@@ -64,7 +64,9 @@ def test_a_cut_for_several_labels_is_the_best_of_all(generator: torch.Generator)
         def f1(cut: float, chance: np.ndarray = chance, truth: np.ndarray = truth) -> float:
             return 2 * ((chance > cut) & (truth > 0)).sum() / ((chance > cut).sum() + truth.sum())
 
-        assert reliance._best_cut(chance, np.ones_like(truth)) == pytest.approx(max(chance.min(), 1e-6)), "all are given"
+        assert reliance._best_cut(chance, np.ones_like(truth)) == pytest.approx(max(chance.min(), 1e-6)), (
+            "all are given"
+        )
         cut = reliance._best_cut(chance, truth)
         ordered = np.sort(chance, axis=None)
         assert f1(cut) == pytest.approx(max(f1(c) for c in [0.0, *ordered[:-1]]))

@@ -296,7 +296,9 @@ def test_recall_of_a_sorted_list(k: int, generator: torch.Generator) -> None:
         cosine = torch.cosine_similarity(queries[row].expand(60, -1), candidates)
         assert found[row] == float(row in cosine.argsort(descending=True)[:k])
     assert recalled(torch.ones(60, 6), k).mean() == pytest.approx(k / 60), "all alike: any order"
-    one_tie = torch.tensor([[1.0, 0.0, 0.6, 0.8], [0.6, -0.8, 0.6, -0.8]])  # both candidates are as near to the first query
+    one_tie = torch.tensor(
+        [[1.0, 0.0, 0.6, 0.8], [0.6, -0.8, 0.6, -0.8]]
+    )  # both candidates are as near to the first query
     assert recalled(one_tie, 1).tolist() == [0.5, 1.0]
     scaled = torch.cat([queries, 100 * candidates], 1)
     torch.testing.assert_close(recalled(scaled, k), found)
