@@ -36,7 +36,7 @@ class Graph:
 
 
 class _Capture(TorchDispatchMode):
-    def __init__(self, graph: Graph, pool: Any = None) -> None:
+    def __init__(self, graph: Graph, pool: Any = None, **stream: Any) -> None:
         super().__init__()
         self.graph = graph
         graph.casts_kept = torch.is_autocast_cache_enabled()

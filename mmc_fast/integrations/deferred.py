@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 from mmc_fast._util.autocast import autocast_enabled
@@ -50,6 +52,9 @@ class Deferred(Tensor):
             cls, like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=requires_grad
         )
         made._value, made._name = value, name
+        if requires_grad:  # a gradient comes here only where the values were read without their history
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(partial(_refuse_gradient, name))
         return made
 
     def __init__(self, *args: Any) -> None:
@@ -106,6 +111,10 @@ def _refusal(name: str, reader: str) -> RuntimeError:
     )
 
 
+def _refuse_gradient(name: str, gradient: Tensor) -> Tensor:
+    raise _refusal(name, "code")
+
+
 def saving_hooks() -> Any:
     """The innermost saved-tensor hooks (activation checkpointing, offloading), or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -143,10 +152,20 @@ def _same(x: Any) -> Any:
 
 
 def _inside_a_function() -> bool:
-    """Whether the forward of an ``autograd.Function`` runs: what is read there has no history afterwards."""
+    """Whether the forward of an ``autograd.Function`` runs: what is read there has no history afterwards.
+
+    One without ``ctx`` shows itself by :func:`_refuse_gradient` where torch calls it without a frame of its own.
+    """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("function.py"):
+        code = frame.f_code
+        if code.co_name == "apply" and code.co_filename.endswith("function.py"):
+            return True
+        if code.co_name == "forward" and code.co_argcount and isinstance(_first(frame), FunctionCtx):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _first(frame: Any) -> Any:
+    return frame.f_locals.get(frame.f_code.co_varnames[0])

@@ -197,6 +197,33 @@ def test_tokens_in_one_call_and_read_early(generator, first):
         check(model, handle, two_inputs(generator, 4, 6), lambda a, b: (first(a), first(b)), way)
 
 
+def test_a_gradient_that_comes_back_past_the_heads_is_refused(generator, monkeypatch):
+    """torch may run the forward of an ``autograd.Function`` from C++, where no frame tells of it."""
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(a, b):
+            return a + b
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, g
+
+    class Custom(Two):
+        def forward(self, x, y):
+            return Sum.apply(self.a(x), self.b(y))
+
+    model = Custom()
+    mmc_fast.apply_ebr(model, AT, **SMALL)
+    monkeypatch.setattr("mmc_fast.integrations.deferred._inside_a_function", lambda: False)
+    with pytest.raises(RuntimeError, match=r"modality '[ab]' .* past torch's Python functions"):
+        model(*two_inputs(generator)).sum().backward()
+
+
 def test_what_cannot_be_one_call_is_refused_by_name(generator):
     class Sum(torch.autograd.Function):
         @staticmethod

@@ -211,7 +211,7 @@ def _forward(call: Call) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Saved]:
     logits = torch.addmm(params.discriminator[-1], a, params.discriminator[-2].t())  # [m * B, m]
     log_p = F.log_softmax(logits.float(), dim=-1).reshape(m, batch, m)
     cross_entropy = -log_p.diagonal(dim1=0, dim2=2)  # [B, m]
-    d_logits = log_p.exp() - torch.eye(m, device=logits.device).unsqueeze(1)
+    d_logits = log_p.exp() - torch.eye(m, dtype=torch.float32, device=logits.device).unsqueeze(1)
     if present is not None:
         cross_entropy = torch.where(present, cross_entropy, 0)
         d_logits = torch.where(present.t().unsqueeze(-1), d_logits, 0)

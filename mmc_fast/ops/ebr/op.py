@@ -100,7 +100,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _autograd(ctx: Any, d_recovered, d_latents, d_discrimination, d_reconstruction, d_saved):
     m, n_params = ctx.sizes
-    masks, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    stored = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    masks, rest = stored[:4], stored[4:]
     call, kept = Call._make((rest[:m], *masks, rest[m : m + n_params], *ctx.flags)), rest[m + n_params :]
     latents, recovered, saved = (None, [], []) if call.recompute else (kept[0], kept[1 : 1 + m], kept[1 + m :])
     wanted = Call(*ctx.needs_input_grad)
