@@ -30,7 +30,7 @@ raise SystemExit((int(v[0]), int(v[1])) < (2, 10))"
 help:
 	@echo "make demo       train and compare five methods on two embedded data sets (about 5 minutes)"
 	@echo "make test       the test suite; make test-all adds the slow tests"
-	@echo "make test-bare  what touches data and commands, in a clone of HEAD with no benchmark data in reach"
+	@echo "make test-bare  what touches data and commands, in a clone of HEAD with no benchmark data; the layer without native library"
 	@echo "make defects    break the code in planned ways; every defect must turn a test red"
 	@echo "make mutants    N random changes of MODULE, drawn with SEED, each against its tests; prints those that no test notices"
 	@echo "make fuzz       attacks with drawn inputs for MINUTES (10) minutes; prints the line that repeats a failure"
@@ -45,7 +45,7 @@ help:
 	@echo "make gpu-report  the same, and rewrites the record and docs/gpu-appendix.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
 	@echo "make bench-ratios  the same table from fewer rounds, for information (as in CI)"
-	@echo "make bench-grid the table of docs/performance.md on this machine, then limited to AVX2; ARGS=--record writes it (6 minutes)"
+	@echo "make bench-grid the table of docs/performance.md on this machine, then limited to AVX2; ARGS=--record writes it (8 minutes)"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"
@@ -165,7 +165,7 @@ bench-ratios: setup
 
 bench-grid: setup
 	@PYTHONPATH=. $(PY) bench/grid.py --minutes 4 $(ARGS)
-	@PYTHONPATH=. $(PY) bench/grid.py --minutes 1 --avx2 $(ARGS)
+	@PYTHONPATH=. $(PY) bench/grid.py --minutes 3 --avx2 $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests that touch data, commands and training, in a clone of HEAD with nothing beside it and MMC_DATA unset.
+# The tests that touch data, commands and training, in a clone of HEAD with nothing beside it and MMC_DATA unset; then those of
+# the layer and of foreign models without the native library, as the pure Python package runs.
 # tools/test_bare.sh PYTHON WORKERS [pytest arguments; files among them replace the list below]
 set -euo pipefail
 python=$1 workers=$2
@@ -28,9 +29,13 @@ files=()
 case " $* " in
   *" tests/"*) ;;
   *)
-    for path in tests/cli tests/experiments tests/integrations tests/test_repository.py; do
+    for path in tests/cli tests/experiments tests/test_repository.py; do
       if [ -e "$path" ]; then files+=("$path"); fi
     done
     ;;
 esac
 "$python" -m pytest -q -n "$workers" -m "not slow" -p no:cacheprovider "${files[@]}" "$@"
+if [ ${#files[@]} -gt 0 ]; then
+  rm -f mmc_fast/*.so
+  "$python" -m pytest -q -n "$workers" -m "not slow" -p no:cacheprovider tests/nn tests/agop tests/integrations tests/ops/ebr
+fi
