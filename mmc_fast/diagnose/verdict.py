@@ -42,7 +42,7 @@ class Thresholds:
     under: float = 0.3
     fair: float = 1.0
     aligned: float = 0.35
-    moved: float = 0.01
+    moved: float = 0.001
     effect: float = 0.1
     entropy: float = 0.15
     errors: float = 3.0
