@@ -64,6 +64,8 @@ def test_a_failure_ends_the_run_and_is_named(tmp_path):
     assert re.search(r"^make sanitize +FAILED$", done.stdout, re.MULTILINE)
 
 
+PURE = ("tests/nn", "tests/agop", "tests/integrations", "tests/ops/ebr")  # what runs without the native library
+LIBRARIES = "list(__import__('pathlib').Path('mmc_fast').glob('*.so'))"
 INSIDE = """
 import os, pathlib
 import mmc_fast
@@ -82,11 +84,13 @@ def test_nothing_is_beside():
 def test_the_bare_clone_is_that_of_the_last_commit(tmp_path):
     root = tmp_path / "checkout"
     (tmp_path / "shared").mkdir()
-    for folder in ("tools", "tests/cli", "mmc_fast"):
+    for folder in ("tools", "tests/cli", *PURE, "mmc_fast"):
         (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "test_bare.sh", root / "tools")
     (root / "mmc_fast" / "__init__.py").write_text("GREEN = True\n")
     (root / "tests" / "cli" / "test_inside.py").write_text(INSIDE)
+    for n, folder in enumerate(PURE):
+        (root / folder / f"test_pure_{n}.py").write_text(f"def test_{n}():\n    assert not {LIBRARIES}\n")
     (root / ".gitignore").write_text("*.so\n__pycache__/\n")
 
     def git(*words: str) -> None:
@@ -108,6 +112,7 @@ def test_the_bare_clone_is_that_of_the_last_commit(tmp_path):
     done = bare()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+    assert "4 passed" in done.stdout
     assert "uncommitted" not in done.stdout
 
     (root / "mmc_fast" / "__init__.py").write_text("GREEN = False\n")
