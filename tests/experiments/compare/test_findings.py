@@ -308,6 +308,7 @@ def test_a_page_shows_each_data_set_with_its_tables_drawings_tests_and_settings(
         "Some title", "4 methods on 2 data set(s): the same encoders and budget for each."
     )  # fmt: skip
     assert __version__ in page.footer
+    assert (tmp_path / "results.md").read_text() == markdown(findings, "Some title")
     assert [s.title for s in page.sections] == ["one", "two", "How to read this"]
     assert [type(b).__name__ for b in page.sections[2].blocks] == ["Text", "Facts"]
     assert (page.sections[2].blocks[0].text, page.sections[2].blocks[1].items) == (READING, {"machine": "made"})
