@@ -22,6 +22,7 @@ from mmc_fast.experiments.methods.baseline import Batch
 from mmc_fast.experiments.methods.cm_ae import CrossModalAutoencoder
 from mmc_fast.experiments.methods.graph import BipartiteGraph, Grape, Muse, SageLayer, supervised_contrastive
 from mmc_fast.experiments.methods.m3care import M3Care
+from mmc_fast.experiments.methods.mt import SubsetTransformer, subsets
 from mmc_fast.experiments.methods.shaspec import ShaSpec, shared_distance
 from mmc_fast.experiments.methods.sklearn_baselines import masked_copies
 from mmc_fast.experiments.methods.smil import Smil
@@ -314,3 +315,36 @@ def test_a_product_answers_with_weights_of_the_declared_penalty(seed):
     held = dataset.part("validation")
     hits = product(votes(held), None, held.present).argmax(1) == held.labels
     assert fitted.record["val_score"] == pytest.approx(float(hits.double().mean()))
+
+
+KINDS = (CrossModalAutoencoder, Grape, M3Care, Muse, ShaSpec, Smil, SubsetTransformer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_adds_the_loss_of_the_heads_as_it_is(kind, seed):
+    found = []
+    for more in (0.0, 5.0):
+        model, batch, _ = prepared(kind, seed)
+        filled = model.filled
+
+        def with_more(features, present, filled=filled, more=more):
+            encoded, here, extra = filled(features, present)
+            return encoded, here, extra + more
+
+        model.filled = with_more
+        found.append(float(model.loss(batch).detach()))
+    assert found[1] - found[0] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_takes_features_of_any_width(kind, seed):
+    """Without an encoder the widths are those of the data."""
+    batch = rows(seed)
+    model = kind({"a": 5, "b": 3, "c": 4}, 3, replace(BUDGET, encoder="identity", encoder_dim=7))
+    assert model(batch.features, batch.present).shape == (12, 3)
+
+
+def test_all_subsets_up_to_five_modalities_and_drawn_ones_beyond():
+    g = torch.Generator().manual_seed(0)
+    assert [len(subsets(m, g)) for m in (1, 2, 3, 4, 5, 6)] == [1, 3, 7, 15, 31, 8]
+    assert len(subsets(5, g).unique(dim=0)) == 31
