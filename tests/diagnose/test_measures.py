@@ -147,6 +147,17 @@ def test_ranks(generator: torch.Generator) -> None:
         (lambda: weights.neural_feature_matrix(torch.eye(3), torch.eye(2)), "one shape"),
         (lambda: similarity.linear_cka(torch.ones(3, 1), torch.ones(4, 1)), "one N"),
         (lambda: similarity.variance_inflation(torch.eye(2), 0.0), "ridge"),
+        (lambda: similarity.variance_inflation(torch.ones(2, 3)), r"give \[p, p\]"),
+        (lambda: similarity.covariance_of(torch.ones(0, 3)), "N >= 1"),
+        (lambda: similarity.linear_cka(torch.ones(3), torch.ones(3, 1)), "one N"),
+        (lambda: blocks.spectrum(torch.full((2, 2), math.inf)), "NaN or infinite"),
+        (lambda: weights.matrix_cosine(torch.eye(3), torch.eye(2)), "one shape"),
+        (lambda: weights.neuron_overlap(torch.full((2, 2), math.nan)), "NaN or infinite"),
+        (lambda: weights.degree_of_polysemanticity(torch.eye(3), torch.eye(3), tau=0.0), "tau 0.0"),
+        (lambda: weights.degree_of_polysemanticity(torch.eye(3), torch.eye(3), energy=1.1), "energy 1.1"),
+        (lambda: weights.attribution_shares(torch.eye(3), torch.ones(5, 2), torch.ones(5, 3), [3]), "for a weight"),
+        (lambda: weights.attribution_shares(torch.eye(3), torch.ones(5, 3), torch.ones(4, 3), [3]), "for a weight"),
+        (lambda: weights.signal_noise_shares(torch.eye(3), torch.ones(5, 3), torch.ones(4), [3]), "and 4 labels"),
     ],
 )
 def test_bad_input(call, message: str) -> None:
@@ -236,6 +247,8 @@ def test_pca_dictionary(generator: torch.Generator) -> None:
         mine = dictionary[columns][:, owner == index].numpy()
         assert mine.shape[1] == pca.n_components_
         np.testing.assert_allclose(np.abs(np.diag(pca.components_ @ mine)), 1, atol=1e-8)
+    empty = weights.pca_dictionary(torch.zeros(12, 12), BLOCKS)
+    assert [t.shape for t in empty] == [(12, 0), (0,)]
     small, same = weights.pca_dictionary(1e-9 * similarity.covariance_of(x), BLOCKS)
     assert torch.equal(same, owner)
     torch.testing.assert_close(small.abs(), dictionary.abs())
