@@ -272,6 +272,7 @@ def test_neuron_shares_and_entropy(generator: torch.Generator) -> None:
     assert math.isnan(entropy[3])
     assert float(entropy[0]) == pytest.approx(scipy.stats.entropy(shares[0].numpy()) / math.log(3))
     assert weights.modality_entropy(torch.ones(1, 3) / 3).item() == pytest.approx(1)
+    assert weights.modality_entropy(torch.ones(2, 1)).tolist() == [0, 0]
     assert weights.modality_entropy(torch.tensor([[0.0, 1.0], [0.5, 0.5]])).tolist() == pytest.approx([0, 1])
 
 

@@ -49,8 +49,12 @@ def test_calibration_by_hand(generator: torch.Generator) -> None:
     truth = torch.randint(2, (60,), generator=generator)
     ours = brier_score(torch.stack([1 - two, two], 1), truth).mean() / 2
     assert float(ours) == pytest.approx(metrics.brier_score_loss(truth.numpy(), two.numpy()))
-    with pytest.raises(InputError, match=r"give two \[N\]"):
-        expected_calibration_error(confidence, correct[:3])
+    for bad in ((confidence, correct[:3]), (confidence, correct, 0), (confidence[:0], correct[:0]), (p, p > 0)):
+        with pytest.raises(InputError, match=r"give two \[N\]"):
+            expected_calibration_error(*bad)
+    assert expected_calibration_error(confidence, correct, 1) == pytest.approx(
+        float((correct.double().mean() - confidence.mean()).abs())
+    )
     with pytest.raises(InputError, match=r"give \[N, C\] and \[N\]"):
         brier_score(p, y[:3])
 
