@@ -115,7 +115,7 @@ def test_the_modality_probe_is_judged_on_samples_that_it_never_saw(generator: to
     stops: list[Any] = []
     plain, fit = probes.fit_modality_probe, probes._fit
     monkeypatch.setattr(probes, "fit_modality_probe", lambda *a: seen.append(a) or plain(*a))
-    monkeypatch.setattr(probes, "_fit", lambda network, *a: stops.append(a) or fit(network, *a))
+    monkeypatch.setattr(probes, "_fit", lambda network, *a: stops.append((*a, network)) or fit(network, *a))
     for options, count in (({}, 50), ({"rows": 30}, 30), ({"seed": 1}, 50)):
         found = probes.modality_probe(latents, hidden=(4,), **options)
         x, y, sample, held, held_y, hidden, classes, _ = seen[-1]
@@ -127,7 +127,10 @@ def test_the_modality_probe_is_judged_on_samples_that_it_never_saw(generator: to
         own, other = (set(t[:, 0].long().tolist()) for t in (x, held))
         assert (len(own), len(other), own & other) == (count, count, set())
         assert sample.tolist() == list(range(count)) * 3
-        (train, train_y), (stop, stop_y), *_ = stops[-1]
+        (train, train_y), (stop, stop_y), *_, network = stops[-1]
+        assert [str(layer).split(", bias")[0] for layer in network] == [
+            "Linear(in_features=4, out_features=4", "ReLU()", "Linear(in_features=4, out_features=3",
+        ]  # fmt: skip
         assert (len(stop), len(train)) == (3 * (count // 5), 3 * (count - count // 5))
         whole = torch.cat([train, stop])
         torch.testing.assert_close(whole.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
@@ -193,6 +196,8 @@ def test_batches_of_the_probe(rows: int, batch: int, generator: torch.Generator,
         probes._fit(network, (x, y), (x[:5], y[:5]), torch.Generator().manual_seed(3), 1)
         found.append(network[0].weight.detach().clone())
     assert torch.equal(*found)
+    steps = -(-rows // batch)
+    assert 1e-3 < float((found[0] - torch.eye(2)).abs().max()) <= 2.1e-3 * steps, "Adam's steps of 0.002"
     assert (sizes[0], sum(sizes)) == (batch, 2 * (rows + 5))
 
 

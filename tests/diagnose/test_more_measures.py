@@ -237,6 +237,7 @@ def test_components_and_one_hot(generator: torch.Generator) -> None:
     torch.testing.assert_close(torch.cov(found.t()), torch.eye(6, dtype=torch.float64), atol=1e-8, rtol=0)
     torch.testing.assert_close(components(1e-9 * x, 20).abs(), found.abs())
     assert components(x, 4).shape == (50, 4)
+    assert components(torch.randn(50, 20, generator=generator)).shape == (50, 16)
     assert components(torch.ones(9, 3)).shape == (9, 0)
     assert one_hot(torch.tensor([3, 7, 7, 9])).tolist() == [[1, 0], [0, 1], [0, 1], [0, 0]]
 

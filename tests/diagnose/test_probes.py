@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -295,6 +295,13 @@ def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
         chances.append(network.predict_proba(scaler.transform(x[900:].double())))
     guess = np.mean(chances, 0).argmax(1)
     assert found.score == pytest.approx(accuracy_score(y[900:], guess))
+    assert found.rows.tolist() == list(range(300)), "of the rows that judge"
+    labels = torch.stack([y > 0, y > 1], 1).long()
+    ranked = reliance.train_afresh({"x": x}, labels, ["x"], task=Task("labels", "macro_auroc", 2))
+    assert ranked.score == pytest.approx(roc_auc_score(labels[ranked.rows], ranked.outputs, average="macro"))
+    assert float(((ranked.outputs > 0) == labels[ranked.rows]).double().mean()) > 0.8, (
+        "log-odds: above 0 is more likely"
+    )
     frequent = float((y[900:] == y[:900].bincount().argmax()).double().mean())
     nothing = reliance.train_afresh(train, y[:900], [], judged=(judged, y[900:]), seed=3)
     assert nothing.score == pytest.approx(frequent)

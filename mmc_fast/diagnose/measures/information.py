@@ -135,13 +135,13 @@ def _information(moments: Moments, left: list[int], right: list[int]) -> float:
 
 
 def _log_det(n: int, covariance: Tensor, chosen: Tensor) -> float:
-    """Unbiased log determinant of the covariance of ``n`` Gaussian rows in the ``chosen`` columns."""
+    """Unbiased log determinant for ``n`` Gaussian rows in the ``chosen`` columns, but for a term per column that cancels in an
+    information."""
     sign, value = torch.linalg.slogdet(covariance[chosen][:, chosen])
     if not sign > 0:
         return math.nan
     dimensions = torch.arange(len(chosen), dtype=torch.float64)
-    bias = torch.digamma((n - 1 - dimensions) / 2).sum() - len(chosen) * math.log((n - 1) / 2)
-    return float(value - bias)
+    return float(value - torch.digamma((n - 1 - dimensions) / 2).sum())
 
 
 def _jackknife(numbers: Callable[[Moments], Sequence[float]], *parts: Tensor) -> list[Information]:
