@@ -70,7 +70,7 @@ def _one_column(
             if not _class_numbers(column, len(found)):
                 raise InputError(
                     f"{where}: label {name!r} holds {len(found)} different whole numbers, which may be codes or amounts; "
-                    'say kind = "classification" or kind = "regression" (--kind of a command).'
+                    'say kind = "classification" or kind = "regression".'
                 )
         if known is None and fractions:
             raise InputError(

@@ -226,8 +226,7 @@ def _split(archive: Archive, labels: np.ndarray, ids: np.ndarray | None, seed: i
     if "split" not in archive:
         if seed is None:
             raise InputError(
-                f"{archive.path}: no split; add `split` (0 train, 1 validation, 2 test) or have it drawn: split_seed=0"
-                " (--split-seed 0 of a command)."
+                f"{archive.path}: no split; add `split` (0 train, 1 validation, 2 test) or have it drawn: split_seed=0."
             )
         return stratified_split(labels, seed=seed, ids=ids)
     if seed is not None:
