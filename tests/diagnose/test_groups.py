@@ -9,6 +9,9 @@ from scipy.stats import chisquare
 
 from mmc_fast.diagnose.groups import GroupMoments, dealt, draw_weights
 from mmc_fast.diagnose.reservoir import Reservoir
+from mmc_fast.ops.native import unavailable_reason
+
+NO_NATIVE = unavailable_reason() or ""
 
 SIZES = (7, 1, 20, 12)
 
@@ -76,7 +79,10 @@ def test_weights_of_groups_are_bootstrap_draws(seed):
     assert (weights != draw_weights(8, 3000, seed + 1)).any()
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    "native",
+    [False, pytest.param(True, marks=pytest.mark.skipif(bool(NO_NATIVE), reason=f"no native library: {NO_NATIVE}"))],
+)
 def test_moments_of_weighted_groups_are_those_of_the_repeated_rows(native, seed):
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(60, 4, generator=g) + torch.tensor([0.0, 5.0, -20.0, 0.0])
