@@ -12,12 +12,13 @@ PAGE = ROOT / "docs" / "gpu-appendix.md"
 
 
 def compiled(rows: list[dict[str, Any]]) -> str:
-    """One line a kernel: how often it was compiled, most registers and spills by architecture, matrix units."""
+    """One line a kernel: compilations, most registers and spills by architecture, matrix units, how sm_90 moves data."""
     arches = sorted({row["arch"] for row in rows})
     versions = ", ".join(sorted({row["triton"] for row in rows}))
     parts = [f"Triton {versions}; most registers / most bytes spilled among the compilations of a kernel:", ""]
-    parts.append("| kernel | compilations | " + " | ".join(f"sm_{a}" for a in arches) + " | matrix units |")
-    parts.append("|---" * (len(arches) + 3) + "|")
+    facts = "matrix units | sm_90: async copies, below 16 bytes | barriers | loads below 4 bytes, of 16"
+    parts.append("| kernel | compilations | " + " | ".join(f"sm_{a}" for a in arches) + f" | {facts} |")
+    parts.append("|---" * (len(arches) + 6) + "|")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         odd = ", widths that 16 does not divide" if "odd widths" in row["kernel"] else ""
@@ -29,27 +30,52 @@ def compiled(rows: list[dict[str, Any]]) -> str:
             most = [str(max((row.get(key, 0) for row in here), default="–")) for key in ("registers", "spill_bytes")]
             cells.append(" / ".join(most) if here else "not compiled")
         units = sorted({unit for row in mine for unit in row.get("matrix", {})})
-        parts.append(f"| {kernel} | {len(mine)} | {' | '.join(cells)} | {', '.join(units) or '–'} |")
+        copies, narrow_copies, barriers, narrow, wide = (
+            max((row.get(fact, 0) for row in mine if row["arch"] == 90), default=0)
+            for fact in ("async_copies", "narrow_copies", "barriers", "narrow_loads", "wide_loads")
+        )
+        cells += [", ".join(units) or "–", f"{copies}, {narrow_copies}", str(barriers), f"{narrow}, {wide}"]
+        parts.append(f"| {kernel} | {len(mine)} | {' | '.join(cells)} |")
     problems = [f"sm_{row['arch']}, {row['kernel']}: {problem}" for row in rows for problem in row["problems"]]
     return "\n".join([*parts, "", "Known and recorded:", "", *(f"- {p}" for p in problems or ["nothing"])])
 
 
 def audit(rows: list[dict[str, Any]]) -> str:
     """Counted launches and bytes."""
-    parts = ["| case | launches, eager | ours | MB, eager | ours | ratio | limit |", "|---|---|---|---|---|---|---|"]
+    parts = ["| case | launches, eager | ours | MB, eager | ours | ratio | limits |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         eager, ours = (" + ".join(map(str, row[side]["launches"].values())) for side in ("eager", "ours"))
         sums = [sum(row[side]["bytes"].values()) / 1e6 for side in ("eager", "ours")]
         limits = ", ".join(f"{key} ≤ {value:g}" for key, value in row["limits"].items())
         ratio = f"{row['byte_ratio']:.3f} | {limits}"
-        parts.append(f"| {row['case']} | {eager} | {ours} | {sums[0]:,.0f} | {sums[1]:,.0f} | {ratio} |")
+        name = f"{row['case']}, {row['precision']}"
+        parts.append(f"| {name} | {eager} | {ours} | {sums[0]:,.0f} | {sums[1]:,.0f} | {ratio} |")
+    return "\n".join(parts)
+
+
+def roofline(rows: list[dict[str, Any]]) -> str:
+    """Least times by case, and which launch takes most of them."""
+    parts = [
+        "| case | GFLOP | MB of memory | MB of cache | µs, launched | µs in a graph | longest launches |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        found, name = row["roofline"], f"{row['case']}, {row['precision']}"
+        longest = sorted(found["launches"], key=lambda launch: -launch[-1])[:3]
+        launches = ", ".join(f"{kernel} {time:g} ({bound})" for kernel, _, bound, time in longest)
+        numbers = (found[key] for key in ("GFLOP", "memory_MB", "cache_MB", "microseconds", "in_graph"))
+        parts.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} | {launches} |")
     return "\n".join(parts)
 
 
 def render(page: str) -> str:
     """The page with fresh tables between its markers."""
-    for name, table in (("compiled", compiled), ("audit", audit)):
-        text = table(json.loads((ROOT / "docs" / "gpu" / f"{name}.json").read_text(encoding="utf-8")))
+    for name, record, table in (
+        ("compiled", "compiled", compiled),
+        ("audit", "audit", audit),
+        ("roofline", "audit", roofline),
+    ):
+        text = table(json.loads((ROOT / "docs" / "gpu" / f"{record}.json").read_text(encoding="utf-8")))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.DOTALL)
         if count != 1:

@@ -15,19 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import cdiv, padded, product_kind, usable
+from ..common import Tile, cdiv, padded, product_kind, usable
+from . import products, rows
 from .plan import LOSS_TILES, Call, Needs, Sizes, Upstream, product_tile, round16, shares, unsupported
-from .products import ebr_bwd_kernel, ebr_fwd_kernel
-from .rows import (
-    ebr_finish_kernel,
-    ebr_fold_kernel,
-    ebr_latent_grad_kernel,
-    ebr_loss_kernel,
-    ebr_mix_kernel,
-    ebr_norm_kernel,
-    ebr_output_grad_kernel,
-    ebr_source_grad_kernel,
-)
 
 __all__ = ["Needs", "Upstream", "backward", "forward", "saved_like", "unsupported", "usable"]
 
@@ -38,15 +28,9 @@ _MOST_SHARES = 32
 
 
 def forward(
-    features: Sequence[Tensor],
-    present: Tensor | None,
-    source: Tensor | None,
-    normalizer: Tensor | None,
-    params: Sequence[Tensor],
-    residual: bool,
-    normalize: bool,
-    keep: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    features: Sequence[Tensor], present: Tensor | None, source: Tensor | None, normalizer: Tensor | None,
+    params: Sequence[Tensor], residual: bool, normalize: bool, keep: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Return (recovered, latents, both losses, what backward needs); the last is empty unless ``keep``.
 
     Seven launches; one more for each of: widths that 16 does not divide, normalisation, a source, a hidden layer of the
@@ -69,38 +53,29 @@ def forward(
             squared = call.floats(programs)
         below = ([g, *acts])[psi] if rides else a
         call.launch(
-            ebr_fwd_kernel, programs, call.table, a, c, below, acts[psi] if rides else c, squared, call.present,
-            call.source, batch, sizes.hidden, sizes.latent, psi, **options,
+            products.ebr_fwd_kernel, programs, call.table, a, c, below, acts[psi] if rides else c, squared, call.present,
+            call.source, batch, psi, **options,
         )  # fmt: skip
 
     def constants(number: int, psi: int) -> tuple[int, dict[str, Any]]:
         """How many programs a layer takes, and what its kernel is compiled for."""
-        rides, alone = 0 <= psi < len(acts), number < 0
-        widths = [*([] if alone else _outputs(sizes, number)), *([sizes.psi[psi + 1]] if rides else [])]
-        tile = product_tile(call.kind, max(_outputs(sizes, number)) if not alone else sizes.psi[psi + 1])
-        blocks = tile.blocks
-        tiles = cdiv(batch, blocks["BM"]) * max(cdiv(round16(w), blocks["BN"]) for w in widths)
-        options = {
-            "M": m, "LAYERS": call.layers, "LAYER": max(number, 1 if alone else 0), "FIRST": int(alone), "PSI": rides,
-            "RESIDUAL": residual, "EVEN": sizes.even, "PREC": call.precision, **tile.options,
-        }  # fmt: skip
-        return tiles * m * (2 if rides and not alone else 1), options
+        rides = 0 <= psi < len(acts)
+        own = [] if number < 0 else [outputs for _, outputs in _widths(sizes, number)]
+        tile = product_tile(call.kind, max(own or [sizes.psi[psi + 1]]))
+        widest = max([*own, *([sizes.psi[psi + 1]] if rides else [])])
+        tiles = cdiv(batch, tile.blocks["BM"]) * cdiv(round16(widest), tile.blocks["BN"])
+        return tiles * m * (2 if rides and own else 1), _constants(call, number, rides, tile)
 
     layer(0, g, h1)
     layer(1, h1, g)
     rstd = []
     if normalize:
         rstd = [call.floats(m, batch)]
-        call.launch(
-            ebr_norm_kernel, _row_grid(call), g, rstd[0], call.present, batch, sizes.latent, M=m, **_row_tile(sizes)
-        )
+        _by_rows(call, rows.ebr_norm_kernel, g, rstd[0], call.present)
     u = g
     if source is not None:
         u = call.rows(sizes.latent)
-        call.launch(
-            ebr_mix_kernel, _row_grid(call), g, u, call.present, call.source, batch, sizes.latent, M=m,
-            **_row_tile(sizes),
-        )  # fmt: skip
+        _by_rows(call, rows.ebr_mix_kernel, g, u, call.present, call.source)
     layer(2, u, h3, 0)
     layer(3, h3, h3, 1)
     for psi in range(2, len(acts)):
@@ -112,14 +87,14 @@ def forward(
     train = (call.rows(top), call.floats(programs, m * top + m)) if keep else None
     partials, counts = call.floats(programs, 4), call.floats(2)
     call.launch(
-        ebr_loss_kernel, programs, call.table, acts[-1] if acts else g, train, partials, call.present, call.source, batch,
+        rows.ebr_loss_kernel, programs, call.table, acts[-1] if acts else g, train, partials, call.present, call.source, batch,
         M=m, LAYERS=call.layers, MP=padded(m), PREC=call.precision, **tile.options,
     )  # fmt: skip
     values = None if normalizer is None else normalizer.reshape(-1)
     second = 0 if values is None else (values.numel() - 1) * values.stride(0)
     md, rec = call.floats(), call.floats()
     call.launch(
-        ebr_finish_kernel, 1, partials, programs, squared, squared.numel() if batch else 0, values, second, md, rec, counts,
+        rows.ebr_finish_kernel, 1, partials, programs, squared, squared.numel() if batch else 0, values, second, md, rec, counts,
         BLOCK=256,
     )  # fmt: skip
     odd = sizes.latent % 16 != 0
@@ -143,20 +118,10 @@ def saved_like(features: Sequence[Tensor], params: Sequence[Tensor], source: Any
 
 
 def backward(
-    upstream: Upstream,
-    features: Sequence[Tensor],
-    present: Tensor | None,
-    source: Tensor | None,
-    reversal: Tensor,
-    normalizer: Tensor | None,
-    params: Sequence[Tensor],
-    recovered: Sequence[Tensor],
-    latents: Tensor | None,
-    saved: Sequence[Tensor],
-    residual: bool,
-    normalize: bool,
-    needs: Needs,
-) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:
+    upstream: Upstream, features: Sequence[Tensor], present: Tensor | None, source: Tensor | None, reversal: Tensor,
+    normalizer: Tensor | None, params: Sequence[Tensor], recovered: Sequence[Tensor], latents: Tensor | None,
+    saved: Sequence[Tensor], residual: bool, normalize: bool, needs: Needs,
+) -> tuple[Sequence[Tensor | None], Tensor | None, Sequence[Tensor | None]]:  # fmt: skip
     """Gradients of features, source and parameters; a kind of which none is wanted comes back as None. Deterministic.
 
     Seven launches, one more for each of: widths that 16 does not divide; a source or normalisation; a source that takes a
@@ -195,27 +160,22 @@ def backward(
         "strides", lambda: [0 if d is None else d.stride(n) for n in (0, 1) for d in upstream.recovered]
     )
     ours = d_params if needs.params else [0] * len(params)
+    down = d_features if needs.features else [0] * m
+    slab_size, psi_slab = call.once("slabs", lambda: _slabs(sizes))
     call.address(
-        recovered,
-        *call.plan.heads(ours),
-        *(d_features if needs.features else [0] * m),
-        *d_y,
-        *above,
-        *strides,
-        *ours[8 * m :],
-    )
+        recovered, *call.plan.heads(ours), *down, *d_y, *above, *strides, *ours[8 * m :], slab_size, psi_slab
+    )  # fmt: skip
 
     blocks = {"BR": 32, "BC": 64}
     columns = call.once("columns", lambda: max(cdiv(round16(d), blocks["BC"]) for d in sizes.dims))
     call.launch(
-        ebr_output_grad_kernel, (cdiv(batch, blocks["BR"]) * columns, m), call.table, g, upstream.reconstruction,
-        counts, call.present, call.source, batch, M=m, LAYERS=call.layers, RESIDUAL=residual, HAND_DOWN=needs.features, **blocks,
+        rows.ebr_output_grad_kernel, (cdiv(batch, blocks["BR"]) * columns, m), call.table, g, upstream.reconstruction,
+        counts, call.present, call.source, batch, M=m, LAYERS=call.layers, RESIDUAL=residual, HAND_DOWN=needs.features,
+        EVEN=sizes.even, maxnreg=128, **blocks,
     )  # fmt: skip
 
-    kind = call.kind
-    n_shares, per = shares(batch, _SHARE, 64, _MOST_SHARES)
-    psi_shares, psi_per = shares(batch * m, _PSI_SHARE, 64, 2 * _MOST_SHARES)
-    slab_size, psi_slab = call.once("slabs", lambda: _slabs(sizes))
+    n_shares = shares(batch, _SHARE, _MOST_SHARES)
+    psi_shares = shares(batch * m, _PSI_SHARE, 2 * _MOST_SHARES)
     folded = needs.params and (n_shares > 1 or not sizes.even)
     slabs = call.floats(4 * m * n_shares, slab_size) if folded else counts
     psi_slabs = call.floats(len(acts) * psi_shares, psi_slab) if needs.params and psi_slab else counts
@@ -227,40 +187,31 @@ def backward(
         programs, region, options = call.once(
             (number, psi), lambda: constants(number, psi, rides, c is not None, psi_c is not None)
         )
+        whole = direct and number == 2
         call.launch(
-            ebr_bwd_kernel, programs, call.table, (d, s, d if c is None else c), (psi_d, acts[psi] if rides else g, psi_c),
-            (slabs, slab_size, psi_slabs, psi_slab), d_latents, losses, call.present, call.source, batch, sizes.hidden,
-            sizes.latent, psi, per, n_shares, psi_per, psi_shares, region, **options,
+            products.ebr_bwd_kernel, programs, call.table, (d, s, d if c is None else c), (psi_d, acts[psi] if rides else g, psi_c),
+            (slabs, psi_slabs), d_latents if whole else None, losses if whole else None, call.present, call.source, batch, psi,
+            n_shares, psi_shares, region, **options,
         )  # fmt: skip
 
-    def constants(number: int, psi: int, rides: bool, below: bool, psi_below: bool) -> tuple[int, int, dict[str, Any]]:
+    def constants(number: int, psi: int, rides: bool, below: Any, psi_below: bool) -> tuple[int, int, dict[str, Any]]:
         """How many programs a layer takes, those of weight gradients among them, and what its kernel is compiled for."""
-        alone = number < 0
-        ins = [] if alone else _inputs(sizes, number)
-        outs = [] if alone else _outputs(sizes, number)
-        tile = product_tile(kind, max(ins or [sizes.psi[psi]]), round16(min(outs or [sizes.psi[psi + 1]])))
+        widths = [] if number < 0 else _widths(sizes, number)
+        ins = [inputs for inputs, _ in widths]
+        own = sizes.psi[psi], sizes.psi[psi + 1]
+        tile = product_tile(call.kind, max(ins or own[:1]), round16(min(outputs for _, outputs in widths or [own])))
         bm, bn = tile.blocks["BM"], tile.blocks["BN"]
 
-        def weight_programs(out: int, width: int) -> int:
-            out, width = round16(out), round16(width)
-            return cdiv(out, bm) * cdiv(width, bn) + cdiv(out, bn)
+        def weight_programs(inputs: int, outputs: int) -> int:
+            return cdiv(round16(outputs), bm) * cdiv(round16(inputs), bn) + cdiv(round16(outputs), bn)
 
-        region = rows = 0
-        if needs.params and not alone:
-            region = n_shares * max(
-                weight_programs(o, i) for o, i in zip(_outputs(sizes, number, True), ins, strict=True)
-            )
-        if needs.params and rides:
-            region = max(region, cdiv(psi_shares * weight_programs(sizes.psi[psi + 1], sizes.psi[psi]), m))
-        widths = [*(ins if below else []), *([sizes.psi[psi]] if rides and psi_below else [])]
-        if widths:
-            rows = cdiv(batch, bm) * max(cdiv(round16(w), bn) for w in widths)
-        options = {
-            "M": m, "LAYERS": call.layers, "LAYER": 1 if alone else number, "FIRST": int(alone), "PSI": rides,
-            "DIRECT": direct and number == 2, "RESIDUAL": residual, "EVEN": sizes.even, "PREC": call.precision,
-            **tile.options,
-        }  # fmt: skip
-        return (region + rows) * m * (2 if rides and not alone else 1), region, options
+        region = 0
+        if needs.params:
+            region = n_shares * max((weight_programs(*pair) for pair in widths), default=0)
+            region = max(region, cdiv(psi_shares * weight_programs(*own), m) if rides else 0)
+        below = max([*(ins if below else []), *(own[:1] if rides and psi_below else [])], default=0)
+        programs = region + cdiv(batch, bm) * cdiv(round16(below), bn)
+        return programs * m * (2 if rides and ins else 1), region, _constants(call, number, rides, tile)
 
     d_h3, d_u = torch.empty_like(h3), torch.empty_like(u)
     layers = list(range(len(acts) - 1, 0, -1))  # hidden layers of the discriminator above its first, top first
@@ -276,18 +227,16 @@ def backward(
     layer(2, d_h3, u, d_u, 0, psi_d, back if len(sizes.psi) > 2 else None)
     if d_source is not None:
         call.launch(
-            ebr_source_grad_kernel, (cdiv(batch, 32), m), g, d_u, d_source, call.present, call.source, batch,
-            sizes.latent, M=m, BR=32, BK=64,
+            rows.ebr_source_grad_kernel, (cdiv(batch, 32), m), g, d_u, d_source, call.present, call.source, batch,
+            sizes.latent, M=m, BR=32, BK=64, maxnreg=128,
         )  # fmt: skip
     if not (needs.features or needs.params):
         return d_features, d_source, d_params
     d_g = d_u
     if not direct:
         d_g = torch.empty_like(g)
-        call.launch(
-            ebr_latent_grad_kernel, _row_grid(call), d_u, back, d_latents, g, rstd, losses, d_g, call.present, call.source,
-            batch, sizes.latent, M=m, **_row_tile(sizes),
-        )  # fmt: skip
+        parts = (d_u, back, d_latents, g, rstd, losses, d_g)
+        _by_rows(call, rows.ebr_latent_grad_kernel, *parts, call.present, call.source)
     d_h1 = d_h3  # the decoders' gradient is used up
     layer(1, d_g, h1, d_h1)
     layer(0, d_h1, h1, h1 if needs.features else None)
@@ -296,9 +245,8 @@ def backward(
         some = call.params if folded else call.params[8 * m :]
         most = call.once("most", lambda: max(p.numel() + p.shape[0] for p in some))
         call.launch(
-            ebr_fold_kernel, (cdiv(most, _FOLD), 4 * m + call.layers - skipped), call.table, g, slabs, slab_size,
-            n_shares, psi_slabs, psi_slab, psi_shares, last, last.shape[0], d_md, counts, sizes.hidden, sizes.latent,
-            skipped, M=m, LAYERS=call.layers, BLOCK=_FOLD,
+            rows.ebr_fold_kernel, (cdiv(most, _FOLD), 4 * m + call.layers - skipped), call.table, g, slabs, n_shares,
+            psi_slabs, psi_shares, last, last.shape[0], d_md, counts, skipped, M=m, LAYERS=call.layers, BLOCK=_FOLD,
         )  # fmt: skip
     return d_features, d_source, d_params
 
@@ -311,21 +259,22 @@ def _slabs(sizes: Sizes) -> tuple[int, int]:
     return heads + round16(widest), max([a * b + b for a, b in itertools.pairwise(psi)], default=0)
 
 
-def _outputs(sizes: Sizes, layer: int, each: bool = False) -> list[int]:
-    """What a layer of the heads gives, one number a head."""
-    usual = [sizes.hidden, sizes.latent, sizes.hidden][layer] if layer < 3 else 0
-    return list(sizes.dims) if layer == 3 else [usual] * sizes.m
+def _widths(sizes: Sizes, layer: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of a layer of each head."""
+    k, h = sizes.latent, sizes.hidden
+    return [((d, h), (h, k), (k, h), (h, d))[layer] for d in sizes.dims]
 
 
-def _inputs(sizes: Sizes, layer: int) -> list[int]:
-    """What a layer of the heads takes, one number a head."""
-    return list(sizes.dims) if layer == 0 else [(sizes.hidden, sizes.latent, sizes.hidden)[layer - 1]] * sizes.m
+def _constants(call: Call, number: int, rides: bool, tile: Tile) -> dict[str, Any]:
+    return {
+        "M": call.sizes.m, "LAYERS": call.layers, "LAYER": number, "PSI": rides, "RESIDUAL": call.residual,
+        "EVEN": call.sizes.even, "PREC": call.precision, **tile.options,
+    }  # fmt: skip
 
 
-def _row_tile(sizes: Sizes) -> dict[str, int]:
-    width = 1 << (round16(sizes.latent) - 1).bit_length()
-    return {"KP": width, "BR": max(1, _ROW_ELEMENTS // width)}
-
-
-def _row_grid(call: Call) -> tuple[int, int]:
-    return cdiv(call.batch, _row_tile(call.sizes)["BR"]), call.sizes.m
+def _by_rows(call: Call, kernel: Any, *args: Any) -> None:
+    """Launch a kernel whose programs take whole rows of latents."""
+    width = 1 << (round16(call.sizes.latent) - 1).bit_length()
+    tile = {"KP": width, "BR": max(1, _ROW_ELEMENTS // width)}
+    m, batch = call.sizes.m, call.batch
+    call.launch(kernel, (cdiv(batch, tile["BR"]), m), *args, batch, call.sizes.latent, M=m, **tile)

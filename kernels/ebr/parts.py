@@ -37,17 +37,9 @@ def relu(z):
 
 
 @triton.jit
-def any_row(keep):
+def any_of(keep):
     """Whether some row of a tile is to be worked on, as a scalar."""
     return tl.max(keep.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def whose(program, M: tl.constexpr, FIRST: tl.constexpr, PSI: tl.constexpr):
-    """``(tile, modality, whether it is a head's)`` of a program; tile 0 of all groups comes first."""
-    GROUPS: tl.constexpr = M if FIRST == 1 or not PSI else 2 * M
-    group = program % GROUPS
-    return program // GROUPS, group % M, group // M + FIRST == 0
 
 
 @triton.jit

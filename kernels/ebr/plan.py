@@ -16,19 +16,6 @@ from .. import common
 from ..common import DTYPES, Tile, cdiv, input_precision, triton_version
 from .rows import ebr_pack_kernel, ebr_table_kernel
 
-__all__ = [
-    "LOSS_TILES",
-    "TILES",
-    "Call",
-    "Needs",
-    "Sizes",
-    "Upstream",
-    "product_tile",
-    "round16",
-    "shares",
-    "unsupported",
-]
-
 MOST_MODALITIES = 64
 _LONGEST_ROW = 2**24  # elements; offsets within a tile are 32 bits
 _PACK = {"BR": 32, "BC": 64}
@@ -36,18 +23,12 @@ _PACK = {"BR": 32, "BC": 64}
 # kind of product (common.product_kind) -> (rows, columns) of a tile -> the rest. Which tile a layer takes depends on its
 # widths and never on the batch: a batch of another size must not compile anew.
 TILES = {
-    "half": {
-        (128, 128): Tile({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
-        (64, 128): Tile({"BM": 64, "BN": 128, "BK": 64}, 4, 3),
-        (64, 64): Tile({"BM": 64, "BN": 64, "BK": 64}, 4, 3),
-    },
-    "tf32": {
-        (128, 128): Tile({"BM": 128, "BN": 128, "BK": 32}, 8, 3),
-        (64, 128): Tile({"BM": 64, "BN": 128, "BK": 32}, 4, 3),
-        (64, 64): Tile({"BM": 64, "BN": 64, "BK": 32}, 4, 3),
-    },
-    "ieee": {(64, 64): Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 128)},
-}
+    kind: {
+        (rows, columns): Tile({"BM": rows, "BN": columns, "BK": depth}, 8 if rows == 128 else 4, 3)
+        for rows, columns in ((128, 128), (64, 128), (64, 64))
+    }
+    for kind, depth in (("half", 64), ("tf32", 32))
+} | {"ieee": {(64, 64): Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 128)}}
 LOSS_TILES = {
     "half": Tile({"BM": 64, "BP": 64}, 4, 2),
     "tf32": Tile({"BM": 64, "BP": 64}, 4, 2),
@@ -61,16 +42,15 @@ def product_tile(kind: str, columns: int, rows: int = 1 << 30) -> Tile:
     return TILES[kind].get(wanted) or TILES[kind][64, 64]
 
 
-def shares(rows: int, each: int, block: int, most: int) -> tuple[int, int]:
-    """``(number of shares, rows of a share)`` of a sum over rows: about ``each`` rows, in whole blocks."""
+def shares(rows: int, each: int, most: int) -> int:
+    """Into how many shares a sum over rows is cut: of about ``each`` rows, in whole blocks of 64, none of them empty."""
     n = min(most, max(1, rows // each))
-    per = -(-rows // (n * block)) * block
-    return -(-rows // per), per
+    return cdiv(rows, cdiv(cdiv(rows, n), 64) * 64)
 
 
 def round16(n: int) -> int:
     """The next multiple of 16."""
-    return -(-n // 16) * 16
+    return cdiv(n, 16) * 16
 
 
 @dataclass(frozen=True)
@@ -99,22 +79,20 @@ class Sizes:
         return not any(n % 16 for n in (*self.dims, self.hidden, *self.psi[:-1]))
 
 
-def _beyond_the_compiler(like: Tensor) -> bool:
-    """Whether this compiler fails for this device: no code for some forward kernels, TF32 where IEEE float32 is asked for."""
-    return (
-        like.device.type == "cuda"
-        and triton_version() < (3, 9)
-        and torch.cuda.get_device_capability(like.device)[0] == 10
-    )
+def _rounds_to_tf32(like: Tensor) -> bool:
+    """Whether this compiler makes TF32 products of IEEE float32 ones on this device."""
+    ieee = like.dtype == torch.float32 and input_precision() == "ieee"
+    old = triton_version() < (3, 9) and like.device.type == "cuda"
+    return ieee and old and torch.cuda.get_device_capability(like.device)[0] == 10
 
 
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Say which size the kernels cannot run, None where they can."""
     m, dtype = len(features), features[0].dtype
-    if _beyond_the_compiler(features[0]):
+    if _rounds_to_tf32(features[0]):
         return (
-            f"Triton {triton.__version__} does not compile all of the kernels for compute capability 10 and rounds IEEE float32 "
-            "to TF32 there; install Triton 3.9 or newer, or take backend='eager'"
+            f"Triton {triton.__version__} rounds float32 products to TF32 on compute capability 10, which torch's settings do "
+            "not allow; install Triton 3.9 or newer, allow TF32, or take backend='eager'"
         )
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 and float16 and features[0] is {dtype}"
@@ -155,7 +133,7 @@ class Plan:
 
     def __init__(self, sizes: Sizes, strides: Sequence[int]) -> None:
         m = sizes.m
-        self.sizes, self.numbers = sizes, (*strides, *sizes.dims)
+        self.sizes, self.numbers = sizes, tuple(strides)
         self.heads = itemgetter(*((c // 4) * 4 * m + 4 * i + c % 4 for c in range(8) for i in range(m)))
         self.made: dict[Any, Any] = {}
         self.compiled: dict[int, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
@@ -175,9 +153,9 @@ class Call:
     forward of ours made.
 
     The table, in int64: for each modality 0-7 the head's parameters, 8 features and 9 their row stride, 10 width, 11
-    ``recovered``; then the discriminator's 2 L parameters and L + 1 widths. For a backward follow 0-7 the gradients of the
-    head's parameters, 8 of the features, 9 of the decoder's output, 10 of ``recovered`` and 11, 12 its strides, and the
-    discriminator's 2 L gradients.
+    ``recovered``; then the discriminator's 2 L parameters and L + 1 widths, and the hidden width. For a backward follow 0-7
+    the gradients of the head's parameters, 8 of the features, 9 of the decoder's output, 10 of ``recovered`` and 11, 12 its
+    strides; then the discriminator's 2 L gradients, and the sizes of a slab of the heads and of the discriminator.
     """
 
     def __init__(
@@ -248,18 +226,29 @@ class Call:
 
     def address(self, recovered: Sequence[Tensor], *more: Any) -> None:
         """Write the table: the forward's part, then ``more``. Copies what the kernels cannot read where it lies."""
-        sizes, m, plan = self.sizes, self.sizes.m, self.plan
+        m, plan = self.sizes.m, self.plan
+        params, x, copies = self.params, self.features, []
+        if not (self.relaunches and plan.regular):
+            self.reached = [*x, *params, *recovered, *(t for t in more if isinstance(t, Tensor))]
+            params, x, copies = self._readable()
+            plan.regular = not copies
+        heads, numbers = plan.heads(params), plan.numbers if plan.regular else [t.stride(0) for t in x]
+        sizes = (*self.sizes.psi, self.sizes.hidden)
+        values = (*heads, *x, *numbers, *self.sizes.dims, *recovered, *params[8 * m :], *sizes, *more, *copies)
+        self.table = torch.empty(len(values), dtype=torch.int64, device=self.device)
+        self.launch(ebr_table_kernel, 1, self.table, values, N=len(values), num_warps=1)
+        if copies:
+            largest = max(cdiv(t.shape[0], _PACK["BR"]) * cdiv(t.shape[1], _PACK["BC"]) for t in copies[1::7])
+            self.launch(
+                ebr_pack_kernel, (largest, len(copies) // 7), self.table[-len(copies) :], x[0], self.present, self.batch,
+                M=m, **_PACK,
+            )  # fmt: skip
+
+    def _readable(self) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+        """Parameters and features, or buffers with widths rounded up; and what ``ebr_pack_kernel`` is to copy there."""
         copies: list[Any] = []
-        if self.relaunches and plan.regular:
-            own = (*plan.heads(self.params), *self.features, *plan.numbers, *recovered)
-            values = (*own, *self.params[8 * m :], *sizes.psi, *more)
-            self.table = torch.empty(len(values), dtype=torch.int64, device=self.device)
-            self.launch(ebr_table_kernel, 1, self.table, values, N=len(values), num_warps=1)
-            return
-        self.reached = [*self.features, *self.params, *recovered, *(t for t in more if isinstance(t, Tensor))]
 
         def readable(t: Tensor, rows: int = 0, modality: int = -1) -> Tensor:
-            """``t``, or a buffer that a copy with widths rounded up goes to."""
             columns = t.shape[-1]
             regular = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not columns % 16 and not rows % 16
             if regular and (t.dim() == 1 or (not t.stride(0) % 16 and t.stride(0) < _LONGEST_ROW)):
@@ -271,27 +260,8 @@ class Call:
             return held
 
         params = list(self.params)
-        if not sizes.even or any(p.data_ptr() % 16 or not p.is_contiguous() for p in params[:-1]):
+        if not self.sizes.even or any(p.data_ptr() % 16 or not p.is_contiguous() for p in params[:-1]):
             params = [readable(p, p.shape[0] if p.dim() == 2 else 0) for p in params[:-2]]
             params += [readable(self.params[-2]), self.params[-1].contiguous()]
             self.reached.append(params[-1])
-        x = [readable(f, modality=i) for i, f in enumerate(self.features)]
-        values = [
-            *plan.heads(params),
-            *x,
-            *(t.stride(0) for t in x),
-            *sizes.dims,
-            *recovered,
-            *params[8 * m :],
-            *sizes.psi,
-            *more,
-        ]
-        at, plan.regular = len(values), not copies
-        self.table = torch.empty(at + len(copies), dtype=torch.int64, device=self.device)
-        self.launch(ebr_table_kernel, 1, self.table, (*values, *copies), N=at + len(copies), num_warps=1)
-        if copies:
-            largest = max(cdiv(t.shape[0], _PACK["BR"]) * cdiv(t.shape[1], _PACK["BC"]) for t in copies[1::7])
-            self.launch(
-                ebr_pack_kernel, (largest, len(copies) // 7), self.table[at:], self.features[0], self.present,
-                self.batch, M=m, **_PACK,
-            )  # fmt: skip
+        return params, [readable(f, modality=i) for i, f in enumerate(self.features)], copies

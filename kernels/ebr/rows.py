@@ -8,30 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import (
-    address,
-    any_row,
-    loss_scale,
-    number,
-    present_rows,
-    reversed_scale,
-    round16,
-    source_weight,
-    valid_rows,
-)
-
-__all__ = [
-    "ebr_finish_kernel",
-    "ebr_fold_kernel",
-    "ebr_latent_grad_kernel",
-    "ebr_loss_kernel",
-    "ebr_mix_kernel",
-    "ebr_norm_kernel",
-    "ebr_output_grad_kernel",
-    "ebr_pack_kernel",
-    "ebr_source_grad_kernel",
-    "ebr_table_kernel",
-]
+from .parts import address, any_of, loss_scale, number, present_rows, reversed_scale, round16, source_weight, valid_rows
 
 
 @triton.jit
@@ -129,7 +106,7 @@ def ebr_loss_kernel(
     c = tl.arange(0, MP)
     rows = tl.arange(0, BM)[:, None] * P
     logits = tl.zeros((BM, MP), tl.float32)
-    for p0 in tl.range(0, tl.where(any_row(here), P, 0), BP):
+    for p0 in tl.range(0, tl.where(any_of(here), P, 0), BP):
         p = p0 + tl.arange(0, BP)
         top = tl.load(units + (rows + p[None, :]), mask=here[:, None] & (p < P)[None, :], other=0.0)
         w = tl.load(weight + c[None, :] * P + p[:, None], mask=(c < M)[None, :] & (p < P)[:, None], other=0.0)
@@ -197,7 +174,7 @@ def ebr_finish_kernel(
 @triton.jit(do_not_specialize=["B"])
 def ebr_output_grad_kernel(
     table, like, d_rec, counts, present, source, B, M: tl.constexpr, LAYERS: tl.constexpr,
-    RESIDUAL: tl.constexpr, HAND_DOWN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAND_DOWN: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradient of decoder i's output ``[B, d_i]``, rounded up: that of ``recovered`` plus that of the squared error.
 
@@ -207,12 +184,14 @@ def ebr_output_grad_kernel(
     i = tl.program_id(1)
     D = number(table, 10 * M + i)
     width = round16(D)
+    if EVEN:
+        D = width
     column_tiles = tl.cdiv(width, BC)
     r = (tl.program_id(0) // column_tiles) * BR + tl.arange(0, BR)
     c = (tl.program_id(0) % column_tiles) * BC + tl.arange(0, BC)
     inside = r < B
     valid = valid_rows(source, present, r, inside, i, M, dtype)
-    G = 12 * M + 3 * LAYERS + 1
+    G = 12 * M + 3 * LAYERS + 2
     grad = tl.zeros((BR, BC), tl.float32)
     given = tl.load(table + G + 10 * M + i)
     rows = r.to(tl.int64)[:, None]
@@ -228,7 +207,7 @@ def ebr_output_grad_kernel(
     if scale is not None:
         keep = (valid & present_rows(present, r, inside, i, M))[:, None] & (c < D)[None, :]
         y = tl.load(address(table, 11 * M + i, dtype) + rows * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        x = address(table, 8 * M + i, dtype) + rows * number(table, 9 * M + i) + c[None, :]
+        x = address(table, 8 * M + i, dtype) + rows * round16(number(table, 9 * M + i)) + c[None, :]
         x = tl.load(x, mask=keep, other=0.0).to(tl.float32)
         if RESIDUAL:
             y -= x
@@ -312,7 +291,7 @@ def ebr_source_grad_kernel(
 
 @triton.jit(do_not_specialize=["splits", "psi_splits", "shares", "first"])
 def ebr_fold_kernel(
-    table, like, slabs, slab_size, splits, psi_slabs, psi_slab_size, psi_splits, last, shares, d_md, counts, H, K, first,
+    table, like, slabs, splits, psi_slabs, psi_splits, last, shares, d_md, counts, first,
     M: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias of one layer: the sum of all shares' slabs, in their order.
@@ -322,14 +301,16 @@ def ebr_fold_kernel(
     """
     dtype = like.dtype.element_ty
     entry = tl.program_id(1) + first
-    G = 12 * M + 3 * LAYERS + 1
+    G = 12 * M + 3 * LAYERS + 2
     scale = tl.cast(1.0, tl.float32)
+    sizes = table + G + 13 * M + 2 * LAYERS
     if entry < 4 * M:
         layer, i = entry // M, entry % M
-        D = number(table, 10 * M + i)
+        D, K, H = number(table, 10 * M + i), number(table, 12 * M + 2 * LAYERS), number(table, 12 * M + 3 * LAYERS + 1)
         rows = tl.where(layer % 2 == 0, H, tl.where(layer == 1, K, D))
         columns = tl.where(layer % 2 == 1, H, tl.where(layer == 2, K, D))
-        slab, size, n = slabs + tl.cast(entry, tl.int64) * splits * slab_size, tl.cast(slab_size, tl.int64), splits
+        size, n = tl.load(sizes), splits
+        slab = slabs + tl.cast(entry, tl.int64) * splits * size
         bias_at = round16(rows) * round16(columns)
         w_at = G + 2 * layer * M + i
         b_at = w_at + M
@@ -338,9 +319,10 @@ def ebr_fold_kernel(
         columns = number(table, 12 * M + 2 * LAYERS + layer)
         rows = number(table, 12 * M + 2 * LAYERS + layer + 1)
         top = layer == LAYERS - 1
-        slab = tl.where(top, last, psi_slabs + tl.cast(layer, tl.int64) * psi_splits * psi_slab_size)
+        size = tl.load(sizes + 1)
+        slab = tl.where(top, last, psi_slabs + layer * psi_splits * size)
         bias_at = tl.where(top, rows, round16(rows)) * round16(columns)
-        size = tl.cast(tl.where(top, bias_at + M, psi_slab_size), tl.int64)
+        size = tl.where(top, bias_at + M, size)
         n = tl.where(top, shares, psi_splits)
         w_at = G + 13 * M + 2 * layer
         b_at = w_at + 1

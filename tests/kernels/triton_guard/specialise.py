@@ -19,8 +19,11 @@ def specialisation(function: Callable[..., Any], constexprs: list[str], args: tu
     """Module, name, ``signature`` (argument -> type), ``constants``, ``aligned`` (paths of indices), ``options``.
 
     The rules are those of a launch on a GPU: an integer 1 and None become constants, addresses and integers that 16
-    divides are marked. Paths go through tuples: ``[2, 0]`` is the first element of the third argument.
+    divides are marked, but not those that the kernel names in ``do_not_specialize``. Paths go through tuples: ``[2, 0]`` is
+    the first element of the third argument.
     """
+    jitted = function.__globals__.get(function.__name__)
+    general = getattr(jitted, "kwargs", {}).get("do_not_specialize") or ()
     names = inspect.signature(function).parameters
     options = _OPTIONS | {name: value for name, value in kwargs.items() if name not in names}
     bound = inspect.signature(function).bind(*args, **{k: v for k, v in kwargs.items() if k in names})
@@ -28,10 +31,10 @@ def specialisation(function: Callable[..., Any], constexprs: list[str], args: tu
     constants: list[list[Any]] = []
     aligned: list[list[int]] = []
 
-    def kind(value: Any, path: list[int], constant: bool) -> Any:
+    def kind(value: Any, path: list[int], constant: bool, special: bool = True) -> Any:
         if isinstance(value, tl.constexpr):
             value = value.value
-        if constant or value is None or (type(value) is int and value == 1):
+        if constant or value is None or (special and type(value) is int and value == 1):
             constants.append([path, _plain(value)])
             return "constexpr"
         if isinstance(value, tuple):
@@ -39,12 +42,13 @@ def specialisation(function: Callable[..., Any], constexprs: list[str], args: tu
         if isinstance(value, Tensor):
             if value.data_ptr() % 16 == 0:
                 aligned.append(path)
-        elif type(value) is int and value % 16 == 0:
+        elif special and type(value) is int and value % 16 == 0:
             aligned.append(path)
         return mangle_type(value)
 
     signature = {
-        name: kind(value, [index], name in constexprs) for index, (name, value) in enumerate(bound.arguments.items())
+        name: kind(value, [index], name in constexprs, name not in general)
+        for index, (name, value) in enumerate(bound.arguments.items())
     }
     return {
         "module": function.__globals__["__name__"],
