@@ -151,7 +151,7 @@ def test_the_record_of_compilations():
     assert {row["arch"] for row in rows} == {80, 90, 100}
     common = [row for row in rows if row["arch"] in (80, 90)]
     for row in common:
-        assert row["spill_bytes"] <= 32 * (not row["kernel"].startswith("ebr_bwd")), (row["kernel"], row["arch"])
+        assert row["spill_bytes"] <= (8 if row["arch"] == 80 else 0), (row["kernel"], row["arch"])
         assert not row["problems"], row
     assert not [row for row in rows if row["arch"] == 90 and row["problems"]]
     kernels = {row["kernel"].split(" [")[0] for row in rows}
