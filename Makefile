@@ -45,7 +45,7 @@ help:
 	@echo "make gpu-report  the same, and rewrites the record and docs/gpu-appendix.md"
 	@echo "make bench-gate speed against the baselines; exit code 1 where a ratio is above what was recorded for such a processor"
 	@echo "make bench-ratios  the same table from fewer rounds, for information (as in CI)"
-	@echo "make bench-grid the table of docs/performance.md on this machine, then limited to AVX2; ARGS=--record writes it (8 minutes)"
+	@echo "make bench-grid the table of docs/results/processors.md on this machine, then limited to AVX2; ARGS=--record writes it (8 minutes)"
 	@echo "make setup      only the environment in $(VENV)"
 	@echo "make compare-smoke  the comparison of methods with one epoch: every step of it, numbers without meaning"
 	@echo "make clean      remove build outputs and caches (runs/ and $(VENV) stay)"

@@ -1,7 +1,7 @@
 """The grid of the performance page: every row with its processor, floor, and ratios against eager, compiled and stacked.
 
 ``python bench/grid.py``                    prints the table; rows that do not fit into ``--minutes`` are named
-``python bench/grid.py --record``           and writes the rows of a quiet machine into bench/grid.csv and docs/performance.md
+``python bench/grid.py --record``           and writes the rows of a quiet machine into bench/grid.csv and docs/results/processors.md
 ``python bench/grid.py --avx2``             library and torch both limited to AVX2 (a class of processors of its own)
 
 The rows are those of ``bench_ebr.py`` and ``bench_agop.py``: correctness first, best CPU time of one thread of each
@@ -24,7 +24,7 @@ import recorded
 import torch
 
 TABLE = Path(__file__).with_name("grid.csv")
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "processors.md"
 BEGIN, END = "<!-- grid: begin -->", "<!-- grid: end -->"
 AVX2 = {
     "MMC_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -160,8 +160,10 @@ def main(argv: list[str] | None = None) -> int:
         "--no-compile", action="store_true", help="without torch.compile, which takes half a minute a row"
     )
     parser.add_argument("--avx2", action="store_true", help="library and torch limited to AVX2")
-    parser.add_argument("--record", action="store_true", help="write bench/grid.csv and docs/performance.md")
-    parser.add_argument("--render", action="store_true", help="only write docs/performance.md from bench/grid.csv")
+    parser.add_argument("--record", action="store_true", help="write bench/grid.csv and docs/results/processors.md")
+    parser.add_argument(
+        "--render", action="store_true", help="only write docs/results/processors.md from bench/grid.csv"
+    )
     options = parser.parse_args(argv)
     if options.render:
         PAGE.write_text(page(PAGE.read_text(), read()))
