@@ -319,3 +319,9 @@ def test_ci_runs_everything_loudly():
     for target in ("lint", "typecheck", "test", "test-bare"):
         assert re.search(rf"^stage \d+ make {target}$", script, re.MULTILINE)
     assert "||" not in script
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name; those of kernels run in a process of their own."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py") if "kernels" not in p.parts]
+    assert sorted(names) == sorted(set(names))
