@@ -28,8 +28,9 @@ def read_labels(
 
     ``columns``: name -> cells, as an array or a table's column. One column of text or of two values holds classes, one with
     fractions holds numbers; several columns of which each row has one 1 are classes, and so is an array of integers 0 to
-    C - 1. Everything else needs ``kind``: another column of whole numbers may be codes or amounts, several 0/1 columns may be several labels. ``place(row)``: how a row is
-    called. ``known``: the task of a finished run. Raises InputError that names column, row and repair.
+    C - 1. Everything else needs ``kind``: another column of whole numbers may be codes or amounts, several 0/1 columns
+    may be several labels. ``place(row)``: how a row is called. ``known``: the task of a finished run. Raises InputError
+    that names column, row and repair.
     """
     kind = known.kind if known is not None else kind
     if kind is not None and kind not in KINDS:

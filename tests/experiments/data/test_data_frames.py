@@ -149,6 +149,7 @@ def test_one_hot_labels_are_understood_and_others_refused():
         (np.arange(90) // 3, tuple(map(str, range(30)))),
         (np.arange(90) % 3 + 1, None),
         (np.arange(90) % 3 * 2, None),
+        (np.array([-1, 1, 2])[np.arange(90) % 3], None),
         (np.arange(90) % 46, None),  # fewer than two rows each
         ((np.arange(90) % 3).astype(float), None),
     ],
