@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "DTYPES",
+    "Launches",
     "Tile",
     "active_driver",
     "cdiv",
@@ -134,3 +135,30 @@ def relaunch(compiled: Any, grid: tuple[int, int, int], device: torch.device, ar
         *grid, stream, compiled.function, compiled.packed_metadata, compiled.launch_metadata(grid, stream, *args),
         hooks.launch_enter_hook, hooks.launch_exit_hook, *args,
     )  # fmt: skip
+
+
+class Launches:
+    """The launches of one call in order, on ``device``.
+
+    ``compiled``: by number what earlier calls of the same kind launched, each with its grid and constants; with ``relaunches``
+    it is launched again without a look-up. ``reached``: see :func:`launch`.
+    """
+
+    def __init__(self, device: torch.device, compiled: dict[int, Any], relaunches: bool) -> None:
+        self.device, self.compiled, self.relaunches = device, compiled, relaunches
+        self.launched = 0
+        self.reached: list[Tensor] = []
+
+    def launch(self, kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launch ``programs``, a number or a grid; none of an empty grid."""
+        number, self.launched = self.launched, self.launched + 1
+        if self.relaunches and (ready := self.compiled.get(number)) is not None:
+            relaunch(ready[0], ready[1], self.device, args + ready[2])
+            return
+        grid = (programs,) if isinstance(programs, int) else programs
+        if not all(grid):
+            return
+        compiled = launch(kernel, grid, self.device, *args, reaches=self.reached, **options)
+        if self.relaunches and compiled is not None:
+            constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+            self.compiled[number] = compiled, (*grid, 1, 1)[:3], constants

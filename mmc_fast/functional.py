@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.autocast import autocast_enabled
-from mmc_fast.ops.dispatch import choose
-from mmc_fast.ops.ebr import op
+from mmc_fast.ops.dispatch import choose, record
+from mmc_fast.ops.ebr import op, reference, triton
 from mmc_fast.ops.ebr.reference import Call
 from mmc_fast.ops.ebr.reversal import check_reversal, grad_reverse, lambda_tensor
 
@@ -111,7 +111,7 @@ def ebr_step(
     if not native:
         return _run(call, chosen)
     try:  # the native kernel looks at everything itself, and these checks would cost as much as a small step
-        return EBROutput(*op.ebr_step(call, "cpp"))
+        return _by(call, "cpp")
     except Exception:
         _check(*given)  # where something does not fit, in the words of this function
         raise
@@ -127,7 +127,18 @@ def _run(call: Call, chosen: str | None = None) -> EBROutput:
                     f"ebr_step: parameter {i} is {p.dtype} on {p.device} but features[0] is {like.dtype} on {like.device}; "
                     "cast the model or use torch.autocast"
                 )
-    return EBROutput(*op.ebr_step(call, backend))
+    return _by(call, backend)
+
+
+def _by(call: Call, backend: str) -> EBROutput:
+    if backend == "reference":  # differentiable by itself: it needs no op
+        if not torch.compiler.is_compiling():
+            record("ebr_step", "reference")
+        return EBROutput(*reference.ebr_step(call))
+    if backend == "triton" and triton.applies(call):
+        return EBROutput(*triton.apply(call))
+    recompute = call.recompute or not torch.is_grad_enabled()  # nothing will be asked for again: keep nothing
+    return EBROutput(*op.ebr_step(*call[:8], recompute, backend)[:4])
 
 
 def _autocast(call: Call) -> EBROutput:

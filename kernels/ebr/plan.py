@@ -146,7 +146,7 @@ _MOST_PLANS = 256
 _RELAUNCHES = triton_version() in ((3, 7), (3, 8))
 
 
-class Call:
+class Call(common.Launches):
     """Tensors of a call as the kernels take them, its plan, and its table of addresses.
 
     ``what``: further options of the call; ``outside``: further tensors that come from outside, ``inside``: such that a
@@ -186,9 +186,9 @@ class Call:
         self.layers = len(self.sizes.psi) - 1
         given = (*self.features, *self.params, *(t for t in outside if t is not None), *inside)
         aligned = not functools.reduce(or_, map(Tensor.data_ptr, given)) & 15
-        self.relaunches = _RELAUNCHES and aligned and all(map(Tensor.is_contiguous, self.params))
-        self.launched = 0
-        self.reached: list[Tensor] = []
+        super().__init__(
+            like.device, plan.compiled, _RELAUNCHES and aligned and all(map(Tensor.is_contiguous, self.params))
+        )
         self.table = like
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -209,20 +209,6 @@ class Call:
     def rows(self, width: int) -> Tensor:
         """A buffer ``[m, B, width]``, the width rounded up to 16."""
         return self.empty(self.sizes.m, self.batch, round16(width))
-
-    def launch(self, kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:
-        """Launch on the device of the call; the table reaches tensors that are no arguments."""
-        number, self.launched = self.launched, self.launched + 1
-        if self.relaunches and (ready := self.plan.compiled.get(number)) is not None:
-            common.relaunch(ready[0], ready[1], self.device, args + ready[2])
-            return
-        grid = (programs,) if isinstance(programs, int) else programs
-        if not all(grid):
-            return
-        compiled = common.launch(kernel, grid, self.device, *args, reaches=self.reached, **options)
-        if self.relaunches and compiled is not None:
-            constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-            self.plan.compiled[number] = compiled, (*grid, 1, 1)[:3], constants
 
     def address(self, recovered: Sequence[Tensor], *more: Any) -> None:
         """Write the table: the forward's part, then ``more``. Copies what the kernels cannot read where it lies."""

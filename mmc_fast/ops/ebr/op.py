@@ -20,8 +20,8 @@ from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
 from .. import measured, native
-from ..dispatch import prefer, record, register
-from . import eager, function, products, reference, triton
+from ..dispatch import prefer, register
+from . import eager, products, triton
 from .reference import Call
 
 __all__ = ["SCHEMA_VERSION", "ebr_step"]
@@ -198,18 +198,4 @@ prefer("ebr_step", _judges(_measured))
 for _name in ("cpp", "eager", "triton", "reference") if _native_wins else ("eager", "cpp", "triton", "reference"):
     register("ebr_step", _name, _judges(_CHECKS[_name]), note=_NOTES.get(_name, ""))
 
-_op = torch.ops.mmc_fast.ebr_step.default
-
-
-def ebr_step(call: Call, backend: str) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """(recovered, latents, both losses) of a call by ``backend``, which :func:`mmc_fast.ops.dispatch.choose` returned."""
-    if backend == "reference":
-        if not torch.compiler.is_compiling():
-            record("ebr_step", "reference")
-        return reference.ebr_step(call)
-    if backend == "triton" and function.applies(call):
-        return function.apply(call)
-    recompute = (
-        call.recompute or not torch.is_grad_enabled()
-    )  # nothing will be asked for again, so nothing need be kept
-    return _op(*call[:8], recompute, backend)[:4]
+ebr_step = torch.ops.mmc_fast.ebr_step.default

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
+from mmc_fast.kernels import common
 from mmc_fast.kernels.ebr import plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_standin import standin
 
 from mmc_fast.nn import EBRHead
-from mmc_fast.ops.ebr import function
+from mmc_fast.ops.ebr import triton
 from mmc_fast.ops.ebr.reference import Call
 
 BATCHES = (512, 511, 384, 256, 320, 400, 448, 128, 64, 100, 96, 37, 1, 640, 704, 1000, 208, 16, 2048, 4100)
@@ -71,6 +72,28 @@ def test_work_on_the_host():
     assert sum(found.values()) <= 1.8 * sum(
         theirs.values()
     )  # an operator of eager takes several times as long as a call
+
+
+def test_few_files_lie_between_the_layer_and_a_kernel(monkeypatch):
+    """Files of the package on the stack of a launch: layer, function, backend, order of launches, launch."""
+    crossed: dict[str, set[str]] = {}
+    launch = common.launch
+
+    def seen(kernel: Any, *args: Any, **options: Any) -> Any:
+        frame, files = sys._getframe(), set()
+        while frame := frame.f_back:
+            files |= {frame.f_globals["__name__"]} & {n for n in sys.modules if n.startswith("mmc_fast.")}
+        crossed.setdefault(kernel.__name__, files)
+        return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(common, "launch", seen)
+    with standin():
+        trained(EBRHead([48] * 2, 32, 48, (16,), backend="triton"), 24)()
+    assert len(crossed) > 4
+    assert crossed["ebr_fwd_kernel"] == {f"mmc_fast.{n}" for n in (
+        "nn.ebr", "functional", "ops.ebr.triton", "kernels.ebr.launch", "kernels.common")}  # fmt: skip
+    del crossed["ebr_table_kernel"]  # kernels/ebr/plan.py launches it, on the way to all others
+    assert max(map(len, crossed.values())) == 5, crossed
 
 
 KINDS = {
@@ -191,7 +214,7 @@ def test_what_runs_is_the_op_where_something_looks_at_it(looker):
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(function.applies(Call([x], None, None, x, None, [x], False, False, False, "triton")))
+        seen.append(triton.applies(Call([x], None, None, x, None, [x], False, False, False, "triton")))
         return x * 1
 
     LOOKERS.get(looker, lambda run, x: run(x))(run, torch.zeros(3))
@@ -201,7 +224,7 @@ def test_what_runs_is_the_op_where_something_looks_at_it(looker):
 def test_a_compiler_sees_the_op(monkeypatch):
     x = torch.zeros(3)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not function.applies(Call([x], None, None, x, None, [x], False, False, False, "triton"))
+    assert not triton.applies(Call([x], None, None, x, None, [x], False, False, False, "triton"))
 
 
 def test_recompute_and_no_grad_keep_nothing():
