@@ -1,6 +1,7 @@
 // AMX: matrix tiles for split products and for co-activation counts; everything else comes from another unit. Compiled twice, into
 // the namespace MMC_ISA: for the processor's tiles, and for their emulation. No header with inline C++ functions may be included
-// here but the emulation's (see kernel_table.h).
+// here that are not static (see kernel_table.h), but the emulation's.
+#include "../bits.h"
 #include "../matrix_tiles.h"
 #if defined(MMC_EMULATED)
 #include "amx_emulation.h"
@@ -30,16 +31,6 @@ inline uint32_t nearest(uint32_t bits) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
   const uint32_t kept = (rounded & 0x7f800000u) == 0 ? 0 : rounded;
   return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : kept;
-}
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
-inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
 }
 
 // One row; whether it has an element other than zero.

@@ -1,5 +1,6 @@
 // Packing, activation derivatives and column sums: plain loops, compiled once per instruction set into its namespace
-// (MMC_ISA). No header with inline C++ functions may be included here (see kernel_table.h).
+// (MMC_ISA). No header with inline C++ functions may be included here that are not static (see kernel_table.h).
+#include "../bits.h"
 #include "../kernel_table.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -74,12 +75,6 @@ void transpose_block(const float* src, int64_t ld, int64_t depth, int64_t count,
 constexpr int64_t kBlock = 4;
 #endif
 
-inline float from_bits(int32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
 // exp(x) for x <= 0, relative error below 2e-7; 0 below the smallest normal number
 inline float exp_negative(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
@@ -95,7 +90,7 @@ inline float exp_negative(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const float scale = from_bits((static_cast<int32_t>(n) + 127) << 23);
+  const float scale = from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
   return x < -87.0f ? 0.0f : p * scale;
 }
 

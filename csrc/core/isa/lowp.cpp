@@ -1,5 +1,6 @@
 // Conversion of bfloat16 and float16 rows and the epilogue in those dtypes: plain loops, compiled once per instruction set into
-// its namespace (MMC_ISA). No header with inline C++ functions may be included here (see kernel_table.h).
+// its namespace (MMC_ISA). No header with inline C++ functions may be included here that are not static (see kernel_table.h).
+#include "../bits.h"
 #include "../lowp_rows.h"
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -10,18 +11,6 @@ namespace MMC_ISA {
 namespace {
 
 constexpr int64_t kBlock = 256;  // elements that are float32 at a time, in L1
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
 
 // float16 to float32: the exponent is moved by a product, which is exact and also right for subnormal numbers
 inline float half_to_float(uint16_t h) {
