@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+AT = {"a": "a", "b": "b"}
+ONE, OWN = "one call for all heads", "a call of its own"
 SMALL = {"latent_dim": 6, "hidden_dim": 9, "psi_dims": (7,)}
 
 
@@ -118,3 +121,39 @@ class Two(nn.Module):
 def two_inputs(generator: torch.Generator, *rows: int) -> tuple[Tensor, Tensor]:
     rows = rows or (8,)
     return torch.randn(*rows, 7, generator=generator), torch.randn(*rows, 5, generator=generator)
+
+
+class Early(Two):
+    def forward(self, x, y):
+        return self.join(self.a(x).tanh(), self.b(y))
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def by_hand(
+    model: Two, handle, x, present: Tensor | None = None, features=None, join=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and both losses by EBRHead on the features, and what the model does to what it gets."""
+    z = features or {"a": linear(model.a, x[0]), "b": linear(model.b, x[1])}
+    out = handle.head({name: f.flatten(0, -2) for name, f in z.items()}, present, reversal=handle.reversal)
+    recovered = [r.reshape(f.shape) for r, f in zip(out.recovered.values(), z.values(), strict=True)]
+    joined = linear(model.c, torch.cat(join(*recovered) if join else recovered, -1))
+    return joined, out.discrimination_loss, out.reconstruction_loss
+
+
+def check(model: Two, handle, x, after=None, way: str | None = ONE, features=None) -> None:
+    """Outputs, losses and gradients are those :func:`by_hand`; ``after``: what the model does to what it gets."""
+    model.zero_grad()
+    got = (model(*x), *handle.losses())
+    total(*got).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    right = by_hand(model, handle, x, features=features() if features else None, join=after)
+    torch.testing.assert_close(got, right)
+    total(*right).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=lambda text, name=name: f"{name}: {text}")
+    if way:
+        assert all(way in line for line in handle.explain().splitlines()[1:]), handle.explain()
