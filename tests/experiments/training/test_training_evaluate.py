@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.metrics import f1_score, roc_auc_score
 from training_data import small, tiny
 
 from mmc_fast.diagnose import diagnose
@@ -269,6 +270,7 @@ def test_strangers_are_refused(seed):
     for other, message in (
         (tiny(seed, dims=(5, 3)), "modalities"),
         (tiny(seed, dims=(5, 3, 6)), "modalities"),
+        (replace(dataset, features=dict(reversed(dataset.features.items()))), "modalities"),  # same widths, another order
         (tiny(seed, num_classes=2), "built for classification of 3"),
     ):
         with pytest.raises(InputError, match=message):
@@ -277,6 +279,44 @@ def test_strangers_are_refused(seed):
         evaluate(model, dataset, part="tests")
     with pytest.raises(InputError, match="rate"):
         evaluate(model, dataset, rates=(1.0,))
+
+
+def test_a_modality_without_rows_or_without_both_classes_has_no_unimodal_score(seed):
+    dataset = tiny(seed, num_classes=2)
+    present, test = dataset.present.clone(), dataset.split == 2
+    present[test & (dataset.labels == 1), 1] = False
+    present[test, 2] = False
+    dataset = replace(dataset, present=present)
+    result = train(dataset, small("vanilla", epochs=1), seed=seed)
+    some = int((test & (dataset.labels == 0)).sum())
+    for unimodal in (result.unimodal, None):
+        scores, found = measure(result.model, dataset, "test", (), seed, unimodal, True, "error")
+        told = {name: (entry["unimodal"], entry["unimodal_rows"]) for name, entry in scores["reliance"].items()}
+        assert told == {"a": (told["a"][0], 30), "b": (None, some), "c": (None, 0)}
+        assert (told["a"][0] is None) == (unimodal is None)
+        assert set(found.answers) == {"complete"} | ({"unimodal_a", "unimodal_b"} if unimodal else set())
+
+
+def test_a_result_names_part_rows_metric_and_every_score(seed):
+    dataset = tiny(seed, absent=0.2)
+    model, part = vanilla(seed, dataset), dataset.part("train")
+    result = evaluate(model, dataset, part="train", rates=(0.5,), seed=seed, reliance=False)
+    masked = masks_at(part.present, 0.5, seed, "train")[0]
+    (entry,) = result["missing"]
+    for found, prefix, present in ((result, "complete_", part.present), (entry, "", masked)):
+        guess = complete(model, part, present=present)
+        assert found[f"{prefix}macro_f1"] == pytest.approx(
+            f1_score(part.labels, guess.argmax(1), average="macro", labels=[0, 1, 2], zero_division=0.0)
+        )
+        assert found[f"{prefix}macro_auroc"] == pytest.approx(roc_auc_score(part.labels, guess, multi_class="ovr"))
+    assert (result["part"], result["metric"], result["rows"], entry["rate"]) == ("train", "accuracy", 60, 0.5)
+    assert set(result) == {
+        "part", "metric", "rows", "complete", "complete_macro_f1", "complete_macro_auroc", "missing", "mean_missing"
+    }  # fmt: skip
+    assert evaluate(model, dataset, rates=(), reliance=False)["mean_missing"] is None
+    nobody = replace(dataset, present=dataset.present & (dataset.split != 2)[:, None])
+    with pytest.raises(InputError, match="30 of 30 rows"):
+        evaluate(model, nobody)
 
 
 def test_measure_keeps_the_predictions_behind_each_score(seed):
