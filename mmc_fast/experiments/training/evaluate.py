@@ -196,14 +196,13 @@ def _reliance(
 ) -> dict[str, Any]:
     """The measurement of :func:`mmc_fast.diagnose` on the same rows, without AGOP and probes."""
     known = {} if unimodal is None else _alone(rows, unimodal, found)
-    nothing = {"unimodal": None, "unimodal_rows": 0}
     was_training = model.training
     d = diagnose(RunAdapter(model, unimodal), rows, metric=model.task.metric, agop=False, probes=False)
     model.train(was_training)
     result: dict[str, Any] = {}
     for i, verdict in enumerate(d.verdicts):
         name = verdict.modality
-        entry = known.get(name, nothing | {"unimodal_rows": int(rows.present[:, i].sum())})
+        entry = known.get(name, {"unimodal": None, "unimodal_rows": int(rows.present[:, i].sum())})
         entry |= {key: d.value(f"{kind}.{name}") for key, kind in _MEASURES.items()}
         result[name] = entry | {"verdict": verdict.kind, "evidence": plain(verdict.evidence)}
     return result

@@ -21,7 +21,12 @@ LABELS = {"labels": np.array([0, 1, 1]), "index": np.array([7, 8, 9])}
 
 def cell(metric: str = "auroc", part: str = "test", failed: str | None = None, arrays=None, **values) -> Result:
     names = ("complete", "missing_0.5")
-    found = {"metric": metric, "batch_rows": None, "scores": {n: {"score": 0.5} for n in names}, "realised": {}} | values
+    found = {
+        "metric": metric,
+        "batch_rows": None,
+        "scores": {n: {"score": 0.5} for n in names},
+        "realised": {},
+    } | values
     whole = LABELS | dict.fromkeys(names, P) if arrays is None else arrays
     return Result({"part": part}, {} if failed else found, whole, failed, 1.0, 1)
 
@@ -123,7 +128,7 @@ def test_data_that_need_an_option_say_how_a_comparison_gives_it(tmp_path, seed):
     assert load_data(config.key) is load_data(DataConfig("other name", str(path)).key), "kept"
     arrays = dict(np.load(path))
     arrays["x_a"][0, 0] = np.nan
-    for change, advice in (({}, "`nan_policy = \"mean\"`"), ({"y": arrays["y"][1:]}, None)):
+    for change, advice in (({}, '`nan_policy = "mean"`'), ({"y": arrays["y"][1:]}, None)):
         np.savez(path, **arrays | change)
         load_data.cache_clear()
         with pytest.raises(InputError) as caught:

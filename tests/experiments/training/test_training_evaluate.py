@@ -270,7 +270,10 @@ def test_strangers_are_refused(seed):
     for other, message in (
         (tiny(seed, dims=(5, 3)), "modalities"),
         (tiny(seed, dims=(5, 3, 6)), "modalities"),
-        (replace(dataset, features=dict(reversed(dataset.features.items()))), "modalities"),  # same widths, another order
+        (
+            replace(dataset, features=dict(reversed(dataset.features.items()))),
+            "modalities",
+        ),  # same widths, another order
         (tiny(seed, num_classes=2), "built for classification of 3"),
     ):
         with pytest.raises(InputError, match=message):
