@@ -78,7 +78,7 @@ def _gram_fwd_kernel(
         gram += acc.to(tl.float64)
     keep = (rows[:, None] <= cols[None, :]) & (cols[None, :] < H)
     out = g_ptr + split * stride_gs + rows[:, None] * stride_gi + cols[None, :]
-    own = (rows < H) & (i == j)
+    own = rows < tl.where(i == j, H, 0)
     if ATOMIC:
         tl.atomic_add(out, gram, mask=keep, sem="relaxed")
         if TOTAL:

@@ -55,7 +55,7 @@ def _tile(
     keep = here
     if LAYER >= 2 and source is not None:
         valid = valid_rows(source, present, r, r < B, i, M, DTYPE)
-        keep = (head & valid) | ((head == 0) & here)
+        keep = tl.where(head, valid, here)
     return r0, columns, r < B, columns < width, keep, here
 
 

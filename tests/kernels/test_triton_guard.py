@@ -136,6 +136,13 @@ def _masked(x, y, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _some(x, y, n, WHERE: tl.constexpr):
+    at = tl.arange(0, 16)
+    mask = tl.where(n > 2, at < 4, at < 0) if WHERE else (at < 4) & (n > 2)
+    tl.store(y + at, tl.load(x + at, mask=mask, other=0.0))
+
+
+@triton.jit
 def _product(a, b, c, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
     m, k = tl.arange(0, M), tl.arange(0, K)
     left = tl.load(a + m[:, None] * K + k[None, :])
@@ -296,6 +303,15 @@ def test_masked_lanes_hold_garbage_unless_told_otherwise(dtype):
         assert y.item() == 20
         _masked[(1,)](x, y, 20, OTHER=None, BLOCK=32)
     assert y.isnan().all()
+
+
+def test_masks_are_booleans_in_every_version_of_the_interpreter():
+    x, y = torch.ones(16), torch.zeros(16)
+    with triton_guard.watch():
+        _some[(1,)](x, y, 3, WHERE=True)
+        assert y.sum() == 4
+        with pytest.raises(GuardFault, match="load under a mask of integers"):
+            _some[(1,)](x, y, 3, WHERE=False)
 
 
 def test_order_of_programs_is_shuffled():

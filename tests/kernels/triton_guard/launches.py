@@ -218,12 +218,9 @@ def _shuffled(original: Callable[..., None]) -> Callable[..., None]:
     return set_grid_idx
 
 
-def _mask(handle: Any) -> Any:
-    """The mask as booleans: the interpreter makes integers of products of masks, and Triton 3.9 then refuses them."""
-    return handle if handle.data.dtype == np.bool_ else TensorHandle(handle.data.astype(bool), tl.int1)
-
-
 def _check(kind: str, pointers: Any, mask: Any, cached: bool = True, releases: bool = False) -> None:
+    if mask.data.dtype != np.bool_:  # Triton 3.9's own interpreter refuses it
+        raise GuardFault(f"{kind} under a mask of integers: a scalar condition and a block's meet in it; use tl.where")
     if _memory is not None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses, active = np.broadcast_arrays(pointers.data, mask.data)
@@ -232,9 +229,8 @@ def _check(kind: str, pointers: Any, mask: Any, cached: bool = True, releases: b
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
-        mask = _mask(mask)
-        modifier, volatile = rest[0] if rest else None, len(rest) > 2 and bool(rest[2])
-        past = modifier in (ir.CACHE_MODIFIER.CG, ir.CACHE_MODIFIER.CV)
+        modifier, *_, volatile = rest or (None, None)
+        past = str(modifier).rpartition(".")[2].lower() in ("cg", "cv")
         _check("load", pointers, mask, not (past or volatile))
         if other is None and not mask.data.all():  # what a GPU leaves undefined
             element = pointers.get_element_ty()
@@ -253,7 +249,6 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _store(original: Callable[..., Any]) -> Callable[..., Any]:
     def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        mask = _mask(mask)
         _check("store", pointers, mask)
         return original(self, pointers, value, mask, *rest, **options)
 
@@ -264,7 +259,6 @@ def _atomic(original: Callable[..., Any]) -> Callable[..., Any]:
     def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         if pointers.get_element_ty() == tl.bfloat16:
             raise GuardFault("an atomic on bfloat16: accumulate in float32")
-        mask = _mask(mask)
         _counted_atomic(pointers, mask, *rest)
         return original(self, operation, pointers, value, mask, *rest)
 
@@ -320,6 +314,7 @@ def install() -> None:
     }
     for name, wrap in wrappers.items():
         setattr(InterpreterBuilder, name, wrap(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.get_cache_policy = lambda self, modifier, eviction: modifier  # what Triton 3.9 forgets
     from mmc_fast.kernels import common
 
     common.launch = _with_reached(common.launch)
