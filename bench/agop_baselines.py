@@ -14,8 +14,6 @@ from torch.func import functional_call, jacrev, vmap
 
 from mmc_fast.ops.agop.reference import activation_derivative
 
-__all__ = ["BASELINES", "closed_form", "closed_form_int8", "jacrev_rows", "row_chain", "sum_trick", "torch_probe"]
-
 Baseline = Callable[..., Callable[[Tensor], Tensor]]
 
 

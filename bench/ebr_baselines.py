@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from mmc_fast.nn import EBRHead
 
-__all__ = ["BASELINES", "Step", "eager", "floor", "stacked"]
-
 Step = Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], Tensor, Tensor]]
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-__all__ = ["Work", "roofline"]
-
 # An H100 SXM by its data sheet: multiprocessors, bytes a second of memory, operations a second by kind of operand; the second-level
 # cache as measured by others
 MULTIPROCESSORS, MEMORY, CACHE = 132, 3.35e12, 5.5e12

@@ -7,8 +7,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-__all__ = ["install_finder"]
-
 
 class _KernelsFinder(importlib.abc.MetaPathFinder):
     def __init__(self, folder: Path) -> None:

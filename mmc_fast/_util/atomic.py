@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .files import write_file
 
-__all__ = ["SaveFailed", "read_tensors", "save_errors", "write_json", "write_npz", "write_tensors"]
-
 
 class SaveFailed(RuntimeError):
     """A file could not be written, as on a full disk. The message names what is still there."""

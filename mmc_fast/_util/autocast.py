@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["autocast_enabled"]
-
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a kind of device; it never is where there is none (meta)."""

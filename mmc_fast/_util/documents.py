@@ -12,8 +12,6 @@ from mmc_fast.errors import InputError
 from .extras import require
 from .files import open_regular
 
-__all__ = ["Count0", "Finite", "parse_json", "read_json", "validated"]
-
 require("pydantic", extra="diagnose")
 import pydantic  # noqa: E402
 

@@ -7,8 +7,6 @@ from types import ModuleType
 
 from mmc_fast.errors import InputError
 
-__all__ = ["MissingExtra", "require"]
-
 
 class MissingExtra(InputError, ImportError):
     """A package of an extra is not installed. The message is one line with the pip command that brings it."""

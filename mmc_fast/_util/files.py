@@ -14,8 +14,6 @@ from typing import BinaryIO
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_regular", "check_tree", "command_line", "open_regular", "replace_file", "user_path", "write_file"]
-
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),

@@ -11,8 +11,6 @@ from mmc_fast.errors import InputError
 
 from .files import check_regular
 
-__all__ = ["LOCK_NAME", "FolderLock"]
-
 LOCK_NAME = ".lock"
 
 

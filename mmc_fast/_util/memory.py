@@ -7,8 +7,6 @@ from pathlib import Path
 
 from mmc_fast.errors import InputError
 
-__all__ = ["available_memory", "check_memory"]
-
 _LIMITS = (  # of the control group that this process runs in: most, and in use
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -10,9 +10,6 @@ from mmc_fast.errors import InputError
 
 from .numbers import shown
 
-__all__ = ["check_name", "choose", "nearest", "printable", "unknown"]
-
-
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, separators of lines
 _TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the direction of what follows
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_seed", "integer", "make_plain", "plain", "shown"]
-
 
 def integer(value: object) -> int | None:
     """``value`` as an ``int`` where it is an integer, NumPy's among them; None for all else, booleans too."""

@@ -16,11 +16,6 @@ from mmc_fast._util.names import unknown
 from mmc_fast._util.numbers import plain, shown
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "Count", "Depth", "NonNegative", "Positive", "Range", "Share", "Width", "check", "check_numbers", "from_mapping",
-    "to_plain",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Range:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derive_seed", "generator", "seeded_init"]
-
 
 def derive_seed(seed: int, *names: object) -> int:
     """63-bit seed of the stream called ``names``: the first bits of SHA-256 over seed and names."""

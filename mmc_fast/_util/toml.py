@@ -15,8 +15,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["merged", "parse_toml", "read_toml"]
-
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a text. Raises ValueError or RecursionError."""

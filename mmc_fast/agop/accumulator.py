@@ -18,8 +18,6 @@ from .result import AGOPResult, resolve_blocks
 from .rows import AutogradRows, check_independent_rows, forward_chain, run_prefix
 from .state import MomentState, all_reduce_sums
 
-__all__ = ["AGOPAccumulator", "agop"]
-
 STATE_VERSION = 1
 _CACHE_BYTES = 16 * 2**20  # a chunk's working set, unless the budget is smaller
 

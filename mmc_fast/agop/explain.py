@@ -14,8 +14,6 @@ from mmc_fast.ops.dispatch import explain as explain_op
 
 from .accumulator import AGOPAccumulator
 
-__all__ = ["explain"]
-
 
 def explain(op_name: str, *args: Any) -> list[Backend]:
     """Say which backends of an op can run and why, best first; the first usable row is what ``backend="auto"`` takes.

@@ -15,17 +15,6 @@ from torch.nn import functional as F
 from mmc_fast._util.numbers import plain
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "Affine",
-    "ParsedHead",
-    "flatten",
-    "is_chain_member",
-    "is_linear",
-    "linear_chain",
-    "parse_head",
-    "refuse_training_mode",
-]
-
 _ELEMENTWISE = (
     nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus,
     nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Softsign, nn.LogSigmoid, nn.SELU, nn.CELU,

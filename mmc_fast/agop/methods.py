@@ -20,8 +20,6 @@ from .result import Factored
 from .rows import AutogradRows, ChainRows, forward_chain, step
 from .state import SUMMING_KERNELS, CountState, MomentState, Panel, ProbeState, State, add_gram
 
-__all__ = ["AutogradMethod", "Method", "Options", "choose_method"]
-
 _BACKENDS = ("auto", "cpp", "triton", "cuda", "eager")
 _PRECISIONS: dict[object, torch.dtype | None] = {
     None: None,

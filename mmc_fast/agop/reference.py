@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["agop", "jacobians"]
-
 
 def jacobians(head: nn.Module, inputs: Tensor, *, layer: int = 0, output: str = "logits") -> Tensor:
     """``J[n] = ∂y[n] / ∂u[n]`` with ``u`` the input of the given Linear layer: ``[N, D] -> [N, C, d]``.

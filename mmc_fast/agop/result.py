@@ -17,8 +17,6 @@ from mmc_fast.ops.agop import op as primitives
 
 from .state import Panel
 
-__all__ = ["AGOPResult", "Factored", "resolve_blocks"]
-
 _PANEL = 512  # rows of S at least: below, eight panels would be eight times the launches for little arithmetic
 
 

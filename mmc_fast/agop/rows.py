@@ -15,8 +15,6 @@ from mmc_fast.ops.agop.reference import flag_nonfinite
 
 from .head import Affine, ParsedHead
 
-__all__ = ["AutogradRows", "ChainRows", "check_independent_rows", "forward_chain", "run_prefix", "step"]
-
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

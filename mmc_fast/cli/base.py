@@ -13,8 +13,6 @@ import typer
 
 from mmc_fast.errors import InputError
 
-__all__ = ["AsJson", "Jobs", "clean", "command", "print_json", "say", "takes_data_options"]
-
 BAD_INPUT, INTERRUPTED, FAILED = 2, 130, 1
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

@@ -11,8 +11,6 @@ from mmc_fast.ops import selftest as cpu
 from .base import AsJson, command, print_json
 from .device import gpu
 
-__all__ = ["COMMAND"]
-
 
 def bench(
     device: Annotated[str, typer.Option(help="cpu, or cuda (cuda:N) for both ops on a GPU, as JSON.")] = "cpu",

@@ -28,8 +28,6 @@ from .base import AsJson, Jobs, command, print_json, say
 from .scores import parse_rates
 from .terminal import JobsDisplay, error_console, output_console, print_table
 
-__all__ = ["COMMAND", "DATA"]
-
 DATA = ("mfeat", "support2", "avmnist-hard")
 METHODS = "vanilla,unimodal,consistency,late,transformer,kd,ebr-paper,ebr-robust,shaspec,muse"
 

@@ -14,8 +14,6 @@ from mmc_fast.experiments.data import prepare as builders
 from .base import AsJson, clean, print_json
 from .terminal import PassDisplay, error_console, output_console, print_table
 
-__all__ = ["COMMAND"]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the npz files. (default: MMC_DATA, else ./data)")]
 

@@ -26,8 +26,6 @@ from mmc_fast.experiments.pool import check_workers
 from .base import AsJson, command, print_json
 from .terminal import JobsDisplay, error_console, output_console, print_table
 
-__all__ = ["COMMAND", "print_demo", "write_demo"]
-
 LEAD = "Which modalities does a model use, which did it lose, and what brings them back?"
 SMOKE = "This was a smoke run of a few epochs and one seed. Its numbers mean nothing."
 

@@ -6,8 +6,6 @@ import torch
 
 from mmc_fast.errors import InputError
 
-__all__ = ["gpu"]
-
 
 def gpu(command: str, name: str) -> torch.device:
     """The CUDA device of this name ("cuda" or "cuda:N"); raises :class:`InputError` where torch sees none."""

@@ -20,8 +20,6 @@ from torch import Tensor
 import mmc_fast
 from mmc_fast.nn import EBRHead
 
-__all__ = ["PRECISIONS", "SHAPES", "SIDES", "Case", "Shape", "device_bench", "environment", "make_case", "measure"]
-
 Side = Callable[[], list[Tensor]]
 
 PRECISIONS = {  # name: dtype, torch.set_float32_matmul_precision, spacing of the products' operands

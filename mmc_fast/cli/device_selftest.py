@@ -16,8 +16,6 @@ from mmc_fast.ops.agop import op as agop
 from mmc_fast.ops.agop.reference import activation_derivative
 from mmc_fast.ops.selftest import Check
 
-__all__ = ["DTYPES", "SIZES", "device_selftest"]
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # relative error in the norm; a gradient jumps where rounding moves a unit of one of 130 rows across its kink
 # (.006, .043 and .076 at most in 13,000 draws; a row that is left out is .09)

@@ -21,8 +21,6 @@ from mmc_fast.errors import InputError
 from .base import AsJson, command, takes_data_options
 from .terminal import PassDisplay, error_console, output_console, print_table
 
-__all__ = ["COMMAND", "print_diagnosis", "run_diagnose"]
-
 
 def run_diagnose(
     run: Path | None,

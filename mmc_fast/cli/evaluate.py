@@ -19,8 +19,6 @@ from .base import AsJson, command, print_json, takes_data_options
 from .scores import parse_rates, print_scores
 from .terminal import output_console
 
-__all__ = ["COMMAND", "dataset_of"]
-
 
 def dataset_of(run: LoadedRun, data: str | None, options: dict[str, Any]) -> MultimodalDataset:
     """The named data, or those of the run, loaded as they were for the run unless an option says otherwise.

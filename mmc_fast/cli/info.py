@@ -18,8 +18,6 @@ from mmc_fast.ops.native import describe
 from .base import AsJson, command, print_json
 from .terminal import output_console, print_table
 
-__all__ = ["COMMAND", "collect_info"]
-
 PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "scipy", "safetensors", "matplotlib", "typer", "rich", "pandas")
 
 

@@ -15,8 +15,6 @@ from mmc_fast.experiments.training import load_run
 from .base import AsJson, command, print_json, takes_data_options
 from .terminal import output_console, print_table
 
-__all__ = ["COMMAND"]
-
 
 @takes_data_options
 def predict_command(

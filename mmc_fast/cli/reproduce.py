@@ -28,8 +28,6 @@ from mmc_fast.experiments.pool import check_workers
 from .base import AsJson, Jobs, command, print_json, say
 from .terminal import JobsDisplay, error_console, output_console, print_table
 
-__all__ = ["COMMAND"]
-
 
 def print_outcome(console: Console, experiment: Experiment, outcome: Outcome, folder: Path) -> None:
     """Tables, directions, notes, where the files are, and last the count of verdicts."""

@@ -11,9 +11,6 @@ from mmc_fast.errors import InputError
 
 from .terminal import print_table
 
-__all__ = ["parse_rates", "print_scores"]
-
-
 _TITLES = {
     "auprc": "AUPRC", "macro_f1": "macro-F1", "macro_auroc": "macro-AUROC", "rmse": "RMSE", "mae": "MAE",
     "macro_auprc": "macro-AUPRC", "micro_auprc": "micro-AUPRC", "f1": "F1", "brier": "Brier score",

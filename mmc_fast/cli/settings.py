@@ -9,8 +9,6 @@ from typing import Any
 from mmc_fast._util.toml import merged, parse_toml, read_toml
 from mmc_fast.errors import InputError
 
-__all__ = ["collect_settings", "parse_assignments"]
-
 
 def collect_settings(
     path: Path | None, method: str | None, epochs: int | None, assignments: Sequence[str]

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mmc_fast.diagnose.document import Cell
     from mmc_fast.experiments.jobs import Job
 
-__all__ = ["JobsDisplay", "PassDisplay", "RunDisplay", "error_console", "output_console", "print_table"]
-
 
 def error_console() -> Console:
     """Console on standard error: progress and errors never mix with results on standard output."""

@@ -20,8 +20,6 @@ from .scores import print_scores
 from .settings import collect_settings
 from .terminal import RunDisplay, error_console, output_console
 
-__all__ = ["COMMAND"]
-
 
 def print_results(console: Console, results: dict[str, Any], folder: Path) -> None:
     """Scores, the modality probe where there was an adversary, and the folder."""

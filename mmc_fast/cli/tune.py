@@ -13,8 +13,6 @@ from .base import command, print_json
 from .device import gpu
 from .device_bench import PRECISIONS, SHAPES, Shape, measure
 
-__all__ = ["COMMAND", "tune_device"]
-
 
 def tune_device(device: torch.device, name: str, shapes: tuple[Shape, ...] = SHAPES) -> dict[str, Any]:
     """Eager, compiled, graphs and ours on every shape, each compared with eager before it is timed; writes the table."""

@@ -15,17 +15,6 @@ from mmc_fast.errors import InputError
 from .adapter import Adapter
 from .measures.reliance import MAX_MODALITIES
 
-__all__ = [
-    "ABSENCES",
-    "Condition",
-    "Remover",
-    "absence_of",
-    "coalitions_scored",
-    "conditions_of",
-    "draws_for",
-    "has_own_mask",
-]
-
 ABSENCES = ("model", "resample", "mean")
 _ENOUGH, _MOST = 2048, 4
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mmc_fast.agop.head import linear_chain, refuse_training_mode
 from mmc_fast.errors import InputError
 
-__all__ = ["Adapter", "HasAdapter", "adapter_of", "beyond_features", "chain_of", "flat", "model_of", "prove"]
-
 
 @runtime_checkable
 class Adapter(Protocol):

@@ -15,8 +15,6 @@ from .result import Measure
 from .subsets import bootstrap_interval, resampled_rows
 from .tasks import Task
 
-__all__ = ["EffectRows"]
-
 _NUMBERS, _FEWEST, _LEAST = 2**22, 256, 1e-6
 
 

@@ -21,8 +21,6 @@ from .layers import ChainSums, JacobianSums
 from .reservoir import Reservoir
 from .tasks import Metric, Task
 
-__all__ = ["Collector"]
-
 FLUSH_ROWS = 4096
 MAX_WIDTH, MAX_INPUT = 4096, 8192
 _OPENING = 64

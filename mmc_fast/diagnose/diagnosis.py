@@ -10,8 +10,6 @@ from .page import build_page, overview, top_line
 from .plot import plot
 from .result import DiagnosisData
 
-__all__ = ["Diagnosis"]
-
 
 class Diagnosis(DiagnosisData):
     """What :func:`mmc_fast.diagnose` found: the numbers and verdicts of :class:`DiagnosisData`, and how to look at them.

@@ -18,23 +18,6 @@ from urllib.parse import quote
 
 from mmc_fast._util.files import replace_file
 
-__all__ = [
-    "Callout",
-    "Cell",
-    "Details",
-    "Downloads",
-    "Facts",
-    "Figure",
-    "Panels",
-    "Report",
-    "Section",
-    "Table",
-    "Text",
-    "fragment",
-    "literal",
-    "signed",
-]
-
 
 @dataclass(frozen=True)
 class Text:

@@ -19,8 +19,6 @@ from .measures.reliance import MAX_MODALITIES, shapley_values
 from .measures.similarity import cka_from_covariance, variance_inflation
 from .result import Measure, around
 
-__all__ = ["Estimator", "affordable", "interval", "reliance_measures", "resampled"]
-
 SHOWN_VALUES, SHOWN_DIRECTIONS, WIDE = 64, 5, 256
 
 

@@ -13,8 +13,6 @@ from .predictions import ConditionScores
 from .result import Measure, around
 from .verdict import ModalityVerdict, judge
 
-__all__ = ["verdicts_of"]
-
 _SCORED = ("alone", "without", "only", "shuffled", "shapley", "resampled_shapley", "total_effect", "alignment")
 
 

@@ -13,8 +13,6 @@ from mmc_fast.errors import InputError
 
 from .adapter import Adapter
 
-__all__ = ["check_rows", "checked_features", "fingerprint_of"]
-
 
 @torch.no_grad()
 def checked_features(adapter: Adapter, batch: Any, widths: Mapping[str, int], index: int) -> dict[str, Tensor]:

@@ -24,19 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = [
-    "Drawing",
-    "Line",
-    "Reference",
-    "bars",
-    "draw_bars",
-    "in_legend",
-    "lines",
-    "new_axes",
-    "series_colour",
-    "styled",
-]
-
 INK, SOFT, GRID, PAGE = "#1b1e23", "#5b636e", "#d9dde2", "#ffffff"
 SERIES = ("#4c566a", "#0072b2", "#b8860b", "#c2410c", "#6b4fbb", "#00805f", "#b3377f", "#7a5230")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -30,8 +30,6 @@ from .sampled import features_of
 from .subsets import SubsetRows
 from .tasks import Task
 
-__all__ = ["emap_measures", "information_measures", "remaining_measures", "unlabelled_pass", "utilisation_measures"]
-
 COMPONENTS = 16
 PARTNERS = 256
 REPRESENTED_ROWS = 2048

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from mmc_fast.agop.state import MomentState
 
-__all__ = ["GroupMoments", "Moments", "dealt", "draw_weights", "stream"]
-
 STILL = 1e-12
 """Variance over squared mean below which a column of float32 numbers is constant: the rest is rounding."""
 

@@ -16,8 +16,6 @@ from .options import DiagnoseOptions
 from .passes import Batches
 from .result import Measure
 
-__all__ = ["head_measures"]
-
 
 def head_measures(
     adapter: Adapter, batches: Batches, collector: Collector, o: DiagnoseOptions, measures: dict[str, Measure],

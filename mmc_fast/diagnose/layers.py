@@ -13,8 +13,6 @@ from mmc_fast.agop.accumulator import AGOPAccumulator
 from mmc_fast.agop.head import linear_chain
 from mmc_fast.errors import InputError
 
-__all__ = ["ChainSums", "JacobianSums"]
-
 
 class ChainSums:
     """The fast path: a chain of Linear layers and activations on the features side by side.

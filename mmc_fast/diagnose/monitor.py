@@ -17,8 +17,6 @@ from .run import diagnose
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-__all__ = ["LOGGED", "measure_use", "use_logger"]
-
 LOGGED = ("shuffled", "total_effect", "shapley", "only")
 """Logged for each modality, beside "score.all"."""
 

@@ -17,8 +17,6 @@ from .absence import ABSENCES
 from .tasks import METRICS, Metric, metric_name
 from .verdict import THRESHOLDS, Thresholds
 
-__all__ = ["DiagnoseOptions"]
-
 
 @dataclass(frozen=True)
 class DiagnoseOptions:

@@ -16,8 +16,6 @@ from .plot import PLOTS, plot
 from .result import DiagnosisData, Measure
 from .verdict import ModalityVerdict, overall
 
-__all__ = ["build_page", "measures_csv", "overview", "top_line"]
-
 PLAIN = {
     "relied on": "with that of other samples the score is {shuffled:.3g} instead of {all:.3g}",
     "under-used": "alone it reaches {able:.3g}, and the model takes little of it",

@@ -33,10 +33,6 @@ from .predictions import ConditionScores
 from .reservoir import Reservoir
 from .subsets import SubsetRows
 
-__all__ = [
-    "Batches", "HasBatches", "Progress", "Stored", "first_pass", "second_pass", "training_batches", "training_rows",
-]  # fmt: skip
-
 STATE_VERSION = 5
 Progress = Callable[[str, int, int | None], None]
 

@@ -18,8 +18,6 @@ from .tasks import BOUNDED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PLOTS", "plot"]
-
 
 @styled
 def plot(d: DiagnosisData, kind: str, ax: Axes | None = None) -> Axes:

@@ -16,8 +16,6 @@ from .reservoir import Reservoir
 from .statistics import comparable_pairs
 from .tasks import RANKED, Task
 
-__all__ = ["ConditionScores"]
-
 _SUMS = ("rows", "hits", "classes", "moved", "total", "squared", "truth", "constant")
 _SHUFFLES = 20
 

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BINS", "EXACT", "RankedPairs"]
-
 EXACT, BINS = 1 << 15, 2048
 _BINNED = ("edges", "counts", "range")
 

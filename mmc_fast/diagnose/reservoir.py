@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .groups import stream
 
-__all__ = ["Reservoir"]
-
 
 class Reservoir:
     """A uniform sample of rows without replacement: those with the smallest random keys so far."""

@@ -20,8 +20,6 @@ from .verdict import ModalityVerdict, overall
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SCHEMA_VERSION", "DiagnosisComparison", "DiagnosisData", "Measure", "around", "plain"]
-
 SCHEMA_VERSION = 3
 
 

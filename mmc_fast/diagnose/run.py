@@ -33,8 +33,6 @@ from .sampled import latent_measures, neuron_measures, probe_measures
 from .subsets import SubsetRows
 from .tasks import BOUNDED, metric_name
 
-__all__ = ["diagnose"]
-
 FEWEST = 30
 """Samples without which nothing is judged."""
 

@@ -23,8 +23,6 @@ from .reservoir import Reservoir
 from .result import Measure, around
 from .tasks import BOUNDED
 
-__all__ = ["latent_measures", "neuron_measures", "probe_measures"]
-
 _GRADIENT_ROWS = 512
 
 

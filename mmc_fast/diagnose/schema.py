@@ -11,8 +11,6 @@ from mmc_fast._util.documents import Count0, Finite
 
 from .verdict import KINDS
 
-__all__ = ["DiagnosisDocument", "StateHeader"]
-
 Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 Kind = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(KINDS)})$")]
 

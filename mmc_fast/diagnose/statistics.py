@@ -17,20 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "METRICS",
-    "Interval",
-    "ResampledScores",
-    "average",
-    "comparable_pairs",
-    "holm",
-    "mean_sd",
-    "resample_counts",
-    "resampled_scores",
-    "separated_best",
-    "weighted_scores",
-]
-
 Floats = NDArray[np.float64]
 METRICS = ("accuracy", "auroc", "auprc", "macro_auroc", "r2", "concordance")
 _BLOCK = 64  # resamples at a time, so that the work arrays of thousands of samples stay in cache

@@ -15,8 +15,6 @@ from .reservoir import Reservoir
 from .result import Measure
 from .tasks import Task
 
-__all__ = ["CONFIDENT", "SubsetRows", "bootstrap_interval", "resampled_rows"]
-
 CONFIDENT = 0.9
 _MOST_RESAMPLES = 200
 

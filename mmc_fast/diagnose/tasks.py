@@ -18,8 +18,6 @@ from .adapter import Adapter
 from .measures.retrieval import recalled
 from .statistics import weighted_scores
 
-__all__ = ["BOUNDED", "METRICS", "RANKED", "Metric", "Task", "metric_name"]
-
 METRICS = {
     "accuracy": "classes", "auroc": "classes", "f1": "labels", "macro_auroc": "labels", "r2": "numbers", "concordance": "survival"
 } | dict.fromkeys(("recall@1", "recall@5", "recall@10"), "pairs")  # fmt: skip

@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["KINDS", "THRESHOLDS", "ModalityVerdict", "Thresholds", "carries", "judge", "kind_of", "overall"]
-
 KINDS = ("relied on", "under-used", "collapsed", "uninformative", "misleading", "undecided")
 
 

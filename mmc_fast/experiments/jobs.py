@@ -33,8 +33,6 @@ from .manifest import MANIFEST, Manifest
 from .pool import Emit, run_pool
 from .training import Progress, TrainingDiverged
 
-__all__ = ["Event", "Job", "Result", "Values", "Workspace", "claimed", "finish", "own_folder", "perform", "read"]
-
 SCHEMA_VERSION = 2
 _WAIT = 1.0  # seconds between looks at jobs that another process holds
 

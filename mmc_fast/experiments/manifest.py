@@ -24,8 +24,6 @@ from mmc_fast._util.files import check_regular, check_tree, command_line, open_r
 from mmc_fast._util.lock import FolderLock
 from mmc_fast.errors import InputError
 
-__all__ = ["MANIFEST", "Manifest"]
-
 MANIFEST = "manifest.json"
 _LOCK = ".manifest.lock"
 _WAIT = 60.0  # seconds for other writers of a shared folder

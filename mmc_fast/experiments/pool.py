@@ -20,8 +20,6 @@ from mmc_fast.errors import InputError
 
 from .training import Interrupted
 
-__all__ = ["Emit", "WorkerLost", "check_workers", "run_pool"]
-
 _MOST_WORKERS = 1024
 # A fork server imports what every worker needs once; workers start from it in milliseconds, without the parent's threads.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

@@ -17,8 +17,6 @@ from mmc_fast.errors import InputError
 
 from .site import Site, replace_tensor, tensors_in
 
-__all__ = ["ModelAdapter"]
-
 Place = str | Site | tuple[str | Site, int]
 
 

@@ -11,8 +11,6 @@ from mmc_fast.nn import EBRHead
 
 from .losses import Record, counts, psi_logits
 
-__all__ = ["adversarial_figures"]
-
 
 def adversarial_figures(
     records: Sequence[Record], head: EBRHead, sites: Sequence[nn.Module], loss: Tensor

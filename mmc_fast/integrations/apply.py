@@ -25,8 +25,6 @@ from .report import ApplyReport
 from .site import Site
 from .trace import trace
 
-__all__ = ["apply_ebr", "load_ebr"]
-
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
 
 

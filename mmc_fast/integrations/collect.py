@@ -25,8 +25,6 @@ from .losses import EBRLosses, Record, sum_of_cross_entropy, sum_of_errors
 from .passes import Pass, Settings, Waiting
 from .site import Site
 
-__all__ = ["Collector", "SiteHead", "Tap"]
-
 
 class SiteHead(EBRHead):
     """The head on a model: knows its sites, and runs any part of itself as a forward, for hooks such as those of FSDP."""

@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_map_only
 
 from mmc_fast._util.autocast import autocast_enabled
 
-__all__ = ["Context", "Deferred", "saving_hooks", "unwrap"]
-
 # What is known before the values are: asking for it reads nothing.
 _METADATA = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")

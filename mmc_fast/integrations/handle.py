@@ -27,8 +27,6 @@ from .report import ApplyReport
 from .site import Site
 from .watch import Watch
 
-__all__ = ["CollectedOutput", "EBRHandle", "find_handles"]
-
 
 class CollectedOutput(NamedTuple):
     """What the heads did in the latest forward, by modality: recovered ``[B, ..., d_i]``, latents ``[B, ..., k]``."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from mmc_fast._util.autocast import autocast_enabled
 from mmc_fast.functional import grad_reverse
 
-__all__ = ["EBRLosses", "Record", "counts", "divide", "psi_logits", "sum_of_cross_entropy", "sum_of_errors"]
-
 
 class EBRLosses(NamedTuple):
     """Two scalars to add to your loss: the reversal is already inside the first; the second takes a weight."""

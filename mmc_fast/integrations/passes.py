@@ -11,8 +11,6 @@ from .deferred import Context
 from .losses import EBRLosses, Record
 from .site import Site
 
-__all__ = ["Pass", "Settings", "Waiting"]
-
 
 class Settings(NamedTuple):
     """What context managers of the handle set: masks by modality, a source, or rows that sites give as they are."""

@@ -15,8 +15,6 @@ from .report import Placement
 from .site import Site, describe_output
 from .trace import Ran
 
-__all__ = ["candidates", "find_sites", "place", "unknown_module", "why_not"]
-
 # Layers that put features into dimension 1.
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd,

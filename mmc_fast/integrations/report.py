@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from .site import Site
 
-__all__ = ["ApplyReport", "Placement"]
-
 
 @dataclass(frozen=True)
 class Placement:

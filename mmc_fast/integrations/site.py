@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Site", "replace_tensor", "tensors_in"]
-
 Key = str | int
 
 

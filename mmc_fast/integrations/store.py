@@ -16,8 +16,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRHead
 from mmc_fast.nn.ebr import read_options
 
-__all__ = ["find", "load", "read", "save"]
-
 _MARK = "_extra_state"
 
 

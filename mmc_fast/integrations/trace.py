@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Ran", "call", "trace"]
-
 
 @dataclass
 class Ran:

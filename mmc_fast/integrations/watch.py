@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from mmc_fast.nn import EBRHead
 
-__all__ = ["Watch", "held_by"]
-
 _PATIENCE = 20  # training forwards in which other parameters moved and these did not
 
 

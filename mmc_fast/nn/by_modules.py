@@ -15,8 +15,6 @@ from torch import Tensor
 from mmc_fast.functional import EBROutput, grad_reverse
 from mmc_fast.ops.ebr.reference import LAYER_NORM_EPS, source_weights
 
-__all__ = ["decode", "encode", "keep", "step"]
-
 
 def keep(rows: Tensor, where: Tensor | None) -> Tensor:
     """Rows where ``where``, zeros elsewhere; never multiplies, so that NaN in an absent row goes nowhere."""

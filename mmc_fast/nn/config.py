@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from mmc_fast._util.schema import Count, NonNegative, Width, check
 
-__all__ = ["EBRConfig"]
-
 
 @dataclass(frozen=True)
 class EBRConfig:

@@ -16,8 +16,6 @@ from mmc_fast.functional import EBROutput, ebr_step
 
 from . import by_modules
 
-__all__ = ["EBRHead", "read_options"]
-
 _OPTIONS = "_extra_state"  # the key that torch keeps for what is no tensor
 _FORMAT = "mmc_fast.ebr"
 

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-__all__ = ["IdentityEncoder", "MLPEncoder"]
-
 
 class MLPEncoder(nn.Module):
     """Two-layer perceptron ``z = W_2 relu(W_1 x + b_1) + b_2`` on rows ``[B, dim] -> [B, out_dim]``.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-__all__ = ["ConcatFusion", "LateFusion", "TransformerFusion"]
-
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them and none after the last."""

@@ -14,8 +14,6 @@ from mmc_fast.errors import InputError
 
 from .ebr import EBRHead
 
-__all__ = ["graphed"]
-
 _DEVICE = "cuda"
 
 

@@ -16,20 +16,6 @@ from torch import Tensor
 from mmc_fast.agop.result import resolve_blocks
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "Ranks",
-    "block_energies",
-    "effective_rank",
-    "entanglement",
-    "numerical_rank",
-    "ranks",
-    "spectrum",
-    "stable_rank",
-    "top_directions",
-    "use_shares",
-    "whitened",
-]
-
 Blocks = Mapping[str, int] | Sequence[int]
 
 

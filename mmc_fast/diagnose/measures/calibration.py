@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["brier_score", "expected_calibration_error", "silent_failures"]
-
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """ECE ``Σ_b (n_b / N) |accuracy_b − mean confidence_b|`` over equally wide bins of confidence, in [0, 1].

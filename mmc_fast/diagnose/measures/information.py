@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Information", "Pid", "components", "distillation_margin", "gaussian_information", "gaussian_pid", "one_hot"]
-
 GROUPS = 16
 Moments = tuple[int, Tensor, list[Tensor]]
 """Rows, covariance, columns of each part."""

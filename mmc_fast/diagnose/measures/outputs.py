@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .reliance import shapley_values
 
-__all__ = ["alignment", "emap_outputs", "output_shapley"]
-
 
 def output_shapley(moved: Sequence[float] | np.ndarray) -> np.ndarray:
     """Shares ``[m]`` of the outputs that come from each modality, without labels; they add up to 1.

@@ -17,8 +17,6 @@ from mmc_fast.errors import InputError
 
 from .weights import modality_entropy, neuron_modality_shares
 
-__all__ = ["NeuronResponse", "WeightClassifier", "cross_modal_polysemanticity", "neuron_response"]
-
 _WIDTH = 64
 
 

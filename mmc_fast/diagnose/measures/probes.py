@@ -17,17 +17,6 @@ from mmc_fast._util.extras import require
 from mmc_fast._util.seeds import generator, seeded_init
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "PrefixGap",
-    "ProbeScore",
-    "denoising_r2",
-    "fit_modality_probe",
-    "linear_probe",
-    "modality_probe",
-    "noise_component",
-    "prefix_gap",
-]
-
 EPOCHS, _PATIENCE = 200, 8
 _STEPS = 16  # at least so many in an epoch, so that small data sets do not stop it too early
 # Nats by which the stopping loss must fall to count: a perfect probe would otherwise sharpen for ever.

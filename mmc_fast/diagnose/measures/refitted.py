@@ -13,8 +13,6 @@ from mmc_fast.errors import InputError
 from .information import Information
 from .probes import fitted_logistic
 
-__all__ = ["class_variance_share", "conditional_utilisation"]
-
 
 def conditional_utilisation(
     features: Mapping[str, Tensor], labels: Tensor, *, held_out: float = 0.3, c: float = 1.0, seed: int = 0

@@ -17,12 +17,6 @@ from mmc_fast.errors import InputError
 from ..statistics import resample_counts, resampled_scores
 from ..tasks import Task
 
-__all__ = [
-    "Afresh",
-    "shapley_values",
-    "train_afresh",
-]
-
 Rows = tuple[Mapping[str, Tensor], Tensor]
 
 _NETWORKS = 3

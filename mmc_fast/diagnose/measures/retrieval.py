@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["recalled"]
-
 
 def recalled(outputs: Tensor, k: int) -> Tensor:
     """Whether each query finds its own candidate among the k most similar of all, ``[N]`` float64; their mean is recall@k.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["cka_from_covariance", "covariance_of", "linear_cka", "variance_inflation"]
-
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA ``‖X̄ᵀȲ‖_F² / (‖X̄ᵀX̄‖_F ‖ȲᵀȲ‖_F)`` of centred ``X [N, p]`` and ``Y [N, q]``, in [0, 1].

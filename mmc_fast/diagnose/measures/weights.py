@@ -13,22 +13,6 @@ from mmc_fast._util.numbers import integer
 from mmc_fast.agop.result import resolve_blocks
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "CollisionBound",
-    "Polysemanticity",
-    "attribution_shares",
-    "collision_bound",
-    "degree_of_polysemanticity",
-    "feature_capacity",
-    "matrix_cosine",
-    "modality_entropy",
-    "neural_feature_matrix",
-    "neuron_modality_shares",
-    "neuron_overlap",
-    "pca_dictionary",
-    "signal_noise_shares",
-]
-
 LOOSE_FACTOR = 1.5
 """The collision bound is called loose where the exact fraction is larger than this times the bound."""
 

@@ -19,11 +19,6 @@ from ..methods import METHODS, Method, get
 from ..training import TrainConfig
 from ..training.parts import fingerprint
 
-__all__ = [
-    "BUDGET", "DataConfig", "MethodConfig", "configs_folder", "data_here", "fingerprint_of", "kind_of", "load_data", "load_data_configs",
-    "load_method_configs",
-]  # fmt: skip
-
 BUDGET = TrainConfig(epochs=30, batch_size=64, selection="masked", unimodal_share=0.0, control=False)
 """What every method gets where a data config says nothing else."""
 

@@ -36,18 +36,6 @@ from .findings import Findings, find
 from .grid import Finished, Run
 from .runs import settings_of, train_and_keep
 
-__all__ = [
-    "DEMO_DATA",
-    "DemoFindings",
-    "DemoPlan",
-    "Story",
-    "demo_blocks",
-    "demo_config",
-    "demo_drawings",
-    "demo_story",
-    "run_demo",
-]
-
 DEMO_DATA = ("mfeat", "support2")
 _FIRST = "vanilla"  # trains the unimodal models that the others share
 _LOOKED_INTO = ("vanilla", "ebr", "robust")

@@ -25,9 +25,6 @@ from ..training import TrainConfig
 from .configs import configs_folder, load_data_configs
 from .runs import read_line, score, settings_of
 
-__all__ = ["Planned", "compact", "explore", "plan"]
-
-
 _PLANNING = ("arms", "data", "seeds", "method", "on")  # keys of an option that are no settings of the training
 
 

@@ -19,8 +19,6 @@ from .configs import MethodConfig
 from .grid import Finished, Run
 from .runs import mean_missing
 
-__all__ = ["UNDER_PERFORMING", "Findings", "MethodFacts", "Paired", "find"]
-
 UNDER_PERFORMING = "under-performing re-implementation"
 _BASE = "vanilla"  # the method that the threshold compares with
 

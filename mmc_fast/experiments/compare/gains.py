@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Gain", "gains", "table"]
-
 
 class Gain(NamedTuple):
     """An option on an arm: mean gain over ``against`` on the same seeds, and its standard error, at missing rates and complete."""

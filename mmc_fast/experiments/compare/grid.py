@@ -17,8 +17,6 @@ from ..methods import METHODS
 from .configs import DataConfig, MethodConfig, kind_of
 from .runs import check_cell, mean_missing, score, settings_of
 
-__all__ = ["SEARCH_SEED", "Finished", "Grid", "Run", "Tune", "check_once", "not_for", "run_grid"]
-
 SEARCH_SEED = 900  # of the trainings that only select hyper-parameters
 Tune = Literal["auto", "always", "never"]
 

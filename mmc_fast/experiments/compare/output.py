@@ -34,9 +34,6 @@ from ..report.comparison import Score
 from ..report.drawings import draw_rates, metric_name
 from .findings import UNDER_PERFORMING, Findings
 
-__all__ = ["READING", "csv_text", "footnotes", "list_files", "markdown", "markdown_table", "score_rows", "tests_table", "tests_title",
-           "write_outputs"]  # fmt: skip
-
 SCHEMA_VERSION = 2
 _P_COLUMNS = ("p", "p (Holm)", "p (signed ranks)")
 _LINES = 8  # that a drawing can tell apart

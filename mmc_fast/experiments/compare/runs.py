@@ -24,8 +24,6 @@ from ..training import TrainConfig, load_run, train
 from ..training.evaluate import hidden_column, masks_at
 from .configs import DataConfig, fingerprint_of, load_data
 
-__all__ = ["check", "check_cell", "mean_missing", "read_line", "score", "settings_of", "train_and_keep"]
-
 Settings = Mapping[str, Any]
 
 

@@ -21,8 +21,6 @@ from mmc_fast._util.memory import check_memory
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.scratch import Scratch
 
-__all__ = ["Archive", "Header"]
-
 # What damaged files make zipfile and numpy raise; none of it may reach the user as it is.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, NotImplementedError, RuntimeError)
 _DAMAGE += (MemoryError, TokenError, zipfile.BadZipFile, zlib.error)  # type: ignore[assignment]

@@ -6,8 +6,6 @@ import numpy as np
 
 from mmc_fast.experiments.data.archive import Archive
 
-__all__ = ["PAPER_VARIANTS", "paper_rows"]
-
 PAPER_VARIANTS = {"paper": None, "paper-95": 0.95, "paper-90": 0.90, "paper-85": 0.85, "paper-80": 0.80}
 """Variant -> share of the training and validation rows without audio; with a share, no test row has audio."""
 

@@ -9,8 +9,6 @@ import numpy as np
 
 from mmc_fast._util.extras import require
 
-__all__ = ["as_numbers", "as_text"]
-
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 _TRUTH = {"true": "1", "false": "0"}
 

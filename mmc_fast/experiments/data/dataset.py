@@ -15,8 +15,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.preprocessing import Preprocessing
 from mmc_fast.experiments.tasks import Classification, Task
 
-__all__ = ["PARTS", "MultimodalDataset", "Part", "PartBatches"]
-
 PARTS = ("train", "validation", "test")
 PURPOSES = ("training", "scoring", "prediction")
 _CHECKED = 1 << 22  # values that are checked at a time
@@ -139,8 +137,7 @@ class MultimodalDataset:
         Text columns become one 0/1 column for each category of the training rows (docs/guides/data.md has the rule). Raises
         InputError that names table, column and repair.
         """
-        raw = _frames().raw_from_frames(frames, {"label": label, "id": id, **roles}, split, name)
-        return _frames().build(raw, standardise=standardise)
+        return _frames().from_frames(frames, {"label": label, "id": id, **roles}, split, name, standardise=standardise)
 
     @classmethod
     def from_arrays(
@@ -167,8 +164,18 @@ class MultimodalDataset:
 
         Raises InputError.
         """
-        raw = _frames().raw_from_arrays(arrays, label, id, split, names or {}, present or {}, name, kind)
-        return _frames().build(raw, nan_policy=nan_policy, standardise=standardise)
+        return _frames().from_arrays(
+            arrays,
+            label,
+            id,
+            split,
+            names or {},
+            present or {},
+            name,
+            kind,
+            nan_policy=nan_policy,
+            standardise=standardise,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

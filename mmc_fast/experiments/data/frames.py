@@ -17,15 +17,13 @@ from mmc_fast._util.numbers import check_seed
 from mmc_fast._util.toml import read_toml
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.cells import as_text
-from mmc_fast.experiments.data.dataset import PARTS
+from mmc_fast.experiments.data.dataset import PARTS, MultimodalDataset
 from mmc_fast.experiments.data.labels import read_labels
 from mmc_fast.experiments.data.preprocessing import Preprocessing, encoded_names
 from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.splits import stratified_split
 from mmc_fast.experiments.data.tables import ENDINGS, encode, fit_categories, place, read_table
 from mmc_fast.experiments.tasks import KINDS, Classification
-
-__all__ = ["ColumnMap", "build", "from_memory", "raw_from_arrays", "raw_from_frames", "read_frames", "read_tables"]
 
 _PART_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2, "0": 0, "1": 1, "2": 2}
 
@@ -349,15 +347,15 @@ def _split(cells: Any, column: str, table: str, at: Callable[[int], str]) -> np.
     return np.array([_PART_NAMES[str(t).lower()] for t in text], np.uint8)
 
 
-def raw_from_frames(frames: Any, roles: Mapping[str, Any], split: str | int, name: str) -> RawDataset:
-    """What :meth:`MultimodalDataset.from_frames` takes, checked."""
+def from_frames(frames: Any, roles: Mapping[str, Any], split: str | int, name: str, **how: Any) -> MultimodalDataset:
+    """:meth:`MultimodalDataset.from_frames`; ``how``: arguments of :func:`build`."""
     where = {"split": split} if isinstance(split, str) else {"split_seed": check_seed(split)}
     columns = ColumnMap.parse({**roles, **where}, "from_frames")
     several = isinstance(frames, Mapping)
-    return read_frames(dict(frames) if several else {name: frames}, columns, name=name, several=several)
+    return build(read_frames(dict(frames) if several else {name: frames}, columns, name=name, several=several), **how)
 
 
-def raw_from_arrays(
+def from_arrays(
     arrays: Mapping[str, Any],
     label: Any,
     id: Any,
@@ -366,8 +364,9 @@ def raw_from_arrays(
     present: Mapping[str, Any],
     name: str,
     kind: str | None,
-) -> RawDataset:
-    """What :meth:`MultimodalDataset.from_arrays` takes, checked."""
+    **how: Any,
+) -> MultimodalDataset:
+    """:meth:`MultimodalDataset.from_arrays`; ``how``: arguments of :func:`build`."""
     target = np.asarray(label)
     if target.ndim not in (1, 2) or 0 in target.shape:
         raise InputError(f"{name}: label has shape {list(target.shape)}; give [N], or [N, C] for several columns.")
@@ -401,7 +400,7 @@ def raw_from_arrays(
         parts = _split(np.asarray(split), "split", name, "row {}".format)
     else:
         parts = stratified_split(task.strata(labels), seed=int(split), ids=ids)
-    return RawDataset(
+    raw = RawDataset(
         name=name,
         views=views,
         labels=labels,
@@ -413,6 +412,7 @@ def raw_from_arrays(
         info={"task": "label", "variant": None, "source": "arrays", "licence": "not stated"},
         row_names=row_names,
     )
+    return build(raw, **how)
 
 
 def from_memory(data: Any, preprocessing: Preprocessing, purpose: str) -> RawDataset:

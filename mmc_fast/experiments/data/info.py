@@ -10,8 +10,6 @@ from mmc_fast._env import env
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.raw import RawDataset
 
-__all__ = ["DatasetInfo", "Entry", "Loader", "find", "how_to_get", "locate"]
-
 Loader = Callable[[str, "str | None", "Sequence[str] | None"], RawDataset]  # task, variant, modalities
 
 

@@ -12,8 +12,6 @@ from mmc_fast.errors import InputError
 from .dataset import MultimodalDataset
 from .splits import stratified_split
 
-__all__ = ["inner_split"]
-
 
 def inner_split(dataset: MultimodalDataset, rows: Sequence[int], seed: int) -> MultimodalDataset:
     """About ``rows`` = (train, validation, test) rows of the train and validation parts; no test row is in the result.

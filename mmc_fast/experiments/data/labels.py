@@ -12,8 +12,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.cells import as_numbers, as_text
 from mmc_fast.experiments.tasks import KINDS, Classification, MultiLabel, Regression, Survival, Task
 
-__all__ = ["read_labels"]
-
 _TRUTH = {"True", "False", "true", "false"}
 
 

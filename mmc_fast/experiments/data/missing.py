@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Missingness", "mcar"]
-
 
 @dataclass(frozen=True, eq=False)
 class Missingness:

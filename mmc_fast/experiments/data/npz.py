@@ -22,8 +22,6 @@ from mmc_fast.experiments.data.scratch import Scratch
 from mmc_fast.experiments.data.splits import stratified_split
 from mmc_fast.experiments.tasks import Classification, Task
 
-__all__ = ["column_names", "read_npz"]
-
 
 def read_npz(
     path: str | Path,

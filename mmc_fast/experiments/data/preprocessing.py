@@ -14,8 +14,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.scaler import ViewScaler
 from mmc_fast.experiments.tasks import Task, task_from_dict
 
-__all__ = ["Preprocessing", "PreprocessingDocument", "ViewColumns", "shift"]
-
 FAR = 0.25  # standardised mean difference that counts as a shift, beyond three standard errors
 OUTSIDE = 0.05  # share of values outside of the training range that counts as a shift
 

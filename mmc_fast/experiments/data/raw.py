@@ -17,8 +17,6 @@ from mmc_fast.experiments.data.scaler import NAN_POLICIES, ViewScaler
 from mmc_fast.experiments.data.scratch import Scratch
 from mmc_fast.experiments.tasks import Task
 
-__all__ = ["RawDataset", "build"]
-
 _CHUNK = 8192  # rows looked at together
 _LARGEST = float(np.finfo(np.float32).max)
 

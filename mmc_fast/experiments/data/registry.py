@@ -23,8 +23,6 @@ from mmc_fast.experiments.data.sets import ENTRIES
 from mmc_fast.experiments.data.tables import ENDINGS
 from mmc_fast.experiments.tasks import KINDS
 
-__all__ = ["available", "check_options", "load", "why_missing"]
-
 _ENTRIES: dict[str, Entry] = {entry[0].name: entry for entry in ENTRIES}
 
 

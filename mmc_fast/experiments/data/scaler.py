@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NAN_POLICIES", "ViewScaler"]
-
 NAN_POLICIES = ("error", "mean", "indicator")
 _CHUNK = 8192  # rows held in float64 at a time
 

@@ -13,8 +13,6 @@ import numpy as np
 from mmc_fast._util.numbers import integer
 from mmc_fast.errors import InputError
 
-__all__ = ["Scratch", "budget_bytes"]
-
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _ROWS = 8192  # at most so many rows are worked on at a time

@@ -15,8 +15,6 @@ from mmc_fast.experiments.data.npz import column_names, read_npz
 from mmc_fast.experiments.data.raw import RawDataset
 from mmc_fast.experiments.tasks import Classification
 
-__all__ = ["ENTRIES"]
-
 MFEAT = DatasetInfo(
     name="mfeat",
     title="six views of 2,000 handwritten numerals",

@@ -9,8 +9,6 @@ import numpy as np
 from mmc_fast._util.numbers import check_seed
 from mmc_fast.experiments.data.dataset import PARTS
 
-__all__ = ["stratified_split"]
-
 
 def stratified_split(
     labels: np.ndarray, *, seed: int, ids: np.ndarray | None = None, train: float = 0.6, validation: float = 0.1

@@ -17,8 +17,6 @@ from mmc_fast.experiments.data.raw import RawDataset, build
 from mmc_fast.experiments.data.splits import stratified_split
 from mmc_fast.experiments.tasks import Classification
 
-__all__ = ["PLANTED_COLLAPSE", "SyntheticModality", "planted_collapse", "synthetic"]
-
 
 @dataclass(frozen=True)
 class SyntheticModality:

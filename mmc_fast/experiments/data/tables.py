@@ -18,8 +18,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.cells import as_numbers, as_text
 from mmc_fast.experiments.data.preprocessing import encoded_names
 
-__all__ = ["ENDINGS", "encode", "fit_categories", "place", "read_table"]
-
 ENDINGS = (".csv", ".tsv", ".parquet", ".feather")
 CATEGORIES = 50  # at most, of a column
 RARE = 0.01  # share of the training rows below which a category counts as "other"

@@ -19,8 +19,6 @@ from ..training.parts import fingerprint
 from ..training.progress import Silent
 from ..training.unimodal import train_unimodal
 
-__all__ = ["BATCH_ROWS", "CANDIDATES", "Fitted", "Method", "Task"]
-
 CANDIDATES = 4  # settings in every declared search: the same budget for all
 BATCH_ROWS = 256  # rows that a method whose prediction depends on its batch is evaluated on together
 Settings = Mapping[str, Any]

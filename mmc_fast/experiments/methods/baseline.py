@@ -29,8 +29,6 @@ from ..training.progress import Silent
 from ..training.substitution import ranking_parts, refresh, source_for
 from .base import BATCH_ROWS, Fitted, Task, prior, unimodal_models
 
-__all__ = ["BaselineModel", "Batch", "fit_baseline"]
-
 _EXACT_ROWS = 4096  # rows at a time where the prediction does not depend on them
 
 

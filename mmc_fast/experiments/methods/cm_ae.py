@@ -16,8 +16,6 @@ from ..training import TrainConfig
 from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 
-__all__ = ["CM_AE", "CrossModalAutoencoder"]
-
 
 class CrossModalAutoencoder(BaselineModel):
     """Encoders -> one code; a decoder per modality, a classifier on the code.

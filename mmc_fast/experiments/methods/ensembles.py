@@ -13,8 +13,6 @@ from mmc_fast._util.seeds import derive_seed
 from .base import Fitted, Method, Task, prior, with_val_score
 from .standard import LEARNING_RATES, STANDARD, fit_standard
 
-__all__ = ["ENSEMBLES", "ORACLES", "fit_ensemble", "fit_subset_oracle"]
-
 
 def _mean(members: Sequence[Fitted]) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
     return lambda features, present: torch.stack([m.answer(features, present) for m in members]).mean(0)

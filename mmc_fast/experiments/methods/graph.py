@@ -17,8 +17,6 @@ from ..training.masks import training_masks
 from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 
-__all__ = ["GRAPE", "MUSE", "BipartiteGraph", "Grape", "Muse", "SageLayer", "supervised_contrastive"]
-
 
 class SageLayer(nn.Module):
     """One round on the bipartite graph of b samples and m modalities, whose edges carry features of their own.

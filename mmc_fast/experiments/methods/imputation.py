@@ -15,8 +15,6 @@ from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 from .standard import LEARNING_RATES
 
-__all__ = ["MEAN", "ZEROS", "ImputedConcat"]
-
 
 class ImputedConcat(BaselineModel):
     """Concatenation that sees no mask: an absent modality is what the encoder makes of zeros, or its mean feature.

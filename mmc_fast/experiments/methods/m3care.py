@@ -16,8 +16,6 @@ from ..training import TrainConfig
 from .base import Method
 from .baseline import BaselineModel, fit_baseline
 
-__all__ = ["M3CARE", "M3Care"]
-
 
 class M3Care(BaselineModel):
     """Similarity of samples -> thresholded graph -> two graph convolutions per modality -> gated mix -> transformer.

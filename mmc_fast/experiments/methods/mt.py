@@ -17,8 +17,6 @@ from ..training import TrainConfig
 from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 
-__all__ = ["MT", "SubsetTransformer", "subsets"]
-
 _ALL_UP_TO = 5  # modalities for which every subset is a task; beyond, as many are drawn for each step
 _DRAWN = 8
 

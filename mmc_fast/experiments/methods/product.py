@@ -14,8 +14,6 @@ from ..training.experts import ExpertProduct
 from ..training.progress import Silent
 from .base import Fitted, Method, Task, prior, unimodal_models, with_val_score
 
-__all__ = ["PRODUCT", "fit_product"]
-
 
 def fit_product(task: Task) -> Fitted:
     """Train one model per modality, then fit the weights of their product on masked validation rows."""

@@ -17,8 +17,6 @@ from ..training import TrainConfig
 from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 
-__all__ = ["SHASPEC", "ShaSpec"]
-
 
 class ShaSpec(BaselineModel):
     """``f_i = W [s_i; p_i] + s_i`` with the shared encoder ``s`` (one for all) and specific encoders ``p_i``.

@@ -18,8 +18,6 @@ from ..data import Part
 from ..training.masks import training_masks
 from .base import Fitted, Method, Task, prior, with_val_score
 
-__all__ = ["BOOSTING", "BOOSTING_MASKED", "LOGISTIC", "masked_copies"]
-
 
 def masked_copies(part: Part, copies: int, random: torch.Generator) -> Part:
     """The rows, and ``copies`` times the rows with fresh masks, half of the modalities hidden."""

@@ -20,8 +20,6 @@ from ..training import TrainConfig
 from .base import Method
 from .baseline import BaselineModel, Batch, fit_baseline
 
-__all__ = ["SMIL", "Smil"]
-
 _FITTED_ROWS = 4096  # rows that the priors are computed on
 
 

@@ -12,8 +12,6 @@ from ..training import TrainConfig, predict, train
 from ..training.progress import Silent
 from .base import Fitted, Method, Settings, Task, prior, unimodal_models
 
-__all__ = ["KD", "LEARNING_RATES", "STANDARD", "distilled", "robust_heads"]
-
 LEARNING_RATES = tuple({"lr": lr, "weight_decay": decay} for decay in (0.0, 1e-4) for lr in (1e-3, 3e-4))
 SMALL_HEADS: dict[str, Any] = {"hidden_dim": 128, "latent_dim": 64, "psi_dims": [64, 32]}
 _PAPER = "Chaudhuri et al., ICML 2025"

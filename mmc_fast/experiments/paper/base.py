@@ -22,10 +22,6 @@ from ..compare.grid import Tune, check_once
 from ..jobs import Event
 from ..report.comparison import Difference
 
-__all__ = [
-    "READINGS", "Direction", "Estimate", "Experiment", "Outcome", "Plan", "ResultTable", "Value", "declare", "paired",
-]  # fmt: skip
-
 READINGS = ("both", "train", "test")
 TUNES = ("auto", "always", "never")
 

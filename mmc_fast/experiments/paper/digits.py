@@ -14,8 +14,6 @@ from .inside import curve, draw_curves
 from .paper import TABLE3, TABLE4
 from .scores import Scored, score_methods, with_base_settings
 
-__all__ = ["TABLE_3", "TABLE_4"]
-
 _DATA = "avmnist-paper"
 _SHARES = {share: variant for variant, share in PAPER_VARIANTS.items() if share is not None}
 _PERCENT = 100.0

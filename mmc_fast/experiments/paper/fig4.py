@@ -16,8 +16,6 @@ from ..training import MultimodalModel
 from .base import Outcome, Plan, ResultTable, declare
 from .inside import METHODS, Bench, Found, Models, alone, by_data, direction, draw_bars, value
 
-__all__ = ["FIGURE_4", "measure"]
-
 _COLUMNS = {"fused": "through fusion alone", "own": "also on its own loss", "gap": "gap", "alone": "unimodal model"}
 
 

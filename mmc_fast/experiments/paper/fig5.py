@@ -16,8 +16,6 @@ from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import METHODS, Bench, Found, Models, alone, by_data, curve, direction, draw_curves, fused, number, value
 from .paper import TABLE11
 
-__all__ = ["BETAS", "FIGURE_5", "TOLERANCE", "measure"]
-
 BETAS = (0, 2, 4, 6, 8)
 TOLERANCE = 1e-2
 _PAPER = {"vanilla": "vanilla", "kd": "kd", "ebr-paper": "ebr", "ebr-robust": "ebr"}

@@ -14,8 +14,6 @@ from ..jobs import Result, Values, Workspace
 from .base import Outcome, Plan, ResultTable, declare
 from .inside import METHODS, Bench, Models, Series, by_data, direction, draw_curves, value
 
-__all__ = ["FIGURE_6", "measure"]
-
 _COLUMNS = ("first epoch", "half of the epochs", "last epoch", "mean of ln L_sem")
 
 

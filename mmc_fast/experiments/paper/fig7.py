@@ -15,8 +15,6 @@ from ..training import predict
 from .base import Direction, Outcome, Plan, ResultTable, Value, declare
 from .inside import METHODS, Bench, Models, by_data, curve, draw_curves, estimate, resampled
 
-__all__ = ["FIGURE_7", "RATES", "measure", "noisy_mean", "slope"]
-
 RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 Curve = dict[float, ResampledScores | None]
 

@@ -26,11 +26,6 @@ from ..training.adapter import RunAdapter
 from .base import Direction, Estimate, Outcome, Plan, Value, paired
 from .scores import machine_facts
 
-__all__ = [
-    "METHODS", "Bench", "Found", "Models", "Series", "alone", "by_data", "curve", "direction", "draw_bars", "draw_curves", "estimate",
-    "fused", "number", "resampled", "value",
-]  # fmt: skip
-
 METHODS = ("vanilla", "kd", "ebr-paper", "ebr-robust")
 _CHANGES: dict[str, Any] = {"rates": [], "keep_checkpoints": 1}
 _RESAMPLES = 400

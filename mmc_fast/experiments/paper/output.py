@@ -15,8 +15,6 @@ from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Panels, Re
 from ..compare.output import csv_text, list_files, markdown_table
 from .base import Direction, Experiment, Outcome, ResultTable, Value
 
-__all__ = ["DIRECTION_COLUMNS", "direction_rows", "markdown", "table_columns", "table_rows", "to_dict", "write_outcome"]
-
 SCHEMA_VERSION = 2
 DIRECTION_COLUMNS = ("direction that the paper shows", "paper", "ours", "95 % interval", "verdict")
 _CSV_COLUMNS = (

@@ -8,8 +8,6 @@ from mmc_fast._util.toml import read_toml
 
 from ..compare.configs import configs_folder
 
-__all__ = ["TABLE1", "TABLE2", "TABLE3", "TABLE4", "TABLE5", "TABLE6", "TABLE7", "TABLE9", "TABLE11"]
-
 _NUMBERS: dict[str, dict[str, Any]] = read_toml(configs_folder() / "numbers.toml")
 TABLE1, TABLE2, TABLE3 = (_NUMBERS[f"table{n}"] for n in (1, 2, 3))
 TABLE4, TABLE5, TABLE6 = (_NUMBERS[f"table{n}"] for n in (4, 5, 6))

@@ -18,8 +18,6 @@ from ..report.comparison import AVERAGE, COMPLETE
 from ..report.drawings import metric_name
 from .base import Direction, Estimate, Plan, Value
 
-__all__ = ["Scored", "machine_facts", "score_methods", "with_base_settings"]
-
 _RESAMPLES = 400
 
 

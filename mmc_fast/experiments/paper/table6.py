@@ -23,8 +23,6 @@ from .base import Direction, Outcome, Plan, ResultTable, Value, declare
 from .inside import Bench, Models, by_data, draw_bars, estimate, resampled
 from .paper import TABLE6
 
-__all__ = ["FILLED", "MODELS", "TABLE_6", "fillings", "hide", "measure"]
-
 FILLED = ("zeros", "random", "nearest neighbour", "mean without class", "mean with class", "mean of the true class")
 """Rules that fill the place of a missing modality in a vanilla model; the last one reads the label of the test row."""
 MODELS = ("late", "ebr-paper", "ebr-robust")

@@ -19,8 +19,6 @@ from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import METHODS, Bench, Found, Models, by_data, curve, direction, draw_curves, fused, number, value
 from .paper import TABLE7
 
-__all__ = ["RIDGE", "TABLE_7", "contributions", "measure"]
-
 RIDGE = 1e-6
 
 

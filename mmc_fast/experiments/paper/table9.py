@@ -19,8 +19,6 @@ from .base import Direction, Outcome, Plan, ResultTable, declare
 from .inside import Bench, Models, by_data, direction, number, value
 from .paper import TABLE9
 
-__all__ = ["TABLE_9", "measure"]
-
 _PAPER = {"vanilla": "vanilla", "kd": "kd", "ebr-paper": "ebr", "ebr-robust": "ebr"}
 _COLUMNS = {
     "cross_entropy": "cross-entropy (nats)",

@@ -19,8 +19,6 @@ from mmc_fast.diagnose.statistics import (
 )
 from mmc_fast.errors import InputError
 
-__all__ = ["AVERAGE", "COMPLETE", "Comparison", "Difference", "Score", "compare"]
-
 COMPLETE = "complete"
 AVERAGE = "mean missing"
 

@@ -9,8 +9,6 @@ from mmc_fast.diagnose.figures import Drawing, Line, Reference, bars, lines
 from .comparison import AVERAGE, COMPLETE, Comparison
 from .trained import Results, history, reliance
 
-__all__ = ["draw_adversary", "draw_rates", "draw_reliance", "draw_repair", "metric_name"]
-
 METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUC (ROC)", "auprc": "AUC (precision–recall)",
                 "macro_auroc": "mean AUC (ROC)", "r2": "R²", "concordance": "concordance"}  # fmt: skip
 _OTHER_COLOURS = 5  # after those of methods

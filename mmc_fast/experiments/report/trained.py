@@ -12,19 +12,6 @@ from mmc_fast.diagnose.document import Cell, Table
 from mmc_fast.diagnose.statistics import mean_sd
 from mmc_fast.diagnose.verdict import KINDS, ModalityVerdict
 
-__all__ = [
-    "Results",
-    "chance_score",
-    "history",
-    "probe",
-    "probe_table",
-    "reliance",
-    "reliance_table",
-    "settings_table",
-    "verdicts",
-    "without_effect",
-]
-
 Results = Mapping[str, Any]
 """The content of a run's results.json."""
 

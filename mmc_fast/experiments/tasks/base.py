@@ -13,8 +13,6 @@ from torch import Tensor
 from mmc_fast._util.extras import require
 from mmc_fast.errors import InputError
 
-__all__ = ["NotFiniteError", "Reduction", "Task"]
-
 Reduction = Literal["sum", "mean", "none"]
 Own = TypeVar("Own", bound="Task")
 

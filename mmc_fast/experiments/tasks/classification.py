@@ -15,8 +15,6 @@ from mmc_fast.errors import InputError
 
 from .base import Reduction, Task, checked, metrics
 
-__all__ = ["METRICS", "Classification"]
-
 METRICS = ("accuracy", "auroc")
 
 

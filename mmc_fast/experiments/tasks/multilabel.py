@@ -14,8 +14,6 @@ from mmc_fast.errors import InputError
 
 from .base import Reduction, Task, check_numbers, checked, metrics, reduced
 
-__all__ = ["MultiLabel"]
-
 
 @dataclass(frozen=True)
 class MultiLabel(Task):

@@ -13,8 +13,6 @@ from mmc_fast.errors import InputError
 
 from .base import Reduction, Task, check_numbers, checked, metrics, reduced
 
-__all__ = ["Regression"]
-
 
 @dataclass(frozen=True)
 class Regression(Task):

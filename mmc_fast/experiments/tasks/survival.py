@@ -15,8 +15,6 @@ from mmc_fast.errors import InputError
 
 from .base import Reduction, Task, check_numbers, checked, reduced
 
-__all__ = ["Survival"]
-
 INTERVALS = 20  # at most
 
 

@@ -4,9 +4,10 @@ from mmc_fast._util.atomic import SaveFailed
 
 from .config import METHODS, PRESETS, KDConfig, TrainConfig
 from .evaluate import Predictions, evaluate, predict
-from .loop import SCHEMA_VERSION, TrainResult, train
+from .loop import TrainResult, train
 from .model import MultimodalModel
 from .progress import Interrupted, ProcessLost, Progress, TrainingDiverged
+from .record import SCHEMA_VERSION
 from .runfolder import LoadedRun, load_predictions, load_run
 from .unimodal import UnimodalModels
 

@@ -12,8 +12,6 @@ from .model import MultimodalModel
 from .substitution import source_for
 from .unimodal import UnimodalModels
 
-__all__ = ["RunAdapter"]
-
 
 class RunAdapter:
     """The adapter of a :class:`MultimodalModel`; batches are :class:`~mmc_fast.experiments.data.Part`.

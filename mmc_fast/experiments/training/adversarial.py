@@ -17,8 +17,6 @@ from .model import MultimodalModel
 from .parts import stream_rows
 from .processes import Processes
 
-__all__ = ["parameter_distance", "post_hoc_probe", "probe"]
-
 _PROBE_EPOCHS, _PROBE_TRAIN_ROWS = 200, 4096
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["WeightAverage"]
-
 
 class WeightAverage:
     """``θ̄ ← a θ̄ + (1 - a) θ``, a = ``decay``, from the initial weights on."""

@@ -20,19 +20,6 @@ from mmc_fast.errors import InputError
 
 from ..manifest import Manifest
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointStore",
-    "check_like",
-    "check_rows",
-    "fits_checkpoint",
-    "moments_like",
-    "optimizer_tensors",
-    "prefixed",
-    "restore_optimizer",
-    "stripped",
-]
-
 
 @dataclass
 class Checkpoint:

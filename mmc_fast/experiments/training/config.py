@@ -22,8 +22,6 @@ from mmc_fast._util.schema import (
 from mmc_fast.errors import InputError
 from mmc_fast.nn import EBRConfig
 
-__all__ = ["METHODS", "PRESETS", "KDConfig", "TrainConfig"]
-
 METHODS = ("vanilla", "dropout", "kd", "ebr")
 PRESETS = (*METHODS, "robust", "recommended", "ebr-best")
 """The methods; "robust", the study's form of ebr; and what docs/experiments/learner.md found: the best learner, and the best one on

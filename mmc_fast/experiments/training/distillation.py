@@ -34,8 +34,6 @@ from .parts import to_device
 from .progress import TrainingDiverged
 from .unimodal import UnimodalModels
 
-__all__ = ["DistillationMeta", "distil", "info_nce", "teaching_plan"]
-
 
 class _Done(TypedDict):
     teacher: str

@@ -6,8 +6,6 @@ from mmc_fast.nn.encoders import IdentityEncoder, MLPEncoder
 
 from .config import TrainConfig
 
-__all__ = ["build_encoder"]
-
 
 def build_encoder(dim: int, config: TrainConfig) -> IdentityEncoder | MLPEncoder:
     """The encoder of one modality of width ``dim``."""

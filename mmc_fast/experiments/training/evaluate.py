@@ -24,8 +24,6 @@ from .parts import row_pieces
 from .substitution import fills
 from .unimodal import UnimodalModels
 
-__all__ = ["RATES", "Predictions", "check_fits", "evaluate", "hidden_column", "masks_at", "measure", "predict"]
-
 RATES = (0.1, 0.2, 0.3, 0.4, 0.7)
 _BATCH = 4096  # rows at a time, fewer where they are wider than 1024
 _VALUES = _BATCH * 1024

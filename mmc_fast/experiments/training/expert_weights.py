@@ -12,8 +12,6 @@ from ..data import Part, mcar
 from .evaluate import predict
 from .model import MultimodalModel
 
-__all__ = ["PENALTY", "fit_experts", "masked_rows"]
-
 PENALTY = 1e-3
 _DRAWS = 4  # masks of every rate that the weights are fitted on
 

@@ -14,8 +14,6 @@ from ..tasks import Classification, Task
 from .config import TrainConfig
 from .unimodal import UnimodalModel, UnimodalModels
 
-__all__ = ["ExpertProduct", "Experts"]
-
 _STEPS = 200  # of L-BFGS
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from .checkpoint import Checkpoint, CheckpointStore
 from .progress import Interrupted, ProcessLost
 
-__all__ = ["Autosave", "InterruptGuard", "Stage"]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster that takes its machine back
 
 

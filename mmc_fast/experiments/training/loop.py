@@ -27,13 +27,11 @@ from .model import MultimodalModel, select_modalities
 from .parts import fingerprint, task_of
 from .processes import Processes, join
 from .progress import ProcessesDiffer, Progress, Silent
-from .record import SCHEMA_VERSION, adversarial_figures, results_of
+from .record import adversarial_figures, results_of
 from .runfolder import RunFolder, load_run
 from .size import check_size
 from .trainer import Trainer, TrainerMeta
 from .unimodal import UnimodalMeta, UnimodalModels, train_unimodal, unimodal_key
-
-__all__ = ["SCHEMA_VERSION", "TrainResult", "train"]
 
 
 @dataclass

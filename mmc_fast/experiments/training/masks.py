@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..data import mcar
 
-__all__ = ["epoch_order", "presence_entropy", "training_masks"]
-
 
 def epoch_order(rows: int, generator: torch.Generator) -> Tensor:
     """A permutation of ``rows``: int64 ``[rows]``."""

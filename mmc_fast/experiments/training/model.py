@@ -18,8 +18,6 @@ from .config import TrainConfig
 from .encoder import build_encoder
 from .experts import Experts
 
-__all__ = ["ModelOutput", "MultimodalModel", "select_modalities"]
-
 
 @dataclass
 class ModelOutput:

@@ -9,8 +9,6 @@ from torch import nn, optim
 
 from .config import TrainConfig
 
-__all__ = ["build_optimizer", "learning_rate", "set_learning_rate"]
-
 
 def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: TrainConfig) -> optim.Optimizer:
     """One optimiser with a named parameter group for each entry of ``groups``.

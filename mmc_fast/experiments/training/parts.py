@@ -12,8 +12,6 @@ from ..data import MultimodalDataset, Part
 from ..tasks import Task
 from .config import TrainConfig
 
-__all__ = ["Batches", "fingerprint", "row_pieces", "stream_rows", "task_of", "to_device"]
-
 STREAM_ROWS = 4096  # of a streamed part that are in memory at a time, fewer where they are wide
 _STREAM_VALUES = 1 << 20
 

@@ -21,8 +21,6 @@ from .progress import ProcessesDiffer, ProcessLost
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Processes", "check_device", "first_process", "join"]
-
 _TIMEOUT = timedelta(minutes=30)
 
 

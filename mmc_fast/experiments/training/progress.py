@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-__all__ = ["Interrupted", "ProcessLost", "ProcessesDiffer", "Progress", "Silent", "TrainingDiverged"]
-
 
 class Progress(Protocol):
     """Callbacks of one run.

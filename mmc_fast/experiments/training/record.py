@@ -26,8 +26,6 @@ from .substitution import describe
 from .trainer import Trainer
 from .unimodal import UnimodalModels
 
-__all__ = ["SCHEMA_VERSION", "RunResults", "adversarial_figures", "environment", "results_of"]
-
 SCHEMA_VERSION = 2
 
 

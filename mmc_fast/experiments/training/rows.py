@@ -18,8 +18,6 @@ from ..tasks import Task
 from .evaluate import check_fits, predict
 from .model import MultimodalModel
 
-__all__ = ["RowPredictions", "predict_rows", "shift_lines"]
-
 
 @dataclass
 class RowPredictions:

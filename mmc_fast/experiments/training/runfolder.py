@@ -35,8 +35,6 @@ from .rows import RowPredictions, predict_rows
 from .size import check_size
 from .unimodal import UnimodalModel, UnimodalModels
 
-__all__ = ["LoadedRun", "RunFolder", "load_predictions", "load_run"]
-
 _RESULTS, _PREDICTIONS, _PREPROCESSING = "results.json", "predictions.npz", "preprocessing.json"
 _PRODUCTS = "products.json"
 _MODEL, _UNIMODAL = "model.safetensors", "unimodal.safetensors"

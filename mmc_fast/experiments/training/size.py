@@ -10,8 +10,6 @@ from mmc_fast._util.memory import check_memory
 
 from .config import TrainConfig
 
-__all__ = ["check_size"]
-
 _COPIES = 8  # of every weight: itself, gradient, two moments, best, last, one being saved, the λ = 0 control
 
 

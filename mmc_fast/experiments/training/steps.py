@@ -24,8 +24,6 @@ from .model import MultimodalModel
 from .processes import Processes
 from .substitution import source_for
 
-__all__ = ["Counts", "Phase", "Rows", "Stepper", "phase_of"]
-
 Phase = Literal["joint", "semantic", "adversarial"]
 
 _UPDATED: dict[str, tuple[str, ...]] = {

@@ -22,8 +22,6 @@ from .model import MultimodalModel
 from .parts import stream_rows
 from .processes import Processes
 
-__all__ = ["describe", "fills", "ranking_parts", "refresh", "source_for"]
-
 _RANKING_PARTS = ("train", "validation")
 
 

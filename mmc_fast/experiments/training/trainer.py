@@ -44,8 +44,6 @@ from .schedules import AdversarialStop
 from .steps import Phase, Stepper, phase_of
 from .substitution import ranking_parts, refresh, source_for
 
-__all__ = ["Trainer", "TrainerMeta"]
-
 _PROBE_ROWS = 512
 # Plain values of a checkpoint that are attributes as they are.
 _PLAIN = ("epoch", "step", "skipped", "skipped_rows", "history", "best_epoch", "first_active", "about")

@@ -34,8 +34,6 @@ from .optim import build_optimizer, set_learning_rate
 from .parts import Batches, row_pieces, task_of, to_device
 from .progress import TrainingDiverged
 
-__all__ = ["UnimodalMeta", "UnimodalModel", "UnimodalModels", "train_unimodal"]
-
 
 class UnimodalMeta(TypedDict):
     """Plain values of a checkpoint."""

@@ -13,8 +13,6 @@ from mmc_fast.experiments.data.prepare.fsdd_logmel20 import FSDD_SOURCE, SPEAKER
 from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe
 
-__all__ = ["RECIPE", "SMALL"]
-
 IDX = {
     "train-images": ("idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
     "train-labels": ("idx1-ubyte", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),

@@ -10,8 +10,6 @@ from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe, dense, view_arrays
 from mmc_fast.experiments.data.prepare.tables import one_hot, pandas, table
 
-__all__ = ["RECIPE"]
-
 FILE = "diabetic_data.csv"
 SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
 COUNTS = ["num_lab_procedures", "num_procedures", "num_medications", "number_outpatient", "number_emergency"]

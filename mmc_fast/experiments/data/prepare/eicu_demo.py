@@ -12,8 +12,6 @@ from mmc_fast.experiments.data.prepare.recipe import Recipe, dense, view_arrays
 from mmc_fast.experiments.data.prepare.tables import multi_hot, one_hot, pandas, table
 from mmc_fast.experiments.data.splits import stratified_split
 
-__all__ = ["RECIPE"]
-
 DAY = 1440  # minutes after admission to the unit
 RARE = 25  # an item that fewer stays have gets no column
 KEY = "patientunitstayid"

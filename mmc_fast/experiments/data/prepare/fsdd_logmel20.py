@@ -14,8 +14,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe
 
-__all__ = ["FSDD_SOURCE", "RECIPE", "SPEAKERS", "Recordings", "log_mel", "read_recordings"]
-
 SPEAKERS = ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]
 RATE = 8000  # samples in a second, and in a picture: longer recordings are cut, shorter ones end in silence
 BANDS = FRAMES = 20

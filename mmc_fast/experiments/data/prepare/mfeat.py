@@ -12,8 +12,6 @@ from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe
 from mmc_fast.experiments.data.splits import stratified_split
 
-__all__ = ["RECIPE"]
-
 VIEWS = {"fou": 76, "fac": 216, "kar": 64, "pix": 240, "zer": 47, "mor": 6}
 ROWS = 2000
 

@@ -21,8 +21,6 @@ from mmc_fast.experiments.data.prepare.spill import Spill
 from mmc_fast.experiments.data.prepare.tables import chunks, one_hot, pandas, table
 from mmc_fast.experiments.data.splits import stratified_split
 
-__all__ = ["DEMO", "RECIPE", "VITALS"]
-
 CHUNK = 100_000  # rows of a table in memory at a time
 VIEWS = ("diagnoses", "procedures", "medications", "labs")
 TEXTS = ["gender", "admission_type", "admission_location", "insurance", "marital_status", "race"]

@@ -18,8 +18,6 @@ from typing import IO, Any
 
 from mmc_fast.errors import InputError
 
-__all__ = ["Originals", "Progress"]
-
 Progress = Callable[[str, int, "int | None"], None]
 """Called with what is read, how much of it is done, and how much there is (None: not known)."""
 

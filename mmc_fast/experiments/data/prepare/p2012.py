@@ -12,8 +12,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe
 
-__all__ = ["RECIPE"]
-
 Limits = dict[str, tuple[float, float]]
 ROWS = 4000  # stays of each set
 SHA256 = "61175690cde2ddcbc6983945b06ec33515ac7fadae19c4147ea94b2eb1b41274"  # of all names and contents of the records

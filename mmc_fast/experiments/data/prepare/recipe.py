@@ -18,8 +18,6 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.data.archive import Archive
 from mmc_fast.experiments.data.prepare.originals import Originals, Progress
 
-__all__ = ["Recipe", "check_file", "dense", "prepare_file", "view_arrays"]
-
 _LARGE = 1 << 26  # bytes; beyond that, compression level 9 costs minutes and saves little
 
 

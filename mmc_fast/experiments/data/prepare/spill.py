@@ -10,8 +10,6 @@ import numpy as np
 
 from mmc_fast.experiments.data.prepare.tables import pandas
 
-__all__ = ["Spill"]
-
 BLOCK = 2048  # rows of the data set whose events are in memory at a time
 _RECORD = np.dtype([("row", "<i4"), ("key", "<i4"), ("value", "<f8")])
 

@@ -13,8 +13,6 @@ from mmc_fast.experiments.data.prepare.originals import Originals
 from mmc_fast.experiments.data.prepare.recipe import Recipe, dense
 from mmc_fast.experiments.data.splits import stratified_split
 
-__all__ = ["RECIPE"]
-
 ROWS = 9105
 VIEWS = {
     "demographics": ["age", "edu", "sex=*", "race=*", "income=*"],

@@ -16,8 +16,6 @@ from mmc_fast.experiments.data.prepare.originals import Originals
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["chunks", "multi_hot", "one_hot", "pandas", "table"]
-
 
 def pandas() -> Any:
     """The module pandas; :class:`~mmc_fast._util.extras.MissingExtra`, one line, where it is not installed."""
