@@ -121,10 +121,11 @@ def check(path: Path) -> list[str]:
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
-    if log:  # that holds the main scores alone
-        found[1]["scores"] = {name: s["score"] for name, s in again.values.get("scores", {}).items()}
-        return [name for name in found[0] if found[0][name] != found[1][name]]
-    different = [name for name in found[0] if found[0][name] != found[1][name]]
+    if log and again.failed is None:  # a log holds the main scores alone
+        found[1]["scores"] = {name: s["score"] for name, s in again.values["scores"].items()}
+    different = [name for name, value in found[0].items() if value != found[1][name]]
+    if log:
+        return different
     names = sorted(stored.arrays.keys() | again.arrays.keys())
     return different + [n for n in names if not _same(stored.arrays.get(n), again.arrays.get(n))]
 

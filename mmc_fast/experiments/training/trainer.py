@@ -303,8 +303,6 @@ class Trainer:
         selected = {"complete": "val_score", "masked": "val_score_masked", "last": "epoch"}[self.config.selection]
         if record[selected] > self.best_score:
             self.best_score, self.best_epoch = record[selected], self.epoch
-            if self.ranked:
-                self._refresh()
             self.best_weights = _copy(self.model.state_dict())
 
     def _seconds(self) -> float:

@@ -85,6 +85,9 @@ def test_what_a_run_is_repeated_from(tmp_path, seed, monkeypatch):
     try:
         assert runs.check(tmp_path / "log.jsonl:1") == []
         assert runs.check(tmp_path / "log.jsonl:2") == ["failed", "scores"]
+        with monkeypatch.context() as changed:
+            changed.setattr(runs, "perform", lambda job, folder: Result(job.settings, {}, {}, "x", 1.0, 1))
+            assert runs.check(tmp_path / "log.jsonl:2") == [], "it diverges again"
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -110,6 +113,10 @@ def test_the_predictions_of_a_repeated_run_are_compared_by_name_and_value(tmp_pa
         monkeypatch.setattr(runs, "perform", lambda job, folder, result=result: result)
         found.append(runs.check(tmp_path / "x.npz"))
     assert found == [[], ["index"], ["more"], ["complete"]]
+    broken = Result(settings, stored.values, stored.arrays | {"complete": P + 1}, None, 1.0, 1)
+    monkeypatch.setattr(runs, "read", lambda path: broken)
+    with pytest.raises(InputError, match="no class probabilities"):
+        runs.check(tmp_path / "x.npz")
 
 
 def test_a_method_for_classes_needs_them_in_all_of_the_data(monkeypatch):
@@ -126,6 +133,8 @@ def test_data_that_need_an_option_say_how_a_comparison_gives_it(tmp_path, seed):
     path = tmp_path / "mine.npz"
     config = DataConfig("mine", str(path))
     assert load_data(config.key) is load_data(DataConfig("other name", str(path)).key), "kept"
+    orders = [DataConfig("mine", "x", dict(pairs)).key for pairs in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)])]
+    assert orders[0] == orders[1]
     arrays = dict(np.load(path))
     arrays["x_a"][0, 0] = np.nan
     for change, advice in (({}, '`nan_policy = "mean"`'), ({"y": arrays["y"][1:]}, None)):

@@ -42,6 +42,7 @@ from mmc_fast.experiments.jobs import claimed, read
 from mmc_fast.experiments.manifest import Manifest
 from mmc_fast.experiments.methods import METHODS
 from mmc_fast.experiments.training.evaluate import masks_at
+from mmc_fast.experiments.training.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -125,7 +126,11 @@ def test_a_run_is_scored_on_its_part_under_the_masks_of_that_part(tmp_path, seed
     grid, dataset = Grid([method], [data], [0]), load_data(data.key)
     fitted = method.plugin.fit(dataset, {"lr": 0.02}, 5, budget=data.budget_with({}))
     for part in ("test", "validation"):
-        rows, found = dataset.part(part), jobs_module.perform(grid.job(method, data, {"lr": 0.02}, part, 5), tmp_path)
+        job, heard = grid.job(method, data, {"lr": 0.02}, part, 5), []
+        progress = Silent()
+        progress.on_epoch = heard.append
+        rows, found = dataset.part(part), jobs_module.perform(job, tmp_path, progress)
+        assert [record["epoch"] for record in heard] == [1]
         assert found.values["metric"] == dataset.metric
         masks = {"complete": rows.present}
         for rate in (0.2, 0.5):
@@ -168,6 +173,10 @@ def test_the_first_of_equally_good_candidates_is_selected_and_diverged_ones_are_
         results.append((f"file {n}", jobs_module.Result({}, values, {}, failed, 1.0, 1)))
     jobs_module.own_folder(tmp_path, "jobs")
     assert grid_module._select(method, data, results, tmp_path) == method.plugin.search[1]
+    grid_module._select(method, replace(data, name="two"), results, tmp_path)
+    listed = Manifest.above(tmp_path / "selected" / "two-dropout.json", advice="x")
+    assert "selected/mine-dropout.json" in listed
+    assert "selected/two-dropout.json" in listed
     record = json.loads((tmp_path / "selected" / "mine-dropout.json").read_text())
     assert (record["seed"], record["part"], record["selected"]) == (SEARCH_SEED, "validation", method.plugin.search[1])
     assert [c["score"] for c in record["candidates"]] == [

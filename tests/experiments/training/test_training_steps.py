@@ -8,12 +8,14 @@ import pytest
 import torch
 from training_data import losses_by_hand, small, tiny
 
+from mmc_fast.experiments.training import trainer as trainer_module
 from mmc_fast.experiments.training.evaluate import masks_at, predict
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer, learning_rate, set_learning_rate
 from mmc_fast.experiments.training.schedules import AdversarialStop
 from mmc_fast.experiments.training.steps import Rows, Stepper, phase_of
+from mmc_fast.experiments.training.substitution import ranking_parts, refresh, source_for
 from mmc_fast.experiments.training.trainer import Trainer
 
 GROUPS = ("encoders", "task", "discriminator")
@@ -306,3 +308,37 @@ def test_an_optimizer_is_that_of_torch_by_its_name(optimizer, kind, momentum, se
             one.step()
         torch.testing.assert_close(ours, theirs)
     assert not torch.equal(ours[0], start[0])
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_ranking_of_a_model_is_that_of_the_weights_it_has(average, seed, monkeypatch):
+    """In the first step of an epoch that substitutes, and after the run, also where weights are averaged or an earlier epoch is kept."""
+    dataset = tiny(seed, absent=0.3)
+    config = small("ebr", lr=0.05, weight_average=average, substitute_in_training=True, modality_dropout=0.3)
+    trainer = Trainer(
+        MultimodalModel(dataset.dims, 3, config), dataset, config, seed=seed, reference="b"
+    )  # fmt: skip
+    parts, checked = ranking_parts(dataset), []
+
+    def fresh(model) -> bool:
+        again = copy.deepcopy(model)
+        refresh(again, parts, "b")
+        return torch.equal(model.similarity, again.similarity) and torch.equal(model.order, again.order)
+
+    def source(model, present, random=None):
+        if trainer.step == 0:
+            checked.append(fresh(model))
+        return source_for(model, present, random)
+
+    monkeypatch.setattr(trainer_module, "source_for", source)
+    scores = iter([0.5, 0.9, 0.1])
+    validate = trainer._validate
+    trainer._validate = lambda: validate() | {"val_score": next(scores)}
+    trainer.fit()
+    assert checked == [True] * 3
+    assert trainer.best_epoch == 2
+    assert fresh(trainer.model)
+    assert not trainer.model.training
+    last = copy.deepcopy(trainer.model)
+    last.load_state_dict(trainer.last_weights)
+    assert not torch.equal(last.similarity, trainer.model.similarity)
