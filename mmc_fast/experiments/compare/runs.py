@@ -121,8 +121,8 @@ def check(path: Path) -> list[str]:
     finally:
         torch.set_num_threads(threads)
     found = [{"failed": r.failed, "scores": r.values.get("scores")} for r in (stored, again)]
-    if log and again.failed is None:  # a log holds the main scores alone
-        found[1]["scores"] = {name: s["score"] for name, s in again.values["scores"].items()}
+    if log:  # that holds the main scores alone
+        found[1]["scores"] = {name: s["score"] for name, s in again.values.get("scores", {}).items()}
     different = [name for name, value in found[0].items() if value != found[1][name]]
     if log:
         return different
@@ -185,7 +185,7 @@ def _line(path: Path) -> dict[str, Any]:
 
 
 def _result_of(found: Mapping[str, Any]) -> Result:
-    return Result(found["settings"], {"scores": found["scores"]}, {}, found["failed"], 0.0, found["threads"])
+    return Result(found["settings"], {"scores": found["scores"] or {}}, {}, found["failed"], 0.0, found["threads"])
 
 
 def _stored(config: Mapping[str, Any]) -> dict[str, Any]:
