@@ -73,6 +73,13 @@ def test_keep(good: MultimodalDataset) -> None:
         good.keep(["c"])
 
 
+def test_batches_are_the_rows_of_their_part_in_order(good: MultimodalDataset) -> None:
+    for batches, part in ((good.batches(), 2), (good.training_batches(), 0), (good.part("validation").batches(4), 1)):
+        assert torch.cat([b.index for b in batches]).tolist() == torch.where(good.split == part)[0].tolist()
+        assert len(batches) == len(list(batches))
+    assert [len(b) for b in good.part("validation").batches(4)] == [4, 2]
+
+
 def test_synthetic_signal_is_where_it_is_said_to_be(seed: int) -> None:
     strong, weak = SyntheticModality(strength=4.0), SyntheticModality(strength=0.5, predictive=2)
     got = data.synthetic(1500, modalities={"strong": strong, "weak": weak}, num_classes=3, seed=seed)

@@ -98,6 +98,22 @@ def test_every_format_and_layout_gives_the_same_arrays(ending: str, tmp_path: Pa
             torch.testing.assert_close(found.features[view], wanted.features[view], rtol=1e-5, atol=1e-5)
 
 
+def test_a_label_in_two_tables_is_joined_and_must_agree():
+    t = tables()
+    wanted = MultimodalDataset.from_frames(t, **ROLES)
+    labels = t["out"][["patient", "died"]]
+    t["demo"] = t["demo"].merge(labels.iloc[::2], on="patient", how="left")  # each table has the labels of some
+    t["out"] = t["out"].assign(died=labels["died"].where(labels.index % 2 == 1))
+    found = MultimodalDataset.from_frames(t, **ROLES)
+    assert torch.equal(found.labels, wanted.labels)
+    assert found.feature_names == wanted.feature_names
+    for row, other in ((4, "yes"), (5, "no")):  # the later table's word comes before and after the other in the alphabet
+        wrong = {**t, "out": t["out"].assign(died=labels["died"]), "demo": t["demo"].assign(died=labels["died"])}
+        wrong["demo"].loc[row, "died"] = other
+        with pytest.raises(InputError, match=f"'died' is .* for id '{row + 7}' and .* in another table"):
+            MultimodalDataset.from_frames(wrong, **ROLES)
+
+
 def test_a_drawn_split_does_not_depend_on_the_order_of_the_rows():
     one = whole(tables()).drop(columns="part")
     roles = {"label": "died", "id": "patient", "split": 3, "modalities": {"labs": ["na", "k"], "demo": ["age"]}}
