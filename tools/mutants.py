@@ -186,11 +186,11 @@ def tests_of(module: str) -> list[str]:
     """Test files beside the module's mirror that name the module or one of its public names; else the whole folder."""
     path = Path(module)
     folder = ROOT / "tests" / (path.parent.relative_to("mmc_fast") if path.parts[0] == "mmc_fast" else path.parent)
-    public = re.search(r"__all__ = \[(.*?)\]", (ROOT / path).read_text(), re.DOTALL)
+    body = ast.parse((ROOT / path).read_text()).body
     parent = str(path.parent).replace("/", r"\.")
     names = [
         rf"{parent}(\.| import .*\b){path.stem}",
-        *(rf"\b{name}" for name in re.findall(r'"(\w+)"', public[1] if public else "")),
+        *(rf"\b{n.name}" for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"),
     ]
     while not (files := sorted(folder.rglob("test_*.py"))) and folder != ROOT / "tests":
         folder = folder.parent

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmc_fast.cli.compare import METHODS  # of the default grid, and of the short table
 from mmc_fast.experiments.report.drawings import metric_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +127,7 @@ def render_comparison(lines: Sequence[Line]) -> str:
     columns = [(data, condition) for data in main_metric for condition in ("complete", "mean missing")]
     heads = " | ".join(f"{data}, {condition}" for data, condition in columns)
     table = [f"| method | {heads} |", "|---|" + "---:|" * len(columns)]
-    for method in METHODS.split(","):
+    for method in dict.fromkeys(line["method"] for line in some):
         found = [cells.get((method, *column)) for column in columns]
         table.append(f"| {method} | " + " | ".join(_number(line, bold=_better(line)) for line in found) + " |")
     metrics = ", ".join(f"{data}: {metric_name(metric)}" for data, metric in main_metric.items())
