@@ -32,6 +32,7 @@ from .data.archive import Archive
 from .manifest import MANIFEST, Manifest
 from .pool import Emit, run_pool
 from .training import Progress, TrainingDiverged
+from .training.progress import Silent
 
 SCHEMA_VERSION = 2
 _WAIT = 1.0  # seconds between looks at jobs that another process holds
@@ -234,7 +235,7 @@ def _free(folder: Path, job: Job) -> bool:
         return mine
 
 
-class _Progress:
+class _Progress(Silent):
     def __init__(self, job: Job, emit: Emit) -> None:
         self.job, self.emit = job, emit
 
@@ -243,9 +244,6 @@ class _Progress:
 
     def on_epoch(self, record: dict[str, Any]) -> None:
         self.emit(("epoch", self.job, record))
-
-    def on_end(self, results: dict[str, Any]) -> None:
-        pass
 
 
 def _plain(name: str) -> str:

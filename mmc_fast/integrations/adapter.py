@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmc_fast.errors import InputError
 
-from .site import Site, replace_tensor, tensors_in
+from .site import Site, is_compiled, replace_tensor, tensors_in
 
 Place = str | Site | tuple[str | Site, int]
 
@@ -81,7 +81,7 @@ class ModelAdapter:
         if not isinstance(features, Mapping) or not features:
             raise InputError("ModelAdapter: features is empty; give modality name -> module name")
         self.model = _unwrapped(model)
-        self._compiled = any(map(_is_compiled, (model, *model.modules())))
+        self._compiled = any(map(is_compiled, (model, *model.modules())))
         self.sites = {name: _site(place) for name, place in features.items()}
         self._runs: dict[str, int | None] = {name: site.call for name, site in self.sites.items()}
         self._modules = {name: _find(self.model, site.module) for name, site in self.sites.items()}
@@ -417,10 +417,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:

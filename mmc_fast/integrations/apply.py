@@ -22,7 +22,7 @@ from .collect import SiteHead
 from .handle import EBRHandle, find_handles
 from .plan import candidates, find_sites, place, unknown_module, why_not
 from .report import ApplyReport
-from .site import Site
+from .site import Site, is_compiled
 from .trace import trace
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
@@ -205,8 +205,7 @@ def _check_fusion(model: nn.Module, fusion: str, sites: Mapping[str, Site], poss
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_ebr: model is {type(model).__name__}; give an nn.Module")
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled or isinstance(model, _WRAPPERS):
+    if is_compiled(model) or isinstance(model, _WRAPPERS):
         raise TypeError(
             f"apply_ebr: model is {type(model).__name__}, compiled or wrapped already; apply to the plain module, "
             "then compile or wrap it"

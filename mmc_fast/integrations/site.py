@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
@@ -189,3 +189,8 @@ def describe_output(output: Any) -> str:
         return f"{kind}{list(output.shape)}"
     found = [t for _, t in tensors_in(output) if t.dtype != torch.bool]
     return f"{type(output).__name__} of {len(found)} tensors" if found else f"{type(output).__name__}, no tensor"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` is at work on a module, around it or in place."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -190,7 +190,12 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
 
     first = [(_FIRST, d, s, job(_FIRST, d, s, None)) for d in data_sets for s in plan.seeds]
     number = len(plan.methods) * len(first)
-    results = finish([j for *_, j in first], folder, workers=workers, on_event=_counted(on_event, number - len(first)))
+
+    def counted(event: Any) -> None:
+        """One bar over both stages: the first one announces the jobs of the second too."""
+        on_event((*event[:2], event[2] + number - len(first)) if event[0] == "plan" else event)
+
+    results = finish([j for *_, j in first], folder, workers=workers, on_event=counted)
     shared = {(d.name, s): None if r.failed else j.own for (_, d, s, j), r in zip(first, results, strict=True)}
     jobs = [
         (m, d, s, job(m, d, s, None if m == _FIRST else shared[d.name, s]))
@@ -198,7 +203,9 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
         for d in data_sets
         for s in plan.seeds
     ]
-    results = finish([j for *_, j in jobs], folder, workers=workers, on_event=_without_plan(on_event))
+    results = finish(
+        [j for *_, j in jobs], folder, workers=workers, on_event=lambda e: None if e[0] == "plan" else on_event(e)
+    )
     runs, stored = [], {}
     for (m, d, s, j), result in zip(jobs, results, strict=True):
         if not result.failed:
@@ -210,15 +217,6 @@ def run_demo(plan: DemoPlan, folder: Path, *, workers: int, on_event: Event) -> 
         _one(f, [m for m in plan.methods if m in f.main.scores], runs, stored)
         for f in find(finished, [_METHODS[m] for m in plan.methods], resamples=100 if plan.quick else 1000)
     ]
-
-
-def _counted(on_event: Event, later: int) -> Event:
-    """One bar over both stages: the first one announces the jobs of the second too."""
-    return lambda event: on_event((event[0], event[1], event[2] + later) if event[0] == "plan" else event)
-
-
-def _without_plan(on_event: Event) -> Event:
-    return lambda event: None if event[0] == "plan" else on_event(event)
 
 
 def _scored(result: Result, stored: Results, own: Path) -> Result:

@@ -83,18 +83,14 @@ def explore(protocol: Mapping[str, Any], log: Path, only: Sequence[str] = ()) ->
             continue
         result = perform(Job("/".join(map(str, planned[:4])), score, planned.settings), log.parent)
         scores = {name: found["score"] for name, found in result.values.get("scores", {}).items()}
-        line = {**planned._asdict(), "scores": scores, "failed": result.failed, "commit": _commit()}
+        commit = _git("rev-parse", "HEAD")  # with a + where the code was changed since; None outside of a repository
+        commit += "+" * bool(commit and _git("status", "-s", "."))
+        line = {**planned._asdict(), "scores": scores, "failed": result.failed, "commit": commit or None}
         line |= {"seconds": round(result.seconds, 1), "threads": result.threads, "torch": torch.__version__}
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         mean = sum(list(scores.values())[1:]) / max(1, len(scores) - 1)
         print(*planned[:4], f"{scores.get('complete', 0):.4f} {mean:.4f} {result.seconds:.0f} s", flush=True)
-
-
-def _commit() -> str | None:
-    """Commit of the code, with a + where it was changed since; None outside of a repository."""
-    commit, changed = _git("rev-parse", "HEAD"), _git("status", "-s", ".")
-    return f"{commit}{'+' if changed else ''}" if commit else None
 
 
 def _git(*arguments: str) -> str:

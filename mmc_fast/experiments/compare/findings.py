@@ -184,25 +184,10 @@ def _tests(metric: str, comparison: Comparison, whole: Mapping[str, Sequence[Res
         for name in (n for n in whole if n != base):
             d = comparison.difference(name, base, condition)
             by_seed = [[_score(r.values["scores"], condition, key) for r in whole[which]] for which in (name, base)]
-            pairs = len(by_seed[0])
-            ranks = None if d.p is None else _signed_ranks(by_seed)
-            tests.append(
-                Paired(
-                    comparison.dataset,
-                    metric,
-                    condition,
-                    name,
-                    base,
-                    pairs,
-                    d.estimate,
-                    d.low,
-                    d.high,
-                    d.p,
-                    d.p,
-                    ranks,
-                    0,
-                )
-            )
+            ahead = np.subtract(by_seed[0], by_seed[1])
+            ranks = float(wilcoxon(ahead).pvalue) if d.p is not None and np.any(ahead != 0) else None
+            what = comparison.dataset, metric, condition, name, base, len(ahead)
+            tests.append(Paired(*what, d.estimate, d.low, d.high, d.p, d.p, ranks, 0))
     return tests
 
 
@@ -211,11 +196,6 @@ def _score(scores: Mapping[str, Mapping[str, float]], condition: str, key: str) 
     if found is None:
         raise InputError("compare: a run has no missing rates")
     return found
-
-
-def _signed_ranks(by_seed: Sequence[Sequence[float]]) -> float | None:
-    differences = np.subtract(by_seed[0], by_seed[1])
-    return float(wilcoxon(differences).pvalue) if np.any(differences != 0) else None
 
 
 def _by_rate(arrays: Mapping[str, np.ndarray]) -> dict[float, np.ndarray]:

@@ -80,7 +80,7 @@ def build(
         raw = replace(raw, views=views, names=names, present=stated | absent)
     train = raw.split == 0
     flat = {view: values.reshape(len(values), -1) for view, values in raw.views.items()}
-    present = _presence(raw, flat)
+    present = {view: raw.present[view] if view in raw.present else ~_all_nan(x) for view, x in flat.items()}
     presence = np.stack([present[view] for view in flat], 1)
     rows = presence.any(1) | ~train if drop_empty else np.ones(len(train), bool)
     streamed = scratch is not None and any(isinstance(values, np.memmap) for values in raw.views.values())
@@ -151,10 +151,6 @@ def build(
 def _pieces(x: np.ndarray, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(x), chunk):
         yield start, x[start : start + chunk]
-
-
-def _presence(raw: RawDataset, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {view: raw.present[view] if view in raw.present else ~_all_nan(x) for view, x in flat.items()}
 
 
 def _all_nan(x: np.ndarray) -> np.ndarray:

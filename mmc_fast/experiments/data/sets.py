@@ -113,13 +113,8 @@ MIMIC4 = DatasetInfo(
 )
 
 
-def _mfeat(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    return read_npz(locate("mfeat"), modalities=MFEAT.modalities if modalities is None else modalities)
-
-
-def _support2(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    raw = read_npz(locate("support2"), modalities=SUPPORT2.modalities if modalities is None else modalities)
-    return replace(raw, nan_policy="indicator")
+def _embedded(info: DatasetInfo, modalities: Sequence[str] | None) -> RawDataset:
+    return read_npz(locate(info.name), modalities=info.modalities if modalities is None else modalities)
 
 
 def _avmnist(info: DatasetInfo, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
@@ -214,10 +209,6 @@ def _select(raw: RawDataset, rows: np.ndarray) -> RawDataset:
     )
 
 
-def _p2012(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
-    return _clinical(P2012, modalities, label="y", ids="record")[1]
-
-
 def _diabetes130(task: str, variant: str | None, modalities: Sequence[str] | None) -> RawDataset:
     """``readmission``: within 30 days against later or never, of the encounters that could be followed; ``death``:
     died in hospital, without the view ``disposition``, which tells the outcome."""
@@ -266,12 +257,12 @@ def _mimic4(task: str, variant: str | None, modalities: Sequence[str] | None) ->
 
 
 ENTRIES: tuple[Entry, ...] = (
-    (MFEAT, _mfeat),
-    (SUPPORT2, _support2),
+    (MFEAT, lambda task, variant, modalities: _embedded(MFEAT, modalities)),
+    (SUPPORT2, lambda task, variant, modalities: replace(_embedded(SUPPORT2, modalities), nan_policy="indicator")),
     (AVMNIST, lambda task, variant, modalities: _avmnist(AVMNIST, variant, modalities)),
     (AVMNIST_SMALL, lambda task, variant, modalities: _avmnist(AVMNIST_SMALL, variant, modalities)),
     (FSDD, _fsdd),
-    (P2012, _p2012),
+    (P2012, lambda task, variant, modalities: _clinical(P2012, modalities, label="y", ids="record")[1]),
     (DIABETES130, _diabetes130),
     (EICU_DEMO, _eicu_demo),
     (MIMIC4_DEMO, _mimic4_demo),

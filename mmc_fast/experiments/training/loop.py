@@ -162,7 +162,11 @@ class _Run:
             raise InputError(f"resume is {resume!r}; allowed are True, False and 'auto'")
         if resume and run_dir is None:
             raise InputError("resume needs run_dir, the folder of the run to continue")
-        self._check_processes()
+        advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
+        try:
+            self.processes.check_same("arguments", json.dumps(self.identity(), sort_keys=True).encode(), advice)
+        except ProcessesDiffer as error:
+            raise InputError(f"train: {error}") from error
         if run_dir is not None:
             self.processes.kept = lambda: f"its checkpoints are in {run_dir}; start it again with resume"
             if self.processes.agree(lambda: self._open(run_dir, resume)):
@@ -181,14 +185,6 @@ class _Run:
         if self.folder.finished:
             self.folder.close()
         return self.folder.finished
-
-    def _check_processes(self) -> None:
-        advice = "give all the same data, settings and seed, or pass distributed=False for runs of their own"
-        try:
-            identity = json.dumps(self.identity(), sort_keys=True).encode()
-            self.processes.check_same("arguments", identity, advice)
-        except ProcessesDiffer as error:
-            raise InputError(f"train: {error}") from error
 
     def _stages(self, unimodal: UnimodalModels | None) -> TrainResult:
         started = time.perf_counter()

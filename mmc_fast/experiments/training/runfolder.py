@@ -97,8 +97,8 @@ class RunFolder:
                 folder._lock.acquire()
             if not resume:
                 folder._begin(identity)
-            elif not folder.finished:
-                folder._restore_products()
+            elif not folder.finished and _PRODUCTS in folder.manifest:  # a kill may have come before it was written
+                products.restore(json.loads(folder.manifest.content(folder.path / _PRODUCTS)))
             return folder
         except OSError as error:
             folder.close()
@@ -150,10 +150,6 @@ class RunFolder:
         self.manifest = Manifest.begin(self.path, "run", identity, advice=_ADVICE)
         # how the native kernels multiply here: a resumed run does the same, whatever its machine measures
         self._write(_PRODUCTS, lambda path: write_json(path, products.stored()))
-
-    def _restore_products(self) -> None:
-        if _PRODUCTS in self.manifest:  # a kill may have come before it was written
-            products.restore(json.loads(self.manifest.content(self.path / _PRODUCTS)))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and list it."""

@@ -19,8 +19,7 @@ def check_size(config: TrainConfig, dims: Mapping[str, int], num_classes: int) -
     from .unimodal import UnimodalModel
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        models = [MultimodalModel(dims, num_classes, config)]
-        weights = sum(p.numel() for model in models for p in model.parameters())
+        weights = sum(p.numel() for p in MultimodalModel(dims, num_classes, config).parameters())
         if config.unimodal_epochs:
             weights += sum(p.numel() for d in dims.values() for p in UnimodalModel(d, num_classes, config).parameters())
     if config.kd is not None:

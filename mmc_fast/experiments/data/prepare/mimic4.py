@@ -193,10 +193,6 @@ def _measured(
         yield at[timely], frame["itemid"].to_numpy(np.int64), frame["valuenum"].to_numpy(float)
 
 
-def _labs(originals: Originals, rows: _Rows, rules: Rules) -> Events:
-    yield from _measured(originals, rows, "labevents", -24, None)
-
-
 def _vitals(originals: Originals, rows: _Rows, rules: Rules) -> Events:
     sign_of = {item: sign for sign, (items, _, _) in VITALS.items() for item in items}
     for at, item, value in _measured(originals, rows, "chartevents", 0, set(sign_of)):
@@ -214,7 +210,7 @@ _EVENTS: dict[str, Callable[[Originals, _Rows, Rules], Events]] = {
     "diagnoses": functools.partial(_codes, name="diagnoses_icd"),
     "procedures": functools.partial(_codes, name="procedures_icd"),
     "medications": _drugs,
-    "labs": _labs,
+    "labs": lambda originals, rows, rules: _measured(originals, rows, "labevents", -24, None),
     "vitals": _vitals,
 }
 
