@@ -107,7 +107,10 @@ def test_a_label_in_two_tables_is_joined_and_must_agree():
     found = MultimodalDataset.from_frames(t, **ROLES)
     assert torch.equal(found.labels, wanted.labels)
     assert found.feature_names == wanted.feature_names
-    for row, other in ((4, "yes"), (5, "no")):  # the later table's word comes before and after the other in the alphabet
+    for row, other in (
+        (4, "yes"),
+        (5, "no"),
+    ):  # the later table's word comes before and after the other in the alphabet
         wrong = {**t, "out": t["out"].assign(died=labels["died"]), "demo": t["demo"].assign(died=labels["died"])}
         wrong["demo"].loc[row, "died"] = other
         with pytest.raises(InputError, match=f"'died' is .* for id '{row + 7}' and .* in another table"):
