@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from distributed_runs import cases, data
+from distributed_runs import cases, data, matrix, sparse
 from training_data import small, tiny
 
-from mmc_fast.experiments.training import train
+from mmc_fast.experiments.training import loop, train
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.processes import Processes
@@ -101,3 +103,73 @@ def test_pieces_cover_the_rows_once_and_none_is_empty(seed):
                 shares.append(process.rows(rows))
             assert [i for s in shares for i in range(s.start, s.stop)] == list(range(rows))
             assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) <= 1
+
+
+class Played(Processes):
+    """A process of several that take turns in threads of this one: each runs up to its next collective."""
+
+    def __init__(self, rank: int, size: int, rounds: list[dict[int, object]], turn: threading.Condition) -> None:
+        super().__init__()
+        self.rank, self.size, self.rounds, self.turn, self.round = rank, size, rounds, turn, 0
+
+    def wait(self) -> None:
+        while self.turn.next % self.size != self.rank:
+            assert self.turn.wait(60), "a process went another way than the others"
+
+    def pass_on(self) -> None:
+        self.turn.next += 1
+        self.turn.notify_all()
+
+    def exchange(self, value):
+        if self.round == len(self.rounds):
+            self.rounds.append({})
+        self.rounds[self.round][self.rank] = value
+        self.round += 1
+        self.pass_on()
+        self.wait()
+        return [self.rounds[self.round - 1][rank] for rank in range(self.size)]
+
+    def sum(self, value):
+        return torch.stack(self.exchange(value.detach().clone())).sum(0)
+
+    def broadcast(self, value):
+        return copy.deepcopy(self.exchange(value if self.first else None)[0])
+
+
+def in_turns(work, size: int) -> list:
+    """What ``work(process)`` returns in each of ``size`` processes."""
+    rounds, turn, found = [], threading.Condition(), {}
+    turn.next = 0
+
+    def run(process: Played) -> None:
+        with turn:
+            process.wait()
+            try:
+                found[process.rank] = work(process)
+            finally:
+                process.pass_on()
+
+    threads = [threading.Thread(target=run, args=(Played(rank, size, rounds, turn),)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(size)]
+
+
+def test_processes_that_take_turns_train_the_model_of_one(seed, monkeypatch):
+    """A modality in 8 % of the rows, and batches of 4 for three processes: many shares have none of it, some no row."""
+    dataset, options = sparse(seed), matrix(seed, 2) | {"cross": replace(cases()["everything"], control=False)}
+    for name, config in options.items():
+        alone = train(dataset, config, seed=seed, evaluate_on=())
+
+        def work(process, config=config):
+            loop.join = lambda device, distributed: process
+            return train(dataset, config, seed=seed, evaluate_on=())
+
+        with monkeypatch.context() as changed:
+            changed.setattr(loop, "join", None)  # and put back
+            together = in_turns(work, 3)
+        for result in together:
+            assert distance(alone.model.state_dict(), result.model.state_dict()) < TOLERANCE, name
+            assert close(alone.results["history"], result.results["history"]), name
