@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from training_data import small, tiny
 
 from mmc_fast._util.seeds import generator
+from mmc_fast.experiments.training import adversarial, parts
 from mmc_fast.experiments.training.adversarial import parameter_distance, post_hoc_probe, probe
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order, presence_entropy, training_masks
@@ -65,6 +67,45 @@ def test_post_hoc_probe_sees_present_rows_of_train_and_validation_only(seed):
         for i, x in enumerate(part.features):
             x[~part.present[:, i]] = float("nan")
     assert post_hoc_probe(model, train, held_out, seed) == told
+
+
+def test_latents_are_probed_with_their_modality_and_sample(seed, monkeypatch):
+    """Those of a streamed part in pieces: the same ones, in another order."""
+    monkeypatch.setattr(parts, "STREAM_ROWS", 7)
+    dataset = tiny(seed, absent=0.4)
+    model, part = model_of(seed, dataset), dataset.part("train")
+    whole = {}
+    for i in range(3):
+        for n in part.present[:, i].nonzero().flatten().tolist():
+            whole[i, n] = model.head.encoders[i](model.encoders[i](part.features[i][n])).detach()
+    for some in (part, replace(dataset, streamed=True).part("train")):
+        latents, modality, sample = adversarial._latent_rows(model, some)
+        names = list(zip(modality.tolist(), sample.tolist(), strict=True))
+        assert sorted(names) == sorted(whole)
+        torch.testing.assert_close(latents, torch.stack([whole[name] for name in names]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_probe_of_many_rows_sees_4096_drawn_ones(seed, monkeypatch):
+    dataset = tiny(seed, sizes=(4200, 30, 30))
+    model, seen = model_of(seed, dataset), []
+    monkeypatch.setattr(adversarial, "fit_modality_probe", lambda *given, **options: seen.append((given, options)))
+    post_hoc_probe(model, dataset.part("train"), dataset.part("validation"), seed)
+    ((x, modality, sample, held_x, held_y, psi, heads, given_seed), options) = seen[0]
+    rows = torch.randperm(4200, generator=generator(seed, "fresh", "order"))[:4096]
+    expected = model.latents(*[[f[rows] for f in dataset.part("train").features], None])
+    torch.testing.assert_close(x, expected.flatten(0, 1))
+    assert torch.equal(modality, torch.arange(3).repeat_interleave(4096))
+    assert torch.equal(sample, torch.arange(4096).repeat(3))
+    assert (len(held_x), held_y.bincount().tolist()) == (90, [30, 30, 30])
+    assert (list(psi), heads, given_seed, options["epochs"]) == ([6], 3, seed, 200)
+    assert torch.equal(torch.rand(3, generator=options["random"]), torch.rand(3, generator=drawn_on(seed)))
+
+
+def drawn_on(seed: int) -> torch.Generator:
+    """The probe's generator after its rows were drawn."""
+    random = generator(seed, "fresh", "order")
+    torch.randperm(4200, generator=random)
+    return random
 
 
 def test_post_hoc_probe_needs_two_heads(seed):
@@ -131,6 +172,7 @@ def test_parameter_distance():
     b = {"x": torch.tensor([0.0, 4.0]), "y": torch.tensor([5.0]), "psi": torch.tensor([0.0])}
     assert parameter_distance(a, b, ["x", "y"]) == pytest.approx(5 / math.sqrt(41))
     assert parameter_distance(a, a, ["x", "y"]) == 0.0
+    assert parameter_distance(a, {"x": torch.zeros(2)}, ["x"]) == pytest.approx(5), "nothing to relate it to"
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.95])
