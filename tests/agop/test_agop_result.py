@@ -94,6 +94,12 @@ def test_probes_are_unbiased_and_know_their_error(sizes, output, center, generat
             assert 0.85 * spread <= float(told.square().mean().sqrt()) <= 1.15 * spread + 1e-9 * scale
 
 
+def test_an_estimate_of_nothing_has_no_error(generator):
+    head = chain([6, 10, 4], "tanh", generator)
+    torch.nn.init.zeros_(head[0].weight)
+    assert AGOPAccumulator(head, probes=3).update(torch.randn(20, 6, generator=generator)).compute().probe_error == 0.0
+
+
 def test_probes_repeat_with_their_seed_whatever_the_chunks(generator):
     class Custom(nn.Module):
         def __init__(self):
