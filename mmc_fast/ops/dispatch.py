@@ -15,8 +15,6 @@ from mmc_fast.errors import InputError
 
 from . import native
 
-__all__ = ["BACKENDS", "Backend", "choose", "explain", "prefer", "ran", "record", "register", "reset_ran"]
-
 BACKENDS = ("auto", "cpp", "triton", "cuda", "eager", "reference")
 
 Check = Callable[..., "str | None"]

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mmc_fast._util.atomic import write_json
 
-__all__ = ["faster", "note", "path", "read", "table", "write"]
-
 _KEYS = ("op", "shape", "precision", "problem")
 
 

@@ -17,20 +17,6 @@ from mmc_fast import __version__
 from mmc_fast._env import env
 from mmc_fast.errors import InputError
 
-__all__ = [
-    "FOR_TESTS",
-    "current_isa",
-    "describe",
-    "forced_isa",
-    "forced_ways",
-    "load",
-    "load_ebr",
-    "loaded_module",
-    "native",
-    "supported_isas",
-    "unavailable_reason",
-]
-
 FOR_TESTS = ("amx_emulated", "base")  # instruction sets that every machine has, there to be right and not fast
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE / "libmmc_ops.so"

@@ -12,8 +12,6 @@ from torch import Tensor
 from . import native as library
 from .agop import op as agop
 
-__all__ = ["Check", "Speed", "quick_bench", "selftest"]
-
 
 @dataclass(frozen=True)
 class Check:

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import run
 
 import mmc_fast
-from mmc_fast.cli import app
 from mmc_fast.errors import InputError
 from mmc_fast.ops import native as library
 from mmc_fast.ops import selftest
@@ -24,11 +23,7 @@ CHECKS = ["co-activation counts", "derivative Gram", "final product"]
 
 
 def call(*arguments, code=0):
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout
+    return run(*arguments, code=code)[0]
 
 
 def lose_the_last_sample(monkeypatch):

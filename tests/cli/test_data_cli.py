@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
-from typer.testing import CliRunner
-
-from mmc_fast.cli import app
 
 HEAD = "age,sex,hospdead,dzgroup,num.co,edu,income,scoma,race,hday,diabetes,dementia,ca,meanbp,wblc,hrt,resp,temp,pafi,alb,"
 HEAD += "bili,crea,sod,ph,glucose,bun,urine,adlp,adls\n"
 LINE = "6{},male,{},Coma,0,11,,3,white,1,0,1,no,97,6,,22,36,388,1.8,.2,1.2,141,7.45,,,,7,\n"
 
 
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(app, ["data", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
+run = partial(command_line.run, "data")
 
 
 @pytest.fixture

@@ -13,24 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from mmc_fast.cli import app
 from mmc_fast.diagnose import Diagnosis, diagnose
 from mmc_fast.experiments import data
 from mmc_fast.experiments.training import TrainConfig, load_run, train
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error of one call in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

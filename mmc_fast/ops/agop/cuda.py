@@ -12,8 +12,6 @@ from torch import Tensor
 
 from . import signs
 
-__all__ = ["relu_coactivation_update", "unusable_reason"]
-
 _LIBRARY = Path(__file__).resolve().parents[2] / "libmmc_cuda.so"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CHUNK_BYTES = 256 << 20  # of pre-activations that live at a time

@@ -19,17 +19,6 @@ from .. import measured, native
 from ..dispatch import choose, prefer, record, register
 from . import cuda, reference
 
-__all__ = [
-    "ACTIVATIONS",
-    "SCHEMA_VERSION",
-    "agop_finalise",
-    "chain_gram_update",
-    "derivative_gram_update",
-    "nan_where",
-    "relu_coactivation_update",
-    "syrk_update",
-]
-
 SCHEMA_VERSION = 1
 
 # the codes of csrc/core/kernel_table.h

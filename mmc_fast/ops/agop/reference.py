@@ -18,17 +18,6 @@ from torch.nn.functional import linear
 
 from . import signs
 
-__all__ = [
-    "activation_derivative",
-    "agop_finalise",
-    "chain_gram_update",
-    "derivative_gram_update",
-    "flag_nonfinite",
-    "mirror",
-    "relu_coactivation_update",
-    "syrk_update",
-]
-
 _CHUNK_ROWS = 2048  # a float32 mask of this height counts exactly, and stays in cache
 _ROWS = 1024
 _SQRT_HALF = 0.7071067811865476

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .. import native
 
-__all__ = ["active", "exact_signs"]
-
 NOT_FINITE = 2
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 # Added to a norm: what is lost where numbers underflow, also where subnormal ones count as zero. Below the second number

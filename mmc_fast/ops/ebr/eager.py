@@ -15,8 +15,6 @@ from torch import Tensor
 from ..dispatch import record
 from .reference import LAYER_NORM_EPS, Call, Params, check_source_range, denominators, split_params
 
-__all__ = ["check", "saved_like", "step", "step_backward"]
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -24,8 +24,6 @@ from ..dispatch import prefer, register
 from . import eager, products, triton
 from .reference import Call
 
-__all__ = ["SCHEMA_VERSION", "ebr_step"]
-
 SCHEMA_VERSION = 1
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

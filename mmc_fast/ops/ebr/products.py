@@ -27,8 +27,6 @@ from mmc_fast.errors import InputError
 
 from .. import native
 
-__all__ = ["Rate", "classes_by_blas", "describe", "measure", "restore", "serve", "stored"]
-
 NUMBERS = ("float32", "bfloat16")
 ORDERS = ("x·wᵀ", "d·w", "dᵀ·x")
 # one product per class, by which side is short (none, m, n, k), from the shortest to the longest

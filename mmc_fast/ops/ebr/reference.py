@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .reversal import grad_reverse
 
-__all__ = ["LAYER_NORM_EPS", "Call", "Params", "denominators", "ebr_step", "source_weights", "split_params"]
-
 LAYER_NORM_EPS = 1e-5
 
 

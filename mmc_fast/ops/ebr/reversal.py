@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
 
-__all__ = ["check_reversal", "grad_reverse", "lambda_tensor"]
-
 
 def check_reversal(reversal: float | Tensor, where: str = "reversal") -> float | Tensor:
     """λ as it may be used, or :class:`InputError`: a finite number at or above 0, or a 0-d tensor that takes no gradient.

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 from ..dispatch import record
 from .reference import Call, check_source_range
 
-__all__ = ["applies", "apply", "check", "saved_like", "step", "step_backward"]
-
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _PLAIN = (Tensor, torch.nn.Parameter)
 
