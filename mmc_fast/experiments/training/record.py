@@ -90,7 +90,7 @@ def adversarial_figures(run: Trainer, control: Trainer | None, trivial: bool) ->
     if control is not None:
         names = [n for n, _ in run.model.named_parameters() if not n.startswith("head.discriminator.")]
         distance = parameter_distance(run.last_weights, control.last_weights, names)
-        best = {"best_epoch": control.best_epoch, "best_val_score": control.best_score}
+        best = {"best_epoch": control.best_epoch, "best_val_score": _selected_score(control)}
         found = {"modality_probe": probed(control.model)} | best
     return {
         "lambda": run.config.ebr.reversal,
@@ -156,7 +156,7 @@ def results_of(
         "environment": environment(run.model, ran_before) | {"processes": run.processes.size},
         "history": run.history,
         "selected_epoch": run.best_epoch,
-        "selected_val_score": run.history[run.best_epoch - 1]["val_score"],
+        "selected_val_score": _selected_score(run),
         "adversarial": adversarial,
         "ranking": describe(run.model, run.reference),
         "unimodal": None if unimodal is None else unimodal.scores,
@@ -165,6 +165,12 @@ def results_of(
         "other_scores": {s["part"]: s for s in scores[1:]},
         "timing": dict(timing),
     }
+
+
+def _selected_score(run: Trainer) -> float:
+    """On complete validation data, whatever the epoch was selected by."""
+    score: float = run.history[run.best_epoch - 1]["val_score"]
+    return score
 
 
 def _label(run: Trainer, adversarial: dict[str, Any] | None, trivial: bool) -> str:

@@ -226,6 +226,11 @@ def test_distance_is_that_of_separately_trained_runs(seed):
         flat = [torch.cat([s[n].double().flatten() for n in names]) for s in (a, b)]
         expected = float((flat[0] - flat[1]).norm() / flat[1].norm())
         assert results.results["adversarial"]["distance_to_lambda0"] == pytest.approx(expected, rel=1e-9)
+        assert results.results["adversarial"]["control"] == {
+            "modality_probe": zero.results["adversarial"]["modality_probe"],
+            "best_epoch": zero.results["selected_epoch"],
+            "best_val_score": zero.results["selected_val_score"],
+        }
         if not torch.equal(a["head.discriminator.0.weight"], b["head.discriminator.0.weight"]):
             return
     pytest.fail("no discriminator differs from that of the run without reversal")
