@@ -8,12 +8,14 @@ import pytest
 import torch
 from training_data import small, tiny
 
+from mmc_fast._util.seeds import seeded_init
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import TrainConfig, predict, train
 from mmc_fast.experiments.training.average import WeightAverage
 from mmc_fast.experiments.training.model import MultimodalModel
 from mmc_fast.experiments.training.optim import build_optimizer
 from mmc_fast.experiments.training.steps import Stepper
+from mmc_fast.experiments.training.unimodal import _SideBySide
 from mmc_fast.nn.encoders import MLPEncoder
 
 
@@ -89,3 +91,25 @@ def test_several_fills_are_each_present_latent_and_their_mean(seed):
             received = [model.head.decoders[i](g[i] if i in here else fill) for i in range(3)]
             expected.append(model.fusion([r[None] for r in received]).softmax(-1)[0])
         torch.testing.assert_close(found[row], torch.stack(expected).mean(0).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_drawn_anew_in_every_step(seed, monkeypatch):
+    """From a stream of its own for each step, so that a resumed run draws the same; also beside the unimodal models."""
+    dataset, config, drawn = tiny(seed), small("vanilla", epochs=2, encoder_dropout=0.3), {"": [], "unimodal": []}
+    for name, kind, method in (("", Stepper, "backward"), ("unimodal", _SideBySide, "_take_step")):
+        original = getattr(kind, method)
+
+        def step(*given, own=drawn[name], original=original):
+            own.append(torch.initial_seed())
+            return original(*given)
+
+        monkeypatch.setattr(kind, method, step)
+    train(dataset, config, seed=seed, evaluate_on=())
+    for name, seeds in drawn.items():
+        expected = []
+        for epoch in range(2):
+            for n in range(4):
+                with seeded_init(seed, *([name] if name else []), "dropout", epoch, n):
+                    expected.append(torch.initial_seed())
+        assert seeds == expected
+    assert len(set(drawn[""] + drawn["unimodal"])) == 16
