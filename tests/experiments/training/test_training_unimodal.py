@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from training_data import small, tiny
@@ -14,8 +15,15 @@ from mmc_fast.experiments.training import unimodal
 from mmc_fast.experiments.training.interrupt import Stage
 from mmc_fast.experiments.training.masks import epoch_order
 from mmc_fast.experiments.training.parts import fingerprint
+from mmc_fast.experiments.training.progress import TrainingDiverged
 from mmc_fast.experiments.training.runfolder import RunFolder
-from mmc_fast.experiments.training.unimodal import UnimodalModel, UnimodalModels, train_unimodal
+from mmc_fast.experiments.training.unimodal import (
+    UnimodalModel,
+    UnimodalModels,
+    _SideBySide,
+    train_unimodal,
+    unimodal_key,
+)
 
 
 def trained(dataset, config, seed):
@@ -136,3 +144,48 @@ def test_models_survive_a_file(seed, tmp_path):
     for i, name in enumerate(dataset.modalities):
         x = dataset.part("test").features[i]
         assert torch.equal(again.predict(name, x), found.predict(name, x))
+
+
+def test_the_key_of_the_models_holds_the_settings_that_train_them(seed):
+    config = small("vanilla", momentum=0.0, optimizer="sgd")
+    changes = {
+        "batch_size": 8, "optimizer": "adamw", "lr": 0.5, "weight_decay": 0.5, "momentum": 0.5, "lr_decay": 0.5,
+        "lr_decay_every": 7, "encoder_width": 9, "encoder_dim": 9, "fusion_hidden": (9,), "epochs": 9,
+        "unimodal_share": 0.3, "encoder_norm": True, "encoder_dropout": 0.1, "class_weights": "balanced",
+    }  # fmt: skip
+    dataset = tiny(seed)
+    key = unimodal_key(dataset, config, seed, "x")
+    for name, value in changes.items():
+        assert unimodal_key(dataset, replace(config, **{name: value}), seed, "x") != key, name
+    assert key not in (unimodal_key(dataset, config, seed + 1, "x"), unimodal_key(dataset, config, seed, "y"))
+    for name, value in {"rates": (0.9,), "fusion_dim": 16, "selection": "last"}.items():
+        assert unimodal_key(dataset, replace(config, **{name: value}), seed, "x") == key, name
+
+
+def test_a_stage_that_is_at_its_end_goes_on_with_the_next_one(seed):
+    config = small("vanilla")
+    works = [_SideBySide(tiny(seed), config, seed, "cpu") for _ in range(2)]
+    works[0].epoch = config.unimodal_epochs
+    works[1].restore(works[0].state()[0])
+    assert works[1].epoch == config.unimodal_epochs
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_or_is_left_out_for_its_modality(seed, monkeypatch):
+    dataset, original, spoiled = tiny(seed), Classification.loss, []
+
+    def loss(self, outputs, labels, reduction="sum"):
+        found = original(self, outputs, labels, reduction)
+        return found * spoiled.pop() if spoiled else found  # that of the first modality in the first step
+
+    monkeypatch.setattr(Classification, "loss", loss)
+    clean = trained(dataset, small("vanilla", nonfinite="skip"), seed)
+    spoiled.append(float("inf"))
+    found = trained(dataset, small("vanilla", nonfinite="skip"), seed)
+    same = {
+        name: all(torch.equal(p, q) for p, q in zip(m.parameters(), clean.models[name].parameters(), strict=True))
+        for name, m in found.models.items()
+    }
+    assert same == {"a": False, "b": True, "c": True}
+    spoiled.append(float("inf"))
+    with pytest.raises(TrainingDiverged, match="loss of the unimodal model of a became inf in epoch 1, step 1"):
+        trained(dataset, small("vanilla", nonfinite="stop"), seed)
