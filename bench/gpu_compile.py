@@ -1,10 +1,11 @@
 """Compile the shipped Triton kernels for GPUs that are not here, and read what the binaries say about themselves.
 
 ``python bench/gpu_compile.py --check docs/gpu/compiled.json`` compiles what the workloads of ``gpu_scenes.py`` launch and
-compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, copies or
-loads in smaller pieces or with less of it past the registers, waits at more barriers, needs more shared memory than the chip
-has, or runs its products on other units or by smaller instructions. ``--json FILE`` writes the record. Needs Triton (with
-its own ptxas), no GPU.
+compares with the record: exit code 1 where a kernel does not compile, spills more, keeps fewer blocks resident, copies, loads
+or stores in smaller pieces or with less of it past the registers, waits at more barriers, needs more shared memory than the
+chip has, or runs its products on other units or by smaller instructions. What moves and multiplies is counted in the machine
+code (SASS, by Triton's own nvdisasm), the kind of its operands in PTX, as machine code of sm_100 does not tell it.
+``--json FILE`` writes the record. Needs Triton, no GPU.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ class Chip(NamedTuple):
 
 
 CHIPS = {80: Chip(64, 32, 167936, 166912), 90: Chip(64, 32, 233472, 232448), 100: Chip(64, 32, 233472, 232448)}
-FEWER_IS_WORSE = ("blocks_per_sm", "async_copies", "wide_loads")
-MORE_IS_WORSE = ("spill_bytes", "narrow_copies", "narrow_loads", "barriers")
+FEWER_IS_WORSE = ("blocks_per_sm", "async_copies", "wide_loads", "wide_stores")
+MORE_IS_WORSE = ("spill_bytes", "local_accesses", "narrow_copies", "narrow_loads", "narrow_stores", "barriers")
+# what is counted: matrix units; copies past the registers (of tensors and of blocks of bytes the last two); global and local
+# memory; barriers; atomics
+_COUNTED = r"[HIQD]MMA|[HIQ]GMMA|UTC[A-Z]*MMA|LDGSTS|UTMALDG|UBLKCP|LDG|STG|LDL|STL|BAR|ATOMG?|REDG?"
+_SIZED = ("LDGSTS", "LDG", "STG", "LDL", "STL")
 _INSTRUCTIONS = {
     "int8": r"(?:mma|wgmma)\S*\.(?:s32\.s8\.s8|s32\.s8\.s8\.s32)\S*|tcgen05\.mma\S*kind::i8\S*",
     "tf32": r"(?:mma|wgmma)\S*\.tf32\.tf32\S*|tcgen05\.mma\S*kind::tf32\S*",
@@ -57,17 +62,44 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
     return found
 
 
-def facts(ptx: str) -> dict[str, int]:
-    """How a kernel moves data: copies past the registers, those below 16 bytes, barriers, loads below 4 bytes and of 16."""
-    copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], 0x([0-9a-f]+)", ptx)]
-    loads = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global[A-Za-z0-9.:_]*?(?:\.v(\d))?\.b(\d+)", ptx)]
+def instructions(sass: str) -> dict[str, int]:
+    """Instructions of SASS text that move or multiply, those of memory with the bits of a thread: ``{"LDG.128": 8}``."""
+    found: dict[str, int] = {}
+    for name, modifiers in re.findall(rf"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?({_COUNTED})\b([.\w]*)", sass, re.MULTILINE):
+        if name in _SIZED:
+            name += f".{(re.findall(r'[.][US]?(8|16|64|128|256)(?![0-9])', modifiers) or ['32'])[0]}"
+        found[name] = found.get(name, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def facts(sass: dict[str, int]) -> dict[str, int]:
+    """How a kernel moves data: copies past the registers, those below 16 bytes, barriers, accesses below 4 bytes and of 16."""
+
+    def count(name: str, least: int = 0, most: int = 1 << 10) -> int:
+        parts = (key.partition(".") for key in sass)
+        return sum(sass[a + b + c] for a, b, c in parts if a == name and least <= int(c or 0) <= most)
+
     return {
-        "async_copies": len(copies),
-        "narrow_copies": sum(size < 16 for size in copies),
-        "barriers": len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
-        "narrow_loads": sum(bits < 32 for bits in loads),
-        "wide_loads": sum(bits >= 128 for bits in loads),
+        "async_copies": count("LDGSTS") + count("UTMALDG") + count("UBLKCP"),
+        "narrow_copies": count("LDGSTS", most=64),
+        "barriers": count("BAR"),
+        "narrow_loads": count("LDG", most=16),
+        "wide_loads": count("LDG", 128),
+        "narrow_stores": count("STG", most=16),
+        "wide_stores": count("STG", 128),
+        "local_accesses": count("LDL") + count("STL"),
     }
+
+
+def disassembled(cubin: bytes) -> str:
+    """SASS of a binary."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-ndf", "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def blocks_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
@@ -119,7 +151,7 @@ def compile_one(spec: dict[str, Any], arch: int) -> dict[str, Any]:
         "shared_bytes": shared,
         "blocks_per_sm": blocks_per_sm(arch, registers, threads, shared),
         "matrix": matrix_instructions(compiled.asm["ptx"]),
-        **facts(compiled.asm["ptx"]),
+        "sass": instructions(disassembled(compiled.asm["cubin"])),
     }
     row["problems"] += problems_of(row, spec)
     return row
@@ -137,18 +169,25 @@ def problems_of(row: dict[str, Any], spec: dict[str, Any]) -> list[str]:
 
 def regressions(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> list[str]:
     """What is wrong, or worse than in a record of the same Triton: problems, facts, matrix instructions, rows that are gone."""
-    before = {(row["kernel"], row["arch"], row["triton"]): row for row in recorded}
+
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, **facts(row["sass"])} if "sass" in row else row
+
+    def products(row: dict[str, Any]) -> dict[str, int]:
+        return row.get("matrix", {}) | {name: n for name, n in row.get("sass", {}).items() if name.endswith("MMA")}
+
+    before = {(row["kernel"], row["arch"], row["triton"]): told(row) for row in recorded}
     targets = {(row["arch"], row["triton"]) for row in rows}
     found = []
-    for row in rows:
+    for row in map(told, rows):
         old = before.pop((row["kernel"], row["arch"], row["triton"]), {"spill_bytes": 0})
         news = [p for p in row["problems"] if p not in old.get("problems", [])]
         for fact in FEWER_IS_WORSE + MORE_IS_WORSE:
             now, then = row.get(fact, 0), old.get(fact)
             if then is not None and (now < then if fact in FEWER_IS_WORSE else now > then):
                 news.append(f"{now} {fact.replace('_', ' ')}, recorded {then}")
-        for units, then in old.get("matrix", {}).items():  # more of them: each multiplies less
-            if not 0 < (now := row.get("matrix", {}).get(units, 0)) <= then:
+        for units, then in products(old).items():  # more of them: each multiplies less
+            if not 0 < (now := products(row).get(units, 0)) <= then:
                 news.append(f"{now} {units} instructions, recorded {then}")
         found += [f"{row['kernel']} on sm_{row['arch']}: {news_}" for news_ in news]
     gone = [key for key in before if key[1:] in targets]

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+from gpu_compile import facts  # noqa: E402
+
 PAGE = ROOT / "docs" / "gpu-appendix.md"
 
 
 def compiled(rows: list[dict[str, Any]]) -> str:
-    """One line a kernel: compilations, most registers and spills by architecture, matrix units, how sm_90 moves data."""
+    """One line a kernel: compilations, most registers and spills by architecture, matrix units, what sm_90's code does."""
     arches = sorted({row["arch"] for row in rows})
     versions = ", ".join(sorted({row["triton"] for row in rows}))
     parts = [f"Triton {versions}; most registers / most bytes spilled among the compilations of a kernel:", ""]
-    facts = "matrix units | sm_90: async copies, below 16 bytes | barriers | loads below 4 bytes, of 16"
-    parts.append("| kernel | compilations | " + " | ".join(f"sm_{a}" for a in arches) + f" | {facts} |")
-    parts.append("|---" * (len(arches) + 6) + "|")
+    columns = "matrix units | sm_90: matrix instructions | async copies, below 16 bytes | barriers | loads below 4 bytes, of 16 | stores"
+    parts.append("| kernel | compilations | " + " | ".join(f"sm_{a}" for a in arches) + f" | {columns} |")
+    parts.append("|---" * (len(arches) + 8) + "|")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         odd = ", widths that 16 does not divide" if "odd widths" in row["kernel"] else ""
@@ -30,12 +36,22 @@ def compiled(rows: list[dict[str, Any]]) -> str:
             most = [str(max((row.get(key, 0) for row in here), default="–")) for key in ("registers", "spill_bytes")]
             cells.append(" / ".join(most) if here else "not compiled")
         units = sorted({unit for row in mine for unit in row.get("matrix", {})})
-        copies, narrow_copies, barriers, narrow, wide = (
-            max((row.get(fact, 0) for row in mine if row["arch"] == 90), default=0)
-            for fact in ("async_copies", "narrow_copies", "barriers", "narrow_loads", "wide_loads")
-        )
-        cells += [", ".join(units) or "–", f"{copies}, {narrow_copies}", str(barriers), f"{narrow}, {wide}"]
+        here = [row.get("sass", {}) for row in mine if row["arch"] == 90]
+        most = Counter[str]()
+        for sass in here:
+            most |= Counter(facts(sass)) | Counter({name: n for name, n in sass.items() if name.endswith("MMA")})
+        products = ", ".join(f"{most[name]} {name}" for name in sorted(most) if name.endswith("MMA"))
+        cells += [
+            ", ".join(units) or "–",
+            products or "–",
+            f"{most['async_copies']}, {most['narrow_copies']}",
+            str(most["barriers"]),
+        ]
+        cells += [f"{most[f'narrow_{what}']}, {most[f'wide_{what}']}" for what in ("loads", "stores")]
         parts.append(f"| {kernel} | {len(mine)} | {' | '.join(cells)} |")
+    if unread := [row["arch"] for row in rows if "sass" not in row]:
+        counts = ", ".join(f"sm_{arch}: {n}" for arch, n in sorted(Counter(unread).items()))
+        parts += ["", f"From an earlier compilation, machine code not yet read: {counts} of {len(rows)} in all."]
     problems = [f"sm_{row['arch']}, {row['kernel']}: {problem}" for row in rows for problem in row["problems"]]
     return "\n".join([*parts, "", "Known and recorded:", "", *(f"- {p}" for p in problems or ["nothing"])])
 

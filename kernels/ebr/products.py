@@ -223,7 +223,7 @@ def ebr_bwd_kernel(
         if t < n_shares * tiles:
             _weight_grad(
                 t % tiles, w_tiles, t // tiles, left, ND, units, stride, NS, rows_of, n_rows, n_shares,
-                slab + (t // tiles) * slab_size, address(table, grads_at, dtype), address(table, grads_at + M, dtype),
+                tl.multiple_of(slab + (t // tiles) * slab_size, 16), address(table, grads_at, dtype), address(table, grads_at + M, dtype),
                 head & (splits == 1), EVEN, M, dtype, PREC, BM, BN, BK,
             )  # fmt: skip
         return
@@ -240,18 +240,18 @@ def ebr_bwd_kernel(
     if losses is not None:
         lambda_, d_md, counts = losses
         if d_md is not None:
-            scale = reversed_scale(lambda_, d_md, counts)
-            if head & (scale != 0):
-                if LAYERS > 1:
-                    P = round16(number(table, 12 * M + 2 * LAYERS + 1))
-                    acc = grouped_product(
-                        acc, psi_d + (first + r0) * P, rows * P + k[None, :], 1, keep, address(table, 12 * M, dtype),
-                        k[:, None] * NS + f[None, :], NS, columns, tl.where(some, P, 0), None, M, PREC, BK,
-                    )  # fmt: skip
-                else:
-                    at = psi_d + (first + r0) * NS + (rows * NS + f[None, :])
-                    acc = tl.load(at, mask=keep[:, None] & columns[None, :], other=0.0).to(tl.float32)
-                acc *= scale
+            scale = tl.where(head, reversed_scale(lambda_, d_md, counts), 0.0)
+            if LAYERS > 1:
+                P = round16(number(table, 12 * M + 2 * LAYERS + 1))
+                acc = grouped_product(
+                    acc, psi_d + (first + r0) * P, rows * P + k[None, :], 1, keep, address(table, 12 * M, dtype),
+                    k[:, None] * NS + f[None, :], NS, columns, tl.where(some & (scale != 0), P, 0), None, M, PREC, BK,
+                )  # fmt: skip
+            else:
+                wanted = keep[:, None] & (f < tl.where(scale != 0, NS, 0))[None, :]
+                at = psi_d + (first + r0) * NS + (rows * NS + f[None, :])
+                acc = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
+            acc *= scale
     acc = grouped_product(
         acc, left + tl.cast(r0, tl.int64) * ND, rows * ND + k[None, :], 1, keep, address(table, weight_at, dtype),
         k[:, None] * NS + f[None, :], NS, columns, tl.where(some, ND, 0), None, M, PREC, BK,

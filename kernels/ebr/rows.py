@@ -35,8 +35,7 @@ def ebr_pack_kernel(table, like, present, B, M: tl.constexpr, BR: tl.constexpr, 
     c = (tl.program_id(0) % column_tiles) * BC + tl.arange(0, BC)
     inside = r < rows
     if present is not None:
-        here = present_rows(present, r, r < tl.where(i < 0, 0, rows), tl.maximum(i, 0), M)
-        inside = tl.where(i < 0, inside, here)
+        inside = tl.where(i < 0, inside, present_rows(present, r, r < tl.where(i < 0, 0, rows), tl.maximum(i, 0), M))
     at = r.to(tl.int64)[:, None] * tl.load(entry + 4) + c.to(tl.int64)[None, :] * tl.load(entry + 5)
     x = tl.load(
         tl.load(entry).to(tl.pointer_type(dtype)) + at, mask=inside[:, None] & (c < columns)[None, :], other=0.0

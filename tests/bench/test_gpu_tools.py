@@ -71,17 +71,35 @@ def test_matrix_instructions_are_read_from_ptx():
     }  # fmt: skip
 
 
-def test_what_ptx_says_about_moving_data():
-    ptx = """
-    cp.async.cg.shared.global [ %r567 + 0 ], [ %rd252 + 0 ], 0x10, %r568;
-    cp.async.ca.shared.global [ %r807 + 0 ], [ %rd343 + 0 ], 0x4, %r808;
-    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
-    ld.global.L1::evict_first.b16 { %rs1 }, [ %rd1 + 0 ];
-    ld.global.v2.b16 { %rs1, %rs2 }, [ %rd1 + 0 ];
-    bar.sync 0;
-    """
-    assert gpu_compile.facts(ptx) == {
-        "async_copies": 2, "narrow_copies": 1, "barriers": 1, "narrow_loads": 1, "wide_loads": 1
+def test_what_machine_code_says_about_moving_and_multiplying():
+    sass = """
+        /*0040*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5+0x40], desc[UR12][R2.64], P1 ;
+        /*0050*/              @!P0 LDGSTS.E [R5], desc[UR12][R2.64] ;
+        /*0060*/             @!UP0 UTMALDG.2D [UR8], [UR4], desc[URZ] ;
+        /*0070*/               @P1 LDG.E.128.CONSTANT R12, desc[UR12][R26.64+0x218] ;
+        /*0080*/                   LDG.E.U16 R14, desc[UR12][R26.64+0x200] ;
+        /*0090*/                   LDG.E.64 R14, desc[UR12][R26.64] ;
+        /*00a0*/                   STG.E.ENL2.256 desc[UR4][R2.64], R4, R8 ;
+        /*00b0*/                   STG.E.U8 desc[UR4][R2.64], R4 ;
+        /*00c0*/                   STL [R1], R4 ;
+        /*00d0*/                   LDL.LU.128 R4, [R1] ;
+        /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00f0*/                   HMMA.1688.F32.TF32 R4, R8, R12, R4 ;
+        /*0100*/                   HGMMA.64x64x8.F32.TF32 R24, gdesc[UR16], R24 ;
+        /*0110*/              @!P0 UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UP1 ;
+        /*0120*/                   RED.E.ADD.S32.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0130*/                   LDGDEPBAR ;
+        /*0140*/                   UTCBAR [UR4], URZ ;
+        /*0150*/                   LDS.128 R4, [R5] ;
+"""
+    found = gpu_compile.instructions(sass)
+    assert found == {
+        "BAR": 1, "HGMMA": 1, "HMMA": 1, "LDG.128": 1, "LDG.16": 1, "LDG.64": 1, "LDGSTS.128": 1, "LDGSTS.32": 1,
+        "LDL.128": 1, "RED": 1, "STG.256": 1, "STG.8": 1, "STL.32": 1, "UTCHMMA": 1, "UTMALDG": 1,
+    }  # fmt: skip
+    assert gpu_compile.facts(found) == {
+        "async_copies": 3, "narrow_copies": 1, "barriers": 1, "narrow_loads": 1, "wide_loads": 1, "narrow_stores": 1,
+        "wide_stores": 1, "local_accesses": 2,
     }  # fmt: skip
 
 
@@ -116,20 +134,21 @@ def test_what_got_worse_is_named():
     row = {"kernel": "k", "arch": 80, "triton": "1", "spill_bytes": 0, "blocks_per_sm": 3, "problems": ["known"]}
     worse = gpu_compile.regressions
     assert worse([row], [row]) == []
-    counts = {
-        "async_copies": 4,
-        "narrow_copies": 0,
-        "narrow_loads": 4,
-        "wide_loads": 4,
-        "barriers": 4,
+    row |= {
         "matrix": {"half mma": 4},
+        "sass": dict.fromkeys(("BAR", "HMMA", "LDG.16", "LDG.128", "LDGSTS.128", "STG.128"), 4),
     }
-    row |= counts
     assert worse([row], [row]) == []
-    for fact, bad, good in (
-        ("spill_bytes", 8, 0), ("blocks_per_sm", 2, 4), ("async_copies", 3, 5), ("narrow_copies", 1, 0),
-        ("narrow_loads", 5, 3), ("wide_loads", 3, 5), ("barriers", 5, 3),
+    for name, bad, good, told in (
+        ("LDGSTS.128", 3, 5, "3 async copies, recorded 4"), ("LDGSTS.32", 1, 0, "1 narrow copies, recorded 0"),
+        ("LDG.16", 5, 3, "5 narrow loads, recorded 4"), ("LDG.128", 3, 5, "3 wide loads, recorded 4"),
+        ("STG.8", 1, 0, "1 narrow stores, recorded 0"), ("STG.128", 3, 5, "3 wide stores, recorded 4"),
+        ("BAR", 5, 3, "5 barriers, recorded 4"), ("STL.64", 2, 0, "2 local accesses, recorded 0"),
+        ("HMMA", 8, 4, "8 HMMA instructions, recorded 4"), ("HMMA", 0, 2, "0 HMMA instructions, recorded 4"),
     ):  # fmt: skip
+        assert worse([row | {"sass": row["sass"] | {name: good}}], [row]) == []
+        assert worse([row | {"sass": row["sass"] | {name: bad}}], [row]) == [f"k on sm_80: {told}"]
+    for fact, bad, good in (("spill_bytes", 8, 0), ("blocks_per_sm", 2, 4)):
         assert worse([row | {fact: good}], [row]) == []
         assert worse([row | {fact: bad}], [row]) == [
             f"k on sm_80: {bad} {fact.replace('_', ' ')}, recorded {row[fact]}"
@@ -151,8 +170,15 @@ def test_the_record_of_compilations():
     assert {row["arch"] for row in rows} == {80, 90, 100}
     common = [row for row in rows if row["arch"] in (80, 90)]
     for row in common:
-        assert row["spill_bytes"] <= (8 if row["arch"] == 80 else 0), (row["kernel"], row["arch"])
+        assert row["spill_bytes"] == 0, (row["kernel"], row["arch"])
         assert not row["problems"], row
+    assert all("sass" in row for row in rows if row["arch"] == 90)
+    for row in (row for row in rows if "sass" in row):  # machine code against PTX and against what ptxas says
+        name, sass = (row["kernel"], row["arch"]), row["sass"]
+        units = {found.removesuffix("MMA")[:-1] for found in sass if found.endswith("MMA")}
+        families = {{"": "mma", "UTC": "tcgen05"}.get(unit, "wgmma") for unit in units}
+        assert families == {unit.split()[1] for unit in row["matrix"]}, name
+        assert (gpu_compile.facts(sass)["local_accesses"] > 0) == (row["spill_bytes"] > 0), name
     assert not [row for row in rows if row["arch"] == 90 and row["problems"]]
     kernels = {row["kernel"].split(" [")[0] for row in rows}
     for path in (ROOT / "kernels").rglob("*.py"):

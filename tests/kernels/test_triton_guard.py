@@ -143,6 +143,12 @@ def _some(x, y, n, WHERE: tl.constexpr):
 
 
 @triton.jit
+def _aligned(x, y, SHIFT: tl.constexpr):
+    at = tl.arange(0, 16)
+    tl.store(y + at, tl.load(tl.multiple_of(x + SHIFT, 16) + at))
+
+
+@triton.jit
 def _product(a, b, c, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
     m, k = tl.arange(0, M), tl.arange(0, K)
     left = tl.load(a + m[:, None] * K + k[None, :])
@@ -312,6 +318,15 @@ def test_masks_are_booleans_in_every_version_of_the_interpreter():
         assert y.sum() == 4
         with pytest.raises(GuardFault, match="load under a mask of integers"):
             _some[(1,)](x, y, 3, WHERE=False)
+
+
+def test_claims_of_alignment_are_checked():
+    x, y = torch.arange(24.0), torch.zeros(16)
+    with triton_guard.watch():
+        _aligned[(1,)](x, y, SHIFT=4)
+        assert torch.equal(y, x[4:20])
+        with pytest.raises(GuardFault, match="multiple_of"):
+            _aligned[(1,)](x, y, SHIFT=2)
 
 
 def test_order_of_programs_is_shuffled():

@@ -13,7 +13,7 @@ Checked: every address lies in an element of a tensor argument, aligned; no two 
 only read, both use atomics, or an atomic of the whole device orders what precedes a barrier of the one before what follows a
 barrier of the other, past the first-level cache; no two lanes of one store meet; what a program does to an element that it
 loaded, stored or added to comes after a barrier, but for a tile that goes back where it came from; counters start at zero;
-``tl.dot`` has the depth that CUDA asks for. Made true: bfloat16 arithmetic and
+``tl.dot`` has the depth that CUDA asks for, masks are booleans and claims of alignment true. Made true: bfloat16 arithmetic and
 rounding, TF32 operands, ``tl.maximum`` and ``tl.minimum`` that swallow NaN, masked-off lanes that hold garbage. Programs
 run in shuffled order. Not modelled: threads within a program beyond that, shared memory, the order of floating sums, special functions.
 """

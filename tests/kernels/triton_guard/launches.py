@@ -291,6 +291,12 @@ def _barrier(original: Callable[..., Any]) -> Callable[..., Any]:
     return barrier
 
 
+def _claim(self: Any, name: str, values: list[int]) -> None:
+    """In place of keeping what a kernel tells the compiler: look whether it is so."""
+    if name == "tt.divisibility" and (self.data % np.asarray(values, self.data.dtype)).any():
+        raise GuardFault(f"tl.multiple_of(..., {values[0]}) of {self.data.flat[0]}")
+
+
 def _with_reached(original: Callable[..., Any]) -> Callable[..., Any]:
     def launch(*args: Any, reaches: Iterable[Tensor] = (), **options: Any) -> Any:
         _reached[:] = reaches
@@ -314,6 +320,7 @@ def install() -> None:
     }
     for name, wrap in wrappers.items():
         setattr(InterpreterBuilder, name, wrap(getattr(InterpreterBuilder, name)))
+    TensorHandle.set_attr = _claim
     InterpreterBuilder.get_cache_policy = lambda self, modifier, eviction: modifier  # what Triton 3.9 forgets
     from mmc_fast.kernels import common
 
