@@ -249,6 +249,15 @@ def test_new_values_and_columns_are_told_and_rows_stay_independent(finished: Loa
     torch.testing.assert_close(alone.answers[0], found.answers[7], rtol=0, atol=1e-6)
 
 
+def test_a_new_row_without_any_value_gets_the_class_shares_of_training(finished: LoadedRun):
+    one = whole(tables(1, 40)).drop(columns=["died", "part"]).astype(object)
+    one.loc[9, ["age", "from", "smokes", "na", "k"]] = None
+    found = finished.predict(one)
+    assert found.present[9].tolist() == [False, False]
+    torch.testing.assert_close(found.answers[9], torch.tensor([0.5, 0.5]))  # every other training row died
+    assert (found.answers[:9] - 0.5).abs().min() > 0
+
+
 def test_class_codes_that_are_numbers_do_not_depend_on_gaps_elsewhere(tmp_path: Path):
     one = whole(tables()).assign(ward=np.arange(ROWS) % 3 + 1)
     roles = ROLES | {"modalities": {"labs": ["na", "k"], "demo": ["ward"]}, "categorical": ["ward"]}
