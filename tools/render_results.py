@@ -133,9 +133,8 @@ def render_comparison(lines: Sequence[Line]) -> str:
     metrics = ", ".join(f"{data}: {metric_name(metric)}" for data, metric in main_metric.items())
     seeds = " or ".join(sorted({line["seeds"] for line in lines}))
     explained = (
-        f"Test scores ({metrics}), mean ± s.d. over {seeds} seeds, settings selected on validation data by searches of equal "
-        "size. **Bold**: above vanilla, p (Holm) below .05. †: a re-implementation that scores below vanilla on complete data "
-        "by more than one standard error."
+        f"Test scores ({metrics}), mean ± s.d. over {seeds} seeds. **Bold**: above vanilla, p (Holm) below .05. †: a "
+        "re-implementation that scores below vanilla on complete data by more than one standard error."
     )
     return "\n".join(table) + "\n\n" + explained
 
