@@ -187,7 +187,8 @@ def ebr_bwd_kernel(
     dtype = d.dtype.element_ty
     t, i, head, NS, ND = _group(table, psi_layer, M, LAYERS, LAYER, PSI)
     G = 12 * M + 3 * LAYERS + 2  # the backward's part of the table
-    weight_at, grads_at = 2 * LAYER * M + i, G + 2 * LAYER * M + i
+    weight_at = 2 * LAYER * M + i
+    grads_at = G + 2 * (LAYER if LAYER > 0 else 0) * M + i  # of a head; no address stands at -1
     if PSI:
         d, s = tl.where(head, d, psi_d), tl.where(head, s, psi_s)
         if psi_c is not None:
