@@ -1,6 +1,6 @@
 // AMX: matrix tiles for split products and for co-activation counts; everything else comes from another unit. Compiled twice, into
-// the namespace MMC_ISA: for the processor's tiles, and for their emulation. No header with inline C++ functions may be included
-// here that are not static (see kernel_table.h), but the emulation's.
+// the namespace MMC_ISA: for the processor's tiles, and for their emulation. No header with inline C++ functions that are not
+// static may be included here (see kernel_table.h), but the emulation's.
 #include "../bits.h"
 #include "../matrix_tiles.h"
 #if defined(MMC_EMULATED)

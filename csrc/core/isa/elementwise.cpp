@@ -1,5 +1,5 @@
 // Packing, activation derivatives and column sums: plain loops, compiled once per instruction set into its namespace
-// (MMC_ISA). No header with inline C++ functions may be included here that are not static (see kernel_table.h).
+// (MMC_ISA). No header with inline C++ functions that are not static may be included here (see kernel_table.h).
 #include "../bits.h"
 #include "../kernel_table.h"
 #if defined(__SSE2__)

@@ -1,5 +1,5 @@
 // Conversion of bfloat16 and float16 rows and the epilogue in those dtypes: plain loops, compiled once per instruction set into
-// its namespace (MMC_ISA). No header with inline C++ functions may be included here that are not static (see kernel_table.h).
+// its namespace (MMC_ISA). No header with inline C++ functions that are not static may be included here (see kernel_table.h).
 #include "../bits.h"
 #include "../lowp_rows.h"
 #if defined(__F16C__)
