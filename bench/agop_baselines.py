@@ -47,7 +47,7 @@ def closed_form(head: nn.Sequential, compiled: bool = False) -> Callable[[Tensor
 
     def run(x: Tensor) -> Tensor:
         z = nn.functional.linear(x, w1, b1)
-        a = (z > 0).to(x.dtype) if relu else activation_derivative(z, "gelu")
+        a = (z > 0).to(x.dtype) if relu else activation_derivative(z, "gelu", 0.0, 0.0)
         return w1.t() @ ((w2.t() @ w2) * (a.t() @ a)) @ w1
 
     return _compiled(run) if compiled else run

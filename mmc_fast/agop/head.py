@@ -28,12 +28,13 @@ class Activation:
     """An elementwise function between two affine maps.
 
     ``kind`` is "relu", "leaky_relu", the name of a smooth function with its own kernel, or "elementwise" for the rest;
-    ``alpha`` is the negative slope of leaky ReLU, the scale of ELU, the beta of softplus.
+    ``alpha`` is the negative slope of leaky ReLU, the scale of ELU, the beta of softplus, and ``beta`` its threshold.
     """
 
     kind: str
     function: Callable[[Tensor], Tensor]
-    alpha: float = 1.0
+    alpha: float = 0.0
+    beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,12 @@ def parse_head(head: nn.Module, layer: int | str, compute_dtype: Callable[[torch
     return ParsedHead(layer, weight.dtype, weight.device, prefix, _affine_chain(tail, compute))
 
 
-def linear_chain(head: nn.Module) -> tuple[list[nn.Module], list[int]] | None:
-    """The modules of a head that begins with a Linear layer and is a chain of such and activations, and the positions of the
-    Linear layers among them; None for any other head."""
-    modules = flatten(head)
+def linear_chain(head: nn.Module | None) -> list[nn.Module] | None:
+    """The modules of a head that begins with a Linear layer and is a chain of such and activations; None for any other."""
+    modules = [] if head is None else flatten(head)
     if not modules or not is_linear(modules[0]) or not all(map(is_chain_member, modules)):
         return None
-    return modules, [i for i, module in enumerate(modules) if is_linear(module)]
+    return modules
 
 
 def refuse_training_mode(head: nn.Module) -> None:
@@ -237,8 +237,8 @@ def _activation(modules: Sequence[nn.Module], dtype: torch.dtype) -> Activation 
             return Activation("gelu_tanh" if form == "tanh" else "gelu", partial(F.gelu, approximate=form))
         case nn.ELU(alpha=alpha):
             return Activation("elu", partial(F.elu, alpha=alpha), alpha)
-        case nn.Softplus(beta=beta, threshold=20):
-            return Activation("softplus", partial(F.softplus, beta=beta), beta)
+        case nn.Softplus(beta=beta, threshold=end):
+            return Activation("softplus", partial(F.softplus, beta=beta, threshold=end), beta, end)
         case nn.SiLU():
             return Activation("silu", F.silu)
         case nn.Tanh():

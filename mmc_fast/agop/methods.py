@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from mmc_fast.ops.dispatch import choose, explain
 from .head import Affine
 from .result import Factored
 from .rows import AutogradRows, ChainRows, forward_chain, step
-from .state import SUMMING_KERNELS, CountState, MomentState, Panel, ProbeState, State, add_gram
+from .state import CountState, MomentState, Panel, ProbeState, State, add_gram
 
 _BACKENDS = ("auto", "cpp", "triton", "cuda", "eager")
 _PRECISIONS: dict[object, torch.dtype | None] = {
@@ -94,7 +95,7 @@ class Options:
             )
 
 
-class Method:
+class Method(ABC):
     """A way to sum: it adds inputs u of the layer to a state, and gives the factors of G in the end.
 
     Attributes:
@@ -123,9 +124,9 @@ class Method:
         self.inputs, self.dtype, self.device, self._w1, self._w2 = inputs, dtype, device, w1, w2
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device) if nonfinite is None else nonfinite
 
+    @abstractmethod
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
         """Add the samples ``u [n, d]``; ``chunk_rows`` is for methods of whole batches, 0 lets them choose."""
-        raise NotImplementedError
 
     def unshare(self) -> None:
         """Go on with a copy of the sums, since a result keeps those it was made from."""
@@ -203,7 +204,7 @@ class _CountMethod(_OneActivation):
         zeros = torch.zeros(width * width + 2, dtype=torch.int64, device=w1.device)  # one fill for both
         super().__init__(chain, w1, w2, options, zeros[-1:] if width % 2 else zeros[-2:-1])  # 16 divides its address
         activation = self._affine.activation
-        self._slope = activation.alpha if activation is not None and activation.kind == "leaky_relu" else 0.0
+        self._slope = activation.alpha if activation is not None else 0.0
         self.state: CountState = CountState(zeros[:-2].view(width, width), self._slope, options.center)
 
     def update(self, u: Tensor, chunk_rows: int = 0) -> None:
@@ -243,7 +244,7 @@ class _SmoothMethod(_OneActivation):
         if shift is None and activation.kind in primitives.ACTIVATIONS:
             self.backend = primitives.derivative_gram_update(
                 u, self._affine.weight, self._affine.bias, activation.kind, batch.gram, sums, self.nonfinite,
-                alpha=activation.alpha, chunk_rows=chunk_rows, backend=self._request,
+                activation.alpha, activation.beta, chunk_rows=chunk_rows, backend=self._request,
             )  # fmt: skip
         else:
             for part in u.split(chunk_rows or _STEP_ROWS):
@@ -264,12 +265,7 @@ class _SmoothMethod(_OneActivation):
         if a is None:
             return
         a = a if shift is None else a - shift
-        if self._gram_backend in SUMMING_KERNELS:
-            primitives.syrk_update(a, gram, backend=self._gram_backend)
-        else:
-            total = a.new_zeros(len(gram), len(gram))
-            add_gram(a, total)
-            gram += total
+        add_gram(a, gram, self._gram_backend)
         sums += a.sum(dim=0)
 
     def _typical_derivative(self, u: Tensor) -> Tensor:

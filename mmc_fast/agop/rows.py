@@ -206,7 +206,7 @@ class AutogradRows:
                 yield torch.zeros_like(leaf)
                 continue
             with torch.enable_grad():
-                total = (y[:, index] if directions is None else (y * directions[:, index]).sum(dim=1)).sum()
+                total = (y[:, index] if directions is None else y * directions[:, index]).sum()
             yield torch.autograd.grad(
                 total, leaf, retain_graph=index + 1 < count, allow_unused=True, materialize_grads=True
             )[0]

@@ -13,8 +13,7 @@ from mmc_fast.ops.agop import op as primitives
 # entries [start:stop, start:] of a symmetric matrix, float64 or the int64 of counts
 Panel = Callable[[int, int], Tensor]
 
-SUMMING_KERNELS = ("cpp", "triton")
-"""Backends whose ``syrk_update`` sums in float64 by itself."""
+_SUMMING_KERNELS = ("cpp", "triton")  # backends whose syrk_update sums in float64 by itself
 _STEP_ROWS = 1024  # rows summed in the working precision before they go to float64
 _NARROW = 64  # BLAS sums narrow products in one chain, so these are summed in float64 at once
 _EXACT = 2**53  # integers below are exact in float64
@@ -27,7 +26,7 @@ class CountState:
     ``α² N + α (1 − α)(n_i + n_j) + (1 − α)² c_ij``; centred ``(1 − α)² (c_ij − n_i n_j / N)``.
     """
 
-    def __init__(self, zeros: Tensor, slope: float = 0.0, center: bool = False) -> None:
+    def __init__(self, zeros: Tensor, slope: float, center: bool) -> None:
         self.counts = zeros  # upper triangle
         self._slope, self._center = slope, center
 
@@ -73,7 +72,7 @@ class MomentState:
         self.n = 0
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)  # upper triangle
         self.mean = torch.zeros(rows, width, dtype=torch.float64, device=device) if center else None
-        self._kernel = kernel if kernel in SUMMING_KERNELS else None
+        self._kernel = kernel
 
     def panels(self, n: int) -> list[Panel]:
         gram = self.gram
@@ -88,16 +87,7 @@ class MomentState:
             mean = rows.mean(dim=0)
             rows = rows - mean
             self._move_mean(samples, mean.double(), first)
-        flat = rows.reshape(samples * count, width)
-        if self._kernel is not None:
-            primitives.syrk_update(flat, self.gram, backend=self._kernel)
-        elif flat.dtype == torch.float64 or width <= _NARROW:
-            add_gram(flat.double(), self.gram)
-        else:
-            for part in flat.split(_STEP_ROWS):
-                total = part.new_zeros(width, width)
-                add_gram(part, total)
-                self.gram += total
+        add_gram(rows.reshape(samples * count, width), self.gram, self._kernel)
 
     def advance(self, samples: int) -> None:
         """Close a batch of so many samples."""
@@ -303,8 +293,22 @@ def centered_counts(counts: Tensor, first: Tensor, second: Tensor, n: int) -> Te
     return torch.where(near_zero, exact, high.double() * 2.0**62 + rest.double())
 
 
-def add_gram(rows: Tensor, gram: Tensor) -> None:
-    """``gram += rowsᵀ rows`` on the upper triangle, in place: ``rows [R, h]`` and ``gram [h, h]`` share one dtype.
+def add_gram(rows: Tensor, gram: Tensor, kernel: str | None) -> None:
+    """``gram += rowsᵀ rows`` on the upper triangle, in place: ``rows [R, h]``, float64 ``gram [h, h]``; by a kernel that
+    sums in float64, or by torch some rows at a time."""
+    if kernel in _SUMMING_KERNELS:
+        primitives.syrk_update(rows, gram, backend=kernel)
+    elif rows.dtype == torch.float64 or len(gram) <= _NARROW:
+        _add_panels(rows.double(), gram)
+    else:
+        for part in rows.split(_STEP_ROWS):
+            total = torch.zeros_like(gram, dtype=rows.dtype)
+            _add_panels(part, total)
+            gram += total
+
+
+def _add_panels(rows: Tensor, gram: Tensor) -> None:
+    """As :func:`add_gram`, where both have one dtype.
 
     Panels of columns skip most of the lower half: 5/8 of the arithmetic of the full product. Below the diagonal of
     ``gram`` there are parts of the same sums or nothing.

@@ -99,7 +99,7 @@ def _counts(device, generator, backend, dtype, samples, inputs, units) -> str | 
 
 def _gram(device, generator, backend, dtype, samples, inputs, units) -> str | None:
     x, weight = _integers(generator, samples, inputs), _integers(generator, units, inputs)
-    a = activation_derivative(x.double() @ weight.double().t() / 8, "gelu")
+    a = activation_derivative(x.double() @ weight.double().t() / 8, "gelu", 0.0, 0.0)
     gram = torch.zeros(units, units, dtype=torch.float64, device=device)
     total, flag = gram.new_zeros(units), torch.zeros(1, dtype=torch.int64, device=device)
     operands = (x.to(device, dtype), (weight / 8).to(device, dtype))

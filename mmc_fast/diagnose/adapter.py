@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmc_fast.agop.head import linear_chain, refuse_training_mode
+from mmc_fast.agop.head import refuse_training_mode
 from mmc_fast.errors import InputError
 
 
@@ -66,12 +66,6 @@ def adapter_of(model: Adapter | HasAdapter) -> Adapter:
 def flat(features: Mapping[str, Tensor]) -> Tensor:
     """All features side by side, ``[B, D]``."""
     return torch.cat([x.flatten(1) for x in features.values()], 1)
-
-
-def chain_of(head: nn.Module | None) -> list[nn.Module] | None:
-    """The layers of a head that begins with a Linear layer and is a chain of such and activations; else None."""
-    chain = None if head is None else linear_chain(head)
-    return None if chain is None else chain[0]
 
 
 def model_of(adapter: Adapter) -> nn.Module | None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mmc_fast._util.names import check_name
+from mmc_fast.agop.head import linear_chain
 from mmc_fast.errors import InputError
 from mmc_fast.ops.dispatch import choose
 
-from .adapter import Adapter, beyond_features, chain_of, flat, prove
+from .adapter import Adapter, beyond_features, flat, prove
 from .features import check_rows, checked_features, fingerprint_of
 from .groups import GroupMoments, dealt
 from .layers import ChainSums, JacobianSums
@@ -91,7 +92,7 @@ class Collector:
             self.notes += [note] if note else []
         if not self.sums:
             return
-        modules = chain_of(getattr(self.adapter, "head", None))
+        modules = linear_chain(getattr(self.adapter, "head", None))
         x = flat(features)
         if modules is not None and self._is_head(modules, x, logits):
             self.chain = ChainSums(modules, self.groups)

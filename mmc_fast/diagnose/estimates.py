@@ -42,13 +42,12 @@ class Estimator:
     def numbers(self, group_weights: np.ndarray, arrays: dict[str, Any] | None = None) -> dict[str, float]:
         """Every measure of the sums; ``arrays`` receives what is no single number."""
         c, found = self.collector, dict[str, float]()
-        moments = c.moments.combine(group_weights)
-        covariance = moments.covariance
+        covariance = c.moments.combine(group_weights).covariance
         for index, (name, grams) in enumerate(self.grams.items()):
             gram = combine_grams(grams, group_weights)
             columns = self.slices[index]
             sigma = covariance[columns, columns]
-            values = self._spectrum(index, gram, sigma, moments.n)
+            values = self._spectrum(index, gram, sigma)
             rank = blocks.ranks(values, self.tolerance)
             found[f"agop.{name}.effective_rank"] = rank.effective
             found[f"agop.{name}.stable_rank"] = rank.stable
@@ -64,12 +63,12 @@ class Estimator:
         self._fused(covariance, found, arrays)
         return found
 
-    def _spectrum(self, index: int, gram: Tensor, sigma: Tensor, n: float) -> Tensor:
-        """Eigenvalues of the whitened AGOP of a layer: by modality at the first, as a whole at the others."""
+    def _spectrum(self, index: int, gram: Tensor, sigma: Tensor) -> Tensor:
+        """Eigenvalues of the whitened AGOP of a layer, up to a factor: by modality at the first, as a whole at the others."""
         layers = self.collector.layers
         if index and isinstance(layers, ChainSums) and index == len(layers.weights) - 1:
-            weight = layers.weights[index].double()  # G = n WᵀW here, so the smaller n W Σ Wᵀ has the same ones
-            return blocks.spectrum(n * weight @ sigma @ weight.t())
+            weight = layers.weights[index].double()  # G = n WᵀW here, so those of the smaller W Σ Wᵀ are in proportion
+            return blocks.spectrum(weight @ sigma @ weight.t())
         split = self.collector.widths if index == 0 else {"all": gram.shape[0]}
         return blocks.spectrum(blocks.whitened(gram, sigma, split))
 

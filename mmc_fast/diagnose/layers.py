@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator
-from mmc_fast.agop.head import linear_chain
+from mmc_fast.agop.head import is_linear
 from mmc_fast.errors import InputError
 
 
@@ -21,9 +22,8 @@ class ChainSums:
     """
 
     def __init__(self, modules: list[nn.Module], groups: int) -> None:
-        chain = linear_chain(nn.Sequential(*modules))
-        assert chain is not None, "the collector gives the modules of a chain"
-        self.modules, self.positions = chain
+        self.modules = modules
+        self.positions = [i for i, module in enumerate(modules) if is_linear(module)]
         self.tails = [nn.Sequential(*modules[i:]) for i in self.positions]
         self.accumulators = [[AGOPAccumulator(tail) for _ in range(groups)] for tail in self.tails]
 
@@ -39,12 +39,11 @@ class ChainSums:
     @torch.no_grad()
     def inputs(self, x: Tensor) -> list[Tensor]:
         """What each Linear layer receives; the first receives ``x [B, D]``."""
-        found = []
-        for index, module in enumerate(self.modules[: self.positions[-1] + 1]):
-            if index in self.positions:
-                found.append(x)
-            if index < self.positions[-1]:
+        found = [x]
+        for start, stop in pairwise(self.positions):
+            for module in self.modules[start:stop]:
                 x = module(x)
+            found.append(x)
         return found
 
     def add(self, group: int, inputs: list[Tensor]) -> None:
@@ -116,7 +115,7 @@ def jacobian_rows(
     """Rows ``∂y_c/∂u [B, D]`` for every output c (or the ``units`` of them), D = all features side by side."""
     with torch.enable_grad():
         leaves = {name: x.detach().clone().requires_grad_() for name, x in features.items()}
-        y = fuse({name: leaf * 1 for name, leaf in leaves.items()})  # a copy, since a model may work in place
+        y = fuse({name: leaf.clone() for name, leaf in leaves.items()})  # a copy, since a model may work in place
         if not y.requires_grad:
             raise InputError(
                 "diagnose: the logits do not depend on the features that fuse() was given; let fuse() compute them from "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,10 +144,10 @@ def neuron_measures(measures: dict[str, Measure], arrays: dict[str, Any], collec
             activation = chain.modules[1](chain.modules[0](x.to(device))).cpu()
         # Neurons that answer and have some signal at all, by how much noise of others they carry.
         spread = activation.std(0)
-        shown = alive & (signal.amax(1) > 0.02) & (spread > 0.05 * spread.max()) & (spread > 0)
-        score = torch.where(shown, foreign, torch.full_like(foreign, math.nan))
-        if score.isfinite().any():
-            most, least = int(score.nan_to_num(-1).argmax()), int(score.nan_to_num(2).argmin())
+        shown = alive & (signal.amax(1) > 0.02) & (spread > 0.05 * spread.max())
+        if shown.any():
+            score = foreign.masked_fill(~shown, math.nan).numpy()
+            most, least = int(np.nanargmax(score)), int(np.nanargmin(score))
             arrays["responses"] = [
                 _response(collector, k, activation[:, k], weight, home, noise, columns["labels"]) for k in (most, least)
             ]
@@ -166,6 +167,7 @@ def _response(
     means = {}
     for name in (own, foreign):
         x = features[name].double()
+        x = x - x.mean(0)
         mean = torch.zeros_like(x)
         for label in labels.unique():
             mean[labels == label] = x[labels == label].mean(0)

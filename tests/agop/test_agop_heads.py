@@ -8,6 +8,7 @@ from agop_heads import chain, jacrev_agop, module_agop
 from torch import nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
+from mmc_fast.agop.head import linear_chain
 from mmc_fast.errors import InputError
 from mmc_fast.testing import relative_error
 
@@ -138,6 +139,7 @@ def test_nesting_dropout_identity_inplace_and_subclasses(generator):
     ).eval()  # fmt: skip
     for layer in (0, 1, 2):
         assert torch.equal(agop(nested, x, layer=layer), agop(plain, x, layer=layer))
+    assert torch.equal(agop(nn.Sequential(*plain, nn.Dropout(0.0)).train(), x), agop(plain, x))
     two = nn.Sequential(nn.ReLU(inplace=True), plain[0], nn.Tanh(), nn.ELU(), nn.Linear(9, 3))
     assert relative_error(agop(two, x), jacrev_agop(two, x.clone())) < 2e-6
     custom = nn.Sequential(plain[0], nn.ReLU(), Doubled(9, 3))
@@ -148,6 +150,17 @@ def test_nesting_dropout_identity_inplace_and_subclasses(generator):
     weighted = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 9)), nn.GELU(), nn.Linear(9, 3))
     assert relative_error(agop(weighted, x), module_agop(weighted, x)) < 2e-6
     assert torch.equal(x, before)
+    assert linear_chain(nested[1:]) == [leaf for leaf in nested[1:].modules() if not isinstance(leaf, nn.Sequential)]
+    assert [linear_chain(head) for head in (None, nn.Sequential(), two, custom, hooked)] == [None] * 5
+
+
+@pytest.mark.parametrize("threshold", [0.5, 20])
+@pytest.mark.parametrize("center", [False, True])
+def test_softplus_is_linear_above_its_own_threshold(threshold, center, generator):
+    head = nn.Sequential(nn.Linear(5, 9), nn.Softplus(1.5, threshold), nn.Linear(9, 3))
+    x = 9 * torch.randn(90, 5, generator=generator)
+    x = x[((1.5 * head[0](x) - threshold).abs() > 1e-4).all(1)]
+    assert relative_error(agop(head, x, center=center), jacrev_agop(head, x, center=center)) < 3e-6
 
 
 @pytest.mark.parametrize(

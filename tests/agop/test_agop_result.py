@@ -35,6 +35,7 @@ def test_diagonal_block_traces_and_eigenvectors_need_no_matrix(sizes, activation
     assert torch.allclose(values, torch.linalg.eigvalsh(truth).flip(0)[:3], atol=1e-10)
     assert torch.allclose(truth @ vectors, vectors * values, atol=1e-9)
     assert torch.allclose(vectors.t() @ vectors, torch.eye(3, dtype=torch.float64), atol=1e-10)
+    assert torch.equal(vectors.max(0).values, vectors.abs().max(0).values), "the largest entry is positive"
     assert relative_error(result.matrix, truth) < 1e-12 or truth.norm() < 1e-12
 
 
@@ -48,6 +49,7 @@ def test_lanczos_on_a_wide_input(generator):
         assert vectors.shape == (300, k)
         assert torch.allclose(values, torch.linalg.eigvalsh(truth).flip(0)[:k], atol=1e-5 * float(truth.norm()))
         assert (truth @ vectors - vectors * values).norm() <= 1e-5 * truth.norm()
+        assert torch.equal(vectors.max(0).values, vectors.abs().max(0).values)
     again = result.eigh(4)
     assert torch.equal(again[1], result.eigh(4)[1])
     empty = AGOPAccumulator(head).compute()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from agop_heads import chain
 
 from mmc_fast.agop.accumulator import AGOPAccumulator
-from mmc_fast.agop.rows import _cheapest_order
+from mmc_fast.agop.rows import ChainRows, _cheapest_order
 from mmc_fast.agop.state import MomentState, ProbeState
 
 CPU = torch.device("cpu")
@@ -146,6 +146,34 @@ def test_the_sum_over_processes_is_that_of_their_sums(kind, generator, monkeypat
         if kind == "counts":
             torch.testing.assert_close(result.input_cov, torch.cov(x.t(), correction=0))
             torch.testing.assert_close(result.input_mean, x.mean(0))
+
+
+@pytest.mark.parametrize("output", ["logits", "probs"])
+@pytest.mark.parametrize("outputs", [2, 3, 30])
+def test_rows_of_a_chain_and_their_last_product(output, outputs, generator):
+    """``L V_r D_r … V_1 D_1 W1`` sample by sample; the last product, where it is one, gives the same rows."""
+    ends = set()
+    for sizes in ([12, 7], [3, 30], [3, 20, 4], [20, 4, 9], [20, 9, 4, 5], [4, 9, 5, 20], [3, 50, 40, 2]):
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        w1, *v = [draw(b, a) for a, b in itertools.pairwise([*sizes, outputs])]
+        y, derivatives = draw(6, outputs), [draw(6, size) for size in sizes[1:]]
+        rows = ChainRows(w1, v, output, None, torch.float64)
+        p = torch.softmax(y, 1)
+        jacobian = p.diag_embed() - p[:, :, None] * p[:, None] if output == "probs" else torch.eye(outputs).double()
+        for factor, a in zip(reversed(v), reversed(derivatives), strict=True):
+            jacobian = (jacobian @ factor) * a[:, None]
+        truth = torch.einsum("nri,nrj->ij", *[jacobian @ w1] * 2)
+        formed, last = rows(y, derivatives, None), rows.last_step(y, derivatives)
+        found = [formed]
+        if last is not None:
+            left, inner, right, outer = last
+            found.append(((left * inner[:, None]) @ right) * (1.0 if outer is None else outer[:, None]))
+        for b in found:
+            assert b.shape[-2:] == (rows.count, rows.width)
+            b = b if rows.ends_at_input else b @ w1
+            torch.testing.assert_close(torch.einsum("nri,nrj->ij", b, b), truth)
+        ends.add((rows.ends_at_input, last is None))
+    assert {(False, False), (True, False)} <= ends
 
 
 def test_the_order_of_products_is_the_cheapest(generator):

@@ -21,6 +21,7 @@ def test_noise_of_another_modality_in_neurons(seed: int) -> None:
     for sharing in (0.0, 1.0):
         planted = planted_head(seed, sharing=sharing)
         d = diagnose(planted, planted.batches(), resamples=0, probes=False)
+        assert any(note.startswith("No initial weights were given") for note in d.notes)
         values.append(d.value("foreign_noise"))
         assert d.value("attribution_entropy") == pytest.approx(sharing, abs=0.1)
         if sharing:
@@ -33,6 +34,7 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     head, loader = chain(generator), batches(generator)
     start = torch.randn(12, 10, generator=generator)  # weights before training
     d = diagnose(Toy(head, head), loader, resamples=20, initial_weight=start)
+    assert not any("initial weights" in note for note in d.notes)
     image, audio, labels = whole(loader)
     x = torch.cat([image, audio], 1).double()
     double = chain(generator).double()

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from mmc_fast.diagnose import evidence, further, sampled
 from mmc_fast.diagnose.alignment import EffectRows
+from mmc_fast.diagnose.layers import ChainSums
 from mmc_fast.diagnose.measures.calibration import expected_calibration_error
 from mmc_fast.diagnose.measures.outputs import alignment, output_shapley
+from mmc_fast.diagnose.measures.polysemanticity import neuron_response
 from mmc_fast.diagnose.measures.reliance import Afresh
+from mmc_fast.diagnose.measures.weights import signal_noise_shares
 from mmc_fast.diagnose.options import DiagnoseOptions
 from mmc_fast.diagnose.reservoir import Reservoir
 from mmc_fast.diagnose.result import Measure
@@ -275,6 +279,91 @@ def test_latents_are_probed_in_samples_that_have_all_of_them(generator: torch.Ge
     assert not asked
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_networks_train_on_the_rows_apart_and_the_diagnosed_judge(apart: bool, generator, monkeypatch) -> None:
+    def rows(n: int) -> Reservoir:
+        kept = Reservoir(99, 0)
+        kept.columns = {"x": torch.randn(n, 5, generator=generator), "input.a": torch.randn(n, 4, generator=generator)}
+        kept.columns["labels"] = torch.randint(3, (n,), generator=generator)
+        return kept
+
+    def named(kept: Reservoir) -> dict[str, torch.Tensor]:
+        x = kept.columns["x"]
+        return {"a": x[:, :3], "b": x[:, 3:], "input.a": kept.columns["input.a"]}
+
+    own, train = rows(30), rows(40)
+    source, scores = train if apart else own, {("a",): 0.5, ("input.a",): 0.6, ("b",): 0.95, ("a", "b"): 0.7}
+    asked: dict[tuple[str, ...], Any] = {}
+
+    def network(features, labels, names, *, task, seed, judged):
+        assert (names in asked, task, seed) == (False, CLASSES, 7)
+        asked[names] = judged
+        torch.testing.assert_close(features, named(source), rtol=0, atol=0)
+        assert torch.equal(labels, source.columns["labels"])
+        return Afresh(scores[names], 0.1, labels, labels)
+
+    monkeypatch.setattr(sampled, "train_afresh", network)
+    collector: Any = SimpleNamespace(widths={"a": 3, "b": 2}, reservoir=own, task=CLASSES)
+    measures, notes = {}, []  # type: ignore[var-annotated]
+    options = DiagnoseOptions(control=True, seed=7, level=0.8)
+    best = sampled.probe_measures(measures, notes, collector, options, {}, train if apart else None)
+    assert set(asked) == set(scores)
+    for judged in asked.values():
+        assert (judged is not None) == apart
+        if apart:
+            torch.testing.assert_close(dict(judged[0]), named(own), rtol=0, atol=0)
+            assert torch.equal(judged[1], own.columns["labels"])
+    assert {n: m.value for n, m in measures.items()} == {
+        "probe_features.a": 0.5, "probe_inputs.a": 0.6, "probe_features.b": 0.95, "alone.a": 0.6, "alone.b": 0.95,
+        "retrained_without.a": 0.95, "retrained_without.b": 0.5, "retrained_all": 0.7,
+    }  # fmt: skip
+    low, high = stats.norm.interval(0.8, 0.6, 0.1)
+    assert (measures["alone.a"].low, measures["alone.a"].high) == pytest.approx((low, high))
+    assert measures["alone.b"].high == 1.0, "no accuracy is above 1"
+    assert {name: found.score for name, found in best.items()} == {"a": 0.6, "b": 0.95}
+    assert [note.split(" was ")[0] for note in notes] == ["Ability of b"]
+    asked.clear(), measures.clear(), notes.clear()
+    best = sampled.probe_measures(
+        measures, notes, collector, DiagnoseOptions(seed=7), {"b": 0.3}, train if apart else None
+    )
+    assert (set(asked), list(best), measures["alone.b"], notes) == ({("a",), ("input.a",)}, ["a"], Measure(0.3), [])
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error(generator: torch.Generator) -> None:
+    x, places = torch.randn(40, generator=generator).double(), torch.randperm(40, generator=generator) % 5
+    found = further._jackknife(lambda rows: float(x[rows].mean()), places, 0.8)
+    error = stats.sem([float(x[places == k].mean()) for k in range(5)])
+    low, high = stats.t.interval(0.8, 4, float(x.mean()), error)
+    assert (found.value, found.error) == pytest.approx((float(x.mean()), error))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert further._jackknife(lambda rows: float(rows.sum()), places % 2, 0.8) == Measure(40.0), "of two groups"
+    assert further._jackknife(lambda rows: math.nan, places, 0.8) == Measure(None)
+    assert further._jackknife(lambda rows: 1.0 if rows.all() else math.nan, places, 0.8) == Measure(1.0)
+
+
+def test_answers_without_labels_are_those_of_the_first_rows(generator: torch.Generator) -> None:
+    x = torch.randn(30, 3, generator=generator)
+    kept = Reservoir(99, 0)
+    kept.add(0, {"x": x, "row": torch.arange(30), "place": torch.zeros(30).long()})
+    collector: Any = SimpleNamespace(
+        widths={"a": 2, "b": 1}, reservoir=kept, groups=1, places=lambda index, count: torch.zeros(count).long()
+    )
+    adapter: Any = SimpleNamespace(
+        encode=lambda part: {"a": part[:, :2], "b": part[:, 2:]}, fuse=lambda f: torch.cat([3 * f["a"], f["b"]], 1)
+    )
+    for size, read in ((19, 20), (20, 20), (21, 30), (99, 30)):
+        found = further.unlabelled_pass(adapter, enumerate(x.split(10)), collector, "mean", size, 0)
+        assert (found.rows, len(found.kept.keys)) == (read, min(size, read))
+        p, rows = torch.cat([3 * x[:, :2], x[:, 2:]], 1).double(), found.kept.columns["row"]
+        mean = p.mean(0)
+        for c, y in (
+            (1, torch.cat([p[:, :2], mean[2:].expand(30, 1)], 1)),
+            (2, torch.cat([mean[:2].expand(30, 2), p[:, 2:]], 1)),
+        ):
+            moved = (y.softmax(1) - p.softmax(1)).square().sum(1).float()
+            torch.testing.assert_close(found.kept.columns["moved"][:, c], moved[rows], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rows", "components"), [(200, {"a": 6, "b": 4}), (40, {"a": 4, "b": 4}), (20, {"a": 1, "b": 1}), (15, None)]
 )
@@ -291,6 +380,39 @@ def test_information_takes_as_many_components_as_the_rows_allow(
     assert (bool(measures), bool(notes)) == (components is not None, components is None)
     if measures:
         assert measures["distillation.a"].value == arrays["distillation"]["a"]["b"]
+
+
+def test_responses_of_the_neurons_with_the_most_and_the_least_noise_of_others(generator: torch.Generator) -> None:
+    """To the direction between classes that the neuron reads in its home modality, and to the loudest noise of another."""
+    widths, labels = {"a": 3, "b": 2, "c": 4}, torch.arange(300) % 3
+    x = torch.randn(300, 9, generator=generator) + 1.5 * torch.randn(3, 9, generator=generator)[labels] + 20
+    head = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    w = head[0].weight.data.normal_(generator=generator)
+    w[0], w[1] = 0.0, 1e-3 * w[1]  # dead, and next to dead
+    head[0].bias.data = -(x @ w.t()).mean(0)
+    kept = Reservoir(999, 0)
+    kept.columns = {"x": x, "labels": labels}
+    collector: Any = SimpleNamespace(layers=ChainSums(list(head), 1), reservoir=kept, task=CLASSES, widths=widths)
+    arrays: dict[str, Any] = {}
+    sampled.neuron_measures({}, arrays, collector)
+    signal, noise = signal_noise_shares(w, x, labels, widths)
+    others = [float(n.sum() - n[s.argmax()]) for s, n in zip(signal, noise, strict=True)]
+    shown = [k for k in range(2, 8) if signal[k].max() > 0.02]
+    expected = [max(shown, key=lambda k: others[k]), min(shown, key=lambda k: others[k])]
+    assert [found["neuron"] for found in arrays["responses"]] == expected
+    parts, z = dict(zip("abc", (slice(3), slice(3, 5), slice(5, 9)), strict=True)), (x - x.mean(0)).double()
+    means = torch.stack([z[labels == c].mean(0) for c in range(3)])[labels]
+    for found in arrays["responses"]:
+        k = found["neuron"]
+        home, loudest = int(signal[k].argmax()), sorted(range(3), key=lambda i: -float(noise[k, i]))
+        own, other = "abc"[home], "abc"[next(i for i in loudest if i != home)]
+        assert (found["signal of"], found["noise of"]) == (own, other)
+        between = means[:, parts[own]].t() @ means[:, parts[own]]
+        predictive = z[:, parts[own]] @ between @ w[k, parts[own]].double()
+        noisy = (z - means)[:, parts[other]] @ w[k, parts[other]].double()
+        curve = neuron_response(head[:2](x)[:, k].detach(), predictive, noisy, bins=9)
+        for name in ("centres", "predictive", "noisy", "overlap", "entangled"):
+            np.testing.assert_allclose(found[name], getattr(curve, name), rtol=1e-4, atol=1e-5)
 
 
 def test_without_scores_nothing_is_judged() -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import chain_of
+from mmc_fast.agop.head import linear_chain
 from mmc_fast.diagnose.measures.similarity import covariance_of, variance_inflation
 
 from ..data import Part
@@ -30,7 +30,7 @@ def contributions(model: MultimodalModel, part: Part) -> torch.Tensor | None:
     receives of it. None where the fusion has no Linear layer over the modalities side by side.
     """
     adapter = RunAdapter(model)
-    chain = chain_of(adapter.head)
+    chain = linear_chain(adapter.head)
     if chain is None:
         return None
     blocks = cast(torch.Tensor, chain[0].weight).double().split(model.widths, 1)

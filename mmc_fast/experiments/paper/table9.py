@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mmc_fast.diagnose.adapter import chain_of, flat
+from mmc_fast.agop.head import linear_chain
+from mmc_fast.diagnose.adapter import flat
 from mmc_fast.diagnose.measures.polysemanticity import cross_modal_polysemanticity
 from mmc_fast.diagnose.measures.similarity import covariance_of
 from mmc_fast.diagnose.measures.weights import modality_entropy, neuron_modality_shares
@@ -36,7 +37,7 @@ def measure(settings: Mapping[str, Any], workspace: Workspace) -> tuple[Values, 
     models = Models(settings, workspace)
     model = models.run("model").model
     adapter = RunAdapter(model)
-    chain = chain_of(adapter.head)
+    chain = linear_chain(adapter.head)
     if chain is None:
         reason = "the fusion has no Linear layer over the modalities side by side"
         return dict.fromkeys(_COLUMNS) | {"not_applicable": reason}, {}

@@ -19,8 +19,6 @@ from .. import measured, native
 from ..dispatch import choose, prefer, record, register
 from . import cuda, reference
 
-SCHEMA_VERSION = 1
-
 # the codes of csrc/core/kernel_table.h
 ACTIVATIONS = {
     "identity": 0, "relu": 1, "leaky_relu": 2, "gelu": 3, "gelu_tanh": 4,

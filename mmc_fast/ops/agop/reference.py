@@ -33,7 +33,7 @@ def flag_nonfinite(z: Tensor, nonfinite: Tensor) -> None:
 
 
 def relu_coactivation_update(
-    x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int = 0
+    x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nonfinite: Tensor, chunk_rows: int
 ) -> None:
     """Add the co-activation counts of ``z = x Wᵀ + b`` to the upper triangle of ``counts``, in place.
 
@@ -51,7 +51,7 @@ def relu_coactivation_update(
             counts[start:stop, start:] += block
 
 
-def activation_derivative(z: Tensor, activation: str, alpha: float = 0.0, beta: float = 20.0) -> Tensor:
+def activation_derivative(z: Tensor, activation: str, alpha: float, beta: float) -> Tensor:
     """Return ``s'(z)``; ``alpha``: slope of leaky ReLU, scale of ELU, beta of softplus; ``beta``: its threshold."""
     if activation == "identity":
         return torch.ones_like(z)
@@ -82,7 +82,7 @@ def activation_derivative(z: Tensor, activation: str, alpha: float = 0.0, beta: 
 
 def derivative_gram_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, alpha: float, beta: float,
-    gram: Tensor, total: Tensor, nonfinite: Tensor, chunk_rows: int = 0,
+    gram: Tensor, total: Tensor, nonfinite: Tensor, chunk_rows: int,
 ) -> None:  # fmt: skip
     """Add ``Σ_n a_i a_j`` to the upper triangle of ``gram`` and ``Σ_n a_i`` to ``total``, both float64, in place."""
     for part in x.split(chunk_rows or _ROWS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def test_gram_of_derivatives(runner, name, generator):
             )
         a = true_derivative(function, x.double() @ weight.double().t() + bias.double())
         truth = (a.t() @ a).triu()
-        plain = activation_derivative(x @ weight.t() + bias, name, **options)
+        plain = activation_derivative(x @ weight.t() + bias, name, **{"alpha": 0.0, "beta": 20.0} | options)
         budget = 2 * (mirror((plain.t() @ plain).double()).triu() - truth).norm() + 8 * EPS * truth.norm()
         budget += (
             4 * EPS * len(a) * float(a.abs().max() if len(a) else 0)
@@ -234,10 +235,28 @@ def test_gram_of_derivatives(runner, name, generator):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_derivatives_far_out(runner, name):
-    """One unit, one sample: the Gram is the squared derivative, from deep saturation to the edge of float32."""
+def test_derivatives_far_out_and_at_kinks(runner, name):
+    """One unit, one sample: from deep saturation to the edge of float32; PyTorch's own choice at kinks (0; 2.5 for softplus)."""
     function, options = ACTIVATIONS[name]
-    for value in (-3e38, -1e13, -200.0, -88.0, -30.0, -9.0, -1e-3, 1e-3, 2.0, 9.0, 30.0, 88.0, 200.0, 1e13, 3e38):
+    for value in (
+        -3e38,
+        -1e13,
+        -200.0,
+        -88.0,
+        -30.0,
+        -9.0,
+        -1e-3,
+        0.0,
+        1e-3,
+        2.0,
+        2.5,
+        9.0,
+        30.0,
+        88.0,
+        200.0,
+        1e13,
+        3e38,
+    ):
         gram, total, flag = (
             torch.zeros(1, 1, dtype=torch.float64),
             torch.zeros(1, dtype=torch.float64),
@@ -323,6 +342,18 @@ def test_what_does_not_fit_the_final_product(change, told):
     with pytest.raises(InputError, match=told) as caught:
         agop.agop_finalise(**good | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_every_backend_has_each_op_with_its_arguments(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    ops = ("relu_coactivation_update", "derivative_gram_update", "syrk_update", "chain_gram_update", "agop_finalise")
+    for op in ops if backend == "triton" else ops[:1]:
+        ours, theirs = (agop._implementation(op, which) for which in ("eager", backend))
+        named = [list(inspect.signature(f).parameters) for f in (ours, theirs)]
+        assert theirs.__module__ != ours.__module__
+        assert (theirs.__name__, named[1][: len(named[0])]) == (op, named[0])
 
 
 @native_only

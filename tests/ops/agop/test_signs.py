@@ -265,6 +265,7 @@ def test_signs_do_not_depend_on_flushed_subnormal_numbers(runner):
         ([2.0**-149, 0.0], [1.0, 0.0], 0.0, 1),
         ([0.0, 0.0], [1.0, 1.0], 2.0**-149, 1),
         ([2.0**-140, 0.0], [2.0**-9, 3.0], -(2.0**-149), 0),
+        ([2.0**-70, 0.0], [-(2.0**-60), 0.0], 2.0**-127, 1),  # of the bias, beside a small product
     ]
     tensors = [(torch.tensor([x]), torch.tensor([w]), torch.tensor([b]), count) for x, w, b, count in cases]
     torch.set_flush_denormal(True)
