@@ -157,6 +157,25 @@ def in_turns(work, size: int) -> list:
     return [found[rank] for rank in range(size)]
 
 
+@pytest.mark.parametrize("asked", [(), (0,), (2,)])
+def test_a_wish_to_stop_reaches_every_process_with_the_losses_of_the_step(asked, seed):
+    dataset, config = tiny(seed), small("ebr")
+    part = dataset.part("train").select(torch.arange(13))
+
+    def work(process: Processes):
+        torch.manual_seed(seed)
+        model = MultimodalModel(dataset.dims, 3, config)
+        stepper = Stepper(model, build_optimizer(model.groups(), config), config, process)
+        return stepper.backward(
+            "joint", part.labels, lambda r: [x[r] for x in part.features], stop=process.rank in asked
+        )
+
+    total, parts, _ = work(Processes())
+    for found in in_turns(work, 3):
+        torch.testing.assert_close(found[:2], (total, parts))
+        assert found[2] is bool(asked)
+
+
 def test_processes_that_take_turns_train_the_model_of_one(seed, monkeypatch):
     """A modality in 8 % of the rows, and batches of 4 for three processes: many shares have none of it, some no row."""
     dataset, options = sparse(seed), matrix(seed, 2) | {"cross": replace(cases()["everything"], control=False)}

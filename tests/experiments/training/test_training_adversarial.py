@@ -135,6 +135,8 @@ def test_probe_equals_gradients_written_out(seed):
     assert got["psi_accuracy"] == pytest.approx(hits / total)
     assert probe(model, part, reversal=0.0)["grad_norm_encoders"] == 0.0
     assert all(p.grad is None for p in model.parameters())
+    nothing = probe(model, replace(part, present=torch.zeros_like(part.present)), reversal=0.3)
+    assert nothing == {"grad_norm_psi": 0.0, "grad_norm_encoders": 0.0, "psi_accuracy": None}
 
 
 def test_epochs_are_probed_on_512_drawn_train_rows(seed):

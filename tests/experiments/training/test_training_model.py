@@ -112,6 +112,8 @@ def test_subset_of_modalities_is_substituted_within_itself(seed):
     model = build(seed, small("ebr", ebr_modalities=("c", "a")))
     assert model.columns == [0, 2]
     assert len(model.head.encoders) == 2
+    with pytest.raises(RuntimeError, match="never computed"):
+        source_for(model, torch.ones(1, 3, dtype=torch.bool))
     refresh(model, ranking_parts(dataset), "b")  # the reference has no head: the list starts elsewhere
     assert describe(model, "b")["reference"] in ("a", "c")
     present = torch.tensor([[False, True, True], [True, False, False], [False, True, False]])

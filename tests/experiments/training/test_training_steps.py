@@ -81,6 +81,25 @@ def test_gradients_equal_the_two_loss_construction(phase, seed):
     assert any(bool(e.abs().max() > 1e-4) for e in expected)
 
 
+@pytest.mark.parametrize("phase", ["joint", "semantic", "adversarial"])
+def test_nothing_of_an_absent_modality_reaches_a_loss_or_a_gradient(phase, seed):
+    """Of the whole loss with reconstruction from another modality, consistency and a re-weighted modality."""
+    heads = {"ebr_reconstruction": 0.3, "ebr_cross_recovery": 0.2, "ebr_substitute": "mean"}
+    own = {"reweight_modality": "b", "reweight": 0.5, "reweight_form": "loss"}
+    model, stepper, features, labels = setup(seed, **heads, **own, consistency=1.0, modality_dropout=0.3)
+    present = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(seed)) < 0.7
+    present[~present.any(1), 0] = True
+    found = []
+    for junk in (0.0, float("nan")):
+        model.zero_grad(set_to_none=True)
+        stepper.random.manual_seed(seed)
+        some = [torch.where(present[:, i, None], x, junk) for i, x in enumerate(features)]
+        total, parts = stepper.losses(phase, Rows(some, labels, present, natural=present))
+        total.backward()
+        found.append([total.detach(), parts, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_a_step_reports_its_losses_and_whether_it_was_asked_to_stop(seed):
     _, stepper, features, labels = setup(seed)
     total, parts = stepper.losses("joint", Rows(features, labels))
