@@ -13,7 +13,7 @@ from torch import Tensor
 from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
-from .base import Reduction, Task, checked, metrics
+from .base import Reduction, Task, checked, metrics, reduced
 
 METRICS = ("accuracy", "auroc")
 
@@ -87,7 +87,7 @@ class Classification(Task):
         if not self.weights:
             return F.cross_entropy(outputs, labels, reduction=reduction)
         found = F.cross_entropy(outputs, labels, outputs.new_tensor(self.weights), reduction="none")
-        return found if reduction == "none" else found.sum() if reduction == "sum" else found.mean()
+        return reduced(found, reduction)
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
         """KL(target || outputs)."""

@@ -77,7 +77,7 @@ class Survival(Task):
         survived = edges <= time
         begins = F.pad(edges[:-1], (1, 0), value=-1.0)
         died = event & (begins < time) & (time <= edges)
-        return (survived & ~died) | died, died
+        return survived | died, died
 
     def loss(self, outputs: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Negative log-likelihood of the observed intervals."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from training_data import tiny
 from mmc_fast._util.schema import from_mapping
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare import exploration
+from mmc_fast.experiments.compare import gains as gains_module
 from mmc_fast.experiments.compare.configs import load_data_configs
 from mmc_fast.experiments.compare.gains import gains, table
 from mmc_fast.experiments.compare.runs import check
@@ -137,31 +139,59 @@ def test_a_log_is_continued_and_its_lines_repeat(tmp_path, capsys):
         check(tmp_path / "log.jsonl:3")
 
 
-def test_gains_are_paired_by_seed(seed):
+def test_gains_are_paired_by_seed_on_the_same_arm(seed):
     draw = np.random.default_rng(seed)
-    scores = {option: draw.random((4, 3)) for option in ("base", "recipe", "recipe-more")}
+    scores = {arm: {o: draw.random((4, 3)) for o in ("base", "recipe", "recipe-more")} for arm in ("late", "plain")}
+    names = ("complete", "missing_0.1", "missing_0.7")
+    lost = {"failed": "diverged", "scores": None}
     lines = [
-        {"option": option, "arm": "plain", "data": "d", "seed": n, "failed": None,
-         "scores": dict(zip(("complete", "missing_0.1", "missing_0.7"), row.tolist(), strict=True))}
-        for option, rows in scores.items() for n, row in enumerate(rows) if (option, n) != ("base", 2)
+        {"option": option, "arm": arm, "data": "d", "seed": n, "failed": None,
+         "scores": dict(zip(names, row.tolist(), strict=True))} | (lost if (option, n) == ("base", 2) else {})
+        for arm, by_option in scores.items() for option, rows in by_option.items() for n, row in enumerate(rows)
     ]  # fmt: skip
-    found = {g.option: g for g in gains(lines)}
-    assert list(found) == ["recipe", "recipe-more"]
-    for option, against, keep in (("recipe", "base", [0, 1, 3]), ("recipe-more", "recipe", [0, 1, 2, 3])):
-        difference = (scores[option] - scores[against])[keep]
+    every = {(g.arm, g.option): g for g in gains(lines)}
+    assert list(every) == [(arm, option) for arm in scores for option in ("recipe", "recipe-more")]
+    for (arm, option), g in every.items():
+        against, keep = {"recipe": ("base", [0, 1, 3]), "recipe-more": ("recipe", [0, 1, 2, 3])}[option]
+        difference = (scores[arm][option] - scores[arm][against])[keep]
         missing, complete = difference[:, 1:].mean(1), difference[:, 0]
-        assert found[option].against == against
-        assert found[option].missing == pytest.approx((missing.mean(), sem(missing)))
-        assert found[option].complete == pytest.approx((complete.mean(), sem(complete)))
+        assert g.against == against
+        assert g.missing == pytest.approx((missing.mean(), sem(missing)))
+        assert g.complete == pytest.approx((complete.mean(), sem(complete)))
         halves = (missing + complete) / 2
-        assert found[option].halves == pytest.approx((halves.mean(), sem(halves)))
+        assert g.halves == pytest.approx((halves.mean(), sem(halves)))
+    found = {option: g for (arm, option), g in every.items() if arm == "plain"}
+    lines = [line for line in lines if line["arm"] == "plain"]
+    scores = scores["plain"]
     two = [found["recipe"], found["recipe"]._replace(data="e", halves=(0.5, 0.3))]
     mean, error = (found["recipe"].halves[0] + 0.5) / 2, math.hypot(found["recipe"].halves[1], 0.3) / 2
     assert table(two).endswith(f"(3) | {mean:+.4f} ± {error:.4f} |")
     assert {g.option: g.against for g in gains(lines, "recipe-more")} == dict.fromkeys(
         ("base", "recipe"), "recipe-more"
     )
+    (twice,) = gains([line for line in lines if line["seed"] < 2 and line["option"] != "recipe-more"])
+    assert twice.complete[1] == pytest.approx(sem((scores["recipe"] - scores["base"])[:2, 0]))
     (once,) = gains([line for line in lines if line["seed"] == 0 and line["option"] != "recipe-more"])
     assert (once.seeds, once.complete[0]) == (1, scores["recipe"][0, 0] - scores["base"][0, 0])
     assert math.isnan(once.complete[1])
     assert "±" not in table([once])
+
+
+def test_the_command_prints_the_table_of_a_log_against_the_option_named(tmp_path, monkeypatch, capsys):
+    lines = [
+        {
+            "option": option,
+            "arm": "plain",
+            "data": "d",
+            "seed": 0,
+            "failed": None,
+            "scores": {"complete": s, "missing_0.1": s / 2},
+        }
+        for option, s in (("base", 0.5), ("norm", 0.75), ("recipe", 1.0))
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for against in ([], ["norm"]):
+        monkeypatch.setattr("sys.argv", ["gains", str(tmp_path / "log.jsonl"), *against])
+        runpy.run_path(gains_module.__file__, run_name="__main__")
+        assert capsys.readouterr().out.strip() == table(gains(lines, *against))
+    assert table(gains(lines)) != table(gains(lines, "norm"))

@@ -129,16 +129,33 @@ def test_the_threshold_is_one_standard_error(seed):
     assert findings_module._facts(METHODS[2], runs, finished, None, bound).threshold == "not judged"
 
 
+def test_the_threshold_is_judged_on_the_main_metric(seed, monkeypatch):
+    def compare(data, metric, *given, **options):
+        found = original(data, metric, *given, **options)
+        upside_down = {
+            name: found.scores[other] for name, other in zip(found.scores, reversed(found.scores), strict=True)
+        }
+        return found if metric == "auroc" else replace(found, scores=upside_down)
+
+    original, finished = findings_module.compare, fabricated(seed, seeds=2)
+    (plain,) = find(finished, METHODS, resamples=20)
+    monkeypatch.setattr(findings_module, "compare", compare)
+    (found,) = find(finished, METHODS, resamples=20)
+    judged = [{name: m.threshold for name, m in f.methods.items()} for f in (plain, found)]
+    assert judged[0] == judged[1]
+    assert {judged[0]["muse"], judged[0]["shaspec"]} == {"passed", UNDER_PERFORMING}
+
+
 def test_facts_of_the_runs(seed):
     """Mean time, the seeds that diverged or changed nothing, rows predicted together, and the settings that were used."""
     method = MethodConfig.parse("muse", {"method": "muse", "settings": {"lr": 0.2, "options": {"classes": 0.5}}})
     finished = fabricated(seed, methods=[METHODS[2]], selected={"lr": 0.1, "epochs": 7, "options": {"agreement": 0.2}})
-    runs = list(finished.runs)
+    runs = [run._replace(seed=run.seed + 5) for run in finished.runs]
     runs[1] = runs[1]._replace(result=replace(runs[1].result, failed="diverged", values={}))
     runs[2].result.values.update(without_effect=True, batch_rows=64)
     runs[0].result.values["batch_rows"] = 64
     facts = findings_module._facts(method, runs, finished, None, None)
-    assert (facts.diverged, facts.without_effect, facts.batch_rows, facts.seconds) == ((1,), (2,), 64, 2.5)
+    assert (facts.diverged, facts.without_effect, facts.batch_rows, facts.seconds) == ((6,), (7,), 64, 2.5)
     assert (facts.name, facts.method, facts.title) == ("muse", "muse", method.title)
     assert facts.source == method.plugin.source != facts.title
     assert facts.settings == {"lr": 0.2, "epochs": 7, "options": {"agreement": 0.2, "classes": 0.5}}

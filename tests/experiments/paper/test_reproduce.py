@@ -288,6 +288,11 @@ def test_a_verdict_on_an_under_performing_baseline_is_marked(tmp_path, seed):
     assert scored.direction("mine", "auroc", ("muse", "late"), "complete", 1.0).mark == "†"
     assert scored.direction("mine", "auroc", ("late", "vanilla"), "complete", 1.0).mark == ""
     assert scored.value("mine", "auroc", "muse", "complete", None).mark == "†‡"
+    plain, percent = (scored.value("mine", "auroc", "late", "complete", None, unit) for unit in (1.0, 100.0))
+    assert (percent.mean, percent.sd) == pytest.approx((100 * plain.mean, 100 * plain.sd))
+    pair = ("mine", "auroc", ("late", "vanilla"), "complete", 1.0)
+    plain, percent = (scored.direction(*pair, unit=unit).ours for unit in (1.0, 100.0))
+    assert list(vars(percent).values()) == pytest.approx([100 * x for x in vars(plain).values()])
     assert scored.footnote == (
         f"† {UNDER_PERFORMING}, below vanilla by more than one standard error on complete data; ‡ batch of 256"
     )

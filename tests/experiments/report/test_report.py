@@ -13,7 +13,7 @@ from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Figure, Pa
 from mmc_fast.diagnose.figures import VARIABLES, Line, lines
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare
-from mmc_fast.experiments.report.drawings import draw_adversary, draw_rates, draw_reliance
+from mmc_fast.experiments.report.drawings import draw_adversary, draw_rates, draw_reliance, draw_repair
 from mmc_fast.experiments.report.trained import (
     chance_score,
     history,
@@ -230,6 +230,9 @@ def test_reliance_and_curves_are_means_over_the_runs():
     assert means[2] == pytest.approx(0.81)
     assert spread[0] == pytest.approx(0.01)
     assert history(toy_runs("vanilla"), "psi_accuracy") == ([], [], [])
+    runs[0]["history"][0]["val_score"] = 0.0  # a score like any other
+    runs[1]["history"][1]["val_score"] = None  # not logged
+    assert history(runs, "val_score")[:2] == ([1, 3], pytest.approx([(0.61 + 0.62) / 3, 0.81]))
 
 
 def test_verdicts_are_those_of_most_runs():
@@ -247,6 +250,9 @@ def test_tables_hold_the_numbers():
     by_method = {"vanilla": toy_runs("vanilla"), "EBR": toy_runs("ebr", fresh=0.7)}
     rows = [[c if isinstance(c, str) else c.text for c in row] for row in reliance_table(by_method).rows]
     assert rows[1] == ["faint", "0.600", *["0.890", "0.300", "0.010", "collapsed"] * 2]
+    for kind, strong in (("collapsed", True), ("misleading", True), ("under-used", False)):
+        line = reliance_table({"vanilla": toy_runs("vanilla", kind=kind)}).rows[1]
+        assert line[-1] == Cell(kind, strong=strong)
     found = probe_table(by_method)
     assert found is not None
     assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
@@ -259,6 +265,7 @@ def test_chance_is_what_label_frequencies_give():
     assert chance_score("accuracy", [0, 0, 0, 1]) == 0.75
     assert chance_score("auroc", [0, 0, 0, 1]) == 0.5
     assert chance_score("auprc", [0, 0, 0, 1]) == 0.25
+    assert [chance_score(metric, [0.0, 2.0]) for metric in ("concordance", "r2")] == [0.5, 0.0]
 
 
 # The page
@@ -376,9 +383,44 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     expected = [comparison.scores["ebr"][c].mean for c in (COMPLETE, "0.2 missing", "0.5 missing")]
     assert plotted["EBR"] == expected
     assert f"{expected[0]:.3f} to {expected[-1]:.3f}" in rates.alt
+    for method, band in zip(("vanilla", "ebr"), axes.collections, strict=True):  # mean ± s.d.
+        shown = [comparison.scores[method][c] for c in (COMPLETE, "0.2 missing", "0.5 missing")]
+        box = band.get_paths()[0].get_extents()
+        ends = min(s.mean - s.sd for s in shown), max(s.mean + s.sd for s in shown)
+        assert (box.y0, box.y1) == pytest.approx(ends)
     reliance_of = draw_reliance(toy_runs("vanilla"), "vanilla", 0.25)
-    heights = [round(bar.get_height(), 3) for bar in reliance_of.canvas.axes[0].patches]
-    assert heights == [0.88, 0.6, 0.4, 0.89, 0.85, 0.3]
+    heights, levels = drawn(reliance_of)
+    assert heights == {
+        "unimodal": [0.88, 0.6], "this one shuffled": [0.4, 0.89], "only this one": [0.85, 0.3]
+    }  # fmt: skip
+    assert levels == {"all modalities": [0.91] * 2, "chance": [0.25] * 2}
     assert "faint unimodal 0.600, shuffled 0.890, only this one 0.300" in reliance_of.alt
     reliance_of.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(drawing) -> tuple[dict, dict]:
+    """Heights of bars and values of lines by their names in the legend."""
+    (axes,) = drawing.canvas.axes
+    bars = {c.get_label(): pytest.approx([bar.get_height() for bar in c]) for c in axes.containers}
+    return bars, {line.get_label(): pytest.approx(list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
+    before, after = toy_runs("vanilla"), toy_runs("ebr", only=0.55)
+    for results in after:
+        results["scores"]["reliance"]["strong"] = entry(0.7, 0.5, 0.8, 0.4, 0.6, "relied on")
+    found = draw_repair(before, after, ("as it was", "repaired"), 0.25)
+    alone = {"a model of this modality alone": [0.88, 0.6], "as it was": [0.85, 0.3], "repaired": [0.8, 0.55]}
+    assert drawn(found) == (alone, {"chance": [0.25] * 2})
+    assert "strong 0.880, 0.850, 0.800; faint 0.600, 0.300, 0.550" in found.alt
+    assert found.caption == "Mean over 3 trainings each."
+    assert draw_repair(before[:1], after[:1], ("a", "b"), 0.25).caption == "One training each."
+
+
+def test_an_adversary_is_drawn_between_chance_and_invariance():
+    found = draw_adversary(toy_runs("ebr"), "EBR", 1 / 3)
+    levels = {"ψ at chance": [1 / 3] * 2, "L_md at invariance": [1.0] * 2}
+    assert drawn(found)[1] == {"L_md / H": [0.2] * 3, "accuracy of ψ": [0.95] * 3} | levels
+    assert found.canvas.axes[0].get_ylim() == (0.0, 2.0)
+    assert "L_md / H ends at 0.20; accuracy of ψ ends at 0.95" in found.alt

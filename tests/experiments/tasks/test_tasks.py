@@ -114,6 +114,7 @@ def times(seed: int, rows: int = 80) -> torch.Tensor:
 
 def test_the_loss_of_survival_is_the_likelihood_row_by_row(seed):
     labels = times(seed)
+    labels[0] = torch.tensor([0.0, 1.0])  # the first interval holds an event at time 0
     task = Survival(("days", "died")).fit(labels)
     g = torch.Generator().manual_seed(seed)
     outputs = torch.randn(80, task.outputs, generator=g)
@@ -244,6 +245,18 @@ def test_columns_of_a_table_are_named_and_in_order(kind, seed):
     np.testing.assert_array_equal(np.stack(values, 1), p)
 
 
+def test_a_probability_of_one_half_is_no_label():
+    p, y = torch.tensor([[0.5, 0.6, 0.5], [0.7, 0.4, 0.5]]), torch.tensor([[0, 1, 0], [1, 0, 1]])
+    assert MultiLabel(NAMES).columns(p)["prediction"] == ["v", "u"]
+    assert MultiLabel(NAMES).scores(p, y)["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1))  # two hits, one label missed
+
+
+def test_a_model_fits_data_of_its_kind_with_the_same_names_in_order():
+    assert MultiLabel(NAMES).fits(MultiLabel(NAMES, (1.0, 2.0, 3.0)))
+    assert not MultiLabel(NAMES).fits(MultiLabel(NAMES[::-1]))
+    assert not MultiLabel(NAMES).fits(Regression(NAMES))
+
+
 def test_where_a_score_is_defined():
     yes = torch.tensor
     assert [Classification.of(2).scorable(yes(y).long()) for y in ([], [1], [1, 1], [0, 1])] == [
@@ -326,6 +339,7 @@ def test_intervals_of_survival_hold_about_as_many_events(seed):
     deaths = np.histogram(time[event == 1], [0.0, *np.nextafter(task.edges, 2)])[0]
     assert (len(deaths), deaths.sum()) == (20, 100)
     assert abs(deaths - 5).max() <= 1
+    assert set(task.edges) < set(time[event == 1].tolist())
     few = Survival(("t", "e")).fit(torch.tensor([[1.0, 1], [3, 1], [1, 1], [1, 1], [9, 0]], dtype=torch.float64))
     assert few.edges == (1.0, 3.0)
 
