@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -301,6 +302,7 @@ class AGOPAccumulator:
                 method.nonfinite.fill_(state["nonfinite"])
             method.backend = state["backend"]
         self._n, self._synced = int(state["n"]), bool(state["synced"])
+        self.options = replace(self.options, seed=state["seed"])  # of the probes that were drawn
 
     def _update(self, x: Tensor) -> None:
         prefix = self._parsed.prefix

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmc_fast.errors import InputError
@@ -22,8 +23,8 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
         op_name: "ebr_step", "agop", or one of the primitives that AGOP is made of ("relu_coactivation_update",
             "derivative_gram_update", "syrk_update", "chain_gram_update", "agop_finalise").
         args: the tensors of the call; for "ebr_step" also an :class:`EBRHead` and, if at hand, its features; for "agop" the
-            head and, if at hand, its inputs. Without them only what holds for every call is judged (installed, built,
-            device there), for "agop" that of a head with one hidden ReLU layer.
+            head (its inputs change nothing, as they are converted to what it computes in). Without them only what holds for
+            every call is judged (installed, built, device there), for "agop" that of a head with one hidden ReLU layer.
 
     Raises:
         InputError: an unknown op, arguments of another kind, and for "agop" what :func:`mmc_fast.agop` raises for the head.
@@ -44,7 +45,7 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
         return explain_op(op_name, *args)
     if not args:
         return explain_op("relu_coactivation_update")
-    head, *inputs = args
+    head = args[0]
     if not isinstance(head, nn.Module):
         raise InputError(f"explain: 'agop' takes the head, a torch.nn.Module; got {type(head).__name__}")
     method = AGOPAccumulator(head)._method
@@ -52,7 +53,7 @@ def explain(op_name: str, *args: Any) -> list[Backend]:
         return [Backend("eager", True, "usable: vector-Jacobian products, as this head is no chain of known layers")]
     if method.primitive is None:
         return [Backend("eager", True, f"usable: {method.name}, which needs no kernel")]
-    rows = explain_op(method.primitive, *head.parameters(), *inputs)
+    rows = explain_op(method.primitive, torch.empty(0, method.inputs, dtype=method.dtype, device=method.device))
     return [row._replace(reason=f"usable: {method.name}") if row.usable else row for row in rows]
 
 

@@ -50,6 +50,7 @@ def test_the_reference_equals_torch_func(generator):
     for activation in ACTIVATIONS:
         head = chain([5, 7, 6, 4], activation, generator).double()
         x = torch.randn(13, 5, generator=generator, dtype=torch.float64)
+        assert not reference_agop(head, x[:1], center=True).any(), "one sample is its own mean"
         for layer, (output, center, reduction) in [(0, CASES[0]), (1, CASES[3]), (-1, CASES[6])]:
             options = {"layer": layer, "output": output, "center": center, "reduction": reduction}
             assert relative_error(reference_agop(head, x, **options), jacrev_agop(head, x, **options)) < 1e-12
@@ -250,6 +251,9 @@ def test_precision_of_the_head_and_of_the_call(generator):
         truth = jacrev_agop(head, x, reduction="mean")
         assert_as_accurate(ours, reference_agop(head, x, reduction="mean"), truth)
         assert relative_error(ours, truth) < torch.finfo(dtype).eps
+    mixed = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval().half()
+    mixed[1].float()
+    assert agop(mixed, torch.randn(9, 5, generator=generator)).dtype == torch.float16, "that of the weights"
     head = chain([20, 40, 30, 5], "tanh", generator)
     x = torch.randn(500, 20, generator=generator)
     truth = jacrev_agop(head, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from agop_heads import chain, jacrev_agop, module_agop
+from strategies import ACTIVATIONS
 from torch import nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
@@ -99,7 +100,8 @@ def test_layers_by_name_and_the_heads_own_input(generator):
     inner = torch.func.vmap(torch.func.jacrev(lambda v, r: head.last(r + torch.tanh(head.inner(v)))))(x, x).flatten(
         0, 1
     )
-    assert relative_error(agop(head, x, layer="inner"), (inner.t() @ inner).detach()) < 1e-6
+    for options in ({}, {"precision": "float64"}):
+        assert relative_error(agop(head, x, layer="inner", **options), (inner.t() @ inner).detach()) < 1e-6
     sequential = chain([6, 8, 3], "relu", generator)
     assert torch.equal(agop(sequential, x, layer="2"), agop(sequential, x, layer=1))
     shifted = nn.Sequential(nn.Tanh(), *chain([6, 8, 3], "silu", generator))
@@ -113,6 +115,17 @@ def test_a_norm_before_the_layer_keeps_the_closed_form(generator):
     result = AGOPAccumulator(head).update(x).compute()
     assert result.method == "derivative Gram"
     assert relative_error(result.matrix, jacrev_agop(head, x)) < 2e-6
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu"])
+@pytest.mark.parametrize("center", [False, True])
+def test_linear_layers_with_nothing_between_them(activation, center, generator):
+    a, b = chain([6, 7, 9], "identity", generator), chain([9, 5, 3], "identity", generator)
+    head = nn.Sequential(*a, ACTIVATIONS[activation](), *b).double()
+    x = torch.randn(90, 6, generator=generator, dtype=torch.float64)
+    for layer in range(4):
+        truth = jacrev_agop(head, x, layer, center=center)
+        torch.testing.assert_close(agop(head, x, layer=layer, center=center), truth, rtol=1e-9, atol=1e-9)
 
 
 def test_the_protocol_of_custom_heads(generator):
@@ -178,9 +191,11 @@ def test_softplus_is_linear_above_its_own_threshold(threshold, center, generator
     ],
 )  # fmt: skip
 def test_heads_that_have_no_jacobian_per_sample(head, message, generator):
-    for n in (9, 1):
+    x = torch.randn(9, 6, generator=generator)
+    x[2] = 0
+    for rows in (x, x[:1], x[2:]):
         with pytest.raises(InputError, match=message) as caught:
-            agop(head, torch.randn(n, 6, generator=generator))
+            agop(head, rows)
         assert "\n" not in str(caught.value)
 
 

@@ -8,6 +8,7 @@ from agop_heads import chain, jacrev_agop
 from torch import nn
 
 from mmc_fast.agop.accumulator import AGOPAccumulator, agop
+from mmc_fast.agop.explain import explain
 from mmc_fast.agop.state import centered_counts
 from mmc_fast.errors import InputError
 from mmc_fast.testing import relative_error
@@ -58,6 +59,37 @@ def test_lanczos_on_a_wide_input(generator):
     for k in (0, 301, 1.0, True):
         with pytest.raises(InputError, match=r"pass an integer in 1\.\.300"):
             result.eigh(k)
+
+
+def test_the_largest_eigenvalues_of_an_estimate_that_has_negative_ones(generator):
+    """Two samples and many outputs: signs of the probes decide, and a centred estimate is indefinite."""
+    head, x = chain([100, 90, 80], "tanh", generator), torch.randn(2, 100, generator=generator)
+    result = AGOPAccumulator(head, probes=1, center=True).update(x).compute()
+    values = torch.linalg.eigvalsh(result.matrix.double())
+    assert values[0] < -0.1 * values[-1]
+    for k in (2, 5):
+        assert torch.allclose(result.eigh(k)[0], values.flip(0)[:k], atol=1e-5 * float(values[-1]))
+
+
+def test_a_result_tells_how_it_was_made(generator):
+    head, x = chain([6, 9, 8, 3], "relu", generator), torch.randn(7, 6, generator=generator)
+    options = {"layer": -2, "output": "probs", "center": True, "reduction": "mean", "probes": 2, "blocks": [4, 5]}
+    result = AGOPAccumulator(head, **options).update(x).compute()
+    assert (result.n, result.layer, result.output, result.centered) == (7, 1, "probs", True)
+    assert (result.reduction, result.probes, result.blocks) == ("mean", 2, {"0": 4, "1": 5})
+    plain = AGOPAccumulator(head, layer="0").compute()
+    assert (plain.n, plain.layer, plain.output, plain.centered) == (0, 0, "logits", False)
+    assert (plain.reduction, plain.probes, plain.blocks, plain.backend) == ("sum", None, {"input": 6}, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_explain_names_the_backend_that_runs(dtype, generator):
+    for sizes, activation in HEADS:
+        head = chain(sizes, activation, generator).to(dtype)
+        x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        first = next(row for row in explain("agop", head, x) if row.usable)
+        result = AGOPAccumulator(head).update(x).compute()
+        assert (first.backend, first.reason.split(": ")[1].split(",")[0]) == (result.backend, result.method)
 
 
 def test_input_moments(generator):

@@ -55,12 +55,12 @@ def test_merge_equals_one_pass(generator):
         if options.get("probes"):
             continue
         one = AGOPAccumulator(head, **options).update(x).compute()
-        parts = [AGOPAccumulator(head, **options).update(part) for part in (x[:10], x[10:10], x[10:300], x[300:])]
+        parts = [AGOPAccumulator(head, **options).update(part) for part in (x[:0], x[:10], x[10:300], x[300:])]
         total = AGOPAccumulator(head, **options)
         for part in parts:
             total.merge(part)
-        merged = total.compute()
-        assert merged.n == 400
+        merged = total.merge(AGOPAccumulator(head, **options)).compute()
+        assert (merged.n, merged.backend) == (400, one.backend)
         assert relative_error(merged.matrix, one.matrix) < 1e-5
         if one.input_cov is not None:
             assert relative_error(merged.input_cov, one.input_cov) < 1e-5
@@ -85,6 +85,11 @@ def test_probe_shards_need_seeds_of_their_own(generator):
     with pytest.raises(InputError, match="both accumulators drew probes with seed 1"):
         first.merge(AGOPAccumulator(head, probes=2, seed=1).update(x))
     assert first.merge(AGOPAccumulator(head, probes=2, seed=2).update(x)).n == 200
+    resumed = AGOPAccumulator(head, probes=2, seed=3)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.state_dict()["seed"] == 1
+    with pytest.raises(InputError, match="both accumulators drew probes with seed 1"):
+        resumed.merge(AGOPAccumulator(head, probes=2, seed=1).update(x))
 
 
 def test_a_run_goes_on_from_its_state(generator):
@@ -109,7 +114,8 @@ def test_a_state_of_something_else_is_refused(generator):
     other = copy.deepcopy(head)
     with torch.no_grad():
         other[0].bias[3] += 1e-6
-    for wrong in (AGOPAccumulator(other), AGOPAccumulator(head, layer=1), AGOPAccumulator(head, center=True)):
+    changes = {"layer": 1, "output": "probs", "center": True, "probes": 2, "precision": "float64", "input_cov": True}
+    for wrong in (AGOPAccumulator(other), *(AGOPAccumulator(head, **{k: v}) for k, v in changes.items())):
         with pytest.raises(InputError, match="belongs to another head"):
             wrong.load_state_dict(state)
         assert wrong.n == 0
@@ -120,6 +126,10 @@ def test_a_state_of_something_else_is_refused(generator):
     with pytest.raises(InputError, match="not the state of an AGOPAccumulator"):
         AGOPAccumulator(head).load_state_dict(head.state_dict())
     AGOPAccumulator(head, reduction="mean", chunk_size=64).load_state_dict(state)  # speed and scale may differ
+    half, bits = copy.deepcopy(head).half(), copy.deepcopy(head).bfloat16()
+    for a, b in zip(half.parameters(), bits.parameters(), strict=True):
+        b.data.copy_(a.data.view(torch.bfloat16))
+    assert AGOPAccumulator(half).fingerprint != AGOPAccumulator(bits).fingerprint, "the same bits, other numbers"
 
 
 def test_a_head_that_changes_is_refused(generator):
@@ -134,6 +144,11 @@ def test_a_head_that_changes_is_refused(generator):
             with pytest.raises(RuntimeError, match="weights changed after the accumulator was made"):
                 act(accumulator)
         assert accumulator.n == 100
+    norm = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+    accumulator = AGOPAccumulator(norm).update(x)
+    norm[1].running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="weights changed"):
+        accumulator.compute()
 
 
 def test_what_is_not_finite_stays_so_through_merges_and_states(generator):

@@ -408,6 +408,7 @@ def test_explain_tells_of_matrix_tiles(generator):
         ({"weight": torch.zeros(4, 5)}, "weight has shape .4, 5. but x has 2 columns"),
         ({"bias": torch.zeros(3)}, "bias has shape"),
         ({"weight": torch.zeros(4, 2, dtype=torch.float64)}, "differ in dtype"),
+        ({"bias": torch.zeros(4, dtype=torch.float64)}, "differ in dtype"),
         ({"counts": torch.zeros(4, 4)}, "pass a contiguous int64 .4, 4."),
         ({"counts": torch.zeros(4, 8, dtype=torch.int64)[:, ::2]}, "not contiguous"),
         ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, "nonfinite is"),

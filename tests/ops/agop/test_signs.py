@@ -205,13 +205,14 @@ def test_a_split_bound_of_half_the_size_or_without_a_part_would_be_wrong(what, s
         agree(-a, b, -bias)
 
 
-def test_float64_sums_that_are_wrong():
+@pytest.mark.parametrize(("count", "less"), [(32, 10), (256, 100)])
+def test_float64_sums_that_are_wrong(count, less):
     """The same at the scale of float64, in every sixteenth place: a float64 dot product of 16 partial sums errs too."""
-    x, weight = torch.zeros(1, 16 * 32), torch.zeros(1, 16 * 32)
-    x[0, ::16], weight[0, ::16] = 2.0**-27, 2.0**-26 * 0.9
-    x[0, 0] = weight[0, 0] = 1
-    x[0, 1], weight[0, 1] = -1, 1
-    x[0, 2], weight[0, 2] = -(2.0**-27), 2.0**-26 * 10
+    x, weight = torch.zeros(3, 16 * count), torch.zeros(3, 16 * count)
+    x[:, ::16], weight[:, ::16] = 2.0**-27, 2.0**-26 * 0.9
+    x[:, 0] = weight[:, 0] = 1
+    x[:, 1], weight[:, 1] = -1, 1
+    x[:, 2], weight[:, 2] = -(2.0**-27), 2.0**-26 * less
     agree(x, weight, None)
     agree(-x, weight, None)
 
