@@ -291,6 +291,15 @@ def test_weighted_scores_of_groups_are_those_of_the_repeated_rows(metric: str, s
             assert scores.chance(weights)[r] == pytest.approx(max(truth.mean(), 1 - truth.mean()))
 
 
+def test_accuracy_by_one_logit(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    y, labels = random.integers(-2, 3, size=(90, 1)) / 2, random.integers(2, size=90)  # with zeros, which say class 0
+    scores = ConditionScores(Task("classes", "accuracy", 1), {"coalition.1": 1}, 1, 90, seed)
+    scores.add(0, {("coalition.1", 0): torch.from_numpy(y)}, torch.from_numpy(labels), torch.zeros(90).long())
+    assert scores.whole() == pytest.approx(((y[:, 0] > 0) == labels).mean())
+    assert scores.seen_classes() == 2
+
+
 def test_outputs_that_are_alike_but_for_rounding(seed: int) -> None:
     """Without any modality the order of batches must not look like knowledge, and outputs that do not vary move nowhere."""
     random = np.random.default_rng(seed)

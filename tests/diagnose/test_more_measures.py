@@ -31,14 +31,17 @@ from mmc_fast.testing import planted_head
 
 def test_calibration_by_hand(generator: torch.Generator) -> None:
     confidence = torch.rand(400, generator=generator, dtype=torch.float64)
-    correct = torch.rand(400, generator=generator) < confidence**2
-    expected = 0.0
-    for b in range(15):
-        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
-        if inside.any():
-            gap = correct[inside].double().mean() - confidence[inside].mean()
-            expected += float(inside.double().mean() * gap.abs())
-    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-12)
+    for bins, p in ((15, confidence), (8, (16 * confidence).ceil() / 16)):  # edges among the second
+        odd = (p * bins).ceil() % 2 == 1
+        correct = torch.rand(400, generator=generator) < torch.where(odd, 0.9, 0.1)  # too sure and too modest in turn
+        expected = 0.0
+        for b in range(bins):
+            inside = (p > b / bins) & (p <= (b + 1) / bins)
+            if inside.any():
+                gap = correct[inside].double().mean() - p[inside].mean()
+                expected += float(inside.double().mean() * gap.abs())
+        assert expected_calibration_error(p, correct, bins) == pytest.approx(expected, abs=1e-12)
+        assert bins != 15 or expected_calibration_error(p, correct) == pytest.approx(expected, abs=1e-12)
     assert expected_calibration_error(torch.ones(5), torch.ones(5, dtype=torch.bool)) == 0
     p = torch.rand(60, 4, generator=generator, dtype=torch.float64).softmax(1)
     y = torch.randint(4, (60,), generator=generator)

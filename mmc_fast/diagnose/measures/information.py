@@ -105,29 +105,24 @@ def _moments(*parts: Tensor) -> tuple[Moments, list[Moments]]:
     z = torch.cat([p.double() for p in parts], 1)
     z = z - z.mean(0)
     places = torch.arange(rows) % GROUPS
-    counts = torch.bincount(places, minlength=GROUPS).double()
-    sums = torch.stack([z[places == k].sum(0) for k in range(GROUPS)])
-    grams = torch.stack([z[places == k].t() @ z[places == k] for k in range(GROUPS)])
     start, ranges = 0, []
     for p in parts:
         ranges.append(torch.arange(start, start + p.shape[1]))
         start += p.shape[1]
 
-    def without(k: int | None) -> Moments:
-        n, total, gram = counts.sum(), sums.sum(0), grams.sum(0)
-        if k is not None:
-            n, total, gram = n - counts[k], total - sums[k], gram - grams[k]
-        return int(n), (gram - torch.outer(total, total) / n) / (n - 1), ranges
+    def without(k: int) -> Moments:
+        group = z[places == k]
+        n, total = rows - len(group), group.sum(0)  # of the other rows it is −total, as z is centred
+        return n, (gram - group.t() @ group - torch.outer(total, total) / n) / (n - 1), ranges
 
-    return without(None), [without(k) for k in range(GROUPS)]
+    gram = z.t() @ z
+    return (rows, gram / (rows - 1), ranges), [without(k) for k in range(GROUPS)]
 
 
 def _information(moments: Moments, left: list[int], right: list[int]) -> float:
     """Information between parts ``left`` and ``right``."""
     n, covariance, ranges = moments
     a, b = (torch.cat([ranges[i] for i in side]) for side in (left, right))
-    if not len(a) or not len(b):
-        return 0.0
     both = torch.cat([a, b])
     return 0.5 * (_log_det(n, covariance, a) + _log_det(n, covariance, b) - _log_det(n, covariance, both))
 

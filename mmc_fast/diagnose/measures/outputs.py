@@ -21,7 +21,7 @@ def output_shapley(moved: Sequence[float] | np.ndarray) -> np.ndarray:
     MM-SHAP (Parcalabescu and Frank, ACL 2023) asks the same of single samples. Limits: moving the outputs is not helping them.
     Rescaling an encoder changes nothing.
     """
-    values = -np.asarray(moved, dtype=np.float64)
+    values = -np.asarray(moved)
     total = values[-1] - values[0]
     shares = shapley_values(values)
     return shares / total if total > 0 else np.full_like(shares, np.nan)
