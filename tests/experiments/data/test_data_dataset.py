@@ -61,6 +61,7 @@ def test_bad_features(good: MultimodalDataset) -> None:
 
 
 def test_keep(good: MultimodalDataset) -> None:
+    good = replace(good, ids=torch.arange(60) * 7, row_names=[f"row {n}" for n in range(60)])
     only = good.keep(["b"])
     rows = good.present[:, 1] | (good.split > 0)
     assert int((~rows).sum()) > 0
@@ -68,6 +69,12 @@ def test_keep(good: MultimodalDataset) -> None:
     assert torch.equal(only.features["b"], good.features["b"][rows])
     assert torch.equal(only.labels, good.labels[rows])
     assert torch.equal(only.split, good.split[rows])
+    assert torch.equal(only.ids, good.ids[rows])
+    assert only.row_names == [f"row {n // 7}" for n in only.ids.tolist()]
+    part = only.part("validation")
+    some = part.select(torch.tensor([3, 1]))  # index: rows of the data set, also of a part of a part
+    assert torch.equal(only.features["b"][some.index], some.features[0])
+    assert torch.equal(some.index, part.index[[3, 1]])
     assert good.keep(["b", "a"]).modalities == ["a", "b"]
     with pytest.raises(InputError, match="Unknown modality 'c'"):
         good.keep(["c"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,34 @@ def test_groups_stay_in_one_part():
     found = MultimodalDataset.from_frames(
         one, label="died", id="patient", group="family", modalities={"labs": ["na"], "demo": ["age"]}
     )
+    assert found.ids.unique_consecutive(return_counts=True)[1].tolist() == [4] * (ROWS // 4)
     for family in range(ROWS // 4):
         assert len(found.split[family * 4 : family * 4 + 4].unique()) == 1
+    with pytest.raises(InputError, match=r"id\(s\) are in more than one part"):
+        MultimodalDataset.from_frames(
+            whole(tables()).assign(family=lambda f: (f["patient"] - 7) // 4), label="died", id="patient", split="part",
+            group="family", modalities={"labs": ["na"], "demo": ["age"]},
+        )  # fmt: skip
+
+
+def test_rows_that_share_an_id_stay_in_the_part_that_the_seed_draws():
+    x, y, ids = {"x": np.arange(120.0)[:, None]}, np.array(["u", "v"] * 60), [f"p{n // 4}" for n in range(120)]
+    found = [MultimodalDataset.from_arrays(x, y, id=ids, split=seed).split.reshape(30, 4) for seed in (0, 1)]
+    assert all(bool((split == split[:, :1]).all()) for split in found)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("0", "1", "2"), ("Train", "val", "TEST"),
+                                   ("train", "valid", "test"), (0, 1, 2)])  # fmt: skip
+def test_every_spelling_of_a_part(names: tuple):
+    split = [names[n] for n in np.arange(90) // 5 % 3]
+    x, y = {"x": np.arange(90.0)[:, None]}, np.array(["u", "v"] * 45)
+    one = pandas.DataFrame({"a": x["x"][:, 0], "y": y, "part": split})
+    for found in (
+        MultimodalDataset.from_arrays(x, y, split=split),
+        MultimodalDataset.from_frames(one, label="y", split="part", modalities={"a": ["a"]}),
+    ):
+        assert found.split.tolist() == (np.arange(90) // 5 % 3).tolist()
 
 
 @pytest.mark.parametrize(
@@ -183,6 +210,19 @@ def test_an_array_of_integers_from_zero_numbers_classes(labels, classes):
         assert (dataset.classes, dataset.labels.tolist()) == (list(classes), labels.tolist())
 
 
+def test_a_row_with_one_of_two_labels_is_no_row_without_labels():
+    t = tables()
+    t["out"] = t["out"].assign(u=1.0, v=0.0)
+    t["out"].loc[::2, ["u", "v"]] = 0.0, 1.0
+    roles = ROLES | {"label": ["u", "v"]}
+    t["out"].loc[8, ["u", "v"]] = np.nan
+    with pytest.warns(UserWarning, match="1 id\\(s\\) have no label and are left out, the first is '15'"):
+        assert len(MultimodalDataset.from_frames(t, **roles)) == ROWS - 1
+    t["out"].loc[9, "v"] = np.nan
+    with pytest.warns(match="no label"), pytest.raises(InputError, match="label columns u, v"):
+        MultimodalDataset.from_frames(t, **roles)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "numbers and text": (
         lambda f: f.assign(na=f["na"].astype(object).where(f.index != 16, "<5")),
@@ -199,6 +239,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "'died'. Did you mean 'dead'? Allowed: patient, age, from, smokes, na, k, dead, part",
     ),
     "split": (lambda f: f.assign(part="later"), "allowed are train, validation, test"),
+    "no modalities": (None, "which columns belong to which modality?"),
     "no id": (lambda f: f.assign(patient=f["patient"].where(f.index != 2)), "'patient' is empty in row 2"),
 }
 
@@ -206,8 +247,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_tables_are_refused_with_file_column_and_repair(case: str, tmp_path: Path):
     change, said = REFUSED[case]
-    path = write(change(whole(tables())), tmp_path / f"one.{'parquet' if case == 'dates' else 'csv'}")
-    (tmp_path / "one.toml").write_text(MAP)
+    table = whole(tables())
+    path = write(change(table) if change else table, tmp_path / f"one.{'parquet' if case == 'dates' else 'csv'}")
+    (tmp_path / "one.toml").write_text(MAP if change else MAP.partition("[")[0])
     with pytest.raises(InputError) as error:
         load(path)
     assert said in str(error.value)
@@ -266,6 +308,24 @@ def test_class_codes_that_are_numbers_do_not_depend_on_gaps_elsewhere(tmp_path: 
     new = one.assign(ward=one["ward"].astype(float).where(one.index > 0))  # a gap makes pandas store 2 as 2.0
     again = load(new, preprocessing=data.preprocessing)
     assert torch.equal(again.features["demo"][1:], data.features["demo"][1:])
+
+
+def test_a_split_can_be_drawn_for_scoring_a_table_or_a_folder(finished: LoadedRun, tmp_path: Path):
+    known = finished.preprocessing
+    known = replace(
+        known, source={k: v for k, v in known.source.items() if k != "split"}
+    )  # of data without a column for it
+    t = tables(1)
+    (tmp_path / "several").mkdir()
+    for name, frame in t.items():
+        write(frame.drop(columns="part", errors="ignore"), tmp_path / "several" / f"{name}.csv")
+    for path in (tmp_path / "several", write(whole(t).drop(columns="part"), tmp_path / "one.csv")):
+        plain = load(path, preprocessing=known)
+        drawn = [load(path, preprocessing=known, split_seed=seed).split for seed in (0, 0, 1)]
+        assert plain.split.unique().tolist() == [2]
+        assert np.bincount(drawn[0]).tolist() == [96, 16, 48]
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_a_label_that_training_did_not_have_is_refused_when_scoring(finished: LoadedRun):
