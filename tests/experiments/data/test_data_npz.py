@@ -163,6 +163,7 @@ def test_selected_modalities_are_the_only_ones_read(tmp_path: Path, monkeypatch:
     both = data.load(path).keep(["b"])
     assert torch.equal(both.features["b"], got.features["b"])
     assert torch.equal(both.present, got.present)
+    assert list(both.preprocessing.views) == list(got.preprocessing.views) == ["b"]
 
 
 def test_parts_and_selection(tmp_path: Path) -> None:

@@ -173,6 +173,16 @@ def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: in
     assert [e["column"] for e in found if e["far"]] == ["outside 6 %", "far"]
 
 
+@pytest.mark.parametrize(("values", "far"), [([2.0] + [0.0] * 19, False), ([2.0, 2.0] + [0.0] * 18, True),
+                                             ([1.0] * 16, False), ([1.0] * 17, True)])  # fmt: skip
+def test_a_column_is_far_beyond_its_limits_not_at_them(values: list[float], far: bool) -> None:
+    """One value of twenty outside is 5 %; a mean of 1 s.d. is 0.25 + 3 / sqrt(16)."""
+    scaler = ViewScaler.fit(np.array([[-1.0], [1.0]]), np.ones(2, bool), indicator=False, standardise=True)
+    pre = Preprocessing({"v": ViewColumns(["c"], scaler)}, "mean", Classification.of(2))
+    (found,) = shift(pre, {"v": np.array(values)[:, None]}, {"v": np.ones(len(values), bool)})
+    assert found["far"] is far
+
+
 def test_what_a_user_should_know_is_told_the_farthest_columns_first():
     entry = {"modality": "labs", "far": True}
     shifts = [

@@ -210,6 +210,11 @@ def test_comparison_refuses_what_does_not_pair():
     generator = np.random.default_rng(0)
     with pytest.raises(InputError, match="one run for each"):
         compare("toy", "accuracy", LABELS, made | {"ebr": made["ebr"][:2]}, seeds=[0, 1, 2], generator=generator)
+    backwards = {m: [dict(reversed(run.items())) for run in some] for m, some in made.items()}
+    with pytest.raises(InputError, match="with 0 first"):
+        compare("toy", "accuracy", LABELS, backwards, seeds=[0, 1, 2], generator=generator)
+    with pytest.raises(InputError, match="one run for each"):
+        compare("toy", "accuracy", LABELS, made, seeds=[0, 1], generator=generator)
     del made["ebr"][0][0.5]
     with pytest.raises(InputError, match="same missing rates"):
         compare("toy", "accuracy", LABELS, made, seeds=[0, 1, 2], generator=generator)
@@ -253,8 +258,10 @@ def test_tables_hold_the_numbers():
     for kind, strong in (("collapsed", True), ("misleading", True), ("under-used", False)):
         line = reliance_table({"vanilla": toy_runs("vanilla", kind=kind)}).rows[1]
         assert line[-1] == Cell(kind, strong=strong)
+    assert "the verdict of the diagnosis in most runs" in reliance_table(by_method).caption
     found = probe_table(by_method)
     assert found is not None
+    assert "at chance" in found.caption
     assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
     assert probe_table({"vanilla": toy_runs("vanilla")}) is None
     settings = settings_table({"vanilla": {"lr": 0.1, "ebr": None}, "EBR": {"lr": 0.1, "ebr": {"reversal": 2.0}}})
@@ -379,6 +386,13 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     comparison = comparison_of({"vanilla": 0.7, "dropout": 0.72, "ebr": 0.8})
     rates = draw_rates(comparison, {"vanilla": "vanilla", "ebr": "EBR"})
     (axes,) = rates.canvas.axes
+    assert words(rates) == (
+        "toy: score against missing rate",
+        "nominal missing rate",
+        "accuracy",
+        "Band: s.d. over seeds.",
+    )
+    assert {tuple(line.get_xdata()) for line in axes.get_lines()} == {RATES}
     plotted = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     expected = [comparison.scores["ebr"][c].mean for c in (COMPLETE, "0.2 missing", "0.5 missing")]
     assert plotted["EBR"] == expected
@@ -395,6 +409,7 @@ def test_drawings_describe_themselves_with_the_plotted_numbers(tmp_path: Path):
     }  # fmt: skip
     assert levels == {"all modalities": [0.91] * 2, "chance": [0.25] * 2}
     assert "faint unimodal 0.600, shuffled 0.890, only this one 0.300" in reliance_of.alt
+    assert words(reliance_of) == ("toy, vanilla: reliance on each modality", "", "accuracy", "")
     reliance_of.save_png(tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
 
@@ -406,6 +421,12 @@ def drawn(drawing) -> tuple[dict, dict]:
     return bars, {line.get_label(): pytest.approx(list(line.get_ydata())) for line in axes.get_lines()}
 
 
+def words(drawing) -> tuple[str, str, str, str]:
+    """Title, names of both axes, caption."""
+    (axes,) = drawing.canvas.axes
+    return axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel(), drawing.caption
+
+
 def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
     before, after = toy_runs("vanilla"), toy_runs("ebr", only=0.55)
     for results in after:
@@ -414,7 +435,10 @@ def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
     alone = {"a model of this modality alone": [0.88, 0.6], "as it was": [0.85, 0.3], "repaired": [0.8, 0.55]}
     assert drawn(found) == (alone, {"chance": [0.25] * 2})
     assert "strong 0.880, 0.850, 0.800; faint 0.600, 0.300, 0.550" in found.alt
-    assert found.caption == "Mean over 3 trainings each."
+    assert words(found) == (
+        "toy: what is left when one modality is all there is", "", "test accuracy", "Mean over 3 trainings each."
+    )  # fmt: skip
+    assert len({bars[0].get_facecolor() for bars in found.canvas.axes[0].containers}) == 3
     assert draw_repair(before[:1], after[:1], ("a", "b"), 0.25).caption == "One training each."
 
 
@@ -422,5 +446,8 @@ def test_an_adversary_is_drawn_between_chance_and_invariance():
     found = draw_adversary(toy_runs("ebr"), "EBR", 1 / 3)
     levels = {"ψ at chance": [1 / 3] * 2, "L_md at invariance": [1.0] * 2}
     assert drawn(found)[1] == {"L_md / H": [0.2] * 3, "accuracy of ψ": [0.95] * 3} | levels
+    assert words(found)[:3] == ("toy, EBR: adversarial training", "epoch", "share")
+    assert "hold L_md / H at 1 and the accuracy of ψ at chance" in found.caption
     assert found.canvas.axes[0].get_ylim() == (0.0, 2.0)
+    assert len(found.canvas.axes[0].collections) == 2, "a band for each line"
     assert "L_md / H ends at 0.20; accuracy of ψ ends at 0.95" in found.alt
