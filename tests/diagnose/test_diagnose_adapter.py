@@ -363,6 +363,22 @@ def test_what_the_encoders_receive(generator: torch.Generator) -> None:
         assert torch.equal(received["a"], kept)
     torch.testing.assert_close(adapter.forward((a, b, None)), model(a, b)["logits"])
 
+    class Pictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.picture, self.film, self.code, self.head = Mean(), Mean(), nn.Embedding(9, 4), nn.Linear(12, 3)
+
+        def forward(self, p: Tensor, f: Tensor, c: Tensor) -> Tensor:
+            return self.head(
+                torch.cat([self.picture(p).mean(1), self.film(f).flatten(2).mean(1)[:, :4], self.code(c).mean(1)], 1)
+            )
+
+    p, f = torch.randn(8, 2, 5, 4, generator=generator), torch.randn(8, 2, 3, 2, 2, generator=generator)
+    batch = (p, f, torch.arange(8)[:, None], None)
+    received = ModelAdapter(Pictures().eval(), {"p": "picture", "f": "film", "c": "code"}).inputs(batch)
+    assert list(received) == ["p"], "neither films nor codes"
+    assert torch.equal(received["p"], p)
+
 
 def test_modalities_that_are_absent(generator: torch.Generator) -> None:
     """For a whole batch (None) and for some rows (NaN): fuse gives there what the model gives, whatever stands in."""

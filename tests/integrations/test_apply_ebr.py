@@ -297,11 +297,13 @@ def test_game_against_gradients_and_counts_by_hand(generator):
 
 
 @pytest.mark.parametrize("kind", ["ranked", "mean"])
+@pytest.mark.parametrize("one_call", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_predict_substitutes_as_the_head_does(generator, kind, residual):
+def test_predict_substitutes_as_the_head_does(generator, kind, residual, one_call):
     model, x = draw_towers(generator, m=4)
     plain = copy.deepcopy(model).eval()
-    handle = mmc_fast.apply_ebr(model.eval(), sites(model), **SMALL, residual=residual, normalize=True)
+    options = {"residual": residual, "normalize": True, "one_call": one_call}
+    handle = mmc_fast.apply_ebr(model.eval(), sites(model), **SMALL, **options)
     head = plain_head(handle, plain, residual=residual, normalize=True)
     present = torch.rand(len(x["mod0"]), 4, generator=generator) < 0.5
     present[0], present[1, 0] = False, True  # a row with nothing at all

@@ -161,8 +161,12 @@ def test_one_of_two_heads_in_a_file(generator):
         mmc_fast.load_ebr(fresh, other.state_dict())
     handle = mmc_fast.load_ebr(fresh, other.state_dict(), name="ebr")
     assert handle.model is fresh["net"]
-    for a, b in zip(handle.parameters(), model.ebr.parameters(), strict=True):
-        assert torch.equal(a, b)
+    second = mmc_fast.load_ebr(fresh, other.state_dict(), name="second")
+    assert (handle.report.name, second.report.name, second.model) == ("ebr", "second", fresh)
+    for found, wanted in ((handle, model.ebr), (second, other.second)):
+        for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(a, b)
+    fresh.load_state_dict(other.state_dict())  # under the same names
 
 
 def test_lightning_checkpoint(generator, tmp_path):

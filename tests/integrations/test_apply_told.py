@@ -159,11 +159,19 @@ WATCHED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("unwatched", ["", "initial", "all"])
 @pytest.mark.parametrize("case", WATCHED)
-def test_heads_that_do_not_learn_are_told_once(generator, case):
+def test_heads_that_do_not_learn_are_told_once(generator, case, unwatched):
     chosen, add, told = WATCHED[case]
     model = Two()
     handle = mmc_fast.apply_ebr(model, AT, **SMALL)
+    if unwatched:
+        handle.unwatch(initial_only=unwatched == "initial")
+        told = told if unwatched == "initial" else None
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.eval()(*two_inputs(generator))
+        model.train()
     optimizer = torch.optim.Adam(chosen(model, handle), 1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -178,6 +186,21 @@ def test_heads_that_do_not_learn_are_told_once(generator, case):
         assert re.search(told, messages[0])
         assert "add_param_group" in messages[0]
         assert "\n" not in messages[0]
+
+
+def test_a_handle_says_what_was_done(generator):
+    model = Two()
+    dry = mmc_fast.apply_ebr(model, AT, dry_run=True, **SMALL)
+    assert dry.head is None
+    handle = mmc_fast.apply_ebr(model, AT, **SMALL)
+    assert [h.report.status for h in (dry, handle)] == ["dry run", "applied"]
+    assert [str(h).splitlines()[0] for h in (dry, handle)] == [
+        "EBR on Two: dry run, nothing was changed", "EBR on Two: applied"
+    ]  # fmt: skip
+    assert repr(handle) == "<EBRHandle on Two: a, b; applied>"
+    assert handle.report.parameters == dry.report.parameters == sum(p.numel() for p in handle.parameters())
+    for h in (dry, handle):
+        assert f"{handle.report.parameters:,} parameters in submodule 'ebr'" in str(h)
 
 
 def test_initial_weights_in_evaluation_are_told_once(generator):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apply_models import AT, ONE, OWN, SMALL, Early, Two, check, linear, two_inputs
+from apply_models import AT, ONE, OWN, SMALL, Early, Two, by_hand, check, linear, two_inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmc_fast
 from mmc_fast.errors import InputError
-from mmc_fast.integrations import Site
+from mmc_fast.integrations import Site, find_handles
+from mmc_fast.integrations.losses import psi_logits
 
 
 class Behind(Two):
@@ -145,6 +146,48 @@ def test_tokens_in_one_call_and_read_early(generator, first):
         model = build()
         handle = mmc_fast.apply_ebr(model, AT, **SMALL)
         check(model, handle, two_inputs(generator, 4, 6), lambda a, b: (first(a), first(b)), way)
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+def test_modules_of_the_sites_may_run_one_by_one(generator, one_call):
+    model, x = Two(), two_inputs(generator)
+    handle = mmc_fast.apply_ebr(model, AT, **SMALL, reversal=0.4, one_call=one_call)
+    assert [line.endswith("has not run yet") for line in handle.explain().splitlines()] == [False, True, True]
+    a, b = model.a(x[0]), model.b(x[1])
+    losses = handle.losses()
+    expected = by_hand(model, handle, x)
+    torch.testing.assert_close((model.join(a, b), *losses), expected)
+    assert "has not run yet" not in handle.explain()
+
+
+def test_losses_asked_for_within_the_forward(generator):
+    """Before anything has read the features."""
+
+    class Asks(Two):
+        def forward(self, x, y):
+            a, b = self.a(x), self.b(y)
+            return self.join(a, b), find_handles(self)[0].losses()
+
+    class AsksFirst(Two):
+        def forward(self, x, y):
+            a, b = self.a(x), self.b(y)
+            losses = find_handles(self)[0].losses()
+            return self.join(a, b), losses
+
+    for build in (Asks, AsksFirst):
+        model, x = build(), two_inputs(generator)
+        handle = mmc_fast.apply_ebr(model, AT, **SMALL, reversal=0.4)
+        output, losses = model(*x)
+        torch.testing.assert_close((output, *losses), by_hand(model, handle, x))
+
+
+def test_the_discriminator_takes_latents_in_its_own_dtype(generator):
+    """That of the first site; it may have no parameters, as quantised layers have none."""
+    latents = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    psi = nn.Linear(6, 2)
+    torch.testing.assert_close(psi_logits(latents, psi), psi(latents.float()))
+    assert psi_logits(latents, psi.double()).dtype == torch.float64
+    assert torch.equal(psi_logits(latents, nn.Tanh()), latents.tanh())
 
 
 def test_shared_encoder_by_its_calls(generator):

@@ -151,6 +151,8 @@ def test_comparison_means_and_differences_are_those_of_the_predictions():
         assert result.scores[method][AVERAGE].mean == pytest.approx(table[:, 1:].mean())
     gap = np.mean(np.array(scores["ebr"]) - np.array(scores["vanilla"]), axis=0)
     assert result.difference("ebr", "vanilla", COMPLETE).estimate == pytest.approx(gap[0])
+    with pytest.raises(InputError, match="no difference ebr − vanilla under"):
+        result.difference("ebr", "vanilla", "0.9 missing")
     assert result.difference("vanilla", "ebr", COMPLETE).high == -result.difference("ebr", "vanilla", COMPLETE).low
 
 
@@ -165,7 +167,8 @@ def test_best_only_where_intervals_separate_from_every_other_method_and_seeds_ar
     assert not any(s.best for by in alone.scores.values() for s in by.values())
     assert {d.p for d in alone.differences} == {None}
     two = {m: runs[:2] for m, runs in predictions({"vanilla": 0.3, "ebr": 0.95}).items()}
-    pair = compare("toy", "accuracy", LABELS, two, seeds=[0, 1], resamples=50, generator=np.random.default_rng(1))
+    pair = compare("toy", "accuracy", LABELS, two, seeds=[0, 1], generator=np.random.default_rng(1))
+    assert (pair.resamples, pair.level) == (1000, 0.95)
     assert pair.scores["ebr"][COMPLETE].best
     assert all(d.p is not None for d in pair.differences)
 
