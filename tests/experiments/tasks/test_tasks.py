@@ -285,6 +285,7 @@ def test_where_a_score_is_defined():
 def test_labels_at_the_ends_of_their_range():
     three = Classification.of(3)
     three.check(torch.tensor([0, 2]), "d")
+    Classification.of(2, "auroc").check(torch.tensor([0, 1]), "d")
     for wrong in ([0, 3], [-1, 2]):
         with pytest.raises(InputError, match="is out of range; allowed are 0 to 2"):
             three.check(torch.tensor(wrong), "d")
@@ -304,6 +305,7 @@ def test_labels_at_the_ends_of_their_range():
     absent = Classification.of(3).prior(torch.tensor([0, 0, 2]))  # a class without rows is improbable, not impossible
     assert torch.isfinite(absent).all()
     assert Classification.of(3).answers(absent).tolist() == pytest.approx([2 / 3, 0, 1 / 3], abs=1e-6)
+    assert torch.isfinite(MultiLabel(("u", "v")).prior(torch.tensor([[0, 1], [0, 1]]))).all()
 
 
 def test_the_first_bad_row_is_told_and_every_condition_counts():
@@ -359,9 +361,9 @@ def test_what_a_task_refuses():
     with pytest.raises(InputError, match="class_weights 'balanced' is for classes"):
         Regression(("y",)).weighted(torch.zeros(3, 1))
     with pytest.raises(InputError, match=r"labels \[0, 2, 0\] in row 1; each label is 0 or 1"):
-        MultiLabel(NAMES).check(torch.tensor([[0, 1, 0], [0, 2, 0]]), "d")
+        MultiLabel(NAMES).check(torch.tensor([[0, 1, 0], [0, 2, 0], [0, 0, 3]]), "d")
     with pytest.raises(InputError, match="label of row 1 is NaN"):
-        Regression(("y",)).check(torch.tensor([[0.0], [float("nan")]], dtype=torch.float64), "d")
+        Regression(("y", "z")).check(torch.tensor([[0.0, 1.0], [2.0, float("nan")]], dtype=torch.float64), "d")
     with pytest.raises(InputError, match="'y' has fewer than two values in the test part"):
         Regression(("y",)).check_part(torch.ones(3, 1, dtype=torch.float64), "test", "d")
     with pytest.raises(InputError, match="'u' is 1 in every training row"):
