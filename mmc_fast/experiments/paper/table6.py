@@ -57,7 +57,7 @@ def fillings(model: MultimodalModel, train: Part, test: Part, column: int, seed:
     received = adapter.encode(test)
     name = model.modalities[column]
     hidden = hide(test.present, column)
-    gone = (test.present[:, column] & ~hidden[:, column])[:, None]
+    gone = ~hidden[:, column, None]  # also where the data lack it, which the fusion does not read
     theirs = donors[name]
 
     def answer(filling: Tensor) -> Tensor:

@@ -86,6 +86,19 @@ def test_a_baseline_is_the_loop_written_out(selection, column, seed):
     torch.testing.assert_close(fitted.predict(test.features, test.present), wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_of_a_baseline_is_told_what_the_data_have_and_what_the_masks_left(seed, monkeypatch):
+    dataset, seen, original = tiny(seed, absent=0.3), [], ImputedConcat.loss
+    monkeypatch.setattr(ImputedConcat, "loss", lambda model, batch: seen.append(batch) or original(model, batch))
+    get("zeros").fit(dataset, {"modality_dropout": 0.5, "epochs": 1}, seed, budget=BUDGET)
+    part = dataset.part("train")
+    order = torch.randperm(60, generator=generator(seed, "order"))
+    masks = mcar(part.present, 0.5, generator(seed, "masks")).present
+    assert not torch.equal(masks, part.present)
+    for name, wanted in (("natural", part.present), ("present", masks), ("labels", part.labels)):
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in seen]), wanted[order]), name
+    assert torch.equal(torch.cat([batch.features[2] for batch in seen]), part.features[2][order])
+
+
 def test_the_first_of_equally_good_epochs_of_a_baseline_is_kept(seed, monkeypatch):
     scores = {"val_score": [0.1, 0.9, 0.9, 0.3], "val_score_masked": [0.5, 0.2, 0.6, 0.6]}
     dataset = tiny(seed)

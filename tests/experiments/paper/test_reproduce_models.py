@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,14 +25,14 @@ from mmc_fast.errors import InputError
 from mmc_fast.experiments.compare.configs import load_data_configs
 from mmc_fast.experiments.compare.runs import settings_of, train_and_keep
 from mmc_fast.experiments.jobs import Job, Result, Workspace, perform
-from mmc_fast.experiments.paper import EXPERIMENTS, Plan, fig5, fig6, get, paper, table7, table9
+from mmc_fast.experiments.paper import EXPERIMENTS, Plan, fig5, fig6, get, inside, paper, table6, table7, table9
 from mmc_fast.experiments.paper.base import Direction, Estimate, Outcome
 from mmc_fast.experiments.paper.fig7 import noisy_mean, slope
 from mmc_fast.experiments.paper.inside import METHODS, Bench, Models, alone, direction, fused, resampled, value
 from mmc_fast.experiments.paper.output import direction_rows
 from mmc_fast.experiments.paper.table6 import FILLED, fillings, hide
 from mmc_fast.experiments.paper.table7 import contributions
-from mmc_fast.experiments.training import MultimodalModel, TrainConfig, load_run, train
+from mmc_fast.experiments.training import MultimodalModel, TrainConfig, load_run, predict, train
 
 ROOT = Path(__file__).resolve().parents[3]
 MINE = ("table6", "table7", "table9", "fig4", "fig5", "fig6", "fig7")
@@ -105,11 +107,13 @@ def test_only_rows_that_keep_something_lose_the_modality(seed):
     assert only.any(), "draw again: no row has this modality alone"
     assert torch.equal(hidden[:, 1], only)
     assert torch.equal(hidden[:, [0, 2]], test.present[:, [0, 2]])
-    lacking = ~test.present[:, 1] | only
+    lacking, known = ~test.present[:, 1] | only, data.part("train")
     with torch.no_grad():
         plain = torch.softmax(result.model(test.features, test.present).logits, -1)
-    for rule, p in fillings(result.model, data.part("train"), test, 1, seed).items():
+    with_it = fillings(result.model, known.select(known.present[:, 1]), test, 1, seed)  # no other row is a donor
+    for rule, p in fillings(result.model, known, test, 1, seed).items():
         torch.testing.assert_close(p[lacking], plain[lacking], msg=rule)
+        torch.testing.assert_close(p, with_it[rule], msg=rule)
 
 
 @pytest.mark.parametrize("method", ["vanilla", "ebr"])
@@ -149,14 +153,17 @@ def test_contributions_are_leading_components_of_the_blocks(seed):
 
 
 def stored(folder: Path, data, seed: int, rows: dict[str, TrainConfig]) -> dict:
-    """Settings of a measuring function, whose trained runs are in the folder."""
+    """Settings of a measuring function, whose trained runs are in the folder; "target/NAME" is trained without NAME."""
     np.savez(
         folder / "own.npz", meta='{"kind": "classification"}', y=data.labels.numpy(), split=data.split.numpy(),
         **{f"x_{name}": x.numpy() for name, x in data.features.items()},
+        **{f"present_{name}": data.present[:, i].numpy() for i, name in enumerate(data.features)},
     )  # fmt: skip
-    (config,) = load_data_configs([str(folder / "own.npz")])
+    (whole,) = load_data_configs([str(folder / "own.npz")])
     trainings = {}
     for name, settings in rows.items():
+        others = [other for other in data.modalities if other != name.removeprefix("target/")]
+        config = replace(whole, options={"modalities": others}) if len(others) < len(data.modalities) else whole
         every = settings_of(config, seed, settings, evaluate_on=[], unimodal=None)
         job = Job(name, train_and_keep, every)
         assert perform(job, folder).failed is None
@@ -205,6 +212,50 @@ def test_redundancy_rank_and_likeness_against_numpy(tmp_path, seed):
     found = table9.measure(settings, here)[0]
     assert "no Linear layer" in found["not_applicable"]
     assert found["cross_entropy"] is None
+
+
+def test_substitution_is_measured_where_a_modality_is_hidden(tmp_path, seed):
+    """A row that has nothing else keeps it: there the target is the vanilla model on what there is."""
+    plain = small("vanilla", rates=(), epochs=1)
+    heads = small("ebr", rates=(), epochs=1, control=False, ebr_substitute="mean")
+    rows = {"vanilla": plain, "late": replace(plain, fusion="late"), "ebr-paper": heads, "ebr-robust": heads}
+    data = tiny(seed, absent=0.4, sizes=(60, 30, 120))
+    settings = stored(tmp_path, data, seed, rows | {f"target/{name}": plain for name in "abc"})
+    here = Workspace(tmp_path, tmp_path)
+    models = Models(settings, here)
+    values, arrays = table6.measure(settings, here)
+    assert values == {"modalities": ["a", "b", "c"], "metric": "accuracy"}
+    test = models.data("vanilla").part("test")
+    assert np.array_equal(arrays["labels"], test.labels)
+    for column, name in enumerate("abc"):
+        hidden = hide(test.present, column)
+        kept = hidden[:, column]
+        assert kept.any()
+        for rule in ("late", "ebr-paper", "ebr-robust"):
+            wanted = predict(models.run(rule).model, test.features, hidden)
+            np.testing.assert_array_equal(arrays[f"{rule}/{name}"], wanted)
+        others = models.data(f"target/{name}").part("test")
+        assert len(others.features) == 2
+        target = predict(models.run(f"target/{name}").model, others.features, others.present, on_empty="prior")
+        vanilla = predict(models.run("vanilla").model, test.features, test.present)
+        wanted = torch.where(kept[:, None], vanilla, target)
+        np.testing.assert_allclose(arrays[f"target/{name}"], wanted, atol=1e-6)
+        assert set(arrays) >= {f"{rule}/{name}" for rule in FILLED}
+        for method in rows:
+            whole = predict(models.run(method).model, test.features, test.present)
+            np.testing.assert_array_equal(arrays[f"complete/{method}"], whole)
+
+
+def test_modalities_are_ordered_by_the_mean_score_of_their_own_models(tmp_path, monkeypatch):
+    (data,) = load_data_configs(["mfeat"])
+    bench = Bench(Plan(tmp_path, ("mfeat",), (0, 1, 2)), data)
+    scores = iter([{"fou": 0.5, "mor": 0.9, "zer": 0.2}, {"fou": 0.9, "mor": 0.3, "zer": 0.3}])
+    failed = iter([None, "the loss became nan", None])
+    bench._finish = lambda jobs: [made({}, next(failed)) for _ in jobs]
+    monkeypatch.setattr(
+        inside, "load_run", lambda folder: SimpleNamespace(unimodal=SimpleNamespace(scores=next(scores)))
+    )
+    assert list(bench.strengths().items()) == [("fou", 0.7), ("mor", pytest.approx(0.6)), ("zer", 0.25)]
 
 
 def made(arrays: dict, failed: str | None = None) -> Result:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from mmc_fast.diagnose.document import Callout, Cell, Details, Facts, Figure, Panels, Report, Section, Table, Text
-from mmc_fast.diagnose.figures import VARIABLES, Line, lines
+from mmc_fast.diagnose.figures import INK, VARIABLES, Line, lines
 from mmc_fast.errors import InputError
 from mmc_fast.experiments.report.comparison import AVERAGE, COMPLETE, Comparison, compare
 from mmc_fast.experiments.report.drawings import draw_adversary, draw_rates, draw_reliance, draw_repair
@@ -430,6 +431,13 @@ def words(drawing) -> tuple[str, str, str, str]:
     return axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel(), drawing.caption
 
 
+def colours(drawing) -> list[str]:
+    """Of the bars of each kind, or of the lines; not of the levels, which are black."""
+    (axes,) = drawing.canvas.axes
+    found = [c[0].get_facecolor() for c in axes.containers] or [line.get_color() for line in axes.get_lines()]
+    return [c for c in map(to_hex, found) if c != INK]
+
+
 def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
     before, after = toy_runs("vanilla"), toy_runs("ebr", only=0.55)
     for results in after:
@@ -441,7 +449,12 @@ def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
     assert words(found) == (
         "toy: what is left when one modality is all there is", "", "test accuracy", "Mean over 3 trainings each."
     )  # fmt: skip
-    assert len({bars[0].get_facecolor() for bars in found.canvas.axes[0].containers}) == 3
+    methods = colours(draw_rates(comparison_of(dict.fromkeys("abcde", 0.7)), {m: m for m in "abcde"}))
+    assert len(methods) == 5
+    assert [c in methods for c in colours(found)] == [False, True, True], "of the modality, and of two methods"
+    for other in (draw_adversary(toy_runs("ebr"), "EBR", 0.5), draw_reliance(before, "vanilla", 0.25)):
+        assert not set(colours(other)) & set(methods), "kinds of scores are no methods"
+        assert len(set(colours(other))) == len(colours(other))
     assert draw_repair(before[:1], after[:1], ("a", "b"), 0.25).caption == "One training each."
 
 
@@ -453,4 +466,5 @@ def test_an_adversary_is_drawn_between_chance_and_invariance():
     assert "hold L_md / H at 1 and the accuracy of ψ at chance" in found.caption
     assert found.canvas.axes[0].get_ylim() == (0.0, 2.0)
     assert len(found.canvas.axes[0].collections) == 2, "a band for each line"
+    assert {line.get_marker() for line in found.canvas.axes[0].get_lines()} <= {"", "None"}
     assert "L_md / H ends at 0.20; accuracy of ψ ends at 0.95" in found.alt

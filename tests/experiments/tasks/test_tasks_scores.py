@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.tasks import Classification
+from mmc_fast.experiments.tasks import Classification, NotFiniteError
 
 
 def test_accuracy_and_area_by_counting(seed):
@@ -60,3 +60,9 @@ def test_scores_refuse_what_has_no_score(arguments, message):
         Classification.of(max(2, arguments[0].shape[1]), "").score(*arguments[:2]) if arguments[2] == "accuracy" else (
             Classification.of(2, "auroc").score(*arguments[:2])
         )
+
+
+def test_one_number_that_is_not_finite_is_enough():
+    p = torch.tensor([[0.5, 0.5], [float("nan"), 0.5], [0.5, float("inf")]])
+    with pytest.raises(NotFiniteError, match=r"2 of 3 predictions are NaN or infinite \(the first in row 1\)"):
+        Classification.of(2).score(p, torch.tensor([0, 1, 0]))
