@@ -207,9 +207,7 @@ class AutogradRows:
                 continue
             with torch.enable_grad():
                 total = (y[:, index] if directions is None else y * directions[:, index]).sum()
-            yield torch.autograd.grad(
-                total, leaf, retain_graph=index + 1 < count, allow_unused=True, materialize_grads=True
-            )[0]
+            yield torch.autograd.grad(total, leaf, retain_graph=index + 1 < count, materialize_grads=True)[0]
 
     def _call(self, u: Tensor) -> Tensor:
         buffers = {name: tensor.clone() for name, tensor in self._buffers.items()}

@@ -126,9 +126,7 @@ def jacobian_rows(
         with torch.enable_grad():
             total = y[:, c].sum()
         try:
-            grads = torch.autograd.grad(
-                total, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            grads = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, materialize_grads=True)
         except RuntimeError as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise InputError(

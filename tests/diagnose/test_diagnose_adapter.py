@@ -512,11 +512,13 @@ def test_rows_that_depend_on_each_other_a_little(generator: torch.Generator) -> 
     for leak, refused in ((1.1e-4, True), (0.9e-4, False)):
         model = Plain(fuse=lambda f, leak=leak: f["x"] + leak * f["x"].sum(0) * torch.tensor([0.0, 1.0, 0.0]))
         if refused:
-            with pytest.raises(InputError, match="logits of other rows moved"):
-                check_rows(model, {"x": x}, model.fuse({"x": x}))
+            for rows in (x, x[[0, 3]]):
+                with pytest.raises(InputError, match="logits of other rows moved"):
+                    check_rows(model, {"x": rows}, model.fuse({"x": rows}))
         else:
             check_rows(model, {"x": x}, model.fuse({"x": x}))
     check_rows(Plain(fuse=lambda f: f["x"] / 0), {"x": x[:1]}, x[:1])
+    check_rows(Plain(fuse=lambda f: f["x"] * 0), {"x": x}, x)
 
 
 def test_features_are_known_again_by_numbers_names_and_shapes(generator: torch.Generator) -> None:

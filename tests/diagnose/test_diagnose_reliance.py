@@ -176,7 +176,9 @@ def test_a_product_is_all_interaction(generator: torch.Generator) -> None:
         def fuse(self, features: dict[str, Tensor]) -> Tensor:
             return features["image"] * features["audio"]
 
-    d = diagnose(Product(torch.nn.Identity()), [(image, audio, image * audio)], resamples=0, probes=False, emap=True)
+    data, options = [(image, audio, image * audio)], {"emap": True, "remaining": True}
+    d = diagnose(Product(torch.nn.Identity()), data, resamples=0, probes=False, **options)
+    assert ("remaining.rank.all" in d.measures, "remaining.eta2.all" in d.measures) == (True, False), "no classes"
     assert (d.value("emap.all"), d.value("emap.score")) == pytest.approx((1, 0), abs=0.1)
     assert d.value("emap.interaction") == pytest.approx(1 - d.value("emap.score"))
 

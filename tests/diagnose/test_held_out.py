@@ -140,6 +140,12 @@ def test_the_modality_probe_is_judged_on_samples_that_it_never_saw(generator: to
         assert len(train_y) + len(stop_y) == 3 * count
     drawn = [set(a[0][:, 0].long().tolist()) for a in seen]
     assert drawn[0] != drawn[2], "another seed, other samples"
+    monkeypatch.setattr(probes, "fit_modality_probe", lambda *a: seen.append(a) or {})
+    probes.modality_probe({name: torch.zeros(9000, 1) for name in "ab"})
+    assert (len(seen[-1][0]), seen[-1][5]) == (2 * 4096, (512, 256)), "the documented defaults"
+    probes.modality_probe({name: torch.zeros(20, 1) for name in "ab"})
+    with pytest.raises(InputError, match="N >= 20"):
+        probes.modality_probe({name: torch.zeros(19, 1) for name in "ab"})
 
 
 def test_recalls_of_classes_weigh_the_same(generator: torch.Generator) -> None:

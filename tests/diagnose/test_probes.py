@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, r2_score, roc_auc_score
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mmc_fast.diagnose.measures import polysemanticity, probes, reliance
+from mmc_fast.diagnose.statistics import resample_counts
 from mmc_fast.diagnose.tasks import Task
 from mmc_fast.errors import InputError
 
@@ -51,6 +53,16 @@ def test_prefix_gap_sees_a_starved_encoder(generator: torch.Generator) -> None:
     assert 0 < gap.standard_error < 0.08
     same = probes.prefix_gap(x[:600], x[600:], x[:600], x[600:], y[:600], y[600:])
     assert (same.gap, same.standard_error) == (0, 0)
+    difference = [
+        LogisticRegression(max_iter=300).fit(t[:600], y[:600]).predict(t[600:]) == y[600:].numpy()
+        for t in ((s - s[:600].mean(0)) / s[:600].std(0, correction=0) for s in (starved.double(), x.double()))
+    ]
+    error = np.std(difference[1].astype(float) - difference[0], ddof=1) / math.sqrt(300)
+    assert gap.standard_error == pytest.approx(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = probes.prefix_gap(starved[:600], starved[600:601], x[:600], x[600:601], y[:600], y[600:601])
+    assert math.isnan(one.standard_error), "one row has no spread"
 
 
 def test_denoising_r2(generator: torch.Generator) -> None:
@@ -232,6 +244,11 @@ def test_what_the_weight_classifier_learns_and_is_asked(generator: torch.Generat
     assert "all neurons of the fused layer are zero" in none.not_applicable
     few = polysemanticity.cross_modal_polysemanticity(weight, widths, unimodal | {"c": unimodal["c"][:7]})
     assert "fewer than 8 neurons" in few.not_applicable
+    with pytest.raises(InputError, match="two or more"):
+        polysemanticity.cross_modal_polysemanticity(weight[:, :5], {"a": 5}, {"a": unimodal["a"]})
+    monkeypatch.setattr(Watched, "predict_proba", lambda self, x: np.tile([1.0, 0, 0], (len(x), 1)))
+    certain = polysemanticity.cross_modal_polysemanticity(weight, widths, unimodal)
+    assert certain.cross_entropy == pytest.approx(-math.log(1e-12) * (largest > 0).mean()), "wrong, but no infinity"
 
 
 # Reliance
@@ -248,7 +265,7 @@ def shapley_by_orders(scores: np.ndarray, m: int) -> np.ndarray:
     return values / math.factorial(m)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 5])
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
 def test_shapley_values(m: int, seed: int) -> None:
     scores = np.random.default_rng(seed).random(2**m)
     found = reliance.shapley_values(scores)
@@ -264,13 +281,20 @@ def test_networks_trained_afresh_on_some_modalities(generator: torch.Generator) 
     both = reliance.train_afresh(features, y, ["good", "noise"])
     assert both.score > 0.9
     assert both.error == pytest.approx(math.sqrt(both.score * (1 - both.score) / 450), rel=0.4)  # binomial
+    counts = resample_counts(450, 100, np.random.default_rng([0, 1])).astype(int)
+    drawn = [np.repeat(np.arange(450), c) for c in counts]
+    hits = (both.outputs.argmax(1) == y[both.rows]).double().numpy()
+    assert both.error == pytest.approx(np.std([hits[i].mean() for i in drawn], ddof=1))
     assert reliance.train_afresh(features, y, ["good"]).score > 0.9
     assert reliance.train_afresh(features, y, ["noise"]).score < 0.5
     assert reliance.train_afresh(features, y, []).score < 0.5
     assert reliance.train_afresh(features, (y == 0).long(), ["good"], task=Task("classes", "auroc", 2)).score > 0.95
     numbers = informative[:, :2] @ torch.tensor([[1.0], [0.5]]) + 3
     regression = Task("numbers", "r2", 1)
-    assert reliance.train_afresh(features, numbers, ["good"], task=regression).score > 0.95
+    line = reliance.train_afresh(features, numbers, ["good"], task=regression)
+    assert line.score > 0.95
+    pairs = [(numbers[line.rows[i]], line.outputs[i]) for i in drawn]
+    assert line.error == pytest.approx(np.std([r2_score(*pair) for pair in pairs], ddof=1), rel=1e-4)
     assert reliance.train_afresh(features, numbers, ["noise"], task=regression).score < 0.1
     labels = (informative[:, :3] > 0.5).long()
     assert reliance.train_afresh(features, labels, ["good"], task=Task("labels", "f1", 3)).score > 0.9
@@ -305,6 +329,10 @@ def test_networks_judged_on_other_rows(generator: torch.Generator) -> None:
     frequent = float((y[900:] == y[:900].bincount().argmax()).double().mean())
     nothing = reliance.train_afresh(train, y[:900], [], judged=(judged, y[900:]), seed=3)
     assert nothing.score == pytest.approx(frequent)
+    torch.testing.assert_close(nothing.outputs, (y[:900].bincount() / 900).expand(300, -1))
+    two = reliance.train_afresh({"x": x}, (y > 0).long(), ["x"], task=Task("classes", "auroc", 1))
+    torch.testing.assert_close(two.outputs.sum(1), torch.ones(len(two.rows)))
+    assert two.outputs.shape[1] == 2
 
 
 def test_bad_input() -> None:
@@ -319,8 +347,9 @@ def test_bad_input() -> None:
         probes.denoising_r2(x, x[:30])
     with pytest.raises(InputError, match=r"2\^m"):
         reliance.shapley_values([1.0, 2.0, 3.0])
-    with pytest.raises(InputError, match="got 0 scores"):
-        reliance.shapley_values([])
+    for count in (0, 1, 2**7):
+        with pytest.raises(InputError, match=f"got {count} scores"):
+            reliance.shapley_values([0.0] * count)
     with pytest.raises(InputError, match="40 rows and 30 labels"):
         probes.noise_component(x, torch.zeros(30))
     with pytest.raises(InputError, match="single class"):

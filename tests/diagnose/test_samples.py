@@ -238,6 +238,9 @@ def test_evidence_is_that_of_the_measures_and_of_each_resample(seed: int, monkey
     assert (e["use_share"], "use_share" in verdicts[1].evidence) == (0.3, False)
     assert measures["robustness.a"].value == pytest.approx((e["only"] - 0.5) / e["ability"])
     assert measures["use_index.a"] == Measure(e["index"], None, e["index_low"], e["index_high"])
+    unable = given() | {"alone.a": Measure(0.5), "only.a": Measure(0.5)}
+    judged(monkeypatch, unable, {})
+    assert ("robustness.a" in unable, "robustness.b" in unable) == (False, True), "a share of nothing"
     resampled = given()
     judged(monkeypatch, resampled, {}, "resample")
     assert "robustness.a" not in resampled
@@ -365,15 +368,15 @@ def test_answers_without_labels_are_those_of_the_first_rows(generator: torch.Gen
 
 
 @pytest.mark.parametrize(
-    ("rows", "components"), [(200, {"a": 6, "b": 4}), (40, {"a": 4, "b": 4}), (20, {"a": 1, "b": 1}), (15, None)]
+    ("rows", "components"), [(200, {"a": 16, "b": 4}), (40, {"a": 4, "b": 4}), (20, {"a": 1, "b": 1}), (15, None)]
 )
 def test_information_takes_as_many_components_as_the_rows_allow(
     rows: int, components: Any, generator: torch.Generator
 ) -> None:
-    """A quarter of the rows, less the classes, over the modalities."""
-    x, kept, arrays, notes = torch.randn(rows, 10, generator=generator), Reservoir(999, 0), {}, []
+    """A quarter of the rows, less the classes, over the modalities; sixteen at most."""
+    x, kept, arrays, notes = torch.randn(rows, 30, generator=generator), Reservoir(999, 0), {}, []
     kept.columns = {"x": x, "labels": torch.arange(rows) % 3}
-    collector: Any = SimpleNamespace(widths={"a": 6, "b": 4}, reservoir=kept)
+    collector: Any = SimpleNamespace(widths={"a": 26, "b": 4}, reservoir=kept)
     measures: dict[str, Measure] = {}
     further.information_measures(measures, arrays, notes, collector, 0.9)
     assert arrays.get("information_components") == components

@@ -165,5 +165,5 @@ def _best_cut(found: np.ndarray, y: np.ndarray) -> float:
     """The probability, common to all labels, above which they are given for the best F1: one half is too high for rare labels."""
     order = np.argsort(-found, axis=None)
     hits, p = np.cumsum(y.reshape(-1)[order]), found.reshape(-1)[order]
-    best = int((2 * hits / (np.arange(1, len(p) + 1) + y.sum())).argmax())
+    best = int((hits / (np.arange(1, len(p) + 1) + y.sum())).argmax())  # half of F1
     return float(np.clip((p[best] + p[min(best + 1, len(p) - 1)]) / 2, 1e-6, 1 - 1e-6))
