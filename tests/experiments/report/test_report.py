@@ -23,6 +23,7 @@ from mmc_fast.experiments.report.trained import (
     reliance_table,
     settings_table,
     verdicts,
+    without_effect,
 )
 
 RATES = (0.0, 0.2, 0.5)
@@ -272,6 +273,10 @@ def test_tables_hold_the_numbers():
     assert [Cell("ebr.reversal", code=True), "–", "2.0"] in [list(row) for row in settings.rows]
 
 
+def test_a_run_says_whether_its_adversary_changed_anything():
+    assert [without_effect(run("ebr", 0, label=label)) for label in ("without-effect", None)] == [True, False]
+
+
 def test_chance_is_what_label_frequencies_give():
     assert chance_score("accuracy", [0, 0, 0, 1]) == 0.75
     assert chance_score("auroc", [0, 0, 0, 1]) == 0.5
@@ -452,6 +457,7 @@ def test_a_repair_shows_what_a_modality_alone_gave_before_and_after_it():
     methods = colours(draw_rates(comparison_of(dict.fromkeys("abcde", 0.7)), {m: m for m in "abcde"}))
     assert len(methods) == 5
     assert [c in methods for c in colours(found)] == [False, True, True], "of the modality, and of two methods"
+    assert len(set(colours(found))) == 3
     for other in (draw_adversary(toy_runs("ebr"), "EBR", 0.5), draw_reliance(before, "vanilla", 0.25)):
         assert not set(colours(other)) & set(methods), "kinds of scores are no methods"
         assert len(set(colours(other))) == len(colours(other))
