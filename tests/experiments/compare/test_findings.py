@@ -118,6 +118,30 @@ def test_each_test_is_of_its_own_metric_and_condition(seed):
         assert t.p_wilcoxon == pytest.approx(stats.wilcoxon(difference).pvalue)
 
 
+def test_a_seed_without_a_difference_and_another_order_of_rates_and_names(seed):
+    """The method is what makes a config vanilla, not its name."""
+    methods = [METHODS[1], MethodConfig.parse("plain", {"method": "vanilla"}), METHODS[2]]
+    finished = fabricated(seed, seeds=3)
+    names = {"vanilla": "plain"}
+    runs = [r._replace(method=names.get(r.method, r.method)) for r in finished.runs if r.method != "shaspec"]
+    selected = {(names.get(m, m), data): s for (m, data), s in finished.selected.items()}
+    for run in runs:
+        some = run.result.arrays
+        ordered = {name: some.pop(name) for name in ("missing_0.6", "missing_0.3")}
+        some.update(ordered)
+    same = next(r.result for r in runs if (r.method, r.seed) == ("plain", 1))
+    runs = [r._replace(result=same) if (r.method, r.seed) == ("dropout", 1) else r for r in runs]
+    (found,) = find(Finished(selected, runs), methods, resamples=50)
+    assert found.main.conditions == (COMPLETE, "0.3 missing", "0.6 missing", AVERAGE)
+    assert {t.reference for t in found.tests} == {"plain"}
+    assert found.methods["muse"].threshold in ("passed", UNDER_PERFORMING)
+    test = next(t for t in found.tests if (t.method, t.metric, t.condition) == ("dropout", "auroc", COMPLETE))
+    by_seed = {
+        m: [r.result.values["scores"]["complete"]["score"] for r in runs if r.method == m] for m in ("dropout", "plain")
+    }
+    assert test.p_wilcoxon == stats.wilcoxon(np.subtract(by_seed["dropout"], by_seed["plain"])).pvalue
+
+
 def test_the_threshold_is_one_standard_error(seed):
     """Of vanilla on complete data, its end included; the standard deviation is several times larger."""
     finished = fabricated(seed, seeds=1)

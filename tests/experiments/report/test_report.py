@@ -175,6 +175,16 @@ def test_best_only_where_intervals_separate_from_every_other_method_and_seeds_ar
     assert all(d.p is not None for d in pair.differences)
 
 
+def test_the_best_of_a_condition_is_the_best_under_it():
+    made = predictions({"vanilla": 0.7, "ebr": 0.7})
+    for runs, better in ((made["vanilla"], 0.0), (made["ebr"], 0.5)):
+        for by_rate in runs:
+            by_rate[better] = LABELS
+    found = compare("toy", "accuracy", LABELS, made, seeds=[0, 1, 2], resamples=100, generator=np.random.default_rng(1))
+    best = {m: [c for c, s in by.items() if s.best] for m, by in found.scores.items()}
+    assert (best["vanilla"], best["ebr"][0]) == ([COMPLETE], "0.5 missing")
+
+
 def test_the_level_of_a_comparison_reaches_every_interval_and_the_best():
     made = predictions({"vanilla": 0.7, "ebr": 0.75})
     made["ebr"] = made["ebr"][::-1]
@@ -235,6 +245,7 @@ def test_reliance_and_curves_are_means_over_the_runs():
     assert scored["faint"] == pytest.approx(
         {"unimodal": 0.6, "leave_one_out": 0.9, "single_modality": 0.3, "shuffled": 0.89, "shapley": 0.01}
     )
+    assert reliance_of_nothing() == {"unimodal": 0.0, "index": 0.0}, "a score and evidence like any other"
     epochs, means, spread = history(runs, "val_score")
     assert epochs == [1, 2, 3]
     assert means[2] == pytest.approx(0.81)
@@ -243,6 +254,15 @@ def test_reliance_and_curves_are_means_over_the_runs():
     runs[0]["history"][0]["val_score"] = 0.0  # a score like any other
     runs[1]["history"][1]["val_score"] = None  # not logged
     assert history(runs, "val_score")[:2] == ([1, 3], pytest.approx([(0.61 + 0.62) / 3, 0.81]))
+
+
+def reliance_of_nothing() -> dict[str, float]:
+    some = run("vanilla", 0)
+    some["scores"]["reliance"]["faint"] = entry(0.0, 0.9, 0.0, 0.9, 0.0, "redundant")
+    return {
+        "unimodal": reliance([some])[1]["faint"]["unimodal"],
+        "index": verdicts([some])[1].evidence["index"],
+    }
 
 
 def test_verdicts_are_those_of_most_runs():
@@ -269,8 +289,11 @@ def test_tables_hold_the_numbers():
     assert "at chance" in found.caption
     assert [list(row) for row in found.rows] == [["EBR", "0.700 ± 0.000", "0.500"]]
     assert probe_table({"vanilla": toy_runs("vanilla")}) is None
-    settings = settings_table({"vanilla": {"lr": 0.1, "ebr": None}, "EBR": {"lr": 0.1, "ebr": {"reversal": 2.0}}})
-    assert [Cell("ebr.reversal", code=True), "–", "2.0"] in [list(row) for row in settings.rows]
+    settings = settings_table({"vanilla": {"lr": 0, "ebr": None}, "EBR": {"lr": 0.1, "ebr": {"reversal": False}}})
+    assert [[row[0].text, *row[1:]] for row in settings.rows] == [
+        ["lr", "0", "0.1"], ["ebr", "–", "–"], ["ebr.reversal", "–", "False"]
+    ]  # fmt: skip
+    assert settings.caption.startswith("A dash stands where")
 
 
 def test_a_run_says_whether_its_adversary_changed_anything():
