@@ -185,6 +185,12 @@ def test_how_batches_are_read(generator: torch.Generator) -> None:
         ),
         (Concat, {"features": NAMES, "call": lambda m, b: m(b[0])}, r"the forward failed \(TypeError"),
         (Concat, {"features": NAMES, "call": lambda m, b: m.encoders["image"](b[0])}, "ran 0 times"),
+        (
+            Concat,
+            {"features": NAMES, "call": lambda m, b: m(*b[:2])[None]},
+            r"the logits are \[1, 80, 3\]; name the module",
+        ),
+        (Concat, {"features": NAMES, "call": lambda m, b: [m(*b[:2])]}, "the logits are list; name the module"),
     ],
 )
 def test_what_is_wrong_is_explained(kind, options, message: str, generator: torch.Generator) -> None:

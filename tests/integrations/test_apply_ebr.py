@@ -310,6 +310,8 @@ def test_predict_substitutes_as_the_head_does(generator, kind, residual, one_cal
     source = ranked_source(present, [2, 0, 3, 1]) if kind == "ranked" else mean_source(present, torch.float64)
     expected, _ = by_hand(plain, head, x, present=present, source=source)
     torch.testing.assert_close(handle.predict(**x, present=present, source=source), expected.detach())
+    with pytest.raises(RuntimeError, match="no site has run"):
+        handle.losses()  # those of a prediction are nobody's
     torch.testing.assert_close(model(**x), by_hand(plain, head, x)[0])  # nothing stays behind
     with pytest.raises(RuntimeError, match="training mode"):
         handle.predict(**x, present=present, source=source) if model.train() else None

@@ -203,6 +203,18 @@ def test_a_handle_says_what_was_done(generator):
         assert f"{handle.report.parameters:,} parameters in submodule 'ebr'" in str(h)
 
 
+def test_what_a_head_is_without_another_word():
+    model = Two()
+    handle = mmc_fast.apply_ebr(model, AT)
+    assert [handle.report.hidden_dim, handle.report.latent_dim, *handle.report.psi_dims] == [1024, 512, 512, 256]
+    assert [tuple(layer.weight.shape) for layer in handle.head.discriminator if hasattr(layer, "weight")] == [
+        (512, 512), (256, 512), (2, 256)
+    ]  # fmt: skip
+    again = mmc_fast.load_ebr(Two(), model.state_dict())
+    for h in (handle, again):
+        assert (h.reversal, h.report.name, h.head.residual, h.head.normalize) == (1.0, "ebr", False, False)
+
+
 def test_initial_weights_in_evaluation_are_told_once(generator):
     model, x = Two().eval(), two_inputs(generator)
     mmc_fast.apply_ebr(model, AT, **SMALL)

@@ -94,7 +94,8 @@ def test_paired_is_students_interval_of_the_differences(seed):
 
 def test_tables_and_counts_are_printed_as_they_are():
     table = ResultTable("T", ["a", "b"], [("x", [Value(0.5, 0.01, 0.61), Value(0.25)]),
-                                          ("y", [Value(paper=0.7), Value(mark="§")])], footnote="§ why")  # fmt: skip
+                                          ("y", [Value(paper=0.7), Value(mark="§")]), ("z", [Value(0.1), Value(0.2)])],
+                        footnote="§ why")  # fmt: skip
     directions = [
         Direction("up", 0.1, Estimate(0.02, 0.01, 0.03)),
         Direction("weak", 0.1, Estimate(0.02, 0.01, 0.03), mark="†"),
@@ -107,7 +108,8 @@ def test_tables_and_counts_are_printed_as_they_are():
         "Of 5 directions of the paper: 2 agree (1 with a row marked †), 1 disagree, 1 undecided, 1 not measured."
     )
     assert table_columns(table) == ["method", "a", "paper", "b"]
-    assert table_rows(table) == [["x", "0.500 ± 0.010", "0.6100", "0.250"], ["y", "–", "0.7000", "– §"]]
+    assert table_rows(table) == [["x", "0.500 ± 0.010", "0.6100", "0.250"], ["y", "–", "0.7000", "– §"],
+                                 ["z", "0.100", "–", "0.200"]]  # fmt: skip
     printed = [[c if isinstance(c, str) else c.text for c in row] for row in direction_rows(outcome)]
     assert printed == [
         ["up", "+0.100", "+0.020", "+0.010 … +0.030", "agrees"],
@@ -144,15 +146,15 @@ def test_tables_and_counts_are_printed_as_they_are():
         "high": "30.0",
         "paper": "-12.5",
     }
-    assert known[6] == down | {"verdict": "disagrees"}
-    assert known[8] == {
+    assert known[8] == down | {"verdict": "disagrees"}
+    assert known[10] == {
         "experiment": "t",
         "kind": "direction",
         "row": "none",
         "paper": "0.1",
         "verdict": "not measured",
     }
-    assert len(known) == 9
+    assert len(known) == 11
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         ResultTable("T", ["a", "b"], [("x", [Value()])])
 

@@ -95,8 +95,13 @@ def test_every_filling_is_what_its_name_says(seed):
     hits = np.abs(drawn - found["random"].numpy()[None]).max(-1) < 1e-5
     assert hits.any(0).all()
     assert len(set(hits.argmax(0).tolist())) > 3
-    other = fillings(model, train_part, test, 1, seed + 1)["random"]
+    other, again = (fillings(model, train_part, test, 1, seed + n)["random"] for n in (1, 0))
     assert not torch.equal(other, found["random"])
+    assert torch.equal(again, found["random"])
+    lacks = fillings(model, train_part.select(train_part.labels != 2), test, 1, seed)  # a class that no donor has
+    rows = test.labels == 2
+    torch.testing.assert_close(lacks["mean of the true class"][rows], lacks["mean without class"][rows])
+    assert all(bool(torch.isfinite(p).all()) for p in lacks.values())
 
 
 def test_only_rows_that_keep_something_lose_the_modality(seed):

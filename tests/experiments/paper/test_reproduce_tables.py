@@ -71,6 +71,15 @@ def papers(table) -> dict[str, list[float | None]]:
     return {label: [v.paper for v in values] for label, values in table.rows}
 
 
+def check_digits(tables) -> None:
+    """The paper's numbers stand as it prints them."""
+    for table in tables:
+        printed = {v.paper for _, values in table.rows for v in values if v.paper is not None}
+        assert all(float(f"{x:.{table.paper_digits}f}") == x for x in printed)
+        if printed and table.paper_digits:
+            assert any(round(x, table.paper_digits - 1) != x for x in printed)
+
+
 def check(directions, wanted: dict[str, tuple[float, np.ndarray]]) -> None:
     """Claims, the paper's differences and ours, seed by seed."""
     assert [d.claim for d in directions] == list(wanted)
@@ -87,6 +96,7 @@ def check(directions, wanted: dict[str, tuple[float, np.ndarray]]) -> None:
 def test_table_7_adds_the_strongest_modalities_first(seed):
     bench = Made(numbers(seed, "units", "modalities"))
     outcome = table7._one(bench)
+    check_digits(outcome.tables)
     for (method, m, s), jobs in bench.asked.items():
         assert jobs == {"model": Asked(method, s, {}, ["c", "a", "d", "b"][:m])}
     assert sorted({m for _, m, _ in bench.asked}) == [2, 3, 4]
@@ -112,6 +122,7 @@ def test_table_7_adds_the_strongest_modalities_first(seed):
 def test_table_9_takes_the_unimodal_models_of_vanilla(seed):
     bench = Made(numbers(seed, "cross_entropy", "entropy", "mixing", "accuracy"))
     outcome = table9._one(bench)
+    check_digits(outcome.tables)
     for (method, _, s), jobs in bench.asked.items():
         assert jobs == {"model": Asked(method, s, {}), "unimodal": Asked("vanilla", s, {})}
     (table,) = outcome.tables
@@ -133,6 +144,7 @@ def test_table_9_takes_the_unimodal_models_of_vanilla(seed):
 def test_figure_5_gives_the_weakest_modality_more_weight(seed):
     bench = Made(numbers(seed, *fig5._RANKS, *fig5._CKA))
     outcome = fig5._one(bench)
+    check_digits(outcome.tables)
     assert bench.options == {"strongest": "c", "weakest": "b", "tolerance": 0.01}
     for (method, (form, beta), s), jobs in bench.asked.items():
         weight = {"reweight_modality": "b", "reweight": float(beta), "reweight_form": form}
@@ -175,6 +187,12 @@ def test_figure_4_is_about_the_encoder_of_the_weakest_modality(seed):
     for m in METHODS:
         series = [bench.values(m, name).mean() for name in ("fused", "own", "gap", "alone")]
         assert means(outcome.tables[0])[f"T-{m}"] == pytest.approx(series)
+    (axes,) = outcome.drawings["prefix-gap"].canvas.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"T-{m}" for m in METHODS]
+    for bars, name in zip([c for c in axes.containers if len(c) == 4], ("fused", "own", "alone"), strict=True):
+        assert [b.get_height() for b in bars] == pytest.approx([bench.values(m, name).mean() for m in METHODS])
+    (level,) = [line for line in axes.get_lines() if line.get_label() == "largest class"]
+    assert level.get_ydata()[0] == bench.values("vanilla", "chance")[0]
     gap = {m: bench.values(m, "gap") for m in METHODS}
     wanted = {"fusion alone starves the encoder of b (gap above 0, vanilla), made": (1.0, gap["vanilla"])}
     for m in METHODS[1:]:
@@ -250,6 +268,7 @@ def test_table_6_compares_with_models_that_never_saw_the_modality(seed):
     arrays = [f"{rule}/{name}" for rule in rules for name in "abcd"] + [f"complete/{m}" for m in methods]
     bench = Made(predictions(seed, *arrays), methods)
     outcome = table6._one(bench)
+    check_digits(outcome.tables)
     for (_, _, s), jobs in bench.asked.items():
         assert {name: jobs[name] for name in methods} == {name: Asked(name, s, {}) for name in methods}
         for gone in "abcd":
@@ -263,6 +282,10 @@ def test_table_6_compares_with_models_that_never_saw_the_modality(seed):
         assert means(table)[f"nothing missing: T-{m}"] == [None] * 4 + [
             pytest.approx(hits(bench, "substitution", f"complete/{m}").mean())
         ]
+    (axes,) = outcome.drawings["substitution"].canvas.axes
+    heights = [b.get_height() for b in axes.patches]
+    assert axes.get_ylim()[0] == pytest.approx(0.95 * min(heights)), "the axis does not start at 0"
+    assert len(heights) == 7 * 4
     printed = {rule: rule for rule in (*table6.FILLED, "target") if rule in TABLE6} | {"late": "late fusion"}
     column = {label: values[-1] for label, values in papers(table).items()}
     found = dict(zip(rules, column.values(), strict=False))
