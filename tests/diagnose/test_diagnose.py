@@ -104,6 +104,19 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     assert d.n_samples == 500
 
 
+def test_a_dead_neuron_is_not_counted(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    head[0].weight.data[3] = 0
+    d = diagnose(Toy(head, head), loader, resamples=0, probes=False)
+    w, x = head[0].weight.detach().double(), torch.cat(whole(loader)[:2], 1).double()
+    read = torch.stack([(x[:, s] @ w[:, s].t()).var(0, correction=0) for s in (slice(6), slice(6, 10))], 1)
+    p = read[torch.arange(12) != 3]
+    p = p / p.sum(1, keepdim=True)
+    entropy = -(p * p.log()).sum(1) / np.log(2)
+    assert d.value("neuron_entropy") == pytest.approx(float(entropy.mean()), rel=1e-4)
+    assert d.value("mixed_neurons") == pytest.approx(float((entropy > 0.5).double().mean()), abs=1e-9)
+
+
 def test_the_general_path_agrees_with_the_fast_one(generator: torch.Generator) -> None:
     head, loader = chain(generator), batches(generator)
     fast = diagnose(Toy(head, head), loader, resamples=0, probes=False)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mmc_fast.diagnose import DiagnoseOptions, diagnose
 from mmc_fast.diagnose.absence import Condition, Remover, coalitions_scored, conditions_of, draws_for
+from mmc_fast.diagnose.collect import Collector
 from mmc_fast.diagnose.measures import reliance
+from mmc_fast.diagnose.passes import Batches, training_rows
 from mmc_fast.diagnose.predictions import ConditionScores
 from mmc_fast.diagnose.reservoir import Reservoir
 from mmc_fast.diagnose.tasks import Task
@@ -139,6 +141,36 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     assert [c.members for c in plan["resampled.1"]] == [(True, False)] * 3
     assert plan["shuffled.0"] == plan["coalition.2"]
     assert "coalition.0" not in conditions_of(2, "model", 3)
+
+
+def test_no_sample_stands_in_for_itself_in_any_batch(generator: torch.Generator, monkeypatch) -> None:
+    """Rows are numbered through all batches, of scores, of what remains, and of answers without labels."""
+    seen: list[list[int]] = []
+    plain = Remover.drawn
+    monkeypatch.setattr(Remover, "drawn", lambda self, rows, *a: seen.append(rows.tolist()) or plain(self, rows, *a))
+    head, loader = chain(generator), batches(generator, 100, 40)
+    numbers = [rows.tolist() for rows in torch.arange(100).split(40)]
+    toy: Any = Toy(head, head)
+    diagnose(toy, loader, resamples=0, probes=False, draws=1, remaining=True)
+    assert seen == numbers * 2
+    toy.labels = lambda batch: None
+    seen.clear()
+    diagnose(toy, loader, resamples=0, probes=False)
+    assert seen == numbers
+
+
+def test_rows_that_train_probes_are_a_sample_that_the_seed_draws(generator: torch.Generator) -> None:
+    loader = [(a, b, (a[:, 0] > 0).long()) for a, b, _ in batches(generator, 100, 40)]
+    toy, kept = Toy(*[chain(generator)] * 2), []
+    for seed in (1, 1, 2):
+        collector = Collector(toy, 4, seed, 20)
+        collector.start(loader[0])
+        rows = training_rows(toy, Batches(loader), collector, lambda *a: None).columns
+        assert torch.equal(rows["labels"], (rows["x"][:, 0] > 0).long())
+        kept.append(set(rows["x"][:, 0].tolist()))
+    assert [len(rows) for rows in kept] == [20] * 3
+    assert (kept[0] == kept[1], len(kept[0] & kept[2]) < 15) == (True, True)
+    assert kept[0] - set(loader[0][0][:20, 0].tolist()), "not the first ones"
 
 
 def test_resampled_scores_and_total_effect_of_a_linear_model(generator: torch.Generator) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diagnose_models import Toy, batches, chain
+from diagnose_models import Attention, Toy, batches, chain
 from torch import Tensor, nn
 
 from mmc_fast._util.atomic import SaveFailed
@@ -79,6 +79,13 @@ def test_a_state_of_something_else_is_refused(generator: torch.Generator, tmp_pa
         with pytest.raises(InputError, match=message):
             call()
     good = state.read_bytes()
+    fusion, another = Attention(generator), Attention(generator)  # no chain whose weights would be compared
+    state.unlink()
+    with pytest.raises(Killed):
+        diagnose(Toy(fusion), loader, state=state, save_every=0, progress=kill)
+    with pytest.raises(InputError, match="same data in the same order"):
+        diagnose(Toy(another), loader, state=state)
+    state.write_bytes(good)
     head_line, content = good.split(b"\n", 1)
     forged = torch.load(io.BytesIO(content), weights_only=True)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diagnose_models import Attention, Toy, batches, chain
 from scipy.stats import chisquare
 
+from mmc_fast.diagnose import collect
 from mmc_fast.diagnose.groups import GroupMoments, dealt, draw_weights
 from mmc_fast.diagnose.reservoir import Reservoir
 from mmc_fast.ops.native import unavailable_reason
@@ -104,3 +106,19 @@ def test_moments_of_weighted_groups_are_those_of_the_repeated_rows(native, seed)
             )
             assert not found.covariance[3].any()
             assert not found.covariance[:, 3].any()
+
+
+@pytest.mark.parametrize("kind", ["chain", "attention"])
+def test_every_batch_is_dealt_out_anew(kind: str, generator: torch.Generator, monkeypatch) -> None:
+    """Where batches look alike, equal places would make groups that differ."""
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(collect, "dealt", lambda *a: drawn.append(a[2:]) or dealt(*a))
+    head = chain(generator) if kind == "chain" else None
+    collector = collect.Collector(Toy(head or Attention(generator), head), 4, 9, 100)
+    loader = batches(generator, 256)
+    collector.start(loader[0])
+    for batch in loader:
+        collector.add(batch)
+        collector.flush()
+    assert sorted(drawn) == sorted((9, kind, index) for kind in ("groups", "scores") for index in range(4))
+    assert collector.moments.combine(collector.active()).n == 256

@@ -390,13 +390,20 @@ def test_responses_of_the_neurons_with_the_most_and_the_least_noise_of_others(ge
     widths, labels = {"a": 3, "b": 2, "c": 4}, torch.arange(300) % 3
     x = torch.randn(300, 9, generator=generator) + 1.5 * torch.randn(3, 9, generator=generator)[labels] + 20
     head = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
-    w = head[0].weight.data.normal_(generator=generator)
-    w[0], w[1] = 0.0, 1e-3 * w[1]  # dead, and next to dead
+    w = head[0].weight.data.normal_(generator=generator).mul_(100)
+    w[0], w[1, 3:] = 0.0, 0.0  # dead; and one without any noise of others, next to dead
+    w[1] *= 1e-3
     head[0].bias.data = -(x @ w.t()).mean(0)
     kept = Reservoir(999, 0)
     kept.columns = {"x": x, "labels": labels}
     collector: Any = SimpleNamespace(layers=ChainSums(list(head), 1), reservoir=kept, task=CLASSES, widths=widths)
-    arrays: dict[str, Any] = {}
+    for without in ({"widths": {"all": 9}}, {"labels": labels * 0}):  # nothing to tell apart
+        kept.columns["labels"] = without.get("labels", labels)
+        other: Any = SimpleNamespace(**vars(collector) | {"widths": without.get("widths", widths)})
+        sampled.neuron_measures(measures := {}, arrays := {}, other)
+        assert (list(measures), arrays) == (["attribution_entropy"], {})
+    kept.columns["labels"] = labels
+    arrays = {}
     sampled.neuron_measures({}, arrays, collector)
     signal, noise = signal_noise_shares(w, x, labels, widths)
     others = [float(n.sum() - n[s.argmax()]) for s, n in zip(signal, noise, strict=True)]
