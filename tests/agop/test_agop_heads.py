@@ -92,6 +92,7 @@ def test_layers_by_name_and_the_heads_own_input(generator):
     head = Residual()
     x = torch.randn(50, 6, generator=generator)
     assert relative_error(agop(head, x), module_agop(head, x)) < 1e-6
+    assert AGOPAccumulator(head).update(x).compute().layer == 0
     assert relative_error(agop(head, x, layer="input"), module_agop(head, x)) < 1e-6
     with torch.no_grad():
         u = x + torch.tanh(head.inner(x))
@@ -136,6 +137,9 @@ def test_the_protocol_of_custom_heads(generator):
     assert relative_error(result.matrix, module_agop(head, x, center=True)) < 3e-6
     with pytest.raises(InputError, match=r"agop_layers\(\) does not compute what the head computes"):
         agop(Listed(scale=2.0), x)
+    with pytest.raises(InputError, match="does not compute"):
+        agop(Listed(scale=1 + 1e-9).double(), x.double())
+    assert AGOPAccumulator(Listed(scale=1 + 1e-6)).update(x).n == 40, "rounding in float32"
 
 
 def test_nesting_dropout_identity_inplace_and_subclasses(generator):

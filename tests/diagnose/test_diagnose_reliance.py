@@ -159,6 +159,20 @@ def test_no_sample_stands_in_for_itself_in_any_batch(generator: torch.Generator,
     assert seen == numbers
 
 
+def test_progress_tells_each_batch_and_how_many_there_are(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator, 100, 40)
+
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(loader)
+
+    for given, total in ((loader, 3), (Stream(), None)):
+        told: list[Any] = []
+        diagnose(Toy(head, head), given, probe_data=loader, resamples=0, progress=lambda *a, told=told: told.append(a))
+        passes = [(phase, done, total) for phase in ("collect", "score") for done in range(4)]
+        assert told == [*passes, ("numbers", 0, None), *(("probes", done, 3) for done in range(4))]
+
+
 def test_rows_that_train_probes_are_a_sample_that_the_seed_draws(generator: torch.Generator) -> None:
     loader = [(a, b, (a[:, 0] > 0).long()) for a, b, _ in batches(generator, 100, 40)]
     toy, kept = Toy(*[chain(generator)] * 2), []
@@ -345,9 +359,11 @@ def test_outputs_that_are_alike_but_for_rounding(seed: int) -> None:
         scores = ConditionScores(
             Task("classes", "auroc", 2), {"coalition.0": 1, "shuffled.0": 1, "coalition.1": 1}, 1, 9, seed
         )
-        scores.add(
-            0, {("coalition.0", 0): near, ("shuffled.0", 0): near + 1, ("coalition.1", 0): same}, labels, labels * 0
-        )
+        for index, rows in enumerate((labels == 0, labels == 1)):  # as a diagnosis that was killed between them
+            again = ConditionScores(scores.task, scores.conditions, 1, 9, seed)
+            again.load_state(scores.to_state())
+            scores, one = again, {("coalition.0", 0): near[rows], ("shuffled.0", 0): near[rows] + 1}
+            scores.add(index, one | {("coalition.1", 0): same[rows]}, labels[rows], labels[rows] * 0)
         assert scores.scores(np.ones((1, 1)))["coalition.0"] == [expected]
         assert scores.total_effects(np.ones((1, 1)))["shuffled.0"] == [0.0]
 
@@ -526,6 +542,11 @@ def test_error_of_chance_of_sums(seed: int) -> None:
     labels = torch.from_numpy((random.random(400) < 0.3).astype(np.int64))
     found = ConditionScores(Task("classes", "accuracy", 2), {"coalition.1": 1}, 1, 400, seed)
     found.add(0, {("coalition.1", 0): torch.zeros(400, 2)}, labels, labels * 0)
+    own = ConditionScores(
+        Task("numbers", "own", 1, lambda y, t: float((y * t).mean())), {"coalition.1": 1}, 1, 400, seed
+    )
+    own.add(0, {("coalition.1", 0): torch.randn(400, 1)}, torch.randn(400, 1), labels * 0)
+    assert own.chance_error() == pytest.approx(np.std(own._shuffled(), ddof=1))
     share = float((labels == 0).double().mean())
     assert found.chance_error() == pytest.approx(math.sqrt(share * (1 - share) / 400))
 

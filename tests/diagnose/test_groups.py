@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from mmc_fast.diagnose import collect
 from mmc_fast.diagnose.groups import GroupMoments, dealt, draw_weights
 from mmc_fast.diagnose.reservoir import Reservoir
+from mmc_fast.errors import InputError
 from mmc_fast.ops.native import unavailable_reason
 
 NO_NATIVE = unavailable_reason() or ""
@@ -122,3 +123,29 @@ def test_every_batch_is_dealt_out_anew(kind: str, generator: torch.Generator, mo
         collector.flush()
     assert sorted(drawn) == sorted((9, kind, index) for kind in ("groups", "scores") for index in range(4))
     assert collector.moments.combine(collector.active()).n == 256
+
+
+def test_how_far_features_may_move_between_two_readings(generator: torch.Generator) -> None:
+    """A ten-thousandth of the variance of the columns, wherever these lie."""
+    head = chain(generator)
+    collector = collect.Collector(Toy(head, head), 4, 0, 100)
+    image, audio, labels = batches(generator, 64)[0]
+    image = image / image.std(0, correction=0) + 100 * torch.arange(6)
+    audio = audio / audio.std(0, correction=0)
+    sign = torch.randint(0, 2, (64, 6), generator=generator) * 2 - 1
+    collector.start((image, audio, labels))
+    for by, refused in (
+        (0.0, False),
+        (0.0125, False),
+        (0.0133, True),
+    ):  # six of ten columns move: 6/10 by² is 1e-4 at 0.0129
+        moved = image + by * sign, audio, labels
+        if refused:
+            with pytest.raises(InputError, match="begin with other features"):
+                collector.check_again(moved)
+        else:
+            collector.check_again(moved)
+    with pytest.raises(InputError, match="begin with other features"):
+        collector.check_again((image.roll(1, 0), audio, labels))
+    with pytest.raises(InputError, match="begin with other features"):
+        collector.check_again((image[:63], audio[:63], labels[:63]))

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import logit
 from sklearn.linear_model import Ridge
-from sklearn.neural_network import MLPClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -50,7 +51,24 @@ def test_networks_are_judged_on_rows_that_did_not_train_them(generator: torch.Ge
     numbers = torch.randn(200, 2, generator=generator) + 9
     mean = reliance.train_afresh({"x": x}, numbers, [], seed=seed, task=Task("numbers", "r2", 2))
     torch.testing.assert_close(mean.outputs, numbers[train].mean(0).expand(60, -1))
+    line, fits = reliance.train_afresh({"x": x}, numbers, ["x"], seed=seed, task=Task("numbers", "r2", 2)), []
+    target = StandardScaler().fit(numbers[order[:140]].double())
+    for start in (seed, seed + 1, seed + 2):
+        regression = MLPRegressor(
+            hidden_layer_sizes=(64,), alpha=1.0, early_stopping=True, max_iter=60, random_state=start
+        )
+        regression.fit(scaler.transform(x[order[:140]].double()), target.transform(numbers[order[:140]].double()))
+        fits.append(target.inverse_transform(regression.predict(scaler.transform(x[judged].double()))))
+    np.testing.assert_allclose(line.outputs, np.mean(fits, 0), rtol=1e-5, atol=1e-5)
     several = (torch.rand(200, 2, generator=generator) < torch.tensor([0.8, 0.2])).long()
+    odds, chances = reliance.train_afresh({"x": x}, several, ["x"], seed=seed, task=Task("labels", "f1", 2)), []
+    for start in (seed, seed + 1, seed + 2):
+        network = MLPClassifier((64,), alpha=1.0, early_stopping=True, max_iter=60, random_state=start)
+        network.fit(scaler.transform(x[order[:140]].double()), several[order[:140]])
+        chances.append(network.predict_proba(scaler.transform(x[order].double())))
+    p = np.mean(chances, 0)
+    cut = reliance._best_cut(p[:140], several[order[:140]].numpy())  # of the rows that train
+    np.testing.assert_allclose(odds.outputs, logit(p[140:]) - logit(cut), rtol=1e-4, atol=1e-5)
     frequent = reliance.train_afresh({"x": x}, several, [], seed=seed, task=Task("labels", "f1", 2))
     assert (frequent.outputs > 0).tolist() == [[True, False]] * 60
 

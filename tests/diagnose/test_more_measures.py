@@ -156,6 +156,8 @@ def test_emap_is_the_additive_part(generator: torch.Generator) -> None:
     for partners in (None, 7):
         found = emap_outputs(additive, three, partners, generator)
         torch.testing.assert_close(found, additive(three).double(), rtol=1e-4, atol=1e-4)
+    some = [emap_outputs(fuse, {"a": a, "b": b}, 7, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert (torch.equal(some[0], some[1]), torch.equal(some[0], some[2])) == (True, False), "partners are drawn"
 
 
 def test_information_of_gaussians_is_unbiased(generator: torch.Generator) -> None:

@@ -41,6 +41,11 @@ def test_linear_probe_is_logistic_regression(generator: torch.Generator) -> None
     assert found.standard_error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 200))
     assert found.chance == pytest.approx(float(torch.bincount(y[400:]).max()) / 200)
     assert found.accuracy > 0.8
+    weak = LogisticRegression(C=1e-4, max_iter=300).fit(scaler.transform(x[:400].double()), y[:400])
+    accuracy = weak.score(scaler.transform(x[400:].double()), y[400:])
+    assert probes.linear_probe(x[:400], y[:400], x[400:], y[400:], c=1e-4).accuracy == pytest.approx(accuracy)
+    gap = probes.prefix_gap(x[:400], x[400:], x[:400], x[400:], y[:400], y[400:], c=1e-4)
+    assert (gap.fused.accuracy, gap.own.accuracy) == pytest.approx((accuracy, accuracy))
 
 
 def test_prefix_gap_sees_a_starved_encoder(generator: torch.Generator) -> None:
