@@ -22,7 +22,8 @@ def good() -> MultimodalDataset:
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "no modality": ({"features": {}, "present": torch.ones(60, 0, dtype=torch.bool)}, "no modality"),
+    "no modality": ({"features": {}, "present": torch.ones(60, 0, dtype=torch.bool)}, "at least one is needed"),
+    "an unknown part": ({"split": torch.arange(60, dtype=torch.uint8) % 4}, "split code 3 in row 3 is unknown"),
     "labels of another type": ({"labels": torch.zeros(60)}, r"labels must be int64 of shape \[any\], got float32"),
     "labels that are no tensor": (
         {"labels": np.zeros(60, int)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ def test_rows_that_share_an_id_stay_in_the_part_that_the_seed_draws():
     found = [MultimodalDataset.from_arrays(x, y, id=ids, split=seed).split.reshape(30, 4) for seed in (0, 1)]
     assert all(bool((split == split[:, :1]).all()) for split in found)
     assert not torch.equal(*found)
+    usual = MultimodalDataset.from_arrays(x, y, id=ids)
+    assert torch.equal(usual.split.reshape(30, 4), found[0])
+    assert (usual.name, MultimodalDataset.from_arrays(x, y, name="mine").name) == ("arrays", "mine")
 
 
 @pytest.mark.parametrize("names", [("train", "validation", "test"), ("0", "1", "2"), ("Train", "val", "TEST"),
@@ -256,6 +260,35 @@ def test_bad_tables_are_refused_with_file_column_and_repair(case: str, tmp_path:
     assert str(path) in str(error.value)
 
 
+def test_a_folder_that_cannot_be_read_names_the_file(tmp_path: Path):
+    t = tables()
+    for name, frame in t.items():
+        write(frame, tmp_path / f"{name}.csv")
+    with pytest.raises(InputError, match=r"which columns are features and which is the label\? Write .*columns\.toml"):
+        load(tmp_path)
+    (tmp_path / "columns.toml").write_text(MAP.partition("[")[0])
+    assert load(tmp_path).name == tmp_path.name
+    write(t["labs"].assign(k="2,5"), tmp_path / "labs.csv")
+    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path / 'labs.csv'))}.*'k'"):
+        load(tmp_path)
+    write(t["labs"], tmp_path / "labs.tsv")
+    with pytest.raises(InputError, match="two tables are called labs; keep one"):
+        load(tmp_path)
+
+
+def test_names_of_data_and_of_columns():
+    t = tables()
+    assert [MultimodalDataset.from_frames(t, **ROLES, **more).name for more in ({}, {"name": "mine"})] == [
+        "frames",
+        "mine",
+    ]
+    x, y = {"x": np.random.default_rng(0).normal(size=(90, 2))}, np.array(["u", "v"] * 45)
+    assert MultimodalDataset.from_arrays(x, y, names={"x": ["p", "q"]}).feature_names == {"x": ["p", "q"]}
+    for names in (["p", "p"], ["p"], ["p", "q", "r"]):
+        with pytest.raises(InputError, match="modality 'x' has 2 columns; give each a name of its own"):
+            MultimodalDataset.from_arrays(x, y, names={"x": names})
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     folder = tmp_path_factory.mktemp("tables")
@@ -275,6 +308,12 @@ def test_new_tables_of_any_layout_are_predicted_alike(finished: LoadedRun, tmp_p
         found = finished.predict(data)
         assert found.rows == wanted.rows
         torch.testing.assert_close(found.answers, wanted.answers, rtol=1e-5, atol=1e-6)
+    arrays = {"labs": t["labs"].set_index("patient").reindex(t["demo"]["patient"])[["na", "k"]].to_numpy()}
+    found = finished.predict(arrays)  # of one modality, in the order of training
+    alone = finished.predict(one.drop(columns=["age", "from", "smokes"]))
+    torch.testing.assert_close(found.answers, alone.answers, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="arrays hold no labels; use predict"):
+        load(arrays, preprocessing=finished.preprocessing)
     table = wanted.table()
     assert set(table["prediction"]) <= {"no", "yes"}
     np.testing.assert_allclose(table["p_no"] + table["p_yes"], 1.0, rtol=1e-5)

@@ -118,8 +118,10 @@ def test_other_bad_arguments() -> None:
     present = torch.ones(5, 3, dtype=torch.bool)
     with pytest.raises(InputError, match="2 rates for 3 modalities"):
         data.mcar(present, [0.1, 0.2], torch.Generator())
-    for wrong in (present.float(), present[0], present.numpy()):
-        with pytest.raises(InputError, match="present must be a bool tensor"):
+    for wrong, got in (
+        (present.float(), r"torch.float32 \[5, 3\]"), (present[0], r"torch.bool \[3\]"), (present.numpy(), "ndarray")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"present must be a bool tensor \[N, m\], got {got}"):
             data.mcar(wrong, 0.1, torch.Generator())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must be a torch\.Generator"):
         data.mcar(present, 0.1, 0)  # type: ignore[arg-type]
