@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_the_searches_are_equally_large_and_hold_different_settings():
     for method in METHODS.values():
         resolved = [repr((c.to_dict(), o)) for c, o in (method.resolve(s, BUDGET) for s in method.search)]
         assert len(set(resolved)) == CANDIDATES, method.name
+
+
+def test_no_two_methods_are_the_same_system():
+    found = {}
+    for name, method in METHODS.items():
+        config, options = method.resolve(budget=BUDGET)
+        found.setdefault((method.fitter, repr(config.to_dict()), repr(options)), []).append(name)
+    assert [names for names in found.values() if len(names) > 1] == []
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if get(n).classes_only])
+def test_a_method_for_classes_refuses_another_task(name):
+    numbers = MultimodalDataset.from_arrays({"a": torch.rand(60, 2).numpy()}, torch.rand(60).numpy(), name="lengths")
+    with pytest.raises(
+        InputError, match=re.escape(f"method {name} is for classes and lengths holds a task of regression")
+    ):
+        get(name).fit(numbers, settings(name), 0, budget=BUDGET)
 
 
 def test_unknown_names_and_options_are_refused_in_one_line():

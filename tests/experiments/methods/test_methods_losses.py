@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,15 @@ def test_the_weights_of_a_product_are_fitted_on_masked_validation_rows(seed):
         assert not any(torch.equal(drawn, other[torch.arange(30) != 2]) for other in others)
     lost = [float((blocks[0] & ~b).sum() / blocks[0].sum()) for b in blocks]
     assert np.mean(lost[4:8]) < np.mean(lost[8:])
+
+
+def test_an_expert_that_is_sure_leaves_the_product_finite(seed, monkeypatch):
+    sure = SimpleNamespace(scores={}, predict=lambda name, x: F.one_hot(torch.zeros(len(x)).long(), 3).float())
+    monkeypatch.setattr("mmc_fast.experiments.methods.product.unimodal_models", lambda task: sure)
+    dataset = tiny(seed)
+    part = dataset.part("test")
+    found = get("product").fit(dataset, None, seed, budget=BUDGET).predict(part.features, part.present)
+    torch.testing.assert_close(found.sum(1), torch.ones(len(part)))
 
 
 def test_a_product_answers_with_weights_of_the_declared_penalty(seed):

@@ -89,7 +89,8 @@ def test_a_baseline_is_the_loop_written_out(selection, column, seed):
 def test_a_step_of_a_baseline_is_told_what_the_data_have_and_what_the_masks_left(seed, monkeypatch):
     dataset, seen, original = tiny(seed, absent=0.3), [], ImputedConcat.loss
     monkeypatch.setattr(ImputedConcat, "loss", lambda model, batch: seen.append(batch) or original(model, batch))
-    get("zeros").fit(dataset, {"modality_dropout": 0.5, "epochs": 1}, seed, budget=BUDGET)
+    fitted = get("zeros").fit(dataset, {"modality_dropout": 0.5, "epochs": 1}, seed, budget=BUDGET)
+    assert "unimodal" not in fitted.record, "none was asked for"
     part = dataset.part("train")
     order = torch.randperm(60, generator=generator(seed, "order"))
     masks = mcar(part.present, 0.5, generator(seed, "masks")).present
