@@ -129,6 +129,7 @@ def test_the_searches_are_equally_large_and_hold_different_settings():
     for method in METHODS.values():
         resolved = [repr((c.to_dict(), o)) for c, o in (method.resolve(s, BUDGET) for s in method.search)]
         assert len(set(resolved)) == CANDIDATES, method.name
+        assert method.resolve(budget=BUDGET)[0].unimodal_share <= 1, "no unimodal model trains longer than the run"
 
 
 def test_no_two_methods_are_the_same_system():
