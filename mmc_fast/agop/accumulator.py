@@ -325,7 +325,7 @@ class AGOPAccumulator:
             return
         for part in x.split(rows):
             u = run_prefix(ready(part), prefix, method.nonfinite)
-            method.update(u)
+            method.update(u, 0)
             if self._covariance is not None:
                 self._covariance.add(u[:, None, :])
                 self._covariance.advance(len(u))

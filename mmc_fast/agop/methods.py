@@ -125,7 +125,7 @@ class Method(ABC):
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device) if nonfinite is None else nonfinite
 
     @abstractmethod
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         """Add the samples ``u [n, d]``; ``chunk_rows`` is for methods of whole batches, 0 lets them choose."""
 
     def unshare(self) -> None:
@@ -160,7 +160,7 @@ class _ConstantMethod(Method):
         self._affine, self._center = Affine(w1, None, None), options.center
         self.floats_per_sample = self.inputs
 
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         step(u, self._affine, self.nonfinite)
 
     def _panels(self, n: int) -> list[Panel]:
@@ -207,7 +207,7 @@ class _CountMethod(_OneActivation):
         self._slope = activation.alpha if activation is not None else 0.0
         self.state: CountState = CountState(zeros[:-2].view(width, width), self._slope, options.center)
 
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         for affine in self._lead:
             u, _ = step(u, affine, self.nonfinite)
         self.backend = primitives.relu_coactivation_update(
@@ -231,7 +231,7 @@ class _SmoothMethod(_OneActivation):
         self._gram_backend = choose("syrk_update", options.backend, w1)
         self.state: MomentState = MomentState(1, len(w1), options.center, w1.device)
 
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         samples, activation = len(u), self._affine.activation
         if not samples or activation is None:
             return
@@ -294,7 +294,7 @@ class _RowMethod(Method):
         self._chain = chain
         self.state = _row_state(options, rows.count, rows.outputs, rows.width, w1.device, self.backend)
 
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         y, derivatives = forward_chain(u, self._chain, self.nonfinite)
         state = self.state
         if isinstance(state, ProbeState):
@@ -323,7 +323,7 @@ class AutogradMethod(Method):
         self.floats_per_sample = rows.floats_per_sample + 4 * inputs + 2 * outputs
         self.state = _row_state(options, outputs, outputs, inputs, device, None)
 
-    def update(self, u: Tensor, chunk_rows: int = 0) -> None:
+    def update(self, u: Tensor, chunk_rows: int) -> None:
         state = self.state
         signs = state.draw(len(u)).to(u) if isinstance(state, ProbeState) else None
         for index, rows in enumerate(self.rows(u, self._output, signs, self.nonfinite)):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmc_fast._util.names import unknown
 from mmc_fast.errors import InputError
 
 from .adapter import Adapter
@@ -32,8 +31,6 @@ def absence_of(adapter: Adapter, asked: str | None) -> str:
     own = has_own_mask(adapter)
     if asked is None:
         return "model" if own else "resample"
-    if asked not in ABSENCES:
-        raise unknown("absence", asked, ABSENCES)
     if asked == "model" and not own:
         raise InputError(
             "diagnose: absence='model' needs fuse(features, present) and this adapter has fuse(features); use 'resample'"

@@ -123,7 +123,9 @@ def test_measured_once_and_read_afterwards(measured, tmp_path):
     library.native().forget_ways()
     first_step()
     assert measured.calls == 2 * 39
-    for damage in ("", "{}", json.dumps({"key": {}, "rates": [[0, 1, 1, 1, 2.0, "x"]]}), '{"rates": NaN}'):
+    kept = json.loads(file.read_text())
+    foreign = json.dumps(kept | {"key": kept["key"] | {"threads": 99}})
+    for damage in (foreign, "", "{}", json.dumps({"key": {}, "rates": [[0, 1, 1, 1, 2.0, "x"]]}), '{"rates": NaN}'):
         file.write_text(damage)
         products._known.clear()
         library.native().forget_ways()
@@ -131,6 +133,21 @@ def test_measured_once_and_read_afterwards(measured, tmp_path):
         first_step()
         assert measured.calls == before + 2 * 39, damage
         assert len(json.loads(file.read_text())["rates"]) == 39
+
+
+def test_rates_of_another_number_thread_count_processor_or_limit_have_files_of_their_own(monkeypatch):
+    def file(number="float32", threads=1):
+        return products._file(products._key(number, threads))
+
+    files = [file(number, threads) for number in products.NUMBERS for threads in (1, 2)]
+    with library.forced_isa("base"):
+        files += [file()] * (library.supported_isas() != ["base"])
+    for place, value in ((products._LIMITS[0], "AVX2"), ("XDG_CACHE_HOME", "/elsewhere")):
+        with monkeypatch.context() as patch:
+            patch.setenv(place, value)
+            files.append(file())
+    assert len(set(files)) == len(files)
+    assert file() == files[0]
 
 
 @pytest.mark.parametrize("slowed", ["short products", "both ways", "the BLAS"])
