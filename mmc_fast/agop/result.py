@@ -231,9 +231,7 @@ class Factored:
             if self.w2 is not None:
                 w2 = self.w2.to(dtype)
                 s = s * (w2[:, start:stop].t() @ w2[:, start:])
-            corner = s[:, : stop - start]
-            corner.triu_()
-            corner.diagonal().mul_(0.5)
+            s.triu_().diagonal().mul_(0.5)
             yield start, stop, s
 
 

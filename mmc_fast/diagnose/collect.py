@@ -200,13 +200,13 @@ class Collector:
         order = places.argsort(stable=True)
         counts = torch.bincount(places, minlength=self.groups).tolist()
         rows = rows[order].detach().cpu()
-        sorted_inputs = None if inputs is None else [u[order] for u in inputs]
+        sorted_inputs = [u[order] for u in inputs or ()]
         start = 0
         for group, count in enumerate(counts):
             if count:
                 part = slice(start, start + count)
                 self.moments.add(group, rows[part].float() if self.chain else rows[part].double())
-                if sorted_inputs is not None and self.chain is not None:
+                if self.chain is not None:
                     self.chain.add(group, [u[part].contiguous() for u in sorted_inputs])
             start += count
 

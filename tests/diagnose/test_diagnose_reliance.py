@@ -119,6 +119,11 @@ def test_other_samples_stand_in(generator: torch.Generator) -> None:
     )
     for _ in range(9):
         assert two.drawn(torch.arange(2), torch.arange(2), generator).tolist() == [1, 0]
+    pairs = Remover(
+        remover.fuse, {"a": 2, "b": 1}, {"x": donors[:4], "row": torch.arange(4), "place": torch.arange(4) // 2}, 2
+    )
+    for _ in range(9):
+        assert pairs.drawn(torch.arange(4), torch.arange(4) // 2, generator).tolist() == [1, 0, 3, 2], "the other one"
     none = remover.outputs(features, Condition((False, False), "resample"), drawn)
     torch.testing.assert_close(none, donors[drawn])
     one = remover.outputs(features, Condition((True, False), "resample"), drawn)
@@ -157,6 +162,19 @@ def test_no_sample_stands_in_for_itself_in_any_batch(generator: torch.Generator,
     seen.clear()
     diagnose(toy, loader, resamples=0, probes=False)
     assert seen == numbers
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_three_groups_have_intervals_that_end_where_scores_do(groups: int, generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator, 300)
+    with torch.no_grad():
+        right = [(a, b, head(torch.cat([a, b], 1)).argmax(1)) for a, b, _ in loader]
+    right[0][2][:2] = (right[0][2][:2] + 1) % 3  # two of 300 are wrong, so the interval would end above 1
+    d = diagnose(Toy(head, head), right, groups=groups, resamples=40, probes=False)
+    for name in ("score.all", "without.audio", "shuffled.image", "use_share.image"):
+        m = d[name]
+        assert (m.low is None) == (groups == 2), name
+        assert groups == 2 or 0 <= m.low <= m.value <= m.high <= 1, name
 
 
 def test_progress_tells_each_batch_and_how_many_there_are(generator: torch.Generator) -> None:
@@ -583,6 +601,12 @@ def test_what_is_asked_for_comes_before_what_the_adapter_brings(generator: torch
     assert given.value("alone.image") == 0.9 != told.value("alone.image")
     assert given.value("alone.audio") == told.value("alone.audio"), "the adapter's own model, no probe"
     assert "probe_features.audio" not in given.measures
+
+    class Unread(list):
+        def __iter__(self) -> Any:
+            raise AssertionError("all abilities are known")
+
+    assert diagnose(toy, loader, probe_data=Unread(), **light | {"probes": True}).measures == told.measures
     whole = {"resamples": 0, "probes": False, "reliance": False}
     weights = [{n: torch.randn(20, w, generator=generator) for n, w in (("image", 6), ("audio", 4))} for _ in range(2)]
     name = "weight_classifier.cross_entropy"

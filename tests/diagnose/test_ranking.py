@@ -61,6 +61,12 @@ def test_ranked_pairs_of_groups(rows: int, order: str, seed: int) -> None:
         assert errors[:2].max() <= 1.1 / (2 * BINS), "the bins follow the scores, wherever they lie"
 
 
+def test_groups_without_a_positive_or_a_negative() -> None:
+    ranked = RankedPairs(1, 3)
+    ranked.add(torch.tensor([[1.0, 2.0, 2.0, 3.0]]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]))
+    assert ranked.pairs()[0].tolist() == [[1.0, 0.5, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 MEMORY = """
 import resource, sys, torch
 from torch import nn

@@ -287,7 +287,7 @@ def agop_finalise(
     if choose("agop_finalise", backend, weight, outer) == "triton":
         return _run("agop_finalise", "triton", (weight, outer), weight, outer, inner, scale, nonfinite)[1]
     g = _run("agop_finalise", backend, (weight, outer), weight, outer, inner)[1]
-    return nan_where(nonfinite, g if scale == 1.0 else g.mul_(scale))
+    return nan_where(nonfinite, g.mul_(scale))
 
 
 def nan_where(nonfinite: Tensor | None, values: Tensor) -> Tensor:

@@ -425,6 +425,28 @@ def test_bad_input_is_one_clear_line(change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swish"}, "allowed are identity, relu"), ({"x": torch.zeros(3)}, "x is float32"),
+        ({"weight": torch.zeros(4, 5)}, "weight has shape"), ({"bias": torch.zeros(3)}, "bias has shape"),
+        ({"gram": torch.zeros(4, 4)}, "gram is float32"), ({"gram": torch.zeros(3, 4).double()}, "gram is"),
+        ({"total": torch.zeros(4)}, "total is float32"), ({"total": torch.zeros(3).double()}, "total is"),
+        ({"total": torch.zeros(8).double()[::2]}, "not contiguous"), ({"nonfinite": torch.zeros(1)}, "nonfinite is"),
+        ({"chunk_rows": -1}, "chunk_rows=-1"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_smooth_layers_is_one_clear_line(change, message):
+    good = {
+        "x": torch.zeros(3, 2), "weight": torch.zeros(4, 2), "bias": torch.zeros(4), "activation": "tanh", "chunk_rows": 0,
+        "gram": torch.zeros(4, 4).double(), "total": torch.zeros(4).double(), "nonfinite": torch.zeros(1).long(),
+    }  # fmt: skip
+    agop.derivative_gram_update(**good)
+    with pytest.raises(InputError, match=message) as caught:
+        agop.derivative_gram_update(**good | change)
+    assert "\n" not in str(caught.value)
+
+
 @native_only
 def test_registered_ops_pass_opcheck(generator):
     x, weight, bias = layer(70, 3, 5, generator)
