@@ -88,6 +88,26 @@ def test_batches_are_the_rows_of_their_part_in_order(good: MultimodalDataset) ->
     assert [len(b) for b in good.part("validation").batches(4)] == [4, 2]
 
 
+def test_parts_of_streamed_data_are_runs_of_rows(good: MultimodalDataset) -> None:
+    with pytest.raises(InputError, match="must be in the order train, validation, test"):
+        replace(good, streamed=True)
+    order = good.split.argsort(stable=True)
+    features = {name: x[order] for name, x in good.features.items()}
+    rows = {"present": good.present[order], "labels": good.labels[order], "split": good.split[order]}
+    plain = replace(good, features=features, **rows)
+    streamed = replace(plain, streamed=True)
+    for name in ("train", "validation", "test"):
+        a, b = plain.part(name), streamed.part(name)
+        assert (a.streamed, b.streamed) == (False, True)
+        for x, y in zip(
+            (*a.features, a.present, a.labels, a.index), (*b.features, b.present, b.labels, b.index), strict=True
+        ):
+            assert torch.equal(x, y)
+    assert torch.equal(streamed.keep(["a", "b"]).features["b"], features["b"])
+    with pytest.raises(InputError, match="drops rows of features that are mapped into memory"):
+        streamed.keep(["b"])
+
+
 def test_synthetic_signal_is_where_it_is_said_to_be(seed: int) -> None:
     strong, weak = SyntheticModality(strength=4.0), SyntheticModality(strength=0.5, predictive=2)
     got = data.synthetic(1500, modalities={"strong": strong, "weak": weak}, num_classes=3, seed=seed)

@@ -67,6 +67,7 @@ def test_tables_joined_by_id_hold_what_was_computed_by_hand():
     t = tables()
     found = MultimodalDataset.from_frames(t, **ROLES)
     assert found.classes == ["no", "yes"]
+    assert found.row_names == [str(n + 7) for n in range(ROWS)]
     assert found.labels.tolist() == [i % 2 for i in range(ROWS)]
     assert found.present[:, 0].tolist() == [False] * 10 + [True] * (ROWS - 10)  # the ten without laboratory values
     train_rows = t["out"]["part"].to_numpy() == "train"
@@ -276,6 +277,28 @@ def test_a_folder_that_cannot_be_read_names_the_file(tmp_path: Path):
         load(tmp_path)
 
 
+def test_categories_are_those_of_the_training_rows_alone():
+    t = tables()
+    t["demo"].loc[t["out"]["part"] == "validation", "from"] = "boat"
+    found = MultimodalDataset.from_frames(t, **ROLES)
+    assert found.feature_names["demo"] == ["age", "from=clinic", "from=home", "from=ward", "from=other", "smokes"]
+
+
+def test_presence_ids_and_the_policy_for_gaps_that_are_given():
+    x, here = np.random.default_rng(0).normal(size=(90, 2)), np.arange(90) % 4 > 0
+    arrays, y, ids = {"x": x, "z": x}, np.array(["u", "v"] * 45), [f"p{n}" for n in range(90)]
+    found = MultimodalDataset.from_arrays(arrays, y, id=ids, present={"x": here})
+    assert found.present.tolist() == np.column_stack([here, np.ones(90, bool)]).tolist()
+    assert found.row_names == ids
+    names = [
+        MultimodalDataset.from_frames(tables(), **ROLES, nan_policy=p).feature_names["labs"]
+        for p in ("indicator", "mean")
+    ]
+    assert names == [["na", "k", "k measured"], ["na", "k"]]
+    with pytest.raises(InputError, match="NaN"):
+        MultimodalDataset.from_frames(tables(), **ROLES, nan_policy="error")
+
+
 def test_names_of_data_and_of_columns():
     t = tables()
     assert [MultimodalDataset.from_frames(t, **ROLES, **more).name for more in ({}, {"name": "mine"})] == [
@@ -312,6 +335,8 @@ def test_new_tables_of_any_layout_are_predicted_alike(finished: LoadedRun, tmp_p
     found = finished.predict(arrays)  # of one modality, in the order of training
     alone = finished.predict(one.drop(columns=["age", "from", "smokes"]))
     torch.testing.assert_close(found.answers, alone.answers, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"give arrays of numbers \[N, d\] with one N"):
+        finished.predict(arrays | {"demo": arrays["labs"][:5]})
     with pytest.raises(InputError, match="arrays hold no labels; use predict"):
         load(arrays, preprocessing=finished.preprocessing)
     table = wanted.table()
@@ -365,6 +390,14 @@ def test_a_split_can_be_drawn_for_scoring_a_table_or_a_folder(finished: LoadedRu
         assert np.bincount(drawn[0]).tolist() == [96, 16, 48]
         assert torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_roles_that_are_given_win_over_those_of_the_run(finished: LoadedRun, tmp_path: Path):
+    one = whole(tables(1, 40))
+    wanted = load(one, preprocessing=finished.preprocessing)
+    path = write(one.rename(columns={"died": "dead"}), tmp_path / "one.csv")
+    found = load(path, preprocessing=finished.preprocessing, columns={"label": "dead"})
+    assert torch.equal(found.labels, wanted.labels)
 
 
 def test_a_label_that_training_did_not_have_is_refused_when_scoring(finished: LoadedRun):

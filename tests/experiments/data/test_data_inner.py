@@ -38,6 +38,9 @@ def test_the_inner_split_holds_no_test_row_and_every_class(seed):
     again = inner_split(dataset, [40, 20, 30], seed)
     assert all(torch.equal(x, inner.features[name]) for name, x in again.features.items())
     inner_split(dataset, [89, 30, 1], seed)  # all rows that there are
+    every = [inner_split(dataset, [60, 30, 30], seed + n).split for n in (0, 1)]
+    assert list(map(len, every)) == [120, 120]
+    assert not torch.equal(*every), "the parts are drawn, not only what is left out"
     for wrong in ([90, 20, 11], [100, 20, 30], [50, 20, 0], [-1, 30, 30], [40, 20], [40, 20, 30, 10]):
         with pytest.raises(InputError, match="three numbers of at most 120 rows"):
             inner_split(dataset, wrong, seed)

@@ -126,6 +126,11 @@ def test_every_class_of_three_or_more_is_in_every_part(count: int, grouped: bool
         assert parts.tolist() == [*ends, count - sum(ends)]
 
 
+def test_the_ends_of_the_parts_are_rounded_not_their_sizes() -> None:
+    """Of 15 rows 60 % are 9 and 70 % are 10, whatever 10 % are."""
+    assert np.bincount(stratified_split(np.zeros(15, np.int64), seed=0)).tolist() == [9, 1, 5]
+
+
 def test_no_rows_have_an_empty_split() -> None:
     nothing = np.zeros(0, np.int64)
     assert [len(stratified_split(nothing, seed=0, ids=ids)) for ids in (None, nothing)] == [0, 0]

@@ -61,6 +61,10 @@ def test_columns_in_another_order_and_arrays_give_the_same_predictions(finished:
     assert torch.equal(other.answers, same)
     assert (other.differences["new_columns"], other.differences["missing_columns"]) == ({"labs": ["extra"]}, {})
     assert other.rows == [str(i) for i in range(1000, 1040)]
+    order = finished.predict(save(tmp_path / "c.npz", new | {"x_labs": new["x_labs"][:, [2, 0, 1]]}, ["ph", "na", "k"]))
+    assert torch.equal(order.answers, same)
+    fewer = finished.predict(save(tmp_path / "d.npz", new | {"x_labs": new["x_labs"][:, [1, 0]]}, ["k", "na"]))
+    assert (fewer.differences["new_columns"], fewer.differences["missing_columns"]) == ({}, {"labs": ["ph"]})
 
 
 def test_a_cohort_without_a_modality_is_that_of_rows_which_lack_it(finished: LoadedRun, tmp_path: Path):
@@ -174,7 +178,8 @@ def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: in
 
 
 @pytest.mark.parametrize(("values", "far"), [([2.0] + [0.0] * 19, False), ([2.0, 2.0] + [0.0] * 18, True),
-                                             ([1.0] * 16, False), ([1.0] * 17, True)])  # fmt: skip
+                                             ([1.0] * 16, False), ([1.0] * 17, True),
+                                             ([2.0] + [0.0] * 18 + [np.nan] * 5, True)])  # fmt: skip
 def test_a_column_is_far_beyond_its_limits_not_at_them(values: list[float], far: bool) -> None:
     """One value of twenty outside is 5 %; a mean of 1 s.d. is 0.25 + 3 / sqrt(16)."""
     scaler = ViewScaler.fit(np.array([[-1.0], [1.0]]), np.ones(2, bool), indicator=False, standardise=True)

@@ -7,9 +7,11 @@ import torch
 from training_data import small, tiny
 
 from mmc_fast.errors import InputError
+from mmc_fast.experiments.tasks import MultiLabel, Regression
 from mmc_fast.experiments.training import load_run, predict, train
 from mmc_fast.experiments.training.expert_weights import PENALTY, masked_rows
 from mmc_fast.experiments.training.experts import ExpertProduct
+from mmc_fast.experiments.training.model import MultimodalModel
 
 
 @pytest.mark.parametrize("method", ["dropout", "ebr"])
@@ -47,6 +49,12 @@ def test_the_answer_is_the_product_by_hand(method, seed, tmp_path):
         torch.testing.assert_close(getattr(product, name).detach(), getattr(own, name).detach(), rtol=1e-2, atol=1e-3)
     again = load_run(tmp_path / "run").model
     torch.testing.assert_close(predict(again, part.features, present), found, rtol=0, atol=0)
+
+
+def test_experts_are_pooled_as_the_task_says():
+    for task in (Regression(("y", "z")), MultiLabel(("u", "v"))):
+        model = MultimodalModel({"a": 4, "b": 3}, 2, small("vanilla", experts=True), task)
+        assert model.experts.product.task == task
 
 
 def test_experts_need_unimodal_models():

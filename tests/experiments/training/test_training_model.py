@@ -8,9 +8,10 @@ import pytest
 import torch
 from training_data import small, tiny
 
+from mmc_fast.errors import InputError
 from mmc_fast.experiments.training import evaluate, parts, predict
 from mmc_fast.experiments.training.encoder import build_encoder
-from mmc_fast.experiments.training.model import MultimodalModel
+from mmc_fast.experiments.training.model import MultimodalModel, select_modalities
 from mmc_fast.experiments.training.substitution import describe, ranking_parts, refresh, source_for
 
 
@@ -216,3 +217,17 @@ def test_heads_are_required_where_they_are_used(seed):
     model = build(seed, small("vanilla"))
     with pytest.raises(RuntimeError, match="no EBR heads"):
         model.latents([torch.zeros(1, d) for d in (5, 3, 4)])
+
+
+@pytest.mark.parametrize("wanted", [[], ["a", "a"], ["a", "x"]])
+def test_a_selection_of_heads_that_means_nothing_is_refused(wanted):
+    with pytest.raises(InputError, match=r"each once|Unknown ebr modality"):
+        select_modalities(["a", "b"], wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_encoders_drop_units_in_training_alone(dropout, seed):
+    torch.manual_seed(seed)
+    encoder, x = build_encoder(5, small("vanilla", encoder_width=64, encoder_dropout=dropout)), torch.randn(8, 5)
+    assert torch.equal(encoder.train()(x), encoder(x)) == (dropout == 0)
+    assert torch.equal(encoder.eval()(x), encoder(x))
