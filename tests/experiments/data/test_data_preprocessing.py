@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmc_fast.errors import InputError
-from mmc_fast.experiments.data import load
+from mmc_fast.experiments.data import load, synthetic
 from mmc_fast.experiments.data.preprocessing import Preprocessing, ViewColumns, shift
 from mmc_fast.experiments.data.scaler import ViewScaler
 from mmc_fast.experiments.tasks import Classification
@@ -128,6 +128,11 @@ def test_what_cannot_be_used_is_refused(finished: LoadedRun, tmp_path: Path, cha
     np.savez(tmp_path / "a.npz", **change(arrays(10, 0)))
     with pytest.raises(InputError, match=said):
         finished.predict(tmp_path / "a.npz")
+
+
+def test_a_data_set_of_other_modalities_is_refused(finished: LoadedRun) -> None:
+    with pytest.raises(InputError, match="modalities"):
+        finished.predict(synthetic(60, modalities=2, num_classes=2))
 
 
 def test_shift_compares_with_the_training_rows_and_knows_the_thresholds(seed: int) -> None:
