@@ -269,6 +269,15 @@ def test_a_folder_that_cannot_be_read_names_the_file(tmp_path: Path):
         load(tmp_path)
     (tmp_path / "columns.toml").write_text(MAP.partition("[")[0])
     assert load(tmp_path).name == tmp_path.name
+    assert (
+        load(
+            write(whole(t), tmp_path / "one.csv"), columns=ROLES | {"modalities": {"labs": ["na"], "demo": ["age"]}}
+        ).name
+        == "one"
+    )
+    (tmp_path / "one.csv").unlink()
+    with pytest.raises(InputError, match="Unknown id column in table 'labs'"):
+        MultimodalDataset.from_frames(t | {"labs": t["labs"].rename(columns={"patient": "who"})}, **ROLES)
     write(t["labs"].assign(k="2,5"), tmp_path / "labs.csv")
     with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path / 'labs.csv'))}.*'k'"):
         load(tmp_path)
