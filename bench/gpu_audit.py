@@ -188,7 +188,7 @@ def cases() -> Iterator[Case]:
     yield agop_case(65536, 256, 512, 10, {"whole": 6, "bytes": 0.05})
     launches = {"forward": 8, "backward": 7}
     narrow, paper = Ebr(5, 128, 256, 64, (64,), 4096), Ebr(4, 128, 1024, 512, (512, 256), 512)
-    for precision in ("tf32", "bf16"):
+    for precision in ("fp32", "tf32", "bf16"):
         yield ebr_case("m 5 d 128 h 256 k 64 B 4096", precision, narrow, launches | {"bytes": 0.5, "GFLOP": 14})
         yield ebr_case("the paper's widths, m 4 B 512", precision, paper, launches | {"bytes": 0.5})
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 # An H100 SXM by its data sheet: multiprocessors, bytes a second of memory, operations a second by kind of operand; the second-level
 # cache as measured by others
 MULTIPROCESSORS, MEMORY, CACHE = 132, 3.35e12, 5.5e12
-PEAK = {"fp32:ieee": 67e12, "fp32:tf32": 495e12, "bf16": 989e12, "fp16": 989e12, "int8": 1979e12}
+PEAK = {"fp32:tf32x3": 495e12 / 3, "fp32:tf32": 495e12, "bf16": 989e12, "fp16": 989e12, "int8": 1979e12}
 OF_PEAK, OF_MEMORY = 0.6, 0.8  # what good kernels reach
 LAUNCH, LAUNCH_IN_GRAPH = 3.0, 1.5  # microseconds
 

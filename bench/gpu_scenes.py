@@ -137,8 +137,8 @@ EBR_KINDS = {
 NARROW, WIDE = Ebr(5, 128, 256, 64, (64,), 64), Ebr(4, 128, 256, 256, (256, 256), 64)
 EBR_CASES = {
     "narrow": (NARROW, "plain", tuple(PRECISIONS)),
-    "wide": (WIDE, "plain", ("tf32", "bf16")),
-    "weights": (WIDE, "weights", ("tf32", "bf16")),
+    "wide": (WIDE, "plain", tuple(PRECISIONS)),
+    "weights": (WIDE, "weights", tuple(PRECISIONS)),
     "index": (WIDE, "index", ("bf16",)),
     "no hidden layer": (Ebr(2, 64, 64, 64, (), 64), "plain", ("tf32",)),
     "odd widths": (Ebr(4, (74, 35, 300, 33), 300, 131, (9, 7), 65), "weights", tuple(PRECISIONS)),

@@ -72,13 +72,16 @@ def usable(tensors: Sequence[Tensor]) -> str | None:
 
 
 def input_precision(dtype: torch.dtype = torch.float32) -> str:
-    """``input_precision`` of ``tl.dot``: ``"tf32"`` where torch's settings allow it for float32, else ``"ieee"``.
+    """``input_precision`` of ``tl.dot``: for float32 ``"tf32"`` where torch's settings allow it, else ``"tf32x3"``.
 
-    ``torch.backends.cuda.matmul.fp32_precision`` also shows what ``torch.set_float32_matmul_precision``,
-    ``allow_tf32`` or ``torch.backends.fp32_precision`` set.
+    The latter splits both operands into a TF32 number and the rest and leaves out the product of the rests: tensor cores
+    do it, a product ``a b`` is off by at most ``2⁻²¹ |a b|``, and sums are of float32. Other dtypes: "ieee".
+    ``torch.backends.cuda.matmul.fp32_precision`` also shows what ``torch.set_float32_matmul_precision``, ``allow_tf32`` or
+    ``torch.backends.fp32_precision`` set.
     """
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def product_kind(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmc_fast._util.autocast import autocast_enabled
+from mmc_fast._util.autocast import autocast_enabled, cast_together
 from mmc_fast.ops.dispatch import choose, record
 from mmc_fast.ops.ebr import op, reference, triton
 from mmc_fast.ops.ebr.reference import Call
@@ -17,6 +17,7 @@ from mmc_fast.ops.ebr.reversal import check_reversal, grad_reverse, lambda_tenso
 __all__ = ["EBROutput", "check_reversal", "ebr_step", "grad_reverse"]
 
 _NARROW = 64  # widest layer that autocast computes in float32 (docs/performance.md)
+_CASTS_ALONE = ("cpu",)  # there a gradient is still in the cache when it is added to a parameter's
 
 
 class EBROutput(NamedTuple):
@@ -147,7 +148,11 @@ def _autocast(call: Call) -> EBROutput:
     # narrow layers take longer in bfloat16 on a CPU than in float32, and are less exact
     narrow = device == "cpu" and call.backend != "reference" and max(max(p.shape) for p in call.params) <= _NARROW
     inside = torch.float32 if narrow else dtype
-    features, params = [f.to(inside) for f in call.features], [p.to(inside) for p in call.params]
+    m, tensors = len(call.features), [*call.features, *call.params]
+    # one by one: where casts are not launched, for a compiler, and to be differentiated twice
+    alone = device in _CASTS_ALONE or call.backend == "reference" or not triton.applies(call)
+    tensors = [t.to(inside) for t in tensors] if alone else cast_together(tensors, inside)
+    features, params = tensors[:m], tensors[m:]
     with torch.autocast(device, enabled=False):
         out = _run(call._replace(features=features, params=params))
     return EBROutput([r.to(dtype) for r in out.recovered], out.latents.to(dtype), *out[2:]) if narrow else out

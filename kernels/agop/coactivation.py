@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 HIDDEN = {  # kind of product (common.product_kind), or signs of float32 and of 16 bits -> tile
-    "ieee": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
+    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
     "signs": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 16}, 8, 4),
     "half signs": Tile({"BLOCK_H": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 4),
@@ -213,7 +213,7 @@ def hidden_fwd(
         x, weight, weight if bias is None else bias.contiguous(), out, nonfinite, samples, x.shape[1], units,
         x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), out.stride(0), alpha, beta, *constants,
         ACTIVATION=activation, SIGNS=signs, SPLIT=split and common.BFLOAT16_PRODUCTS,
-        HAS_BIAS=bias is not None, PRECISION="ieee" if split else input_precision(),
+        HAS_BIAS=bias is not None, PRECISION="ieee" if split else input_precision(x.dtype),
         **tile.options,
     )  # fmt: skip
     return out[:, :samples]

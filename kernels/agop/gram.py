@@ -19,17 +19,17 @@ __all__ = ["FUSED_WIDTH", "chain_gram_update", "derivative_gram_update", "gram_f
 
 # kind of product (common.product_kind) -> tile
 GRAM = {
-    "ieee": Tile({"BLOCK_H": 64, "BLOCK_R": 16}, 8, 2),
+    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_R": 16}, 8, 2),
     "tf32": Tile({"BLOCK_H": 64, "BLOCK_R": 32}, 8, 3),
     "half": Tile({"BLOCK_H": 64, "BLOCK_R": 64}, 8, 3),
 }
 CHAIN = {
-    "ieee": Tile({"BLOCK_H": 64, "BLOCK_R": 32, "BLOCK_K": 16}, 8, 2),
+    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_R": 32, "BLOCK_K": 16}, 8, 2),
     "tf32": Tile({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
     "half": Tile({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 2),
 }
 ROWS = {
-    "ieee": Tile({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 4, 2),
+    "tf32x3": Tile({"BLOCK_H": 64, "BLOCK_R": 64, "BLOCK_K": 32}, 4, 2),
     "tf32": Tile({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 32}, 8, 3),
     "half": Tile({"BLOCK_H": 128, "BLOCK_R": 64, "BLOCK_K": 64}, 8, 3),
 }
@@ -227,7 +227,7 @@ def gram_fwd(rows: Tensor, gram: Tensor, total: Tensor | None = None) -> None:
         _gram_fwd_kernel, grid, rows.device,
         rows, sums, totals, rows.shape[1], units, split_rows, rows.stride(0), rows.stride(1),
         0 if atomic else sums.stride(0), sums.stride(-2), 0 if atomic else totals.stride(0),
-        ATOMIC=atomic, TOTAL=total is not None, PRECISION=input_precision(), CHAIN=CHAIN_ROWS, **tile.options,
+        ATOMIC=atomic, TOTAL=total is not None, PRECISION=input_precision(rows.dtype), CHAIN=CHAIN_ROWS, **tile.options,
     )  # fmt: skip
     if not atomic:
         _fold(sums, gram)
@@ -278,7 +278,7 @@ def rows_fwd(left: Tensor, inner: Tensor, v: Tensor, outer: Tensor | None) -> Te
         _rows_fwd_kernel, grid, v.device,
         *_operands(left, inner, v, outer), out, count, left.shape[-2], v.shape[0], units,
         *_strides(left, inner, v, outer), out.stride(0),
-        HAS_OUTER=outer is not None, PRECISION=input_precision(), **tile.options,
+        HAS_OUTER=outer is not None, PRECISION=input_precision(v.dtype), **tile.options,
     )  # fmt: skip
     return out[:, :count]
 
@@ -312,7 +312,7 @@ def chain_gram_update(left: Tensor, inner: Tensor, v: Tensor, outer: Tensor | No
         _chain_fwd_kernel, grid, gram.device,
         *_operands(left, inner, v, outer), sums, count, per_sample, v.shape[0], units, split_rows,
         *_strides(left, inner, v, outer), 0 if atomic else sums.stride(0), sums.stride(-2),
-        HAS_OUTER=outer is not None, ATOMIC=atomic, PRECISION=input_precision(), CHAIN=CHAIN_ROWS, **tile.options,
+        HAS_OUTER=outer is not None, ATOMIC=atomic, PRECISION=input_precision(v.dtype), CHAIN=CHAIN_ROWS, **tile.options,
     )  # fmt: skip
     if not atomic:
         _fold(sums, gram)

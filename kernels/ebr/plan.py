@@ -9,7 +9,6 @@ from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import common
@@ -28,18 +27,20 @@ TILES = {
         for rows, columns in ((128, 128), (64, 128), (64, 64))
     }
     for kind, depth in (("half", 64), ("tf32", 32))
-} | {"ieee": {(64, 64): Tile({"BM": 64, "BN": 64, "BK": 16}, 8, 2, 128)}}
+}
+_SPLIT = {64: Tile({"BM": 64, "BN": 64, "BK": 16}, 4, 3), 128: Tile({"BM": 128, "BN": 64, "BK": 32}, 8, 3)}
+TILES["tf32x3"] = {wanted: _SPLIT[wanted[1]] for wanted in TILES["tf32"]}  # larger ones spill on sm_80
 LOSS_TILES = {
     "half": Tile({"BM": 64, "BP": 64}, 4, 2),
     "tf32": Tile({"BM": 64, "BP": 64}, 4, 2),
-    "ieee": Tile({"BM": 32, "BP": 32}, 4, 2),
+    "tf32x3": Tile({"BM": 32, "BP": 32}, 4, 2),
 }
 
 
 def product_tile(kind: str, columns: int, rows: int = 1 << 30) -> Tile:
     """The tile for products of so many columns; ``rows``: of the weight gradients of the same launch."""
     wanted = (128 if columns >= 256 and rows >= 128 else 64, 128 if columns >= 256 else 64)
-    return TILES[kind].get(wanted) or TILES[kind][64, 64]
+    return TILES[kind][wanted]
 
 
 def shares(rows: int, each: int, most: int) -> int:
@@ -79,21 +80,9 @@ class Sizes:
         return not any(n % 16 for n in (*self.dims, self.hidden, *self.psi[:-1]))
 
 
-def _rounds_to_tf32(like: Tensor) -> bool:
-    """Whether this compiler makes TF32 products of IEEE float32 ones on this device."""
-    ieee = like.dtype == torch.float32 and input_precision() == "ieee"
-    old = triton_version() < (3, 9) and like.device.type == "cuda"
-    return ieee and old and torch.cuda.get_device_capability(like.device)[0] == 10
-
-
 def unsupported(features: Sequence[Tensor], params: Sequence[Tensor]) -> str | None:
     """Say which size the kernels cannot run, None where they can."""
     m, dtype = len(features), features[0].dtype
-    if _rounds_to_tf32(features[0]):
-        return (
-            f"Triton {triton.__version__} rounds float32 products to TF32 on compute capability 10, which torch's settings do "
-            "not allow; install Triton 3.9 or newer, allow TF32, or take backend='eager'"
-        )
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 and float16 and features[0] is {dtype}"
     if m > MOST_MODALITIES:

@@ -77,8 +77,9 @@ def _checks(
                 ((64, 128, 65), 256, 64, (64,)),
                 ((128, 96), 1024, 512, (512, 256)),
             ):
-                name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}"
-                yield name, partial(_ebr, device, generator, backend, dtype, *sizes)
+                for low in (False, True)[: 1 + (dtype == torch.bfloat16)]:
+                    name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}{' by autocast' * low}"
+                    yield name, partial(_ebr, device, generator, backend, dtype, *sizes, low=low)
 
 
 def _integers(generator: torch.Generator, *shape: int) -> Tensor:
@@ -119,7 +120,7 @@ def _chain(device, generator, backend, dtype, samples, depth, units) -> str | No
     return _far(gram, (rows.t() @ rows).triu(), dtype)
 
 
-def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | None:
+def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi, low: bool = False) -> str | None:
     def layers(*widths: int) -> list[Tensor]:
         found = []
         for a, b in pairwise(widths):
@@ -138,16 +139,19 @@ def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi) -> str | 
         leaves = [[leaf(t, kind, where) for t in head] for group in heads for head in group]
         psi_leaves = [leaf(t, kind, where) for t in last]
         inputs = [leaf(f, kind, where) for f in features]
-        out = functional.ebr_step(
-            inputs, leaves[: len(dims)], leaves[len(dims) :], psi_leaves, present=present.to(where), reversal=0.3, backend=how
-        )  # fmt: skip
+        with torch.autocast(where.type, torch.bfloat16, enabled=low and kind == torch.float32):
+            out = functional.ebr_step(
+                inputs, leaves[: len(dims)], leaves[len(dims) :], psi_leaves, present=present.to(where), reversal=0.3,
+                backend=how,
+            )  # fmt: skip
         total = sum(r.float().square().sum() for r in out.recovered) / 100
         (total + out.discrimination_loss + out.reconstruction_loss).backward()
         wanted = [*out.recovered, out.discrimination_loss, *(t.grad for head in leaves for t in head)]
         return [t.detach() for t in (*wanted, *(t.grad for t in psi_leaves), *(f.grad for f in inputs))]
 
     truth = run(torch.float64, torch.device("cpu"), "reference")
-    for index, (got, expected) in enumerate(zip(run(dtype, device, backend), truth, strict=True)):
+    own = torch.float32 if low else dtype
+    for index, (got, expected) in enumerate(zip(run(own, device, backend), truth, strict=True)):
         limits = _LIMITS if index <= len(dims) else _GRADIENT_LIMITS  # what is recovered and the loss come first
         if problem := _far(got, expected, dtype, limits):
             return f"output {index}: {problem}"

@@ -21,10 +21,10 @@ MATMUL = torch.backends.cuda.matmul
     ("owner", "name", "value", "expected"),
     [
         (MATMUL, "fp32_precision", "tf32", "tf32"),
-        (MATMUL, "fp32_precision", "ieee", "ieee"),
+        (MATMUL, "fp32_precision", "ieee", "tf32x3"),
         (MATMUL, "allow_tf32", True, "tf32"),
         (torch.backends, "fp32_precision", "tf32", "tf32"),
-        (torch.backends, "fp32_precision", "ieee", "ieee"),
+        (torch.backends, "fp32_precision", "ieee", "tf32x3"),
     ],
 )
 def test_precision_follows_every_interface_of_torch(owner, name, value, expected):

@@ -12,6 +12,7 @@ from ebr_oracle import BACKENDS, NO_NATIVE, actual, draw_case, expected
 from torch import nn
 
 from mmc_fast import functional
+from mmc_fast._util.autocast import cast_together
 from mmc_fast.nn import EBRHead
 
 FLOAT32_TOLERANCE = 2e-5  # relative to the norm of the float64 truth; sizes here are tiny, eps is 1.2e-7
@@ -293,6 +294,27 @@ def test_autocast_returns_gradients_in_the_dtype_of_the_parameters(form):
     truth = head.double()([f.detach().double() for f in x])
     assert head.encoders[0][0].weight.grad.dtype == torch.float64 or x[0].grad.dtype == torch.float32
     torch.testing.assert_close(out.recovered[0].double(), truth.recovered[0], rtol=0.05, atol=0.02)
+
+
+def test_autocast_casts_all_together_where_casts_are_launches(monkeypatch, generator):
+    """As on a GPU: one operator each way, and what one by one would give: values, gradients, and none that nobody asked for."""
+    head = EBRHead([6, 70], 8, 16, (5,), backend="eager")
+    head.decoders[0][0].weight.requires_grad_(False)
+    first, second = torch.randn(16, 6, generator=generator), torch.randn(16, 70, generator=generator).requires_grad_()
+    found, casts = [], []
+    for alone in (("cpu",), ()):
+        monkeypatch.setattr(functional, "_CASTS_ALONE", alone)
+        head.zero_grad(), setattr(second, "grad", None)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.profiler.profile() as seen:
+            out = head([first, second])
+            (out.recovered[1].float().sum() + out.discrimination_loss).backward()
+        found.append([*out.recovered, out.latents, second.grad, *(p.grad for p in head.parameters())])
+        assert first.grad is None and head.decoders[0][0].weight.grad is None
+        casts.append(sum(event.name == "aten::_foreach_copy_" for event in seen.events()))
+    assert casts == [0, 2]
+    assert [t.requires_grad for t in cast_together([first, second], torch.bfloat16)] == [False, True]
+    for a, b in zip(*found, strict=True):
+        assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 @pytest.mark.parametrize(("hidden", "rounded_once"), [(64, True), (65, False)])

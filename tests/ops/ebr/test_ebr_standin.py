@@ -145,7 +145,7 @@ def test_another_alignment_stride_or_precision_is_looked_up(what, monkeypatch):
         width = 32 if what == "strides" and shifted else 16
         weight.data = torch.zeros(16, 16).t() if what == "parameters" and shifted else torch.zeros(16, 16)
         monkeypatch.setattr(
-            plan, "input_precision", lambda dtype: "tf32" if what == "precision" and shifted else "ieee"
+            plan, "input_precision", lambda dtype: "tf32" if what == "precision" and shifted else "tf32x3"
         )
         other = torch.zeros(8, 64)[:, ::4] if what == "columns" and shifted else torch.zeros(8, width)[:, :16]
         features = [made("features", 8, 16).requires_grad_(), other]

@@ -47,32 +47,6 @@ def test_what_the_kernels_do_not_compute_is_refused_with_the_reason(monkeypatch)
     assert "64 modalities" in kernels.unsupported(x, [])
 
 
-@needs_triton
-@pytest.mark.parametrize(
-    ("version", "capability", "dtype", "precision", "refused"),
-    [
-        ("3.7.1", 10, torch.float32, "ieee", True),
-        ("3.7.1", 10, torch.float32, "tf32", False),
-        ("3.7.1", 10, torch.bfloat16, "ieee", False),
-        ("3.9.0", 10, torch.float32, "ieee", False),
-        ("3.7.1", 9, torch.float32, "ieee", False),
-    ],
-)
-def test_a_compiler_that_rounds_to_tf32_is_refused(version, capability, dtype, precision, refused, monkeypatch):
-    from mmc_fast.kernels.ebr import plan as ebr_plan
-
-    monkeypatch.setattr(ebr_plan.triton, "__version__", version)
-    monkeypatch.setattr(ebr_plan, "input_precision", lambda: precision)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    head = EBRHead([3, 3], latent_dim=4, hidden_dim=6, psi_dims=(5,))
-    flat = [p for seq in (*head.encoders, *head.decoders, head.discriminator) for p in seq.parameters()]
-    features = [SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, shape=(2, 3))] * 2
-    reason = ebr_plan.unsupported(features, flat)
-    assert bool(reason) == refused
-    if refused:
-        assert "capability 10" in reason
-
-
 def test_the_package_works_where_triton_is_not_installed():
     script = (
         "import sys; sys.modules['triton'] = None\n"
