@@ -79,7 +79,7 @@ def _checks(
             ):
                 for low in (False, True)[: 1 + (dtype == torch.bfloat16)]:
                     name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}{' by autocast' * low}"
-                    yield name, partial(_ebr, device, generator, backend, dtype, *sizes, low=low)
+                    yield name, partial(_ebr, device, generator, backend, dtype, low, *sizes)
 
 
 def _integers(generator: torch.Generator, *shape: int) -> Tensor:
@@ -120,7 +120,7 @@ def _chain(device, generator, backend, dtype, samples, depth, units) -> str | No
     return _far(gram, (rows.t() @ rows).triu(), dtype)
 
 
-def _ebr(device, generator, backend, dtype, dims, hidden, latent, psi, low: bool = False) -> str | None:
+def _ebr(device, generator, backend, dtype, low, dims, hidden, latent, psi) -> str | None:
     def layers(*widths: int) -> list[Tensor]:
         found = []
         for a, b in pairwise(widths):

@@ -115,7 +115,9 @@ def _dot(self: Any, a: Handle, b: Handle, d: Handle, precision: Any, imprecise: 
     if kind == "fp32:tf32x3":
         x_high, y_high = to_tf32(x), to_tf32(y)
         small = _cut_to_tf32(x - x_high) @ y_high + x_high @ _cut_to_tf32(y - y_high)
-        product = np.where(np.isnan(small), np.float32(0), small) + x_high @ y_high  # an infinity leaves NaN as its rest
+        product = (
+            np.where(np.isnan(small), np.float32(0), small) + x_high @ y_high
+        )  # an infinity leaves NaN as its rest
     elif kind == "fp32:tf32":
         product = to_tf32(x) @ to_tf32(y)
     else:
