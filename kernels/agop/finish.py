@@ -13,7 +13,7 @@ from .coactivation import upper_tile
 __all__ = ["agop_finalise"]
 
 # small tiles where larger ones would leave most of the machine idle
-SMALL = Tile({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 3)
+SMALL = Tile({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2)
 LARGE = {
     "tf32x3": Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 2),
     "tf32": Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 3),
