@@ -116,13 +116,13 @@ def read_tables(
         )
     stored = {} if preprocessing is None else preprocessing.source
     roles = ColumnMap.parse({k: v for k, v in stored.items() if k != "kind"} | dict(given or {}), where)
+    tables = {p.stem: read_table(p) for p in files}
     if split_seed is not None:
-        if roles.split is not None:
+        if roles.split and (purpose == "training" or any(roles.split in t.columns for t in tables.values())):
             raise InputError(f"{path}: column {roles.split!r} holds the split; leave split_seed out.")
         roles = replace(roles, split_seed=split_seed)
     if kind is not None:
         roles = replace(roles, kind=kind)
-    tables = {p.stem: read_table(p) for p in files}
     if not path.is_dir():
         return read_frames(
             tables, roles, name=path.stem, paths={path.stem: path}, preprocessing=preprocessing, purpose=purpose,

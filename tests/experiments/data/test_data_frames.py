@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +383,7 @@ def test_class_codes_that_are_numbers_do_not_depend_on_gaps_elsewhere(tmp_path: 
 
 
 def test_a_split_can_be_drawn_for_scoring_a_table_or_a_folder(finished: LoadedRun, tmp_path: Path):
-    known = finished.preprocessing
-    known = replace(
-        known, source={k: v for k, v in known.source.items() if k != "split"}
-    )  # of data without a column for it
+    known = finished.preprocessing  # of tables with a column for the split
     t = tables(1)
     (tmp_path / "several").mkdir()
     for name, frame in t.items():
@@ -399,6 +395,8 @@ def test_a_split_can_be_drawn_for_scoring_a_table_or_a_folder(finished: LoadedRu
         assert np.bincount(drawn[0]).tolist() == [96, 16, 48]
         assert torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2])
+    with pytest.raises(InputError, match="column 'part' holds the split; leave split_seed out"):
+        load(write(whole(t), tmp_path / "with.csv"), preprocessing=known, split_seed=0)
 
 
 def test_roles_that_are_given_win_over_those_of_the_run(finished: LoadedRun, tmp_path: Path):
