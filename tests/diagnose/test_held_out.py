@@ -178,6 +178,8 @@ def test_recalls_of_classes_weigh_the_same(generator: torch.Generator) -> None:
     assert (found["rows"], found["chance"]) == (100, 0.5)
     only = probes.fit_modality_probe(x, y, torch.arange(400), held[95:], held_y[95:], (8,), 2, 0)
     assert only["balanced_accuracy"] == 1.0, "a class that nobody has does not count"
+    first = probes.fit_modality_probe(x, y, torch.arange(400), held[:90], held_y[:90], (8,), 2, 0)
+    assert first["balanced_accuracy"] == 1.0, "nor the last class"
 
 
 def test_the_weights_kept_are_the_best_for_the_stopping_rows(generator: torch.Generator, monkeypatch) -> None:

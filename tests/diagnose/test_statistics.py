@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, average_precision_score, r2_score, roc_auc_score
 
-from mmc_fast.diagnose.estimates import affordable, interval
+from mmc_fast.diagnose.estimates import affordable, interval, reliance_measures, resampled
 from mmc_fast.diagnose.statistics import (
     ResampledScores,
     average,
@@ -204,6 +204,40 @@ def test_interval_of_group_resamples(generator, groups, finite):
     assert (found.error, found.low, found.high) == pytest.approx((error, *ends))
     cut = interval(5.0, draws, groups, 0.9, (4.999, 5.001))
     assert (cut.error, cut.low, cut.high) == (found.error, 4.999, 5.001)
+
+
+def test_shares_of_more_modalities_than_all_coalitions_are_scored_for(generator):
+    """Where contributions add up, first and last equal the Shapley value; where pairs interact, half of it goes to each."""
+    m, full = 8, 255
+    worth = generator.normal(size=m)
+    pair = 3.0  # of modalities 0 and 1 together
+
+    def score(coalition: int) -> np.ndarray:
+        own = [worth[i] for i in range(m) if coalition >> i & 1]
+        return np.array([0.25 + sum(own) + pair * (coalition & 3 == 3)])
+
+    scored = [0, full, *(1 << i for i in range(m)), *(full ^ 1 << i for i in range(m))]
+    found = {f"{kind}.{c}": score(c) * sign for c in scored for kind, sign in (("coalition", 1), ("resampled", -1))}
+    names = [f"m{i}" for i in range(m)]
+    effects = {f"shuffled.{i}": np.array([float(i)]) for i in range(m)}
+    for i in range(m):
+        found[f"shuffled.{i}"] = np.array([10.0 + i])
+    got = reliance_measures(names, found, np.array([0.25]), effects)
+    for i, name in enumerate(names):
+        share = worth[i] + (pair / 2 if i < 2 else 0.0)
+        assert got[f"shapley.{name}"] == pytest.approx(share)
+        assert got[f"resampled_shapley.{name}"] == pytest.approx(-share)
+        assert got[f"only.{name}"] == pytest.approx(score(1 << i))
+        assert got[f"without.{name}"] == pytest.approx(score(full ^ 1 << i))
+        assert (got[f"shuffled.{name}"].item(), got[f"total_effect.{name}"].item()) == (10 + i, i)
+        assert f"alone.{name}" not in got
+    assert (got["score.all"].item(), got["score.none"].item()) == (score(full).item(), 0.25)
+
+
+def test_a_number_that_some_resamples_lack_is_nan_there():
+    found = resampled(lambda w: {"always": w[0]} | ({"at times": w[1]} if w[1] else {}), np.array([[1.0, 0.0], [2.0, 3.0]]))
+    np.testing.assert_array_equal(found["always"], [1, 2])
+    np.testing.assert_array_equal(found["at times"], [np.nan, 3])
 
 
 def test_interval_of_what_is_no_number_or_was_not_drawn(generator):
