@@ -23,6 +23,23 @@ from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
 
 
+def test_fewer_than_thirty_samples_are_not_judged_however_clear_they_are(generator: torch.Generator) -> None:
+    """Labels that the image decides alone, two classes of equal size."""
+    loader = batches(generator, 30, 30)
+    image, audio, _ = loader[0]
+    labels = torch.arange(30) % 2
+    image[:, 0] = 20.0 * (2 * labels - 1)
+    head = nn.Linear(10, 2)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    head.weight.data[:, 0] = torch.tensor([-1.0, 1.0])
+    toy = Toy(head, nn.Sequential(head))
+    kinds = [
+        [v.kind for v in diagnose(toy, [(image[:n], audio[:n], labels[:n])], resamples=50).verdicts] for n in (29, 30)
+    ]
+    assert kinds[0] == ["undecided", "undecided"]
+    assert kinds[1][0] == "relied on"
+
+
 def test_no_labels_one_class_and_constant_modality(generator: torch.Generator) -> None:
     head = chain(generator)
     loader = batches(generator)

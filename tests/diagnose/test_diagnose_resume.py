@@ -60,6 +60,21 @@ def test_killed_and_resumed_gives_the_same_numbers(
         assert len(encoded) < 24, "what was done is not done again"
 
 
+def test_without_labels_a_diagnosis_goes_on_too(generator: torch.Generator, tmp_path) -> None:
+    head, loader, state = chain(generator), batches(generator), tmp_path / "s.state"
+    toy: Any = Toy(nn.ModuleList([head]))
+    toy.fuse, toy.labels = (lambda f: head(torch.cat(list(f.values()), 1))), lambda batch: None
+    expected = diagnose(toy, loader, resamples=20)
+
+    def kill(phase: str, done: int, total: int | None) -> None:
+        if (phase, done) == ("collect", 3):
+            raise Killed
+
+    with pytest.raises(Killed):
+        diagnose(toy, loader, resamples=20, state=state, save_every=0, progress=kill)
+    assert diagnose(toy, loader, resamples=20, state=state) == expected
+
+
 def test_a_state_of_something_else_is_refused(generator: torch.Generator, tmp_path) -> None:
     head, other = chain(generator), chain(generator)
     loader = batches(generator)

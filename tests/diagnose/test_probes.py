@@ -162,8 +162,9 @@ def test_neuron_responses(generator: torch.Generator) -> None:
 
 def test_neuron_response_by_hand(generator: torch.Generator) -> None:
     """Means over equal bins of standardised features; active is what rises above a share of the way to the highest bin."""
-    predictive, noisy = 3 * torch.randn(2, 400, generator=generator, dtype=torch.float64) + 7
-    activation = (predictive - 6).relu() + 0.6 * (noisy - 7)
+    predictive, noisy = torch.randn(2, 400, generator=generator, dtype=torch.float64)
+    predictive, noisy = 0.2 * predictive + 7, 3 * noisy + 7
+    activation = 15 * (predictive - 6.93).relu() + 0.6 * (noisy - 7)
     for options in ({}, {"bins": 6, "active": 0.3}):
         bins, active = options.get("bins", 15), options.get("active", 0.5)
         found = polysemanticity.neuron_response(activation, predictive, noisy, **options)
