@@ -235,7 +235,9 @@ def test_shares_of_more_modalities_than_all_coalitions_are_scored_for(generator)
 
 
 def test_a_number_that_some_resamples_lack_is_nan_there():
-    found = resampled(lambda w: {"always": w[0]} | ({"at times": w[1]} if w[1] else {}), np.array([[1.0, 0.0], [2.0, 3.0]]))
+    found = resampled(
+        lambda w: {"always": w[0]} | ({"at times": w[1]} if w[1] else {}), np.array([[1.0, 0.0], [2.0, 3.0]])
+    )
     np.testing.assert_array_equal(found["always"], [1, 2])
     np.testing.assert_array_equal(found["at times"], [np.nan, 3])
 
