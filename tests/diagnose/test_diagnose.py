@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diagnose_models import WIDTHS, Attention, Toy, batches, chain, whole
+from scipy import stats
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
@@ -103,6 +104,26 @@ def test_numbers_of_a_chain(generator: torch.Generator) -> None:
     assert d.value("collision_bound") == pytest.approx(2 * 4**2 / 10**2)
     assert re.match(r"co-activation|row chain", d.settings["agop"])
     assert d.n_samples == 500
+
+
+def test_intervals_reach_below_zero_where_measures_can(generator: torch.Generator) -> None:
+    """Labels that the model finds least likely, so that modalities lower its score; shares lie between 0 and 1."""
+    head = chain(generator)
+    loader = [(a, b, head(torch.cat([a, b], 1)).argmin(1)) for a, b, _ in batches(generator)]
+    d = diagnose(Toy(head, head), loader, resamples=20, probes=False)
+    half, below = stats.t.ppf(0.975, 15), 0
+    for name, m in d.measures.items():
+        if m.error is None:
+            continue
+        shares = name.startswith(("use_share", "score", "only", "without", "shuffled", "cka", "entanglement"))
+        low = m.value - half * m.error
+        if name.startswith(("shapley", "resampled_shapley")):
+            assert m.low == pytest.approx(max(-1.0, low))
+            below += m.low < 0
+        elif shares:
+            assert m.low == pytest.approx(max(0.0, low))
+            assert m.high <= 1
+    assert below
 
 
 def test_a_dead_neuron_is_not_counted(generator: torch.Generator) -> None:

@@ -60,19 +60,31 @@ def test_killed_and_resumed_gives_the_same_numbers(
         assert len(encoded) < 24, "what was done is not done again"
 
 
-def test_without_labels_a_diagnosis_goes_on_too(generator: torch.Generator, tmp_path) -> None:
+def fraction_right(outputs: Tensor, labels: Tensor) -> float:
+    return float((outputs.argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("labelled", "metric", "at"), [(False, None, ("collect", 3)), (True, fraction_right, ("score", 3))]
+)
+def test_without_labels_or_with_an_own_metric_it_goes_on_too(
+    labelled: bool, metric: Any, at: tuple[str, int], generator: torch.Generator, tmp_path
+) -> None:
     head, loader, state = chain(generator), batches(generator), tmp_path / "s.state"
     toy: Any = Toy(nn.ModuleList([head]))
-    toy.fuse, toy.labels = (lambda f: head(torch.cat(list(f.values()), 1))), lambda batch: None
-    expected = diagnose(toy, loader, resamples=20)
+    toy.fuse = lambda f: head(torch.cat(list(f.values()), 1))
+    if not labelled:
+        toy.labels = lambda batch: None
+    options = {"resamples": 20, "metric": metric, "probes": False}
+    expected = diagnose(toy, loader, **options)
 
     def kill(phase: str, done: int, total: int | None) -> None:
-        if (phase, done) == ("collect", 3):
+        if (phase, done) == at:
             raise Killed
 
     with pytest.raises(Killed):
-        diagnose(toy, loader, resamples=20, state=state, save_every=0, progress=kill)
-    assert diagnose(toy, loader, resamples=20, state=state) == expected
+        diagnose(toy, loader, state=state, save_every=0, progress=kill, **options)
+    assert diagnose(toy, loader, state=state, **options) == expected
 
 
 def test_a_state_of_something_else_is_refused(generator: torch.Generator, tmp_path) -> None:
