@@ -183,7 +183,8 @@ def _functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, int]]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Test files beside the module's mirror that name the module or one of its public names; else the whole folder."""
+    """Test files beside the module's mirror that name the module or one of its public names, else the whole folder; and
+    those elsewhere that import from the module."""
     path = Path(module)
     folder = ROOT / "tests" / (path.parent.relative_to("mmc_fast") if path.parts[0] == "mmc_fast" else path.parent)
     body = ast.parse((ROOT / path).read_text()).body
@@ -195,7 +196,9 @@ def tests_of(module: str) -> list[str]:
     while not (files := sorted(folder.rglob("test_*.py"))) and folder != ROOT / "tests":
         folder = folder.parent
     naming = [f for f in files if re.search(rf"({'|'.join(names)})\b", f.read_text())]
-    return [str(f.relative_to(ROOT)) for f in naming or files]
+    others = sorted(set((ROOT / "tests").rglob("test_*.py")) - set(files))
+    importing = [f for f in others if re.search(rf"{names[0]}\b", f.read_text())]
+    return [str(f.relative_to(ROOT)) for f in [*(naming or files), *importing]]
 
 
 def main() -> int:
