@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,61 @@ from torch.utils.checkpoint import checkpoint
 
 import mmc_fast
 from mmc_fast.diagnose import THRESHOLDS, DiagnoseOptions, Diagnosis, diagnose
+from mmc_fast.diagnose.adapter import prove
 from mmc_fast.diagnose.measures import blocks, probes, refitted, reliance, similarity, weights
 from mmc_fast.errors import InputError
 from mmc_fast.testing import planted_head
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"),
+    [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)],
+)
+def test_how_far_an_adapter_may_be_from_its_model(dtype: torch.dtype, allowed: float) -> None:
+    """By the largest logit, whatever its size; nowhere nearly as far."""
+    for scale in (1.0, 64.0):
+        truth = torch.tensor([[scale, -scale / 2]], dtype=dtype)
+        for gap, right in ((0.5, True), (2.0, False), (-2.0, False)):
+            found = truth + torch.tensor([[0.0, gap * allowed * scale]], dtype=dtype)
+            adapter: Any = SimpleNamespace(
+                forward=lambda batch, y=truth: y, encode=lambda batch: {}, fuse=lambda features, y=found: y
+            )
+            if right:
+                prove(adapter, None)
+                continue
+            with pytest.raises(InputError, match="is not what the model gives"):
+                prove(adapter, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [(lambda y: (y,), "tuple"), (lambda y: y[:, None], r"\[64, 1, 3\]"), (lambda y: y[:-1], r"\[63, 3\]")],
+)
+def test_what_fuse_must_return(wrong: Any, got: str, generator: torch.Generator) -> None:
+    head = chain(generator)
+    toy: Any = Toy(head, head)
+    toy.fuse = lambda f: wrong(head(torch.cat(list(f.values()), 1)))
+    with pytest.raises(InputError, match=f"returned {got}; it must return logits"):
+        diagnose(toy, batches(generator), resamples=0)
+
+
+def test_labels_that_are_gone_in_the_second_pass(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    toy: Any = Toy(head, head)
+    phases = ["collect"]
+    toy.labels = lambda batch: batch[2] if phases[-1] == "collect" else None
+    with pytest.raises(InputError, match="batch 0 had labels in the first pass and has none now"):
+        diagnose(toy, loader, resamples=0, probes=False, progress=lambda phase, *rest: phases.append(phase))
+
+
+def test_a_head_that_is_not_the_fusion_is_not_taken_for_it(generator: torch.Generator) -> None:
+    head, loader = chain(generator), batches(generator)
+    toy: Any = Toy(head, head)
+    plain = diagnose(toy, loader, resamples=0, probes=False)
+    toy.fuse = lambda f: 1.01 * head(torch.cat(list(f.values()), 1))
+    other = diagnose(toy, loader, resamples=0, probes=False)
+    assert plain.settings["agop"] != other.settings["agop"] == "vector-Jacobian products"
+    assert other.value("use_share.image") == pytest.approx(plain.value("use_share.image"), rel=1e-4)
 
 
 def test_fewer_than_thirty_samples_are_not_judged_however_clear_they_are(generator: torch.Generator) -> None:
