@@ -49,7 +49,7 @@ def cases(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str]]:
 
 
 def selftest(device: torch.device, sizes: Sequence[tuple[int, int, int]], deadline: float) -> dict[str, Any]:
-    """Every op, backend and dtype against float64; float32 once as IEEE and once with TF32 allowed."""
+    """Every op, backend and dtype against float64; float32 once with TF32 allowed and once without."""
     found = {}
     for name, dtypes in (("float32", device_selftest.DTYPES), ("tf32", [torch.float32])):
         with precision(name):

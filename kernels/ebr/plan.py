@@ -19,8 +19,8 @@ MOST_MODALITIES = 64
 _LONGEST_ROW = 2**24  # elements; offsets within a tile are 32 bits
 _PACK = {"BR": 32, "BC": 64}
 
-# kind of product (common.product_kind) -> (rows, columns) of a tile -> the rest. Which tile a layer takes depends on its
-# widths and never on the batch: a batch of another size must not compile anew.
+# kind of product (common.product_kind) -> (rows, columns) that a layer asks for -> tile. That depends on the widths of the
+# layer and never on the batch: a batch of another size must not compile anew.
 TILES = {
     kind: {
         (rows, columns): Tile({"BM": rows, "BN": columns, "BK": depth}, 8 if rows == 128 else 4, 3)

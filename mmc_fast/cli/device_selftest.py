@@ -77,7 +77,7 @@ def _checks(
                 ((64, 128, 65), 256, 64, (64,)),
                 ((128, 96), 1024, 512, (512, 256)),
             ):
-                for low in (False, True)[: 1 + (dtype == torch.bfloat16)]:
+                for low in (False, True) if dtype == torch.bfloat16 else (False,):
                     name = f"ebr_step {backend} {str(dtype).removeprefix('torch.')} {sizes}{' by autocast' * low}"
                     yield name, partial(_ebr, device, generator, backend, dtype, low, *sizes)
 
